@@ -1,0 +1,79 @@
+"""The operations that a backend provides, each with its contract, stated once.
+
+A backend is a module with the functions of `Backend`. It is handed validated operands:
+`Parts` say which elements form a block and which blocks compete (S scopes of n blocks;
+results are ``(S, n)`` or ``(S,)``, scopes in row-major order, the blocks of a scope part by
+part); every number that varies over scopes or blocks comes as a `Leaf` whose cut has
+either n blocks per scope or one. Nothing here validates or chooses.
+
+ord
+    1, 2, inf or any p > 0 rank a block by the norm of its elements, rounded to the norm's
+    dtype. None ranks 1-element blocks by their signed value.
+rank
+    (norm descending, position ascending); NaN above +inf; -0.0 equals +0.0. Blocks of one
+    element in 64-bit integers rank by exact magnitude.
+norms below float64
+    the correctly rounded exact norm for ord 1, 2, inf of real data; else within 4 ulp,
+    without overflow or underflow on the way.
+writes
+    zeros are +0.0; kept elements keep their bits. Every error comes before the first write.
+    A writer returns the arrays of `target`, leaf by leaf: written through where the arrays
+    can be (`WRITES_THROUGH`), otherwise fresh ones that the caller stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from npscope.tiling import Leaf, Parts
+
+Ord = float | None
+Array = Any
+
+
+class Backend(Protocol):
+    """The functions of a backend module."""
+
+    NAME: str
+    WRITES_THROUGH: bool
+
+    def norms(self, parts: Parts, ord: Ord) -> Array:
+        """Norm of every block: ``(S, n)`` in the norm's dtype."""
+
+    def kth(self, parts: Parts, k: Leaf, ord: Ord) -> Array:
+        """The k-th largest rank value of every scope, ``(S,)``; 1 <= k <= n.
+
+        In the norm's dtype; in the dtype of the one leaf for ord None (zeros come out as +0).
+        """
+
+    def mask(self, parts: Parts, keep: Leaf, ord: Ord) -> Array:
+        """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
+
+    def prune(self, target: Parts, source: Parts, keep: Leaf, ord: Ord) -> Sequence[Array]:
+        """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""
+
+    def threshold(self, target: Parts, source: Parts, thresholds: Leaf, ord: Ord) -> Sequence[Array]:
+        """Zero the blocks of `target` whose norm in `source` is below their threshold (NaN stays)."""
+
+    def apply_mask(self, target: Parts, mask: Leaf) -> Sequence[Array]:
+        """Zero the blocks of `target` whose mask is False."""
+
+    def scale(self, target: Parts, multipliers: Leaf) -> Sequence[Array]:
+        """Multiply blocks by a float64 each; 0 writes +0.0, 1 keeps the bits."""
+
+    def shrink(
+        self, target: Parts, thresholds: Sequence[Leaf], conditioners: Parts | None, max_iter: int, rtol: float
+    ) -> Sequence[Array]:
+        """The proximal step of ``t * norm`` (ord 2) on every block; with conditioners in their metric.
+
+        One leaf of thresholds for each part.
+
+        Without: ``x * (1 - t / ||x||)`` or 0 where the rounded norm is <= t. With H = diag(h):
+        argmin ``1/2 (x - v)' H (x - v) + t ||x||``, 0 where the rounded ``||H v||`` is <= t.
+        t = 0 keeps the bits; NaN blocks stay as they are; a block of infinite norm is unchanged
+        for finite t and zero for infinite t.
+        """
+
+    def count_nonzero(self, parts: Parts, eps: float) -> int:
+        """How many elements do not satisfy ``|x| <= eps`` (so NaN counts)."""

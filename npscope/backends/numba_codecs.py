@@ -1,0 +1,365 @@
+"""How kernels read and write one element of each dtype, wherever it lies.
+
+A codec turns memory into numbers. Floats of 16 and 8 bits are decoded from their bits,
+which Numba has no types for; foreign byte order and unaligned data are assembled byte by
+byte. So a kernel is written once, for a codec, and no operand is ever copied to suit it.
+
+Index unit: one scalar of the buffer (a complex number is two), or one byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npscope.dtypes import Kind
+
+Function = Callable[..., Any]
+
+_jit = njit(nogil=True, error_model="numpy")
+
+KEY32, KEY64 = np.uint32, np.uint64
+_NAN32, _SIGN32, _INF32 = np.uint32(0xFFFFFFFF), np.uint32(0x80000000), np.uint32(0x7F800000)
+_NAN64, _SIGN64, _INF64 = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(1 << 63), np.uint64(0x7FF0000000000000)
+
+_STORAGE = {"float16": "u2", "bfloat16": "u2", "float8_e4m3fn": "u1", "float8_e5m2": "u1"}
+_COMPLEX = {"complex64": "f4", "complex128": "f8"}
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """The element functions of one dtype in one kind of storage, all compiled.
+
+    `unit` is the buffer's dtype.
+    ``magnitude(buffer, i)`` is |x| as float64 (NaN if any part is), ``key32`` and ``key64`` are
+    magnitudes as ordered integers (equal values, equal keys; NaN the largest), ``signed_key``
+    orders signed values, ``clear`` writes +0.0, ``scale`` multiplies by a float64,
+    ``value`` reads a real number as float64.
+    """
+
+    unit: np.dtype
+    magnitude: Function
+    value: Function
+    key32: Function
+    key64: Function
+    signed_key: Function
+    signed_width: int
+    clear: Function
+    scale: Function
+
+
+# --- ordered integers ----------------------------------------------------------------------------
+
+
+@_jit
+def key_of_float32(size: float) -> int:
+    """The bits of a non-negative float32, which order as integers; every NaN is the largest key."""
+    bits = np.float32(size).view(np.uint32) & np.uint32(0x7FFFFFFF)
+    return _NAN32 if bits > _INF32 else bits
+
+
+@_jit
+def key_of_float64(size: float) -> int:
+    """The bits of a non-negative float64, which order as integers; every NaN is the largest key."""
+    bits = np.float64(size).view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF)
+    return _NAN64 if bits > _INF64 else bits
+
+
+@_jit
+def signed_key_of_float32(x: float) -> int:
+    """An integer that orders like the signed float32; -0.0 like +0.0, NaN the largest."""
+    bits = np.float32(x).view(np.uint32)
+    size = bits & np.uint32(0x7FFFFFFF)
+    if size > _INF32:
+        return _NAN32
+    if size == np.uint32(0):
+        return _SIGN32
+    return np.uint32(~bits) if bits != size else np.uint32(bits | _SIGN32)
+
+
+@_jit
+def signed_key_of_float64(x: float) -> int:
+    """An integer that orders like the signed float64; -0.0 like +0.0, NaN the largest."""
+    bits = np.float64(x).view(np.uint64)
+    size = bits & np.uint64(0x7FFFFFFFFFFFFFFF)
+    if size > _INF64:
+        return _NAN64
+    if size == np.uint64(0):
+        return _SIGN64
+    return np.uint64(~bits) if bits != size else np.uint64(bits | _SIGN64)
+
+
+# --- decoding ------------------------------------------------------------------------------------
+
+
+@_jit
+def _half_to_float32(bits: int) -> float:
+    # The exponent field is moved, then re-biased by an exact multiplication, which also normalises subnormals.
+    size = np.uint32(bits) & np.uint32(0x7FFF)
+    sign = (np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16)
+    if size >= np.uint32(0x7C00):
+        return np.uint32((size << np.uint32(13)) | np.uint32(0x7F800000) | sign).view(np.float32)
+    scaled = np.float32(np.uint32(size << np.uint32(13)).view(np.float32) * np.float32(2.0**112))
+    return np.uint32(scaled.view(np.uint32) | sign).view(np.float32)
+
+
+@_jit
+def _float32_to_half(x: float) -> int:
+    bits = np.float32(x).view(np.uint32)
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    size = bits & np.uint32(0x7FFFFFFF)
+    if size > np.uint32(0x7F800000):
+        return np.uint16(sign | np.uint32(0x7E00))
+    if size >= np.uint32(0x477FF000):  # 65520 and above round to infinity
+        return np.uint16(sign | np.uint32(0x7C00))
+    if size < np.uint32(0x38800000):  # subnormal: adding 0.5 rounds at the right bit
+        shifted = np.float32(np.uint32(size).view(np.float32) + np.float32(0.5))
+        return np.uint16(sign | (shifted.view(np.uint32) - np.uint32(0x3F000000)))
+    odd = (size >> np.uint32(13)) & np.uint32(1)
+    rounded = size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd
+    return np.uint16(sign | (rounded >> np.uint32(13)))
+
+
+@_jit
+def _bfloat_to_float32(bits: int) -> float:
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_jit
+def _float32_to_bfloat(x: float) -> int:
+    bits = np.float32(x).view(np.uint32)
+    if (bits & np.uint32(0x7FFFFFFF)) > _INF32:
+        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@_jit
+def _e5m2_to_float32(bits: int) -> float:
+    return _half_to_float32(np.uint32(bits) << np.uint32(8))
+
+
+@_jit
+def _e4m3fn_to_float32(bits: int) -> float:
+    size = np.uint32(bits) & np.uint32(0x7F)
+    sign = (np.uint32(bits) & np.uint32(0x80)) << np.uint32(24)
+    if size == np.uint32(0x7F):
+        return np.uint32(np.uint32(0x7FC00000) | sign).view(np.float32)
+    scaled = np.float32(np.uint32(size << np.uint32(20)).view(np.float32) * np.float32(2.0**120))
+    return np.uint32(scaled.view(np.uint32) | sign).view(np.float32)
+
+
+@_jit
+def _same(x: Any) -> Any:
+    return x
+
+
+_DECODE = {
+    "float16": _half_to_float32,
+    "bfloat16": _bfloat_to_float32,
+    "float8_e5m2": _e5m2_to_float32,
+    "float8_e4m3fn": _e4m3fn_to_float32,
+}
+_ENCODE = {"float16": _float32_to_half, "bfloat16": _float32_to_bfloat}
+
+
+# --- storage -------------------------------------------------------------------------------------
+
+
+@cache
+def _native(scalar: str) -> tuple[Function, Function]:
+    """(fetch, place) of a scalar in an aligned buffer of native byte order."""
+
+    @_jit
+    def fetch(buffer: Any, i: int) -> Any:
+        return buffer[i]
+
+    @_jit
+    def place(buffer: Any, i: int, x: Any) -> None:
+        buffer[i] = x
+
+    return fetch, place
+
+
+@cache
+def _bytewise(scalar: str, swapped: bool) -> tuple[Function, Function]:
+    """(fetch, place) of a scalar in a buffer of bytes: any alignment, either byte order."""
+    dtype = np.dtype(scalar)
+    width = dtype.itemsize
+    unsigned = np.dtype(f"u{width}").type
+    number = dtype.type
+    little = (np.little_endian and not swapped) or (not np.little_endian and swapped)
+
+    @_jit
+    def fetch(buffer: Any, i: int) -> Any:
+        bits = np.uint64(0)
+        for b in range(width):
+            shift = np.uint64(8 * (b if little else width - 1 - b))
+            bits |= np.uint64(buffer[i + b]) << shift
+        return unsigned(bits).view(number)
+
+    @_jit
+    def place(buffer: Any, i: int, x: Any) -> None:
+        bits = np.uint64(number(x).view(unsigned))
+        for b in range(width):
+            shift = np.uint64(8 * (b if little else width - 1 - b))
+            buffer[i + b] = np.uint8((bits >> shift) & np.uint64(255))
+
+    return fetch, place
+
+
+# --- codecs --------------------------------------------------------------------------------------
+
+
+@cache
+def codec(kind: Kind, bytewise: bool, swapped: bool) -> Codec:
+    """The codec of a dtype, for aligned native memory or for single bytes (`swapped`: foreign order)."""
+    scalar = _STORAGE.get(kind.name) or _COMPLEX.get(kind.name) or np.dtype(kind.name).str[1:]
+    fetch, place = _bytewise(scalar, swapped) if bytewise else _native(scalar)
+    unit = np.dtype("u1") if bytewise else np.dtype(scalar)
+    step = np.dtype(scalar).itemsize if bytewise else 1
+    if kind.is_complex:
+        return _complex_codec(unit, step, fetch, place, kind)
+    if kind.is_integer:
+        return _integer_codec(unit, fetch, place, kind)
+    return _float_codec(unit, fetch, place, kind)
+
+
+def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:
+    decode, encode = _DECODE.get(kind.name, _same), _ENCODE.get(kind.name, _same)
+    narrow = kind.norm == "float32"
+    zero = np.dtype(_STORAGE.get(kind.name, kind.name)).type(0)
+
+    @_jit
+    def value(buffer: Any, i: int) -> float:
+        return np.float64(decode(fetch(buffer, i)))
+
+    @_jit
+    def magnitude(buffer: Any, i: int) -> float:
+        return abs(np.float64(decode(fetch(buffer, i))))
+
+    @_jit
+    def key32(buffer: Any, i: int) -> int:
+        return key_of_float32(decode(fetch(buffer, i)))
+
+    @_jit
+    def key64(buffer: Any, i: int) -> int:
+        return key_of_float64(np.float64(decode(fetch(buffer, i))))
+
+    if narrow:
+
+        @_jit
+        def signed_key(buffer: Any, i: int) -> int:
+            return signed_key_of_float32(decode(fetch(buffer, i)))
+    else:
+
+        @_jit
+        def signed_key(buffer: Any, i: int) -> int:
+            return signed_key_of_float64(fetch(buffer, i))
+
+    @_jit
+    def clear(buffer: Any, i: int) -> None:
+        place(buffer, i, zero)
+
+    if kind.name in _ENCODE:
+
+        @_jit
+        def scale(buffer: Any, i: int, factor: float) -> None:
+            place(buffer, i, encode(np.float32(np.float64(decode(fetch(buffer, i))) * factor)))
+    else:
+        number = np.dtype(kind.name).type if kind.name not in _STORAGE else np.float32
+
+        @_jit
+        def scale(buffer: Any, i: int, factor: float) -> None:
+            place(buffer, i, number(np.float64(fetch(buffer, i)) * factor))
+
+    return Codec(unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, clear, scale)
+
+
+def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:
+    signed = kind.family == "int"
+    zero = np.dtype(kind.name).type(0)
+    wide = kind.is_wide_integer
+
+    @_jit
+    def value(buffer: Any, i: int) -> float:
+        return np.float64(fetch(buffer, i))
+
+    @_jit
+    def magnitude(buffer: Any, i: int) -> float:
+        return abs(np.float64(fetch(buffer, i)))
+
+    @_jit
+    def key32(buffer: Any, i: int) -> int:
+        return key_of_float32(np.float64(fetch(buffer, i)))
+
+    @_jit
+    def float_key64(buffer: Any, i: int) -> int:
+        return key_of_float64(np.float64(fetch(buffer, i)))
+
+    if signed:
+
+        @_jit
+        def signed_key(buffer: Any, i: int) -> int:
+            return np.int64(fetch(buffer, i)).view(np.uint64) ^ _SIGN64
+
+        @_jit
+        def exact_key64(buffer: Any, i: int) -> int:
+            bits = np.int64(fetch(buffer, i)).view(np.uint64)
+            return (~bits) + np.uint64(1) if bits >= _SIGN64 else bits
+    else:
+
+        @_jit
+        def signed_key(buffer: Any, i: int) -> int:
+            return np.uint64(fetch(buffer, i))
+
+        exact_key64 = signed_key
+
+    @_jit
+    def clear(buffer: Any, i: int) -> None:
+        place(buffer, i, zero)
+
+    @_jit
+    def scale(buffer: Any, i: int, factor: float) -> None:
+        pass  # integers are never scaled: refused before any backend is called
+
+    key64 = exact_key64 if wide else float_key64
+    return Codec(unit, magnitude, value, key32, key64, signed_key, 64, clear, scale)
+
+
+def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, kind: Kind) -> Codec:
+    scalar = np.dtype(_COMPLEX[kind.name]).type
+    zero = scalar(0)
+    narrow = kind.norm == "float32"
+
+    @_jit
+    def magnitude(buffer: Any, i: int) -> float:
+        re, im = np.float64(fetch(buffer, i)), np.float64(fetch(buffer, i + step))
+        if np.isnan(re) or np.isnan(im):
+            return np.nan  # the hypotenuse of (inf, NaN) would be inf
+        return np.sqrt(re * re + im * im) if narrow else np.hypot(re, im)
+
+    @_jit
+    def key32(buffer: Any, i: int) -> int:
+        return key_of_float32(magnitude(buffer, i))
+
+    @_jit
+    def key64(buffer: Any, i: int) -> int:
+        return key_of_float64(magnitude(buffer, i))
+
+    @_jit
+    def clear(buffer: Any, i: int) -> None:
+        place(buffer, i, zero)
+        place(buffer, i + step, zero)
+
+    @_jit
+    def scale(buffer: Any, i: int, factor: float) -> None:
+        place(buffer, i, scalar(np.float64(fetch(buffer, i)) * factor))
+        place(buffer, i + step, scalar(np.float64(fetch(buffer, i + step)) * factor))
+
+    return Codec(unit, magnitude, magnitude, key32, key64, key64, 64, clear, scale)

@@ -1,0 +1,665 @@
+"""The loops: serial, GIL-free kernels on a range of blocks, and the arithmetic they share.
+
+A range [i0, i1) counts blocks in row-major order of the grid (scopes outside, blocks of a
+scope inside). `grid` and `elements` are int64 tables of (sizes, strides), outermost loop
+first; results are dense, entry 0 for block i0. Block i lies at ``origin + place(i, grid)``.
+
+Kernels that touch array memory are made for a codec (`kernels`, `pair_kernels`);
+those that only see dense work arrays are plain functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npscope.backends.numba_codecs import Codec, key_of_float32, key_of_float64
+
+Function = Callable[..., Any]
+
+_jit = njit(nogil=True, error_model="numpy")
+# Sums of float32 are rounded exactly later, so their order is free; NaN and infinities must stay true.
+_jit_any_order = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp"})
+
+INF, ONE, TWO, POWER = 0, 1, 2, 3
+"""Codes of the four ways to accumulate a norm."""
+
+EXACT_CHUNK = 1024
+"""Terms of float32 magnitudes summed in plain float64 between two compensated additions."""
+
+WIDE_CHUNK = 8
+"""The same for float64 terms: 7 roundings, which keeps the norm within 4 ulp."""
+
+LIMBS = 30
+LIMB_ORIGIN = 352
+"""An exact sum is an integer in 32-bit limbs, in units of 2**-352."""
+
+DIGIT_BITS = 16
+"""Bits that one radix pass over a large scope resolves."""
+
+
+# --- addresses -----------------------------------------------------------------------------------
+
+
+@_jit
+def place(i: int, nest: Any) -> int:
+    """Offset of index `i` of a loop nest."""
+    offset = 0
+    for d in range(nest.shape[1] - 1, 0, -1):
+        size = nest[0, d]
+        outer = i // size
+        offset += (i - outer * size) * nest[1, d]
+        i = outer
+    return offset + i * nest[1, 0]
+
+
+# --- double-double and exact sums ----------------------------------------------------------------
+
+
+@_jit
+def two_sum(a: float, b: float) -> tuple[float, float]:
+    """(s, e) with s the rounded sum and s + e exact (Knuth 1969)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+@_jit
+def limbs_add(limbs: Any, row: int, x: float, square: bool, sign: int) -> None:
+    """Add sign * x (or x squared) exactly; x >= 0 with at most 25 significant bits."""
+    if x == 0.0:
+        return
+    fraction, exponent = math.frexp(x)
+    mantissa = np.int64(fraction * 33554432.0)  # 2**25
+    exponent -= 25
+    if square:
+        mantissa *= mantissa
+        exponent *= 2
+    while mantissa & 1 == 0:
+        mantissa >>= 1
+        exponent += 1
+    for half in range(2):
+        bits = mantissa & 0x1FFFFFF if half == 0 else mantissa >> 25
+        position = exponent + LIMB_ORIGIN + 25 * half
+        limb = position >> 5
+        shifted = bits << (position & 31)
+        limbs[row, limb] += sign * (shifted & 0xFFFFFFFF)
+        limbs[row, limb + 1] += sign * (shifted >> 32)
+
+
+@_jit
+def limbs_sign(limbs: Any, row: int) -> int:
+    """Sign of an exact sum; normalises its limbs."""
+    carry = 0
+    nonzero = False
+    for j in range(LIMBS):
+        total = limbs[row, j] + carry
+        carry = total >> 32
+        limbs[row, j] = total & 0xFFFFFFFF
+        nonzero = nonzero or limbs[row, j] != 0
+    if carry < 0:
+        return -1
+    return 1 if nonzero or carry > 0 else 0
+
+
+@_jit
+def midpoint_above(a: float) -> float:
+    """Halfway from the float32 `a` >= 0 to the next larger one, exact in float64 (2**128 stands for inf)."""
+    above = np.uint32(np.float32(a).view(np.uint32) + np.uint32(1)).view(np.float32)
+    top = 3.402823669209384634e38 if np.isinf(above) else np.float64(above)
+    return (np.float64(a) + top) / 2
+
+
+@_jit
+def finish_exact(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
+    """Sums to norms: `norm` (float32) and `hi` (the same in float64); counts the blocks it cannot decide.
+
+    The sum is right to 2**-42, so its rounding is certain unless that interval holds a
+    midpoint of two floats; such blocks get the lower of the two and are listed in `unsure`.
+    """
+    count = 0
+    for i in range(norm.size):
+        total = hi[i] + lo[i]
+        if not np.isfinite(hi[i]):
+            norm[i] = hi[i]
+            continue
+        wide = math.sqrt(total) if square else total
+        hi[i] = wide
+        below = np.float32(wide * (1 - 2.0**-42))
+        norm[i] = below
+        if below != np.float32(wide * (1 + 2.0**-42)):
+            unsure[count] = i
+            count += 1
+    return count
+
+
+@_jit
+def finish_unsure(limbs: Any, unsure: Any, count: int, square: bool, norm: Any) -> None:
+    """Round up the listed norms whose exact sum lies above the midpoint (ties to even)."""
+    for row in range(count):
+        i = unsure[row]
+        limbs_add(limbs, row, midpoint_above(norm[i]), square, -1)
+        side = limbs_sign(limbs, row)
+        bits = np.float32(norm[i]).view(np.uint32)
+        if side > 0 or (side == 0 and bits & np.uint32(1)):
+            norm[i] = np.uint32(bits + np.uint32(1)).view(np.float32)
+
+
+@_jit
+def finish_wide(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
+    """Sums to norms in float64; lists the blocks whose squares over- or underflowed."""
+    count = 0
+    for i in range(norm.size):
+        risky = square and not (1e-280 < hi[i] < np.inf) and not np.isnan(hi[i])
+        total = hi[i] + lo[i] if np.isfinite(hi[i]) else hi[i]
+        wide = math.sqrt(total) if square else total
+        hi[i] = wide
+        norm[i] = wide
+        if risky:
+            unsure[count] = i
+            count += 1
+    return count
+
+
+@_jit
+def finish_scaled(hi: Any, lo: Any, top: Any, p: float, norm: Any) -> None:
+    """Sums of (|x| / top) ** p to norms; `hi` becomes the norm in float64."""
+    for i in range(norm.size):
+        if top[i] == 0.0 or not np.isfinite(top[i]):
+            hi[i] = top[i]
+        else:
+            total = hi[i] + lo[i]
+            hi[i] = top[i] * (math.sqrt(total) if p == 2.0 else total ** (1.0 / p))
+        norm[i] = hi[i]
+
+
+@_jit
+def keys_of_norms(norm: Any, keys: Any) -> None:
+    """Ordered integers of norms, in the width of `keys`."""
+    for i in range(norm.size):
+        if keys.itemsize == 4:
+            keys[i] = key_of_float32(norm[i])
+        else:
+            keys[i] = key_of_float64(np.float64(norm[i]))
+
+
+# --- selection on dense keys ---------------------------------------------------------------------
+
+
+@_jit
+def digit_counts(keys: Any, start: int, stop: int, prefix: Any, known: Any, shift: Any, counts: Any) -> None:
+    """Add to `counts` how often each digit at `shift` occurs among the keys that match `prefix`."""
+    digit = np.uint64(counts.size - 1)
+    for i in range(start, stop):
+        key = np.uint64(keys[i])
+        if (key & known) == prefix:
+            counts[(key >> shift) & digit] += 1
+
+
+@_jit
+def nth_key(keys: Any, start: int, n: int, k: int, counts: Any) -> tuple[Any, int]:
+    """(k-th largest of n keys, how many keys equal to it are among the k largest), by radix."""
+    prefix, known = np.uint64(0), np.uint64(0)
+    shift = np.uint64(8 * keys.itemsize)
+    while shift > np.uint64(0):
+        shift -= np.uint64(8)
+        counts[:] = 0
+        digit_counts(keys, start, start + n, prefix, known, shift, counts)
+        digit = counts.size - 1
+        while counts[digit] < k:
+            k -= counts[digit]
+            digit -= 1
+        prefix |= np.uint64(digit) << shift
+        known |= np.uint64(255) << shift
+    return prefix, k
+
+
+@_jit
+def mark(keys: Any, start: int, stop: int, limit: Any, ties: int, mask: Any) -> int:
+    """Mask of keys above `limit`, and of the first `ties` keys equal to it; the ties left over."""
+    for i in range(start, stop):
+        key = np.uint64(keys[i])
+        kept = key > limit
+        if key == limit and ties > 0:
+            ties -= 1
+            kept = True
+        mask[i] = kept
+    return ties
+
+
+RANKED_BY_COUNTING = 16
+"""Up to this many blocks a scope, comparing all pairs beats a radix pass with its 256 counters."""
+
+
+@_jit
+def select_rows(keys: Any, rows: int, n: int, keep: Any, mask: Any, counts: Any) -> None:
+    """Mask of the `keep` first-ranked keys of every row of n: larger first, ties by position."""
+    for r in range(rows):
+        start, k = r * n, keep[r]
+        if k <= 0 or k >= n:
+            mask[start : start + n] = k > 0
+        elif n <= RANKED_BY_COUNTING:
+            for i in range(start, start + n):
+                rank = 0
+                for j in range(start, i):
+                    rank += keys[j] >= keys[i]
+                for j in range(i + 1, start + n):
+                    rank += keys[j] > keys[i]
+                mask[i] = rank < k
+        else:
+            limit, ties = nth_key(keys, start, n, k, counts)
+            mark(keys, start, start + n, limit, ties, mask)
+
+
+@_jit
+def kth_rows(keys: Any, rows: int, n: int, k: Any, found: Any, counts: Any) -> None:
+    """The k-th largest key of every row of n."""
+    for r in range(rows):
+        limit, _ = nth_key(keys, r * n, n, k[r], counts)
+        found[r] = limit
+
+
+@_jit
+def count_equal(keys: Any, stop: int, limit: Any) -> int:
+    """How many keys equal `limit`."""
+    total = 0
+    for i in range(stop):
+        total += np.uint64(keys[i]) == limit
+    return total
+
+
+@_jit
+def not_below(norm: Any, thresholds: Any, mask: Any) -> None:
+    """Mask of the blocks that a hard threshold keeps: not norm < threshold."""
+    for i in range(norm.size):
+        mask[i] = not (norm[i] < thresholds[i])
+
+
+@_jit
+def gather(buffer: Any, origin: int, grid: Any, i0: int, i1: int, out: Any) -> None:
+    """Entries [i0, i1) of a strided grid of numbers, dense."""
+    run = grid[0, -1]
+    step = grid[1, -1]
+    i = i0
+    while i < i1:
+        inner = i % run
+        stop = min(i1, i + run - inner)
+        at = origin + place(i, grid)
+        for j in range(i, stop):
+            out[j - i0] = buffer[at + (j - i) * step]
+        i = stop
+
+
+@_jit
+def repeat_each(few: Any, n: int, skip: int, out: Any) -> None:
+    """Each entry of `few` n times, without the first `skip`."""
+    for i in range(out.size):
+        out[i] = few[(i + skip) // n]
+
+
+# --- shrinkage on dense norms --------------------------------------------------------------------
+
+
+@_jit
+def shrink_factors(norm: Any, wide: Any, t: Any, factors: Any) -> None:
+    """What each block is multiplied by: 1 - t / norm, 0 where the rounded norm is <= t, 1 where nothing changes."""
+    for i in range(norm.size):
+        if np.isnan(norm[i]) or t[i] == 0.0 or (np.isinf(norm[i]) and not np.isinf(t[i])):
+            factors[i] = 1.0
+        elif norm[i] <= t[i]:
+            factors[i] = 0.0
+        else:
+            factors[i] = (wide[i] - t[i]) / wide[i]
+
+
+@_jit
+def round_root(hi: float, lo: float) -> float:
+    """The float32 nearest to sqrt(hi + lo), decided in double-double."""
+    root = math.sqrt(hi)
+    if not np.isfinite(root) or root > 3.5e38 or root == 0.0:
+        return np.float32(root)
+    below = np.float32(root * (1 - 2.0**-42))
+    middle = midpoint_above(below)
+    side = (hi - middle * middle) + lo
+    bits = np.float32(below).view(np.uint32)
+    if side > 0 or (side == 0 and bits & np.uint32(1)):
+        return np.uint32(bits + np.uint32(1)).view(np.float32)
+    return below
+
+
+SAFE_TOP = 2.0**450
+"""Squares of numbers from its reciprocal up to this neither overflow nor vanish when summed."""
+
+
+@_jit
+def safe_units(top: Any, unit: Any) -> None:
+    """Powers of two that bring each `top` where it may be squared; 1 where it already is."""
+    for i in range(top.size):
+        unit[i] = 1.0
+        if top[i] > SAFE_TOP:
+            unit[i] = 1.0 / SAFE_TOP
+        elif 0.0 < top[i] < 1.0 / SAFE_TOP:
+            unit[i] = SAFE_TOP
+
+
+@_jit
+def open_conditioned(
+    top: Any, unit: Any, hi: Any, lo: Any, scale: Any, t: Any, exact: bool, narrow: bool, hmin: Any, hmax: Any,
+    n: Any, tau: Any, sigma: Any, low: Any, high: Any, active: Any,
+) -> None:  # fmt: skip
+    """Start of the secular iteration for blocks that are neither zero nor unchanged.
+
+    In: top = max |v|, sums hi + lo of (scale * h * unit * v) ** 2, thresholds t. Out: the bracket
+    [low, high] of sigma for ``|| (hv / n) / (h / hmax * sigma + tau) || = 1``. Closed blocks get
+    sigma = 0 (the block becomes zero) or tau = 0 (it stays).
+    """
+    for i in range(t.size):
+        active[i] = False
+        sigma[i], tau[i] = 1.0, 0.0
+        if np.isnan(top[i]) or t[i] == 0.0:
+            continue
+        if np.isinf(top[i]):
+            if np.isinf(t[i]):
+                sigma[i], tau[i] = 0.0, 1.0
+            continue
+        limit = t[i] * unit[i]
+        n[i] = math.sqrt(hi[i] + lo[i]) / scale[i]
+        rounded = np.float64(round_root(hi[i], lo[i])) if exact and scale[i] == 1.0 else n[i]
+        if narrow:
+            rounded = np.float64(np.float32(rounded))
+        if rounded <= limit:
+            sigma[i], tau[i] = 0.0, 1.0
+            continue
+        tau[i] = limit / n[i]
+        low[i] = (n[i] - limit) / n[i]
+        high[i] = low[i] * (hmax[i] / hmin[i])
+        sigma[i] = low[i]
+        active[i] = True
+
+
+@_jit
+def newton_step(
+    squares: Any, slopes: Any, sigma: Any, low: Any, high: Any, active: Any, rtol: float
+) -> int:
+    """One safeguarded Newton step on the reciprocal norm for every active block; how many stay active."""
+    left = 0
+    for i in range(sigma.size):
+        if not active[i]:
+            continue
+        at = sigma[i]
+        norm = math.sqrt(squares[i])
+        if norm >= 1.0:
+            low[i] = at
+        if norm <= 1.0:
+            high[i] = at
+        following = at + (norm - 1.0) * squares[i] / slopes[i]
+        if np.isfinite(following):
+            following = min(max(following, low[i]), high[i])
+        else:
+            following = math.sqrt(low[i]) * math.sqrt(high[i])
+        sigma[i] = following
+        active[i] = abs(following - at) > rtol * at
+        left += active[i]
+    return left
+
+
+# --- kernels on array memory ---------------------------------------------------------------------
+
+
+@cache
+def kernels(codec: Codec) -> SimpleNamespace:
+    """The kernels that read or write one array, for its codec."""
+    magnitude, clear, rescale_one = codec.magnitude, codec.clear, codec.scale
+    keys32, keys64, keys_signed = (_key_kernel(key) for key in (codec.key32, codec.key64, codec.signed_key))
+
+    @_jit_any_order
+    def run_sum(buffer: Any, at: int, step: int, count: int, square: bool) -> float:
+        total = 0.0
+        if square:
+            for e in range(count):
+                x = magnitude(buffer, at + e * step)
+                total += x * x
+        else:
+            for e in range(count):
+                total += magnitude(buffer, at + e * step)
+        return total
+
+    @_jit
+    def run_max(buffer: Any, at: int, step: int, count: int, top: float) -> float:
+        for e in range(count):
+            x = magnitude(buffer, at + e * step)
+            if x > top or np.isnan(x):
+                top = x
+        return top
+
+    @_jit
+    def accumulate(
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, e0: int, e1: int,
+        code: int, chunk: int, hi: Any, lo: Any,
+    ) -> None:  # fmt: skip
+        """Add elements [e0, e1) of every block to its sum hi + lo, or their maximum to hi (code INF)."""
+        run, step = elements[0, -1], elements[1, -1]
+        for i in range(i0, i1):
+            at = origin + place(i, grid)
+            a, b = hi[i - i0], lo[i - i0]
+            e = e0
+            while e < e1:
+                count = min(e1 - e, run - e % run, chunk)
+                first = at + place(e, elements)
+                if code == INF:
+                    if not np.isnan(a):
+                        a = run_max(buffer, first, step, count, a)
+                else:
+                    a, error = two_sum(a, run_sum(buffer, first, step, count, code == TWO))
+                    b += error
+                e += count
+            hi[i - i0], lo[i - i0] = a, b
+
+    @_jit
+    def accumulate_scaled(
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, e0: int, e1: int,
+        top: Any, p: float, hi: Any, lo: Any,
+    ) -> None:  # fmt: skip
+        """Add (|x| / top) ** p of elements [e0, e1) of every block to its sum hi + lo."""
+        run, step = elements[0, -1], elements[1, -1]
+        for i in range(i0, i1):
+            largest = top[i - i0]
+            if largest == 0.0 or not np.isfinite(largest):
+                continue
+            at = origin + place(i, grid)
+            a, b = hi[i - i0], lo[i - i0]
+            e = e0
+            while e < e1:
+                count = min(e1 - e, run - e % run)
+                first = at + place(e, elements)
+                for j in range(count):
+                    x = magnitude(buffer, first + j * step) / largest
+                    a, error = two_sum(a, x * x if p == 2.0 else x**p)
+                    b += error
+                e += count
+            hi[i - i0], lo[i - i0] = a, b
+
+    @_jit
+    def accumulate_limbs(
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, chosen: Any, count: int, total: int,
+        square: bool, limbs: Any,
+    ) -> None:  # fmt: skip
+        """Add all elements of the `chosen` blocks (counted from i0) to their exact sums."""
+        for row in range(count):
+            at = origin + place(i0 + chosen[row], grid)
+            for e in range(total):
+                limbs_add(limbs, row, magnitude(buffer, at + place(e, elements)), square, 1)
+                if e & 0x3FFFFFFF == 0x3FFFFFFF:  # before a limb can overflow
+                    limbs_sign(limbs, row)
+
+    @_jit
+    def drop(
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, mask: Any
+    ) -> None:
+        """Write +0.0 to every element of the blocks whose mask is False."""
+        run, step = elements[0, -1], elements[1, -1]
+        width, stride = grid[0, -1], grid[1, -1]
+        i = i0
+        while i < i1:
+            stop = min(i1, i + width - i % width)
+            at = origin + place(i, grid)
+            if total == 1:
+                for j in range(stop - i):
+                    if not mask[i - i0 + j]:
+                        clear(buffer, at + j * stride)
+            else:
+                for j in range(stop - i):
+                    if not mask[i - i0 + j]:
+                        for e in range(0, total, run):
+                            first = at + j * stride + place(e, elements)
+                            for r in range(run):
+                                clear(buffer, first + r * step)
+            i = stop
+
+    @_jit
+    def rescale(
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, factors: Any
+    ) -> None:
+        """Multiply every element of a block by its factor; 0 writes +0.0, 1 touches nothing."""
+        run, step = elements[0, -1], elements[1, -1]
+        for i in range(i0, i1):
+            factor = factors[i - i0]
+            if factor == 1.0:
+                continue
+            at = origin + place(i, grid)
+            for e in range(0, total, run):
+                first = at + place(e, elements)
+                for r in range(run):
+                    if factor == 0.0:
+                        clear(buffer, first + r * step)
+                    else:
+                        rescale_one(buffer, first + r * step, factor)
+
+    @_jit
+    def count_above(
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, eps: float
+    ) -> int:
+        """How many elements of the blocks do not satisfy |x| <= eps."""
+        found = 0
+        for i in range(i0, i1):
+            at = origin + place(i, grid)
+            for e in range(total):
+                found += not (magnitude(buffer, at + place(e, elements)) <= eps)
+        return found
+
+    return SimpleNamespace(
+        keys32=keys32,
+        keys64=keys64,
+        keys_signed=keys_signed,
+        accumulate=accumulate,
+        accumulate_scaled=accumulate_scaled,
+        accumulate_limbs=accumulate_limbs,
+        drop=drop,
+        rescale=rescale,
+        count_above=count_above,
+    )
+
+
+def _key_kernel(key: Function) -> Function:
+    """The kernel that reads 1-element blocks [i0, i1) as ordered integers."""
+
+    @_jit
+    def keys_of_elements(buffer: Any, origin: int, grid: Any, i0: int, i1: int, out: Any) -> None:
+        width, stride = grid[0, -1], grid[1, -1]
+        i = i0
+        while i < i1:
+            stop = min(i1, i + width - i % width)
+            at = origin + place(i, grid)
+            for j in range(stop - i):
+                out[i - i0 + j] = key(buffer, at + j * stride)
+            i = stop
+
+    return keys_of_elements
+
+
+@cache
+def pair_kernels(data: Codec, metric: Codec) -> SimpleNamespace:
+    """The kernels of the conditioned shrink, which read an array and its diagonal metric side by side."""
+    magnitude, weight, rescale_one, clear = data.magnitude, metric.value, data.scale, data.clear
+
+    @_jit
+    def widest(
+        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
+        i0: int, i1: int, total: int, unit: Any, largest: Any, hmin: Any, hmax: Any,
+    ) -> None:  # fmt: skip
+        """Per block: the largest h * unit * |v|, and the range of h."""
+        for i in range(i0, i1):
+            b = i - i0
+            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
+            for e in range(total):
+                hh = weight(h, h_at + place(e, h_elements))
+                v = magnitude(x, x_at + place(e, x_elements))
+                largest[b] = max(largest[b], hh * (v * unit[b]))
+                hmin[b], hmax[b] = min(hmin[b], hh), max(hmax[b], hh)
+
+    @_jit
+    def weighted_squares(
+        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
+        i0: int, i1: int, total: int, unit: Any, scale: Any, hi: Any, lo: Any,
+    ) -> None:  # fmt: skip
+        """Per block: the sum hi + lo of (scale * h * unit * |v|) ** 2, compensated element by element."""
+        for i in range(i0, i1):
+            b = i - i0
+            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
+            for e in range(total):
+                hh = weight(h, h_at + place(e, h_elements))
+                w = hh * (magnitude(x, x_at + place(e, x_elements)) * unit[b]) * scale[b]
+                hi[b], error = two_sum(hi[b], w * w)
+                lo[b] += error
+
+    @_jit
+    def secular_sums(
+        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
+        i0: int, i1: int, total: int, unit: Any, n: Any, hmax: Any, tau: Any, sigma: Any, active: Any,
+        squares: Any, slopes: Any,
+    ) -> None:  # fmt: skip
+        """Per active block: sums of q ** 2 and q ** 2 * g / (g * sigma + tau), q = (hv / n) / (g * sigma + tau)."""
+        for i in range(i0, i1):
+            b = i - i0
+            if not active[b]:
+                continue
+            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
+            for e in range(total):
+                hh = weight(h, h_at + place(e, h_elements))
+                w = hh * (magnitude(x, x_at + place(e, x_elements)) * unit[b]) / n[b]
+                g = hh / hmax[b]
+                q = w / (g * sigma[b] + tau[b])
+                squares[b] += q * q
+                slopes[b] += q * q * (g / (g * sigma[b] + tau[b]))
+
+    @_jit
+    def rescale_conditioned(
+        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
+        i0: int, i1: int, total: int, hmax: Any, tau: Any, sigma: Any,
+    ) -> None:  # fmt: skip
+        """Multiply every element by g * sigma / (g * sigma + tau), g = h / hmax; tau = 0 touches nothing."""
+        for i in range(i0, i1):
+            b = i - i0
+            if tau[b] == 0.0:
+                continue
+            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
+            for e in range(total):
+                at = x_at + place(e, x_elements)
+                if sigma[b] == 0.0:
+                    clear(x, at)
+                else:
+                    gs = weight(h, h_at + place(e, h_elements)) / hmax[b] * sigma[b]
+                    rescale_one(x, at, gs / (gs + tau[b]))
+
+    return SimpleNamespace(
+        widest=widest,
+        weighted_squares=weighted_squares,
+        secular_sums=secular_sums,
+        rescale_conditioned=rescale_conditioned,
+    )

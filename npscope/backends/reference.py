@@ -1,0 +1,431 @@
+"""Every operation in plain array code: the oracle, and the backend of any array-API library.
+
+Only functions of the array API standard are used, so NumPy, array_api_strict, torch, JAX
+and CuPy arrays are all served, on their device. Each array is unfolded to ``(S, n, E)``
+(scope, block, element); from there on an operation is its definition. Sums run in
+double-double (a pair of float64), which is what makes norms correctly rounded whatever
+the order; the extremely rare block that even this cannot decide is summed in fractions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from types import ModuleType
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from npscope.dtypes import Kind, common_norm, kind_of
+from npscope.errors import ConvergenceError, KindError
+from npscope.tiling import Cut, Leaf, Part, Parts
+
+NAME = "reference"
+WRITES_THROUGH = False
+
+Array = Any
+
+_HUGE, _TINY = 2.0**450, 2.0**-450
+_UNIT = 2.0**-52
+_QUIET = {"divide": "ignore", "invalid": "ignore", "over": "ignore", "under": "ignore"}
+
+
+def _namespace_of(array: Array) -> ModuleType:
+    xp: ModuleType = array_api_compat.array_namespace(array)
+    return xp
+
+
+def _float64(xp: ModuleType, x: Array) -> Array:
+    """`x` in float64; KindError where the library or device has none."""
+    wide = xp.astype(x, xp.float64)
+    if wide.dtype != xp.float64:
+        raise KindError("this device has no float64, which exact norms need; with JAX set jax_enable_x64=True")
+    return wide
+
+
+# --- unfolding -----------------------------------------------------------------------------------
+
+
+def _layout(cut: Cut) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(split shape, order of its axes as scope + block + element, shape in that order)."""
+    dims = (*cut.scope, *cut.block, *cut.element)
+    memory = sorted(range(len(dims)), key=lambda i: (dims[i].axis, -dims[i].step))
+    order = tuple(memory.index(i) for i in range(len(dims)))
+    return tuple(dims[i].size for i in memory), order, tuple(d.size for d in dims)
+
+
+def unfold(leaf: Leaf) -> Array:
+    """The array of `leaf` as ``(S, n, E)``."""
+    array, cut = leaf.array if leaf.origin is None else leaf.origin, leaf.cut
+    xp = _namespace_of(array)
+    split, order, _ = _layout(cut)
+    moved = xp.permute_dims(xp.reshape(array, split), order)
+    return xp.reshape(moved, (cut.scopes, cut.blocks, cut.elements))
+
+
+def fold(table: Array, leaf: Leaf) -> Array:
+    """The inverse of `unfold`: ``(S, n, E)`` back in the shape of the leaf's array."""
+    xp = _namespace_of(leaf.array)
+    _, order, sizes = _layout(leaf.cut)
+    inverse = tuple(sorted(range(len(order)), key=lambda i: order[i]))
+    return xp.reshape(xp.permute_dims(xp.reshape(table, sizes), inverse), leaf.array.shape)
+
+
+def _rows(leaf: Leaf, like: Array) -> Array:
+    """A leaf of numbers as ``(S, n)`` or ``(S, 1)`` on the device of `like`."""
+    xp = _namespace_of(like)
+    array = leaf.array
+    if not array_api_compat.is_array_api_obj(array) or xp is not _namespace_of(array):
+        array = xp.asarray(np.ascontiguousarray(array), device=array_api_compat.device(like))
+    return unfold(Leaf(array, leaf.cut))[:, :, 0]
+
+
+def _kinds(part: Part) -> list[Kind]:
+    return [kind_of(leaf.array.dtype) for leaf in part]
+
+
+def _widened(x: Array) -> Array:
+    """Exactly the same numbers in float64 or complex128 (64-bit integers are rounded)."""
+    xp, kind = _namespace_of(x), kind_of(x.dtype)
+    if kind.is_complex:
+        return xp.astype(x, xp.complex128)
+    return _float64(xp, x)
+
+
+def _magnitudes(part: Part) -> tuple[ModuleType, Array]:
+    """|x| of a part's elements in float64, ``(S, n, E)`` over all its leaves; NaN parts give NaN."""
+    tables = []
+    for leaf in part:
+        x = _widened(unfold(leaf))
+        xp = _namespace_of(x)
+        size = xp.abs(x)
+        if kind_of(x.dtype).is_complex:
+            bad = xp.isnan(xp.real(x)) | xp.isnan(xp.imag(x))  # the hypotenuse of (inf, NaN) is inf
+            size = xp.where(bad, xp.nan * xp.ones_like(size), size)
+        tables.append(size)
+    return xp, tables[0] if len(tables) == 1 else xp.concat(tables, axis=-1)
+
+
+# --- exact sums and norms ------------------------------------------------------------------------
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """s + e == a + b exactly, s the rounded sum (Knuth 1969)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+def _double_double_sum(xp: ModuleType, terms: Array) -> tuple[Array, Array, Array]:
+    """(hi, lo, slack) along the last axis: the sum is hi + lo up to slack, and exact where slack is 0."""
+    hi, lo, slack = terms, xp.zeros_like(terms), xp.zeros_like(terms)
+    while hi.shape[-1] > 1:
+        if hi.shape[-1] % 2:
+            pad = xp.zeros_like(hi[..., :1])
+            hi, lo, slack = (xp.concat([t, pad], axis=-1) for t in (hi, lo, slack))
+        hi, error = _two_sum(hi[..., 0::2], hi[..., 1::2])
+        carried = lo[..., 0::2] + lo[..., 1::2]
+        lo = carried + error
+        slack = slack[..., 0::2] + slack[..., 1::2] + _UNIT * (xp.abs(carried) + xp.abs(lo))
+    hi, lo = _two_sum(hi[..., 0], lo[..., 0])
+    return hi, lo, slack[..., 0]
+
+
+def _exact_sides(xp: ModuleType, terms: Array, midpoint: Array, chosen: Array, square: bool) -> Array:
+    """Sign of (sum of `terms`) - (midpoint or its square) in fractions, for the `chosen` blocks."""
+    signs = np.zeros(chosen.shape)
+    for i, j in zip(*(axis.tolist() for axis in xp.nonzero(chosen)), strict=True):
+        total = sum((Fraction(float(terms[i, j, e])) for e in range(terms.shape[-1])), Fraction(0))
+        border = Fraction(float(midpoint[i, j])) ** (2 if square else 1)
+        signs[i, j] = (total > border) - (total < border)
+    return xp.asarray(signs, device=array_api_compat.device(terms))
+
+
+def _round_to_float32(xp: ModuleType, terms: Array, hi: Array, lo: Array, slack: Array, square: bool) -> Array:
+    """The float32 nearest to the sum of `terms` (or to its square root), ties to even.
+
+    The float64 result is one of two neighbours; which one, the side of their midpoint tells.
+    """
+    guess = xp.astype(xp.sqrt(hi) if square else hi, xp.float32)
+    for towards in (xp.inf, 0.0):
+        other = xp.nextafter(guess, xp.full_like(guess, towards))
+        a, b = (xp.where(xp.isinf(t), 2.0**128, _float64(xp, t)) for t in (guess, other))
+        midpoint = (a + b) / 2
+        border = midpoint * midpoint if square else midpoint
+        side = (hi - border) + lo
+        undecided = (xp.abs(side) <= slack) & (slack > 0)
+        if xp.any(undecided):
+            side = xp.where(undecided, _exact_sides(xp, terms, midpoint, undecided, square), side)
+        crossed = side > 0 if towards else side < 0
+        even = xp.astype(midpoint, xp.float32)
+        guess = xp.where(crossed, other, xp.where((side == 0) & (a != b), even, guess))
+    return guess
+
+
+def _summed_norm(xp: ModuleType, size: Array, p: float, rounded: bool) -> tuple[Array, Array]:
+    """(norm in the norm's dtype, norm in float64) of finite magnitudes ``(S, n, E)``, p in {1, 2}."""
+    top = xp.max(size, axis=-1, keepdims=True)
+    one = xp.ones_like(top)
+    scale = xp.where(top > _HUGE, one * _TINY, xp.where((top < _TINY) & (top > 0), one * _HUGE, one))
+    scaled = size * scale if p == 2 else size
+    terms = scaled * scaled if p == 2 else scaled
+    hi, lo, slack = _double_double_sum(xp, terms)
+    wide = xp.sqrt(hi + lo) / scale[..., 0] if p == 2 else hi + lo
+    wide = xp.where(xp.isnan(wide), xp.inf, wide)  # only a sum beyond the range of float64 gets here
+    if not rounded:
+        return wide, wide
+    # Scaled blocks are far outside the range of float32: their norm rounds to 0 or inf.
+    norm = _round_to_float32(xp, terms, hi, lo, slack, p == 2)
+    return xp.where(scale[..., 0] == 1, norm, xp.astype(wide, xp.float32)), wide
+
+
+def _power_norm(xp: ModuleType, size: Array, p: float) -> Array:
+    top = xp.max(size, axis=-1, keepdims=True)
+    safe = xp.where(top > 0, top, xp.ones_like(top))
+    hi, lo, _ = _double_double_sum(xp, (size / safe) ** p)
+    return xp.where(top[..., 0] > 0, top[..., 0] * (hi + lo) ** (1 / p), 0.0)
+
+
+def _part_norms(part: Part, ord: float) -> tuple[Array, Array]:
+    """(norms in the norm's dtype, the same norms in float64), each ``(S, n)``."""
+    kinds = _kinds(part)
+    xp, size = _magnitudes(part)
+    dtype = getattr(xp, common_norm(kinds))
+    finite = xp.where(xp.isfinite(size), size, 0.0)
+    if size.shape[-1] == 1 or ord == math.inf:
+        wide = xp.max(finite, axis=-1)
+        norm = xp.astype(wide, dtype)
+    elif ord in (1, 2):
+        norm, wide = _summed_norm(xp, finite, ord, all(kind.rounds_correctly for kind in kinds))
+    else:
+        norm = wide = _power_norm(xp, finite, ord)
+    has_inf, has_nan = xp.any(xp.isinf(size), axis=-1), xp.any(xp.isnan(size), axis=-1)
+
+    def marked(values: Array) -> Array:
+        return xp.where(has_nan, xp.nan, xp.where(has_inf, xp.inf, values))
+
+    return marked(xp.astype(norm, dtype)), marked(wide)
+
+
+def norms(parts: Parts, ord: float | None) -> Array:
+    """Norm of every block: ``(S, n)`` in the norm's dtype."""
+    if ord is None:
+        raise ValueError("signed values have no norm")
+    with np.errstate(**_QUIET):
+        tables = [_part_norms(part, ord)[0] for part in parts]
+    return _side_by_side(tables)
+
+
+def _side_by_side(tables: list[Array]) -> Array:
+    if len(tables) == 1:
+        return tables[0]
+    xp = _namespace_of(tables[0])
+    dtypes = [t.dtype for t in tables]
+    common = xp.float64 if xp.float64 in dtypes else dtypes[0]
+    return xp.concat([xp.astype(t, common) for t in tables], axis=-1)
+
+
+# --- ranking -------------------------------------------------------------------------------------
+
+
+def _integer_magnitudes(part: Part) -> Array:
+    """|x| of 64-bit integers as uint64, |-2**63| included."""
+    x = unfold(part[0])[:, :, 0]
+    xp = _namespace_of(x)
+    if kind_of(x.dtype).family == "uint":
+        return x
+    below = xp.astype(xp.where(x < 0, -(x + 1), x), xp.uint64)
+    return below + xp.astype(x < 0, xp.uint64)
+
+
+def _rank_values(parts: Parts, ord: float | None) -> Array:
+    """What the blocks of a scope rank by, ``(S, n)``: larger first, NaN above all."""
+    if ord is None:
+        x = unfold(parts[0][0])[:, :, 0]
+        return x if kind_of(x.dtype).is_integer else _float64(_namespace_of(x), x)
+    if all(len(p) == 1 and p[0].cut.elements == 1 and _kinds(p)[0].is_wide_integer for p in parts):
+        xp = _namespace_of(parts[0][0].array)
+        return xp.concat([_integer_magnitudes(part) for part in parts], axis=-1)
+    return norms(parts, ord)
+
+
+def _order(values: Array) -> Array:
+    """Positions along the last axis in rank order: descending, NaN first, ties by position."""
+    xp = _namespace_of(values)
+    if not xp.isdtype(values.dtype, "real floating"):
+        return xp.argsort(values, axis=-1, descending=True, stable=True)
+    nan = xp.isnan(values)
+    order = xp.argsort(xp.where(nan, xp.inf, values), axis=-1, descending=True, stable=True)
+    nan_first = xp.argsort(
+        xp.astype(xp.take_along_axis(nan, order, axis=-1), xp.int8), axis=-1, descending=True, stable=True
+    )
+    return xp.take_along_axis(order, nan_first, axis=-1)
+
+
+def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
+    """The k-th largest rank value of every scope: ``(S,)``."""
+    values = _rank_values(parts, ord)
+    xp = _namespace_of(values)
+    position = xp.astype(_rows(k, values), xp.int64) - 1
+    chosen = xp.take_along_axis(values, xp.take_along_axis(_order(values), position, axis=-1), axis=-1)[:, 0]
+    dtype = parts[0][0].array.dtype if ord is None else getattr(xp, common_norm(k for p in parts for k in _kinds(p)))
+    return xp.astype(xp.where(chosen == 0, xp.zeros_like(chosen), chosen), dtype)
+
+
+def mask(parts: Parts, keep: Leaf, ord: float | None) -> Array:
+    """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
+    values = _rank_values(parts, ord)
+    xp = _namespace_of(values)
+    rank = xp.argsort(_order(values), axis=-1, stable=True)
+    return rank < xp.astype(_rows(keep, values), rank.dtype)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _columns(parts: Parts, table: Array) -> list[tuple[Leaf, Array]]:
+    """Each leaf with its columns of an ``(S, n)`` table, as ``(S, n, 1)``; ``(S, 1)`` serves every part."""
+    pairs, start = [], 0
+    for part in parts:
+        stop = start + part[0].cut.blocks
+        columns = table if table.shape[1] == 1 else table[:, start:stop]
+        pairs += [(leaf, columns[:, :, None]) for leaf in part]
+        start = stop
+    return pairs
+
+
+def _kept(parts: Parts, keep_mask: Array) -> list[Array]:
+    results = []
+    for leaf, columns in _columns(parts, keep_mask):
+        x = unfold(leaf)
+        results.append(fold(_namespace_of(x).where(columns, x, _namespace_of(x).zeros_like(x)), leaf))
+    return results
+
+
+def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[Array]:
+    """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""
+    return _kept(target, mask(source, keep, ord))
+
+
+def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None) -> Sequence[Array]:
+    """Zero the blocks of `target` whose norm in `source` is below their threshold."""
+    values = norms(source, ord)
+    return _kept(target, ~(values < _rows(thresholds, values)))
+
+
+def apply_mask(target: Parts, mask: Leaf) -> Sequence[Array]:
+    """Zero the blocks of `target` whose mask is False."""
+    return _kept(target, _rows(mask, target[0][0].array))
+
+
+def scale(target: Parts, multipliers: Leaf) -> Sequence[Array]:
+    """Multiply blocks by a float64 each; 0 writes +0.0, 1 keeps the bits."""
+    return _scaled(target, _rows(multipliers, target[0][0].array))
+
+
+def _scaled(target: Parts, factors: Array) -> list[Array]:
+    return [fold(_times(unfold(leaf), columns), leaf) for leaf, columns in _columns(target, factors)]
+
+
+def _times(x: Array, factor: Array) -> Array:
+    """x * factor by select: a factor of 1 keeps the bits of x, 0 gives +0.0."""
+    xp = _namespace_of(x)
+    with np.errstate(**_QUIET):
+        product = xp.astype(_widened(x) * factor, x.dtype)
+    return xp.where(factor == 1, x, xp.where(factor == 0, xp.zeros_like(x), product))
+
+
+# --- shrinkage -----------------------------------------------------------------------------------
+
+
+def shrink(
+    target: Parts, thresholds: Sequence[Leaf], conditioners: Parts | None, max_iter: int, rtol: float
+) -> Sequence[Array]:
+    """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
+    metrics: Sequence[Part | None] = [None] * len(target) if conditioners is None else conditioners
+    with np.errstate(**_QUIET):
+        factors = [
+            _shrink_factors(part, t) if metric is None else _conditioned_factors(part, t, metric, max_iter, rtol)
+            for part, t, metric in zip(target, thresholds, metrics, strict=True)
+        ]
+    results = []
+    for part, table in zip(target, factors, strict=True):
+        start = 0
+        for leaf in part:
+            stop = start + leaf.cut.elements
+            columns = table if table.shape[-1] == 1 else table[:, :, start:stop]
+            results.append(fold(_times(unfold(leaf), columns), leaf))
+            start = stop
+    return results
+
+
+def _shrink_factors(part: Part, thresholds: Leaf) -> Array:
+    """What each block of `part` is multiplied by: ``(S, n, 1)`` float64."""
+    norm, wide = _part_norms(part, 2)
+    xp = _namespace_of(norm)
+    t = _rows(thresholds, norm)
+    same = xp.isnan(norm) | (t == 0) | (xp.isinf(norm) & xp.isfinite(t))
+    factor = (wide - _float64(xp, t)) / wide
+    return xp.where(same, 1.0, xp.where(norm <= t, 0.0, factor))[:, :, None]
+
+
+def _conditioned_factors(part: Part, thresholds: Leaf, metric: Part, max_iter: int, rtol: float) -> Array:
+    """What each element of `part` is multiplied by: ``(S, n, E)`` float64."""
+    xp, size = _magnitudes(part)
+    kinds = _kinds(part)
+    h = xp.concat([_float64(xp, unfold(leaf)) for leaf in metric], axis=-1)
+    t = _float64(xp, _rows(thresholds, size))
+    has_nan, has_inf = xp.any(xp.isnan(size), axis=-1), xp.any(xp.isinf(size), axis=-1)
+    v = xp.where(xp.isfinite(size), size, 0.0)
+    top = xp.max(v, axis=-1, keepdims=True)
+    one = xp.ones_like(top)
+    unit = xp.where(top > _HUGE, one * _TINY, xp.where((top < _TINY) & (top > 0), one * _HUGE, one))
+    hv, t = h * (v * unit), t * unit[..., 0]  # the step is homogeneous: prox of (c v, c t) is c times that of (v, t)
+    norm, wide = _summed_norm(xp, hv, 2, all(kind.rounds_correctly for kind in kinds))
+    zero = xp.where(has_inf, xp.isinf(t), norm <= xp.astype(t, norm.dtype))
+    same = has_nan | (t == 0) | (has_inf & xp.isfinite(t))
+    open_ = ~(zero | same)
+    wide, t = xp.where(open_, wide, 1.0), xp.where(open_, t, 0.5)
+    hmax = xp.max(h, axis=-1, keepdims=True)
+    g, w, tau = h / hmax, hv / wide[..., None], (t / wide)[..., None]
+    start = ((wide - t) / wide)[..., None]
+    root = _secular_root(xp, g, w, tau, start, open_[..., None], max_iter, rtol)
+    return xp.where(same[..., None], 1.0, xp.where(zero[..., None], 0.0, g * root / (g * root + tau)))
+
+
+def _secular_root(
+    xp: ModuleType, g: Array, w: Array, tau: Array, start: Array, open_: Array, max_iter: int, rtol: float
+) -> Array:
+    """sigma with ``||w / (g * sigma + tau)|| = 1``, for ``||w|| = 1``, ``0 < g <= max g = 1``, ``0 < tau < 1``.
+
+    Newton on the reciprocal norm, which is monotone from the left end of the bracket
+    ``[(1 - tau) / max g, (1 - tau) / min g]``; where the norm overflows, the bracket is halved instead.
+    """
+    sigma, low, high = start, start, start / xp.min(g, axis=-1, keepdims=True)
+    for _ in range(max_iter):
+        q = w / (g * sigma + tau)
+        norm = xp.sqrt(xp.sum(q * q, axis=-1, keepdims=True))
+        slope = xp.sum(q * q * (g / (g * sigma + tau)), axis=-1, keepdims=True)
+        low, high = xp.where(norm >= 1, sigma, low), xp.where(norm <= 1, sigma, high)
+        newton = sigma + (norm - 1) * norm * norm / slope
+        halved = xp.sqrt(low) * xp.sqrt(high)
+        following = xp.where(xp.isfinite(newton), xp.minimum(xp.maximum(newton, low), high), halved)
+        open_ = open_ & (xp.abs(following - sigma) > rtol * sigma)
+        sigma = following
+        if not xp.any(open_):
+            return sigma
+    raise ConvergenceError(f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps")
+
+
+# --- counting ------------------------------------------------------------------------------------
+
+
+def count_nonzero(parts: Parts, eps: float) -> int:
+    """How many elements do not satisfy ``|x| <= eps``."""
+    total = 0
+    for part in parts:
+        xp, size = _magnitudes(part)
+        total += int(xp.sum(xp.astype(~(size <= eps), xp.int64)))
+    return total

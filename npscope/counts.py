@@ -1,0 +1,88 @@
+"""How many blocks survive: exact counts from sparsities, and the checks on `nnz` and `k`."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from npscope.errors import KindError, SpecError
+from npscope.tiling import as_int
+
+
+def nnz_from_sparsity(s: float | str | Decimal | Fraction, n: int) -> int:
+    """Blocks to keep out of `n` so that ``floor(s * n)`` are pruned, in exact arithmetic.
+
+    Parameters
+    ----------
+    s
+        Share of blocks to prune, in [0, 1]. A float means its shortest decimal form *in its own
+        dtype*, so 0.29 of 100 prunes 29 although ``0.29 * 100 < 29`` in binary; str, Decimal and
+        Fraction are taken as they are.
+    n
+        Number of blocks, at least 0.
+
+    Raises
+    ------
+    SpecError
+        (a ValueError) `s` is no number, NaN or outside [0, 1], or `n` is negative.
+    KindError
+        (a TypeError) `s` is a bool or no number, or `n` no integer.
+
+    Examples
+    --------
+    >>> nnz_from_sparsity(0.29, 100), nnz_from_sparsity("1/3", 10)
+    (71, 7)
+    """
+    count = as_int(n, "n")
+    if count < 0:
+        raise SpecError(f"n = {count} blocks must not be negative")
+    return count - math.floor(_fraction(s) * count)
+
+
+def _fraction(s: Any) -> Fraction:
+    if isinstance(s, bool | np.bool_) or not (
+        isinstance(s, int | float | str | Decimal | Fraction) or (isinstance(s, np.generic) and s.dtype.kind in "fiuV")
+    ):
+        raise KindError(f"sparsity must be a real number, str, Decimal or Fraction, not {type(s).__name__} {s!r}")
+    try:
+        # str() is the shortest decimal that reads back as the same number of the same dtype.
+        share = Fraction(s) if isinstance(s, Fraction | Decimal) else Fraction(str(s))
+    except (ValueError, OverflowError, ZeroDivisionError):
+        raise SpecError(f"sparsity {s!s} is not a number in [0, 1]") from None
+    if not 0 <= share <= 1:
+        raise SpecError(f"sparsity {s!s} is outside [0, 1]; it is the share of blocks to prune")
+    return share
+
+
+def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: str) -> np.ndarray:
+    """`value` as an int64 array broadcast to `shape`, each entry in [low, high].
+
+    An integer or an integer array of the host; KindError for floats and bools, SpecError
+    outside the range or when the shapes do not broadcast. Never copies to the full shape.
+    """
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "iu":
+            raise KindError(f"{what} must be an integer or an integer array, not an array of {value.dtype}")
+        counts = value
+    else:
+        counts = np.asarray(_as_count(value, low, high, what), dtype=np.int64)
+    if counts.size and not (low <= int(counts.min()) and int(counts.max()) <= high):
+        worst = int(counts.min()) if int(counts.min()) < low else int(counts.max())
+        raise SpecError(f"{what} = {worst} is outside [{low}, {high}]")
+    try:
+        return np.broadcast_to(counts.astype(np.int64, copy=False), shape)
+    except ValueError:
+        raise SpecError(f"{what} of shape {counts.shape} does not broadcast to the scope grid {shape}") from None
+
+
+def _as_count(value: Any, low: int, high: int, what: str) -> int:
+    if isinstance(value, list | tuple):
+        raise KindError(f"{what} must be an integer or an integer array, not {type(value).__name__}; use numpy.asarray")
+    count = as_int(value, what)
+    if not low <= count <= high:
+        raise SpecError(f"{what} = {count} is outside [{low}, {high}]")
+    return count

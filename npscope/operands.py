@@ -1,0 +1,220 @@
+"""From what a caller passed to what a backend takes: every check that needs no geometry of its own.
+
+Facts known on the host are always checked, before anything is written. NumPy arrays are
+recognised here; other array libraries are only looked at when one of their arrays arrives.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+
+from npscope.dtypes import dtype_name, kind_of
+from npscope.errors import KindError, SpecError
+from npscope.memory import meets_itself, same_window, share_an_element
+from npscope.tiling import Leaf, as_int, grid_cut
+
+Array = Any
+
+CONDITIONER_RANGE = (1e-150, 1e150)
+"""Diagonal metrics outside this range would over- or underflow when squared."""
+
+
+def is_numpy(array: Any) -> bool:
+    """Whether `array` is a NumPy array that is nothing more than an array (or a memory map)."""
+    return isinstance(array, np.ndarray) and not isinstance(array, np.matrix | np.ma.MaskedArray)
+
+
+def require_array(array: Any, what: str) -> None:
+    """KindError with the way out unless `array` is an array with a supported dtype."""
+    if not is_numpy(array) and not _is_foreign(array):
+        hint = "use numpy.asarray to make a plain array of it"
+        if isinstance(array, np.ma.MaskedArray):
+            hint = "npscope does not see its mask; pass .filled(0) or .data"
+        raise KindError(f"{what} must be an array, not {type(array).__name__}; {hint}")
+    kind_of(array.dtype)
+
+
+def _is_foreign(array: Any) -> bool:
+    if isinstance(array, np.ndarray | np.generic | list | tuple | str | bytes | numbers.Number) or not hasattr(
+        array, "dtype"
+    ):
+        return False
+    import array_api_compat
+
+    return bool(array_api_compat.is_array_api_obj(array)) and not array_api_compat.is_dask_array(array)
+
+
+def require_alike(array: Any, other: Any, what: str, other_what: str) -> None:
+    """KindError naming both unless the two arrays belong to one library and one device."""
+    if is_numpy(array) and is_numpy(other):
+        return
+    places = [_place(a) for a in (array, other)]
+    if places[0] != places[1]:
+        raise KindError(f"{what} is {places[0]} but {other_what} is {places[1]}; move one of them to the other first")
+
+
+def _place(array: Any) -> str:
+    if is_numpy(array):
+        return "a NumPy array"
+    import array_api_compat
+
+    return f"a {type(array).__module__}.{type(array).__name__} on {array_api_compat.device(array)}"
+
+
+def require_writable(array: Any, what: str) -> None:
+    """KindError for immutable arrays; SpecError for read-only ones and windows that meet themselves."""
+    if not is_numpy(array):
+        import array_api_compat
+
+        if not array_api_compat.is_writeable_array(array):
+            raise KindError(f"{what} is immutable ({type(array).__name__}); use the functions, which return new arrays")
+        return
+    if not array.flags.writeable:
+        raise SpecError(f"{what} is read-only; pass a copy, or use the functions, which return new arrays")
+    if meets_itself(array.shape, array.strides, array.itemsize):
+        raise SpecError(f"{what} is a window that meets itself: it can be read, but not written; pass a copy")
+
+
+def require_no_partial_overlap(written: Any, read: Any, what: str, read_what: str) -> None:
+    """SpecError if `written` shares memory with `read` without being the same window."""
+    if is_numpy(written) and is_numpy(read) and not same_window(written, read) and share_an_element(written, read):
+        raise SpecError(f"{what} overlaps {read_what} partly; pass the same array, or one that shares no memory")
+
+
+def as_destination(out: Any, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """`out` checked as the place for a result read from `x`."""
+    require_array(out, "out")
+    require_alike(x, out, "x", "out")
+    if tuple(out.shape) != shape:
+        raise SpecError(f"out has shape {tuple(out.shape)}, the result {shape}")
+    if out.dtype != dtype:
+        raise KindError(f"out has dtype {out.dtype}, the result {dtype}")
+    require_writable(out, "out")
+    require_no_partial_overlap(out, x, "out", "x")
+    return out
+
+
+def store(array: Any, result: Any) -> Any:
+    """`result` written into `array`, which a backend may already have done."""
+    if result is not array:
+        array[...] = result
+    return array
+
+
+def as_ord(ord: Any) -> float:
+    """The order of a norm: 1, 2, inf or any p > 0."""
+    if isinstance(ord, bool | np.bool_) or not isinstance(ord, numbers.Real):
+        raise KindError(f"ord must be 1, 2, inf or another positive number, not {type(ord).__name__} {ord!r}")
+    if not ord > 0:
+        raise SpecError(f"ord = {ord} must be 1, 2, inf or another positive number")
+    return float(ord)
+
+
+def as_iteration(max_iter: Any, rtol: Any) -> tuple[int, float]:
+    """The limits of the conditioned shrink: at least one step, a positive finite tolerance."""
+    steps = as_int(max_iter, "max_iter")
+    if steps < 1:
+        raise SpecError(f"max_iter = {steps} must be at least 1")
+    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real):
+        raise KindError(f"rtol must be a positive number, not {type(rtol).__name__} {rtol!r}")
+    if not 0 < rtol < math.inf:
+        raise SpecError(f"rtol = {rtol} must be positive and finite")
+    return steps, float(rtol)
+
+
+def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: str, *, signed: bool = True) -> Array:
+    """Real numbers broadcast to the grid `shape`, converted to `dtype` once, on the device of `like`.
+
+    NaN is SpecError, and so is a negative number unless `signed`. `value` is a number or an array.
+    """
+    if isinstance(value, np.generic | numbers.Number) and not isinstance(value, np.bool_ | bool | complex):
+        value = np.asarray(float(value), dtype=np.float64)  # type: ignore[arg-type]
+    if not is_numpy(value) and not _is_foreign(value):
+        raise KindError(f"{what} must be a number or an array, not {type(value).__name__}")
+    if dtype_name(value.dtype) == "bool" or kind_of(value.dtype).is_complex:
+        raise KindError(f"{what} must be real numbers, not {value.dtype}")
+    if not is_numpy(value):
+        require_alike(like, value, "x", what)
+    return _as_grid(value, shape, dtype, what, signed)
+
+
+def _as_grid(value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: bool) -> Array:
+    xp: Any = np
+    if not is_numpy(value):
+        import array_api_compat
+
+        xp = array_api_compat.array_namespace(value)
+    with np.errstate(over="ignore", under="ignore"):
+        converted = xp.astype(value, getattr(xp, dtype))
+    if bool(xp.any(xp.isnan(converted))):
+        raise SpecError(f"{what} contains NaN")
+    if not signed and bool(xp.any(converted < 0)):
+        raise SpecError(f"{what} contains a negative number; a shrinkage needs at least 0")
+    try:
+        return xp.broadcast_to(converted, shape)
+    except (ValueError, RuntimeError, TypeError):
+        raise SpecError(
+            f"{what} of shape {tuple(value.shape)} does not broadcast to the grid {shape} (one number a block or scope)"
+        ) from None
+
+
+def as_block_mask(mask: Any, like: Array, shape: tuple[int, ...], what: str) -> Array:
+    """A bool array broadcast to the grid `shape`."""
+    if isinstance(mask, bool | np.bool_):
+        mask = np.asarray(mask)
+    if not is_numpy(mask) and not _is_foreign(mask):
+        raise KindError(f"{what} must be a bool array, not {type(mask).__name__}")
+    if dtype_name(mask.dtype) not in ("bool", "bool_"):
+        raise KindError(f"{what} must be a bool array (True = kept), not {mask.dtype}")
+    if is_numpy(like) or not is_numpy(mask):
+        require_alike(like, mask, "x", what)
+    if tuple(mask.shape) != shape:
+        raise SpecError(f"{what} has shape {tuple(mask.shape)}, the grid is {shape}")
+    return mask
+
+
+def as_scores(scores: Any, like: Array, shape: tuple[int, ...], what: str) -> Array:
+    """Numbers to rank by instead of `like`: an array of the same shape, library and device."""
+    require_array(scores, what)
+    require_alike(like, scores, "x", what)
+    if tuple(scores.shape) != shape:
+        raise SpecError(f"{what} has shape {tuple(scores.shape)}, expected {shape}")
+    return scores
+
+
+def as_conditioner(h: Any, like: Array, shape: tuple[int, ...], what: str) -> Array:
+    """A diagonal metric: real, of the shape of the data, each entry within `CONDITIONER_RANGE`."""
+    h = as_scores(h, like, shape, what)
+    if kind_of(h.dtype).is_complex:
+        raise KindError(f"{what} must be real, not {h.dtype}")
+    low, high = CONDITIONER_RANGE
+    if math.prod(shape):
+        xp: Any = np
+        if not is_numpy(h):
+            import array_api_compat
+
+            xp = array_api_compat.array_namespace(h)
+        least, most = float(xp.min(h)), float(xp.max(h))
+        if not (least >= low and most <= high):
+            raise SpecError(f"{what} spans [{least}, {most}]; every entry must be in [{low}, {high}] and not NaN")
+    return h
+
+
+def require_shrinkable(array: Array, what: str) -> None:
+    """KindError unless scaled values of this dtype are meaningful: floats of 16 bits and more, complex."""
+    if not kind_of(array.dtype).shrinkable:
+        raise KindError(f"{what} has dtype {array.dtype}; soft thresholds need floats of 16 bits or more, or complex")
+
+
+def scope_leaf(grid: Array) -> Leaf:
+    """Numbers over a scope grid, one for each scope."""
+    return Leaf(grid, grid_cut(tuple(grid.shape), per_scope=True))
+
+
+def block_leaf(grid: Array) -> Leaf:
+    """Numbers over a block grid, one for each block of the one scope that spans it."""
+    return Leaf(grid, grid_cut(tuple(grid.shape), per_scope=False))
