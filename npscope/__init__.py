@@ -7,6 +7,7 @@ Importing npscope loads NumPy and the standard library only; Numba and array lib
 are loaded by the first call that needs them.
 """
 
+from npscope.block import BlockCoupling, BlockSpec, SparseBlock
 from npscope.counts import nnz_from_sparsity
 from npscope.errors import (
     ConvergenceError,
@@ -29,17 +30,26 @@ from npscope.namespace import (
     topk_mask,
 )
 from npscope.options import config, use_backend
+from npscope.scope import ScopeCoupling, ScopeSpec, SparseScope
+from npscope.view import View
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockCoupling",
+    "BlockSpec",
     "ConvergenceError",
     "CouplingError",
     "FileError",
     "FormatError",
     "KindError",
     "NpscopeError",
+    "ScopeCoupling",
+    "ScopeSpec",
+    "SparseBlock",
+    "SparseScope",
     "SpecError",
+    "View",
     "__version__",
     "block_mask",
     "block_norms",

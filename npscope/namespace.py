@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from npscope import operands as op
+from npscope.axes import array_namespace, interleaved, regroup
 from npscope.backends import Array, Backend
 from npscope.counts import as_counts, nnz_from_sparsity
 from npscope.dtypes import common_norm, kind_of
@@ -87,24 +88,7 @@ def _one(leaf: Leaf) -> Parts:
 
 def _as_block_grid(table: Array, scopes: Tiling) -> Array:
     """An ``(S, n)`` table as the block grid that `scopes` tiles."""
-    ndim = len(scopes.grid)
-    order = [axis for pair in zip(range(ndim), range(ndim, 2 * ndim), strict=True) for axis in pair]
-    # Axes of length 1 are kept out: NumPy allows 64 axes in all.
-    sizes = [*scopes.grid, *scopes.tile]
-    kept = [axis for axis in order if sizes[axis] != 1]
-    positions = sorted(kept)
-    split = table.reshape([sizes[axis] for axis in positions])
-    xp = _array_namespace(table)
-    moved = xp.permute_dims(split, tuple(positions.index(axis) for axis in kept))
-    return xp.reshape(moved, scopes.shape)
-
-
-def _array_namespace(array: Array) -> Any:
-    if op.is_numpy(array):
-        return np
-    import array_api_compat
-
-    return array_api_compat.array_namespace(array)
+    return regroup(table, (*scopes.grid, *scopes.tile), interleaved(len(scopes.grid)), scopes.shape)
 
 
 def _destination(backend: Backend, x: Array, out: Array | None) -> Array:
@@ -121,10 +105,6 @@ def _target(x: Array, destination: Array, geometry: Cut) -> Leaf:
 def _stored(x: Array, out: Array | None, target: Leaf, result: Array) -> Array:
     """The result of a writer in its place; arrays of other libraries without `out` come back as they are."""
     return result if out is None and not op.is_numpy(x) else op.store(target.array, result)
-
-
-def _empty_result(shape: tuple[int, ...]) -> bool:
-    return 0 in shape
 
 
 # --- functions -----------------------------------------------------------------------------------
@@ -169,10 +149,12 @@ def block_norms(x: Array, block: Block, *, ord: float = 2, out: Array | None = N
         backend = begin(x)
         geometry, blocks, _ = _cuts(x, block)
         p = op.as_ord(ord)
-        norm = getattr(_array_namespace(x), common_norm([kind_of(x.dtype)]))
-        place = None if out is None else op.as_destination(out, x, blocks.grid, np.dtype(norm) if op.is_numpy(x) else norm)
+        norm = getattr(array_namespace(x), common_norm([kind_of(x.dtype)]))
+        place = (
+            None if out is None else op.as_destination(out, x, blocks.grid, np.dtype(norm) if op.is_numpy(x) else norm)
+        )
         result = backend.norms(_one(Leaf(x, geometry)), p)
-        grid = _array_namespace(result).reshape(result, blocks.grid)
+        grid = array_namespace(result).reshape(result, blocks.grid)
         return grid if place is None else op.store(place, grid)
 
 
@@ -212,7 +194,7 @@ def kth_largest(a: Array, k: int | Array, axis: int | None = -1) -> Array:
 
 def _kth(backend: Backend, a: Array, geometry: Cut, counts: np.ndarray, shape: tuple[int, ...]) -> Array:
     result = backend.kth(_one(Leaf(a, geometry)), op.scope_leaf(counts), None)
-    result = _array_namespace(result).reshape(result, shape)
+    result = array_namespace(result).reshape(result, shape)
     return result.astype(a.dtype, copy=False) if op.is_numpy(a) else result
 
 
@@ -267,7 +249,7 @@ def mid_kth_largest(a: Array, k: int | Array, axis: int | None = -1, *, k_weight
         upper = _kth(backend, a, geometry, counts, shape)
         lower = _kth(backend, a, geometry, counts + 1, shape)
         kind = kind_of(a.dtype)
-        dtype = getattr(_array_namespace(a), kind.norm) if kind.is_integer else a.dtype
+        dtype = getattr(array_namespace(a), kind.norm) if kind.is_integer else a.dtype
         return between(upper, lower, weight, dtype)
 
 
@@ -284,7 +266,7 @@ def as_weight(k_weight: float) -> float:
 
 def between(upper: Array, lower: Array, weight: float, dtype: Any) -> Array:
     """``(upper + weight * lower) / (1 + weight)`` in `dtype`, without overflow; equal ends give that end."""
-    xp = _array_namespace(upper)
+    xp = array_namespace(upper)
     a, b = (xp.astype(v, xp.float64) for v in (upper, lower))
     with np.errstate(over="ignore", invalid="ignore"):
         point = a / (1 + weight) + b * (weight / (1 + weight))
@@ -323,7 +305,7 @@ def topk_mask(a: Array, k: int | Array, axis: int | None = -1) -> Array:
         backend, geometry, shape = _along(a, axis)
         counts = as_counts(k, shape, low=0, high=geometry.blocks, what="k")
         table = backend.mask(_one(Leaf(a, geometry)), op.scope_leaf(counts), None)
-        xp = _array_namespace(table)
+        xp = array_namespace(table)
         if axis is None:
             return xp.reshape(table, tuple(a.shape))
         return xp.moveaxis(xp.reshape(table, (*shape, geometry.blocks)), -1, as_int(axis, "axis") % len(a.shape))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from npscope.axes import array_namespace
 from npscope.dtypes import dtype_name, kind_of
 from npscope.errors import KindError, SpecError
 from npscope.memory import meets_itself, same_window, share_an_element
@@ -143,11 +144,7 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
 
 
 def _as_grid(value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: bool) -> Array:
-    xp: Any = np
-    if not is_numpy(value):
-        import array_api_compat
-
-        xp = array_api_compat.array_namespace(value)
+    xp = array_namespace(value)
     with np.errstate(over="ignore", under="ignore"):
         converted = xp.astype(value, getattr(xp, dtype))
     if bool(xp.any(xp.isnan(converted))):
@@ -193,11 +190,7 @@ def as_conditioner(h: Any, like: Array, shape: tuple[int, ...], what: str) -> Ar
         raise KindError(f"{what} must be real, not {h.dtype}")
     low, high = CONDITIONER_RANGE
     if math.prod(shape):
-        xp: Any = np
-        if not is_numpy(h):
-            import array_api_compat
-
-            xp = array_api_compat.array_namespace(h)
+        xp = array_namespace(h)
         least, most = float(xp.min(h)), float(xp.max(h))
         if not (least >= low and most <= high):
             raise SpecError(f"{what} spans [{least}, {most}]; every entry must be in [{low}, {high}] and not NaN")

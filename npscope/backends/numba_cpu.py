@@ -203,9 +203,7 @@ class NormWork:
         for leaf in self.part.leaves:
             nk.kernels(leaf.codec).accumulate(*leaf.where, i0, i1, 0, leaf.size, code, self.chunk, hi, lo)
 
-    def _scaled(
-        self, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray, top: np.ndarray, norm: np.ndarray
-    ) -> None:
+    def _scaled(self, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray, top: np.ndarray, norm: np.ndarray) -> None:
         """Norms by sums of powers of |x| / max |x|, which neither over- nor underflow."""
         self._sums(nk.INF, i0, i1, top, lo)
         hi[:], lo[:] = 0.0, 0.0
@@ -218,9 +216,7 @@ class NormWork:
         self.limbs[: chosen.size] = 0
         square = self.code == nk.TWO
         for leaf in self.part.leaves:
-            nk.kernels(leaf.codec).accumulate_limbs(
-                *leaf.where, i0, chosen, chosen.size, leaf.size, square, self.limbs
-            )
+            nk.kernels(leaf.codec).accumulate_limbs(*leaf.where, i0, chosen, chosen.size, leaf.size, square, self.limbs)
         nk.finish_unsure(self.limbs, chosen, chosen.size, square, norm)
 
 
@@ -288,7 +284,9 @@ def _put(columns: np.ndarray, i0: int, i1: int, values: np.ndarray) -> None:
 class KeyWork:
     """Work arrays to read up to `length` blocks of a part as ordered integers."""
 
-    def __init__(self, part: Competitors, ord: float | None, exact_integers: bool, dtype: np.dtype, length: int) -> None:
+    def __init__(
+        self, part: Competitors, ord: float | None, exact_integers: bool, dtype: np.dtype, length: int
+    ) -> None:
         self.part = part
         self.norms: NormWork | None = None
         if ord is not None and not (part.elements == 1 and (exact_integers or not part.wide_integers)):
@@ -438,8 +436,7 @@ class LargeScopes:
             for b0 in range(0, part.blocks, length)
         ]
         self.works = [
-            [ranking.work(part, n) for part, n in zip(ranking.parts, lengths, strict=True)]
-            for _ in range(self.workers)
+            [ranking.work(part, n) for part, n in zip(ranking.parts, lengths, strict=True)] for _ in range(self.workers)
         ]
         self.norm_keys = np.empty(ranking.blocks if self._has_norms else 0, dtype=ranking.key)
         longest = max(lengths)
@@ -647,7 +644,7 @@ def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None)
 
     def job(measured: Competitors, written: Competitors) -> Callable[[], None]:
         def make_use(slots: int, length: int) -> Callable[..., None]:
-            limits = [Numbers(thresholds, measured, measured.norm, length) for _ in range(slots)]
+            limits = [Numbers(thresholds, measured, thresholds.array.dtype, length) for _ in range(slots)]
             masks = np.empty((slots, length), dtype=np.bool_)
 
             def use(slot: int, i0: int, i1: int, norm: np.ndarray, wide: np.ndarray) -> None:
@@ -703,13 +700,24 @@ def shrink(
 ) -> Sequence[Array]:
     """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
     # Norms are read where the elements are now, which for a target with an origin is there.
-    read = tuple(tuple(Leaf(leaf.array if leaf.origin is None else leaf.origin, leaf.cut) for leaf in p) for p in target)
+    read = tuple(
+        tuple(Leaf(leaf.array if leaf.origin is None else leaf.origin, leaf.cut) for leaf in p) for p in target
+    )
     metrics: Sequence[Part | None] = [None] * len(target) if conditioners is None else conditioners
     jobs = [
         _shrink_job(source, written, t)
         if metric is None
-        else _conditioned_job(source, written, t, [Operand(h, like) for h, like in zip(metric, source.leaves, strict=True)], max_iter, rtol)
-        for source, written, t, metric in zip(_competitors(read), _competitors(target), thresholds, metrics, strict=True)
+        else _conditioned_job(
+            source,
+            written,
+            t,
+            [Operand(h, like) for h, like in zip(metric, source.leaves, strict=True)],
+            max_iter,
+            rtol,
+        )
+        for source, written, t, metric in zip(
+            _competitors(read), _competitors(target), thresholds, metrics, strict=True
+        )
     ]
     _fill(target)
     for run in jobs:
@@ -842,7 +850,9 @@ def count_nonzero(parts: Parts, eps: float) -> int:
     for part in _competitors(parts):
         found: list[int] = []
 
-        def make_work(slots: int, length: int, part: Competitors = part, found: list[int] = found) -> Callable[..., None]:
+        def make_work(
+            slots: int, length: int, part: Competitors = part, found: list[int] = found
+        ) -> Callable[..., None]:
             def work(slot: int, i0: int, i1: int) -> None:
                 for leaf in part.leaves:
                     found.append(nk.kernels(leaf.codec).count_above(*leaf.where, i0, i1, leaf.size, eps))

@@ -384,9 +384,7 @@ def open_conditioned(
 
 
 @_jit
-def newton_step(
-    squares: Any, slopes: Any, sigma: Any, low: Any, high: Any, active: Any, rtol: float
-) -> int:
+def newton_step(squares: Any, slopes: Any, sigma: Any, low: Any, high: Any, active: Any, rtol: float) -> int:
     """One safeguarded Newton step on the reciprocal norm for every active block; how many stay active."""
     left = 0
     for i in range(sigma.size):
@@ -499,9 +497,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
                     limbs_sign(limbs, row)
 
     @_jit
-    def drop(
-        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, mask: Any
-    ) -> None:
+    def drop(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, mask: Any) -> None:
         """Write +0.0 to every element of the blocks whose mask is False."""
         run, step = elements[0, -1], elements[1, -1]
         width, stride = grid[0, -1], grid[1, -1]
@@ -523,9 +519,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
             i = stop
 
     @_jit
-    def rescale(
-        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, factors: Any
-    ) -> None:
+    def rescale(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, factors: Any) -> None:
         """Multiply every element of a block by its factor; 0 writes +0.0, 1 touches nothing."""
         run, step = elements[0, -1], elements[1, -1]
         for i in range(i0, i1):

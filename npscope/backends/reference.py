@@ -18,6 +18,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
+from npscope.axes import regroup
 from npscope.dtypes import Kind, common_norm, kind_of
 from npscope.errors import ConvergenceError, KindError
 from npscope.tiling import Cut, Leaf, Part, Parts
@@ -48,29 +49,25 @@ def _float64(xp: ModuleType, x: Array) -> Array:
 # --- unfolding -----------------------------------------------------------------------------------
 
 
-def _layout(cut: Cut) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(split shape, order of its axes as scope + block + element, shape in that order)."""
+def _layout(cut: Cut) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape that splits every axis into its loops, order of these as scope + block + element loops)."""
     dims = (*cut.scope, *cut.block, *cut.element)
     memory = sorted(range(len(dims)), key=lambda i: (dims[i].axis, -dims[i].step))
-    order = tuple(memory.index(i) for i in range(len(dims)))
-    return tuple(dims[i].size for i in memory), order, tuple(d.size for d in dims)
+    return tuple(dims[i].size for i in memory), tuple(memory.index(i) for i in range(len(dims)))
 
 
 def unfold(leaf: Leaf) -> Array:
-    """The array of `leaf` as ``(S, n, E)``."""
-    array, cut = leaf.array if leaf.origin is None else leaf.origin, leaf.cut
-    xp = _namespace_of(array)
-    split, order, _ = _layout(cut)
-    moved = xp.permute_dims(xp.reshape(array, split), order)
-    return xp.reshape(moved, (cut.scopes, cut.blocks, cut.elements))
+    """The elements of `leaf` as ``(S, n, E)``."""
+    split, order = _layout(leaf.cut)
+    array = leaf.array if leaf.origin is None else leaf.origin
+    return regroup(array, split, order, (leaf.cut.scopes, leaf.cut.blocks, leaf.cut.elements))
 
 
 def fold(table: Array, leaf: Leaf) -> Array:
     """The inverse of `unfold`: ``(S, n, E)`` back in the shape of the leaf's array."""
-    xp = _namespace_of(leaf.array)
-    _, order, sizes = _layout(leaf.cut)
-    inverse = tuple(sorted(range(len(order)), key=lambda i: order[i]))
-    return xp.reshape(xp.permute_dims(xp.reshape(table, sizes), inverse), leaf.array.shape)
+    split, order = _layout(leaf.cut)
+    back = tuple(order.index(i) for i in range(len(order)))
+    return regroup(table, [split[i] for i in order], back, leaf.array.shape)
 
 
 def _rows(leaf: Leaf, like: Array) -> Array:
@@ -112,7 +109,7 @@ def _magnitudes(part: Part) -> tuple[ModuleType, Array]:
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """s + e == a + b exactly, s the rounded sum (Knuth 1969)."""
+    """S + e == a + b exactly, s the rounded sum (Knuth 1969)."""
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)
@@ -330,7 +327,7 @@ def _scaled(target: Parts, factors: Array) -> list[Array]:
 
 
 def _times(x: Array, factor: Array) -> Array:
-    """x * factor by select: a factor of 1 keeps the bits of x, 0 gives +0.0."""
+    """X * factor by select: a factor of 1 keeps the bits of x, 0 gives +0.0."""
     xp = _namespace_of(x)
     with np.errstate(**_QUIET):
         product = xp.astype(_widened(x) * factor, x.dtype)
@@ -398,7 +395,7 @@ def _conditioned_factors(part: Part, thresholds: Leaf, metric: Part, max_iter: i
 def _secular_root(
     xp: ModuleType, g: Array, w: Array, tau: Array, start: Array, open_: Array, max_iter: int, rtol: float
 ) -> Array:
-    """sigma with ``||w / (g * sigma + tau)|| = 1``, for ``||w|| = 1``, ``0 < g <= max g = 1``, ``0 < tau < 1``.
+    """Sigma with ``||w / (g * sigma + tau)|| = 1``, for ``||w|| = 1``, ``0 < g <= max g = 1``, ``0 < tau < 1``.
 
     Newton on the reciprocal norm, which is monotone from the left end of the bracket
     ``[(1 - tau) / max g, (1 - tau) / min g]``; where the norm overflows, the bracket is halved instead.

@@ -1,0 +1,46 @@
+"""Splitting, permuting and joining the axes of an array of any library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = Any
+
+
+def array_namespace(array: Array) -> Any:
+    """The array API namespace of an array; NumPy itself for NumPy arrays."""
+    if isinstance(array, np.ndarray | np.generic):
+        return np
+    import array_api_compat
+
+    return array_api_compat.array_namespace(array)
+
+
+def regroup(array: Array, split: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Array:
+    """`array` reshaped to `split`, its axes put in `order`, reshaped to `shape`; a view where it can be.
+
+    Axes of length 1 are left out on the way, so that the split may have more axes than arrays can.
+    """
+    xp = array_namespace(array)
+    long = [axis for axis in range(len(split)) if split[axis] != 1]
+    moved = xp.reshape(array, tuple(split[axis] for axis in long))
+    moved = xp.permute_dims(moved, tuple(long.index(axis) for axis in order if split[axis] != 1))
+    return xp.reshape(moved, tuple(shape))
+
+
+def interleaved(ndim: int) -> tuple[int, ...]:
+    """The order that turns axes ``(a0, a1, .., b0, b1, ..)`` into ``(a0, b0, a1, b1, ..)``."""
+    return tuple(axis for pair in zip(range(ndim), range(ndim, 2 * ndim), strict=True) for axis in pair)
+
+
+def separated(ndim: int) -> tuple[int, ...]:
+    """The order that turns axes ``(a0, b0, a1, b1, ..)`` into ``(a0, a1, .., b0, b1, ..)``."""
+    return (*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2))
+
+
+def paired(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+    """``(a0, b0, a1, b1, ..)``."""
+    return tuple(n for pair in zip(first, second, strict=True) for n in pair)

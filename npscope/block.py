@@ -1,0 +1,609 @@
+"""Blocks: the atomic units. `BlockSpec` cuts one view, `BlockCoupling` lets a block span several arrays.
+
+A spec is a coupling of one part, so every verb stands once, on `SparseBlock`; the final
+classes hold fields only. Where they differ is which leaves a block has, and in which order
+each leaf's grid axes stand.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from npscope import operands as op
+from npscope.axes import array_namespace, paired, regroup, separated
+from npscope.backends import Array, Backend
+from npscope.dtypes import common_norm, kind_of
+from npscope.errors import CouplingError, KindError, SpecError, about
+from npscope.memory import share_an_element
+from npscope.namespace import backend_for
+from npscope.tiling import Leaf, Part, Tiling, as_orders, cut, permuted
+from npscope.view import View, with_settable_data
+
+Values = Any
+"""Scores by leaf: None, a bare array where there is one leaf, or a mapping by leaf spec or leaf name."""
+
+
+class SparseBlock(ABC):
+    """What `BlockSpec` and `BlockCoupling` have in common: a grid of blocks, and all that is done to blocks."""
+
+    name: str | None
+    _orders: tuple[tuple[int, ...], ...]
+
+    @abstractmethod
+    def specs(self) -> tuple[BlockSpec, ...]:
+        """The leaf specs, in the order of their elements in a block."""
+
+    @property
+    def _label(self) -> str:
+        return type(self).__name__ + (f" {self.name!r}" if self.name else "")
+
+    # geometry
+
+    @property
+    def grid_shape(self) -> tuple[int, ...]:
+        """Blocks along each axis of the (aligned) grid."""
+        return permuted(self.specs()[0].tiling.grid, self._orders[0])
+
+    @property
+    def grid_ndim(self) -> int:
+        """Number of axes of the grid."""
+        return len(self.grid_shape)
+
+    def numblk(self) -> int:
+        """Number of blocks."""
+        return math.prod(self.grid_shape)
+
+    def numel(self) -> int:
+        """Number of elements of all leaves."""
+        return sum(spec.view.numel() for spec in self.specs())
+
+    def numel_per_block(self) -> int:
+        """Number of elements of one block, over all leaves."""
+        return sum(math.prod(spec.tiling.tile) for spec in self.specs())
+
+    def nnz(self, eps: float = 0.0) -> int:
+        """Number of *elements* that do not satisfy ``|x| <= eps``; NaN counts.
+
+        SpecError for a negative or NaN `eps`.
+
+        >>> import numpy
+        >>> BlockSpec(numpy.asarray([[1.0, 0.0], [-2.0, 3.0]]), (1, 2)).nnz()
+        3
+        """
+        return count_nonzero(self, self._label, eps)
+
+    def parameters(self) -> tuple[View, ...]:
+        """The views of the leaves."""
+        return tuple(spec.view for spec in self.specs())
+
+    def blocks(self) -> tuple[SparseBlock, ...]:
+        """The direct children: the specs of a coupling, a spec itself."""
+        return self.specs()
+
+    # values
+
+    @property
+    def data(self) -> Any:
+        """The live window of a spec; of a coupling a mapping from each spec to its window. May be assigned."""
+        windows = {spec: spec.view.data for spec in self.specs()}
+        return windows if isinstance(self, BlockCoupling) else windows[self.specs()[0]]
+
+    def set_data(self, a: Values) -> None:
+        """Write `a` into the windows: an array where there is one leaf, or a mapping by spec or name.
+
+        SpecError or KindError when something does not fit; nothing is written then.
+        """
+        with about(self._label):
+            arrays = resolve(self.specs(), a, "data")
+            for spec in self.specs():
+                op.require_writable(spec.view.data, f"the array of {spec._label}")
+        for spec, array in zip(self.specs(), arrays, strict=True):
+            spec.view.set_data(array)
+
+    def block_view(self, values: Values = None, reorder: bool = True, merge: bool = False) -> Array:
+        """The elements by block: ``(*grid, *tile)``, or ``(*grid, numel_per_block)`` merged.
+
+        Parameters
+        ----------
+        values
+            Arrays to cut like the data, which are taken otherwise.
+        reorder
+            False leaves the axes interleaved: ``(g1, t1, g2, t2, ..)``.
+        merge
+            True joins the element axes into one. Of a spec this is a copy where it must be; a coupling,
+            whose leaves have no common tile, needs it and gives a fresh array.
+
+        Raises
+        ------
+        SpecError
+            (a ValueError) a coupling without `merge`, or `values` that do not fit.
+
+        Notes
+        -----
+        Without `merge`, the view of a spec's own data writes through.
+
+        >>> import numpy
+        >>> BlockSpec(numpy.arange(8).reshape(2, 4), (2, 2)).block_view(merge=True)
+        array([[[0, 1, 4, 5],
+                [2, 3, 6, 7]]])
+        """
+        with about(self._label):
+            arrays = resolve(self.specs(), values, "values")
+            if merge:
+                tables = [self._merged(spec, order, a) for spec, order, a in self._cuts(arrays)]
+                if len(tables) == 1:
+                    return tables[0]
+                xp = array_namespace(tables[0])
+                return xp.concat(tables, axis=-1)
+            if isinstance(self, BlockCoupling):
+                raise SpecError("the blocks of a coupling have no common tile; use merge=True")
+            tiling, ndim = self.specs()[0].tiling, self.grid_ndim
+            split = paired(tiling.grid, tiling.tile)
+            order = separated(ndim) if reorder else tuple(range(2 * ndim))
+            return regroup(arrays[0], split, order, tuple(split[axis] for axis in order))
+
+    def _cuts(self, arrays: Sequence[Array]) -> list[tuple[BlockSpec, tuple[int, ...], Array]]:
+        return list(zip(self.specs(), self._orders, arrays, strict=True))
+
+    def _merged(self, spec: BlockSpec, order: tuple[int, ...], array: Array) -> Array:
+        split = paired(spec.tiling.grid, spec.tiling.tile)
+        axes = (*(2 * a for a in order), *range(1, len(split), 2))
+        return regroup(array, split, axes, (*self.grid_shape, math.prod(spec.tiling.tile)))
+
+    def reduce(self, values: Values, op: Callable[..., Array]) -> Array:
+        """`op` over the elements of every block: ``op(array, axis=-1)``, an array over the block grid.
+
+        `values` as everywhere (None is the data). The elements of a block are gathered first, which
+        is a copy unless they already lie side by side.
+
+        >>> import numpy
+        >>> BlockSpec(numpy.arange(8).reshape(2, 4), (2, 2)).reduce(None, numpy.sum)
+        array([[10, 18]])
+        """
+        return op(self.block_view(values, merge=True), axis=-1)
+
+    def norms(self, values: Values = None, *, ord: float = 2) -> Array:
+        """Norm of every block, over the grid; joint over the leaves of a coupling.
+
+        Dtype and accuracy as `npscope.block_norms`; float64 as soon as one leaf needs it.
+        SpecError or KindError for `values` or an `ord` that cannot work.
+
+        >>> import numpy
+        >>> BlockSpec(numpy.asarray([[3.0, 4.0, 0.0, 1.0]]), (1, 2)).norms()
+        array([[5., 1.]])
+        """
+        with about(self._label):
+            arrays = resolve(self.specs(), values, "values")
+            table = backend_of(arrays).norms((self._part(arrays),), op.as_ord(ord))
+            return array_namespace(table).reshape(table, self.grid_shape)
+
+    def min(self, values: Values = None) -> Array:
+        """Smallest value in every block, over the grid; NaN if the block has one. Complex: KindError."""
+        return self._extreme(values, "min")
+
+    def max(self, values: Values = None) -> Array:
+        """Largest value in every block, over the grid; NaN if the block has one. Complex: KindError."""
+        return self._extreme(values, "max")
+
+    def _extreme(self, values: Values, name: str) -> Array:
+        with about(self._label):
+            arrays = resolve(self.specs(), values, "values")
+            for array in arrays:
+                if kind_of(array.dtype).is_complex:
+                    raise KindError(f"{array.dtype} has no order; reduce its magnitudes instead")
+            xp = array_namespace(arrays[0])
+            results = []
+            for spec, order, array in self._cuts(arrays):
+                grid, tile = spec.tiling.grid, spec.tiling.tile
+                split = [n for n in paired(grid, tile) if n != 1]
+                kept = [i for i, n in enumerate(paired(grid, tile)) if n != 1]
+                inner = tuple(i for i, axis in enumerate(kept) if axis % 2)
+                table = getattr(xp, name)(xp.reshape(array, tuple(split)), axis=inner) if inner else array
+                results.append(regroup(table, grid, order, self.grid_shape))
+            best = results[0]
+            for other in results[1:]:
+                best = (xp.minimum if name == "min" else xp.maximum)(best, other)
+            return best
+
+    # writing
+
+    def apply_mask(self, mask: Array) -> None:
+        """Set the blocks whose `mask` (bool over the grid) is False to +0.0, in place.
+
+        SpecError for another shape or a read-only array, KindError for no bool array.
+
+        >>> import numpy
+        >>> a = numpy.ones((1, 4))
+        >>> BlockSpec(a, (1, 2)).apply_mask(numpy.asarray([[True, False]]))
+        >>> a
+        array([[1., 1., 0., 0.]])
+        """
+        with about(self._label):
+            target = self._target()
+            grid = op.as_block_mask(mask, target[0].array, self.grid_shape, "mask")
+            op.require_no_partial_overlap(target[0].array, mask, "the array", "mask")
+            store_all(target, backend_of_part(target).apply_mask((target,), op.block_leaf(grid)))
+
+    def apply_multiplier(self, m: float | Array) -> None:
+        """Multiply every block by its number, in place; 0 writes +0.0 (also over inf), 1 keeps the bits.
+
+        `m` is a number or an array broadcastable to the grid. KindError for integers and float8,
+        SpecError for NaN.
+
+        >>> import numpy
+        >>> a = numpy.ones((1, 4))
+        >>> BlockSpec(a, (1, 2)).apply_multiplier(numpy.asarray([[2.0, 0.0]]))
+        >>> a
+        array([[2., 2., 0., 0.]])
+        """
+        with about(self._label):
+            target = self._target(shrinks=True)
+            grid = op.as_grid(m, target[0].array, self.grid_shape, "float64", "m")
+            store_all(target, backend_of_part(target).scale((target,), op.block_leaf(grid)))
+
+    def hard_threshold(self, thresholds: float | Array, values: Values = None, *, ord: float = 2) -> None:
+        """Set the blocks with ``norm < threshold`` to +0.0, in place; NaN stays.
+
+        Parameters
+        ----------
+        thresholds
+            Number, or array broadcastable to the grid.
+        values
+            Arrays whose norms decide, instead of the data.
+        ord
+            As `npscope.block_norms`.
+
+        Raises
+        ------
+        SpecError, KindError
+            As `npscope.hard_threshold`. Nothing is written then.
+
+        >>> import numpy
+        >>> a = numpy.asarray([[3.0, 4.0, 1.0, 1.0]])
+        >>> BlockSpec(a, (1, 2)).hard_threshold(5)
+        >>> a
+        array([[3., 4., 0., 0.]])
+        """
+        with about(self._label):
+            target = self._target()
+            arrays = resolve(self.specs(), values, "values")
+            require_no_overlaps((target,), arrays)
+            dtype = common_norm(kind_of(a.dtype) for a in arrays)
+            grid = op.as_grid(thresholds, target[0].array, self.grid_shape, dtype, "thresholds")
+            backend, source = backend_of_part(target), self._part(arrays)
+            store_all(target, backend.threshold((target,), (source,), op.block_leaf(grid), op.as_ord(ord)))
+
+    def soft_threshold(
+        self,
+        thresholds: float | Array,
+        conditioners: Values = None,
+        *,
+        max_iter: int = 20,
+        rtol: float = 1e-12,
+    ) -> None:
+        """Shrink every block towards zero by its threshold, in place; see `npscope.soft_threshold`.
+
+        Parameters
+        ----------
+        thresholds
+            Number >= 0, or array broadcastable to the grid.
+        conditioners
+            Diagonal metrics by leaf, through the same door as `values`.
+        max_iter, rtol
+            Limits of the iteration of the conditioned step.
+
+        Raises
+        ------
+        SpecError, KindError, ConvergenceError
+            As `npscope.soft_threshold`. Nothing is written then.
+
+        >>> import numpy
+        >>> a = numpy.asarray([[3.0, 4.0]])
+        >>> BlockSpec(a, (1, 2)).soft_threshold(1)
+        >>> a
+        array([[2.4, 3.2]])
+        """
+        with about(self._label):
+            target = self._target(shrinks=True)
+            dtype = common_norm(kind_of(leaf.array.dtype) for leaf in target)
+            grid = op.as_grid(thresholds, target[0].array, self.grid_shape, dtype, "thresholds", signed=False)
+            steps, tolerance = op.as_iteration(max_iter, rtol)
+            metric = None
+            if conditioners is not None:
+                arrays = resolve(self.specs(), conditioners, "conditioners", op.as_conditioner)
+                require_no_overlaps((target,), arrays)
+                metric = (self._part(arrays),)
+            backend = backend_of_part(target)
+            store_all(target, backend.shrink((target,), [op.block_leaf(grid)], metric, steps, tolerance))
+
+    # masks
+
+    def get_masks(self, block_mask: Array) -> dict[BlockSpec, Array]:
+        """Bool element masks (True = kept) by leaf, from a bool array over the grid.
+
+        >>> import numpy
+        >>> spec = BlockSpec(numpy.zeros((1, 4)), (1, 2))
+        >>> spec.get_masks(numpy.asarray([[True, False]]))[spec]
+        array([[ True,  True, False, False]])
+        """
+        with about(self._label):
+            grid = op.as_block_mask(block_mask, self.specs()[0].view.data, self.grid_shape, "block_mask")
+            return self._elements(grid)
+
+    def broadcast_block_to_element(self, v: Array) -> Any:
+        """Each block's entry of `v` (over the grid) at all its elements: an array in the layout of the view.
+
+        Of a coupling: a mapping from each leaf spec to its array. SpecError for another shape.
+
+        >>> import numpy
+        >>> BlockSpec(numpy.zeros((1, 4)), (1, 2)).broadcast_block_to_element(numpy.asarray([[7, 8]]))
+        array([[7, 7, 8, 8]])
+        """
+        with about(self._label):
+            if tuple(v.shape) != self.grid_shape:
+                raise SpecError(f"v has shape {tuple(v.shape)}, the grid is {self.grid_shape}")
+            elements = self._elements(v)
+            return elements if isinstance(self, BlockCoupling) else elements[self.specs()[0]]
+
+    def _elements(self, grid: Array) -> dict[BlockSpec, Array]:
+        xp = array_namespace(grid)
+        result = {}
+        for spec, order in zip(self.specs(), self._orders, strict=True):
+            own = xp.permute_dims(grid, tuple(order.index(a) for a in range(len(order))))
+            for axis, tile in enumerate(spec.tiling.tile):
+                if tile > 1:
+                    own = xp.repeat(own, tile, axis=axis)
+            result[spec] = own if any(t > 1 for t in spec.tiling.tile) else xp.asarray(own, copy=True)
+        return result
+
+    # operands
+
+    def _part(self, arrays: Sequence[Array]) -> Part:
+        """The arrays as a part in which all blocks share one scope."""
+        whole = Tiling.scopes(self.grid_shape, ())
+        axes = tuple(range(self.grid_ndim))
+        return tuple(Leaf(a, cut(spec.tiling, whole, order, axes)) for spec, order, a in self._cuts(arrays))
+
+    def _target(self, *, shrinks: bool = False) -> Part:
+        """The windows as a part to write, after checking that they can be."""
+        return self._part(writable_windows(self.specs(), shrinks=shrinks))
+
+
+@with_settable_data
+@dataclass(frozen=True, init=False, repr=False)
+class BlockSpec(SparseBlock):
+    """A view cut into equal blocks.
+
+    Parameters
+    ----------
+    view
+        A `View`, or an array, strided or not.
+    shape
+        Block sizes, one for each axis; -1 is a whole axis, ``()`` single elements. They must divide.
+    name
+        For messages, and as a key of `values`. No part of equality.
+
+    Raises
+    ------
+    SpecError
+        (a ValueError) a size does not divide its axis.
+    KindError
+        (a TypeError) no array, an unsupported dtype, sizes that are no integers.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> spec = BlockSpec(numpy.ones((4, 8)), (2, -1), name="W")
+    >>> spec.grid_shape, spec.numel_per_block()
+    ((2, 1), 16)
+    """
+
+    view: View
+    shape: tuple[int, ...]
+    name: str | None = field(compare=False)
+    tiling: Tiling = field(compare=False)
+    _orders: tuple[tuple[int, ...], ...] = field(compare=False)
+
+    def __init__(self, view: View | Array, shape: Any, name: str | None = None) -> None:
+        object.__setattr__(self, "name", name)
+        with about(self._label):
+            window = View.of(view)
+            tiling = Tiling.blocks(window.shape, shape)
+        for key, value in (
+            ("view", window),
+            ("shape", tiling.tile),
+            ("tiling", tiling),
+            ("_orders", (tuple(range(len(tiling.shape))),)),
+        ):
+            object.__setattr__(self, key, value)
+
+    def specs(self) -> tuple[BlockSpec, ...]:
+        """This spec alone."""
+        return (self,)
+
+    def __repr__(self) -> str:
+        return f"BlockSpec({self.view.dtype} {self.view.shape}, block={self.shape}{_named(self.name)})"
+
+
+@with_settable_data
+@dataclass(frozen=True, init=False, repr=False)
+class BlockCoupling(SparseBlock):
+    """Blocks that span several arrays: block i consists of block i of every spec, and its norm is joint.
+
+    Parameters
+    ----------
+    specs
+        The parts: `BlockSpec` objects whose grids agree after `orders`, on windows that share no element.
+    orders
+        For each part the order in which its grid axes stand in the common grid, as for a transpose;
+        ``()`` is "as they stand".
+    name
+        For messages. No part of equality.
+
+    Raises
+    ------
+    CouplingError
+        (a ValueError) no parts, grids that differ, windows that share an element; names both.
+    KindError
+        (a TypeError) parts that are no BlockSpec, or that live in different libraries or on different devices.
+
+    Examples
+    --------
+    A neuron of an MLP: row i of the up projection and column i of the down projection.
+
+    >>> import numpy
+    >>> up, down = numpy.ones((3, 4)), numpy.ones((4, 3))
+    >>> neurons = BlockCoupling([BlockSpec(up, (1, -1)), BlockSpec(down, (-1, 1))], orders=[(0, 1), (1, 0)])
+    >>> neurons.grid_shape, neurons.numel_per_block()
+    ((3, 1), 8)
+    """
+
+    _specs: tuple[BlockSpec, ...]
+    orders: tuple[tuple[int, ...], ...]
+    name: str | None = field(compare=False)
+
+    def __init__(self, specs: Sequence[BlockSpec], orders: Any = (), name: str | None = None) -> None:
+        object.__setattr__(self, "name", name)
+        with about(self._label):
+            parts = as_parts(specs, BlockSpec)
+            axes = as_orders(orders, [spec.grid_ndim for spec in parts])
+            require_equal_grids(parts, [permuted(s.tiling.grid, o) for s, o in zip(parts, axes, strict=True)], "grid")
+            require_separate(parts)
+        object.__setattr__(self, "_specs", parts)
+        object.__setattr__(self, "orders", axes)
+
+    @property
+    def _orders(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
+        return self.orders
+
+    def specs(self) -> tuple[BlockSpec, ...]:
+        """The parts, in listed order."""
+        return self._specs
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The block shape of every part."""
+        return tuple(spec.shape for spec in self._specs)
+
+    def __repr__(self) -> str:
+        return f"BlockCoupling(grid={self.grid_shape}, blocks={self.shapes}{_named(self.name)})"
+
+
+def _named(name: str | None) -> str:
+    return f", name={name!r}" if name else ""
+
+
+# --- what blocks and scopes share ----------------------------------------------------------------
+
+
+def as_parts(given: Any, kind: type[Any]) -> tuple[Any, ...]:
+    """The parts of a coupling: at least one, all of one class."""
+    if not hasattr(given, "__iter__"):
+        raise KindError(f"the parts must be a sequence of {kind.__name__}, not {type(given).__name__}")
+    parts = tuple(given)
+    if not parts:
+        raise CouplingError(f"a coupling needs at least one {kind.__name__}")
+    for i, part in enumerate(parts):
+        if not isinstance(part, kind):
+            raise KindError(f"part {i} must be a {kind.__name__}, not {type(part).__name__}")
+    return parts
+
+
+def require_equal_grids(parts: Sequence[Any], grids: Sequence[tuple[int, ...]], what: str) -> None:
+    """CouplingError naming two parts whose aligned grids differ."""
+    for part, grid in zip(parts[1:], grids[1:], strict=True):
+        if grid != grids[0]:
+            raise CouplingError(
+                f"{part._label} has {what} {grid}, {parts[0]._label} has {grids[0]}; use orders to align"
+            )
+
+
+def require_separate(specs: Sequence[BlockSpec]) -> None:
+    """CouplingError naming two leaves that share an element; KindError for two libraries or devices."""
+    for i, spec in enumerate(specs):
+        for j, other in enumerate(specs[:i]):
+            a, b = other.view.data, spec.view.data
+            op.require_alike(a, b, f"part {j} ({other._label})", f"part {i} ({spec._label})")
+            if a is b or (op.is_numpy(a) and share_an_element(a, b)):
+                raise CouplingError(
+                    f"part {j} ({other!r}) and part {i} ({spec!r}) share an element; parts must be disjoint windows"
+                )
+
+
+def resolve(
+    specs: Sequence[BlockSpec], values: Values, what: str, check: Callable[..., Array] = op.as_scores
+) -> list[Array]:
+    """One array for each leaf, in its view's layout: `values` through their one door, or the data itself."""
+    if values is None:
+        return [spec.view.data for spec in specs]
+    if isinstance(values, Mapping):
+        found = [(_by_spec_or_name(specs, spec, values, what), spec) for spec in specs]
+    elif len(specs) == 1:
+        found = [(values, specs[0])]
+    else:
+        raise SpecError(f"{what} must be a mapping by leaf spec or name: there are {len(specs)} leaves")
+    return [check(a, spec.view.data, spec.view.shape, f"{what} of {spec._label}") for a, spec in found]
+
+
+def _by_spec_or_name(specs: Sequence[BlockSpec], spec: BlockSpec, values: Mapping[Any, Array], what: str) -> Array:
+    if spec in values:
+        return values[spec]
+    unique = spec.name is not None and sum(other.name == spec.name for other in specs) == 1
+    if unique and spec.name in values:
+        return values[spec.name]
+    raise SpecError(f"{what} has no entry for {spec!r}; its keys must be leaf specs, or leaf names where unique")
+
+
+def writable_windows(specs: Sequence[BlockSpec], *, shrinks: bool) -> list[Array]:
+    """The windows of the leaves, after checking that each can be written (and scaled)."""
+    for spec in specs:
+        op.require_writable(spec.view.data, f"the array of {spec._label}")
+        if shrinks:
+            op.require_shrinkable(spec.view.data, f"the array of {spec._label}")
+    return [spec.view.data for spec in specs]
+
+
+def require_no_overlaps(target: Sequence[Part], arrays: Sequence[Array]) -> None:
+    """SpecError if an array that is read shares memory with one that is written, other than by being it."""
+    for part in target:
+        for leaf in part:
+            for array in arrays:
+                op.require_no_partial_overlap(leaf.array, array, "the written array", "the values")
+
+
+def backend_of(arrays: Sequence[Array]) -> Backend:
+    """The backend that serves these arrays."""
+    return backend_for(arrays[0])
+
+
+def backend_of_part(part: Part) -> Backend:
+    """The backend that serves the arrays of a part."""
+    return backend_for(part[0].array)
+
+
+def store_all(leaves: Sequence[Leaf], results: Sequence[Array]) -> None:
+    """Write the results of a backend into the arrays of the leaves, where it has not done so."""
+    for leaf, result in zip(leaves, results, strict=True):
+        op.store(leaf.array, result)
+
+
+def count_nonzero(owner: Any, label: str, eps: float) -> int:
+    """Elements of all leaves of `owner` that do not satisfy ``|x| <= eps``."""
+    with about(label):
+        try:
+            limit = float(eps)
+        except (TypeError, ValueError):
+            raise KindError(f"eps must be a number, not {type(eps).__name__} {eps!r}") from None
+        if not limit >= 0:
+            raise SpecError(f"eps = {limit} must be at least 0")
+        windows = [spec.view.data for spec in owner.specs()]
+        whole = [Tiling.blocks(spec.view.shape, ()) for spec in owner.specs()]
+        parts = tuple(
+            (Leaf(w, cut(t, Tiling.scopes(t.grid, ()), tuple(range(len(t.grid))), tuple(range(len(t.grid))))),)
+            for w, t in zip(windows, whole, strict=True)
+        )
+        return backend_of(windows).count_nonzero(parts, limit)
