@@ -31,7 +31,10 @@ class SparseBlock(ABC):
     """What `BlockSpec` and `BlockCoupling` have in common: a grid of blocks, and all that is done to blocks."""
 
     name: str | None
-    _orders: tuple[tuple[int, ...], ...]
+
+    @abstractmethod
+    def _orders(self) -> tuple[tuple[int, ...], ...]:
+        """For each leaf, the order in which its grid axes stand in the common grid."""
 
     @abstractmethod
     def specs(self) -> tuple[BlockSpec, ...]:
@@ -46,7 +49,7 @@ class SparseBlock(ABC):
     @property
     def grid_shape(self) -> tuple[int, ...]:
         """Blocks along each axis of the (aligned) grid."""
-        return permuted(self.specs()[0].tiling.grid, self._orders[0])
+        return permuted(self.specs()[0].tiling.grid, self._orders()[0])
 
     @property
     def grid_ndim(self) -> int:
@@ -147,7 +150,7 @@ class SparseBlock(ABC):
             return regroup(arrays[0], split, order, tuple(split[axis] for axis in order))
 
     def _cuts(self, arrays: Sequence[Array]) -> list[tuple[BlockSpec, tuple[int, ...], Array]]:
-        return list(zip(self.specs(), self._orders, arrays, strict=True))
+        return list(zip(self.specs(), self._orders(), arrays, strict=True))
 
     def _merged(self, spec: BlockSpec, order: tuple[int, ...], array: Array) -> Array:
         split = paired(spec.tiling.grid, spec.tiling.tile)
@@ -352,7 +355,7 @@ class SparseBlock(ABC):
     def _elements(self, grid: Array) -> dict[BlockSpec, Array]:
         xp = array_namespace(grid)
         result = {}
-        for spec, order in zip(self.specs(), self._orders, strict=True):
+        for spec, order in zip(self.specs(), self._orders(), strict=True):
             own = xp.permute_dims(grid, tuple(order.index(a) for a in range(len(order))))
             for axis, tile in enumerate(spec.tiling.tile):
                 if tile > 1:
@@ -406,27 +409,24 @@ class BlockSpec(SparseBlock):
     shape: tuple[int, ...]
     name: str | None = field(compare=False)
     tiling: Tiling = field(compare=False)
-    _orders: tuple[tuple[int, ...], ...] = field(compare=False)
 
     def __init__(self, view: View | Array, shape: Any, name: str | None = None) -> None:
         object.__setattr__(self, "name", name)
         with about(self._label):
             window = View.of(view)
             tiling = Tiling.blocks(window.shape, shape)
-        for key, value in (
-            ("view", window),
-            ("shape", tiling.tile),
-            ("tiling", tiling),
-            ("_orders", (tuple(range(len(tiling.shape))),)),
-        ):
+        for key, value in (("view", window), ("shape", tiling.tile), ("tiling", tiling)):
             object.__setattr__(self, key, value)
 
+    def _orders(self) -> tuple[tuple[int, ...], ...]:
+        return (tuple(range(len(self.shape))),)
+
     def specs(self) -> tuple[BlockSpec, ...]:
-        """This spec alone."""
+        """The spec itself."""
         return (self,)
 
     def __repr__(self) -> str:
-        return f"BlockSpec({self.view.dtype} {self.view.shape}, block={self.shape}{_named(self.name)})"
+        return f"BlockSpec({self.view.dtype} {self.view.shape}, block={self.shape}{named(self.name)})"
 
 
 @with_settable_data
@@ -476,8 +476,7 @@ class BlockCoupling(SparseBlock):
         object.__setattr__(self, "_specs", parts)
         object.__setattr__(self, "orders", axes)
 
-    @property
-    def _orders(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
+    def _orders(self) -> tuple[tuple[int, ...], ...]:
         return self.orders
 
     def specs(self) -> tuple[BlockSpec, ...]:
@@ -490,10 +489,11 @@ class BlockCoupling(SparseBlock):
         return tuple(spec.shape for spec in self._specs)
 
     def __repr__(self) -> str:
-        return f"BlockCoupling(grid={self.grid_shape}, blocks={self.shapes}{_named(self.name)})"
+        return f"BlockCoupling(grid={self.grid_shape}, blocks={self.shapes}{named(self.name)})"
 
 
-def _named(name: str | None) -> str:
+def named(name: str | None) -> str:
+    """The end of a repr that shows a name, if there is one."""
     return f", name={name!r}" if name else ""
 
 

@@ -38,7 +38,7 @@ class FileError(NpscopeError, OSError):
     """A file cannot be read or written."""
 
 
-class about:
+class about:  # noqa: N801 - reads as a word where it is used
     """Context manager that puts ``subject: `` in front of an npscope error, once.
 
     A class and not a generator: it stands on the path of every small call.

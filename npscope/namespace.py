@@ -164,9 +164,11 @@ def kth_largest(a: Array, k: int | Array, axis: int | None = -1) -> Array:
     Parameters
     ----------
     a
-        Real array, at least one entry along `axis`; None flattens.
+        Real array.
     k
         Integer, or integer array broadcastable to the shape of the result; ``1 <= k <= n``.
+    axis
+        The axis along which to rank; None ranks all entries together.
 
     Returns
     -------
@@ -280,9 +282,11 @@ def topk_mask(a: Array, k: int | Array, axis: int | None = -1) -> Array:
     Parameters
     ----------
     a
-        Real array; None as `axis` ranks all entries together.
+        Real array.
     k
         Integer, or integer array broadcastable to the shape of `a` without `axis`; ``0 <= k <= n``.
+    axis
+        The axis along which to rank; None ranks all entries together.
 
     Returns
     -------

@@ -25,6 +25,7 @@ from npscope.block import (
     as_parts,
     backend_of,
     count_nonzero,
+    named,
     require_equal_grids,
     require_no_overlaps,
     require_separate,
@@ -44,7 +45,10 @@ class SparseScope(ABC):
     """What `ScopeSpec` and `ScopeCoupling` have in common: a grid of scopes, and all that is decided in them."""
 
     name: str | None
-    _orders: tuple[tuple[int, ...], ...]
+
+    @abstractmethod
+    def _orders(self) -> tuple[tuple[int, ...], ...]:
+        """For each part, the order in which its scope axes stand in the common grid."""
 
     @abstractmethod
     def _parts(self) -> tuple[ScopeSpec, ...]:
@@ -59,7 +63,7 @@ class SparseScope(ABC):
     @property
     def grid_shape(self) -> tuple[int, ...]:
         """Scopes along each axis of the (aligned) grid."""
-        return permuted(self._parts()[0].tiling.grid, self._orders[0])
+        return permuted(self._parts()[0].tiling.grid, self._orders()[0])
 
     def numscp(self) -> int:
         """Number of scopes."""
@@ -78,7 +82,7 @@ class SparseScope(ABC):
         return sum(math.prod(part.tiling.tile) * part.block.numel_per_block() for part in self._parts())
 
     def nnz(self, eps: float = 0.0) -> int:
-        """Number of *elements* that do not satisfy ``|x| <= eps``; NaN counts. (`nnz=` counts blocks.)"""
+        """Number of *elements* that do not satisfy ``|x| <= eps``; NaN counts."""
         return count_nonzero(self, self._label, eps)
 
     def blocks(self) -> tuple[SparseBlock, ...]:
@@ -178,7 +182,7 @@ class SparseScope(ABC):
             return results if isinstance(self, ScopeCoupling) else results[self._parts()[0]]
 
     def _ordered(self) -> list[tuple[ScopeSpec, tuple[int, ...]]]:
-        return list(zip(self._parts(), self._orders, strict=True))
+        return list(zip(self._parts(), self._orders(), strict=True))
 
     def _by_part(self, b: Any) -> list[Array]:
         if not isinstance(self, ScopeCoupling):
@@ -264,6 +268,8 @@ class SparseScope(ABC):
             Signed numbers ``(*grid_shape, numblk_per_scope)`` to rank by: the largest are kept.
         block_mask
             The decision itself, bool of that shape, instead of `nnz`.
+        ord
+            As `npscope.block_norms`.
 
         Raises
         ------
@@ -419,7 +425,7 @@ class SparseScope(ABC):
         return tuple(
             tuple(
                 Leaf(next(remaining), cut(spec.tiling, part.tiling, block_order, order))
-                for spec, block_order in zip(part.block.specs(), part.block._orders, strict=True)
+                for spec, block_order in zip(part.block.specs(), part.block._orders(), strict=True)
             )
             for part, order in self._ordered()
         )
@@ -459,7 +465,6 @@ class ScopeSpec(SparseScope):
     shape: tuple[int, ...]
     name: str | None = field(compare=False)
     tiling: Tiling = field(compare=False)
-    _orders: tuple[tuple[int, ...], ...] = field(compare=False)
 
     def __init__(self, block: SparseBlock, shape: Any, name: str | None = None) -> None:
         object.__setattr__(self, "name", name)
@@ -467,16 +472,14 @@ class ScopeSpec(SparseScope):
             if not isinstance(block, SparseBlock):
                 raise KindError(f"block must be a BlockSpec or a BlockCoupling, not {type(block).__name__}")
             tiling = Tiling.scopes(block.grid_shape, shape)
-        for key, value in (
-            ("block", block),
-            ("shape", tiling.tile),
-            ("tiling", tiling),
-            ("_orders", (tuple(range(len(tiling.shape))),)),
-        ):
+        for key, value in (("block", block), ("shape", tiling.tile), ("tiling", tiling)):
             object.__setattr__(self, key, value)
 
     def _parts(self) -> tuple[ScopeSpec, ...]:
         return (self,)
+
+    def _orders(self) -> tuple[tuple[int, ...], ...]:
+        return (tuple(range(len(self.shape))),)
 
     def _cut_grid(self, b: Array, order: tuple[int, ...], reorder: bool, merge: bool) -> Array:
         """`b` over the block grid as ``(G.., g.., t..)``, merged or interleaved, scopes in `order`."""
@@ -503,7 +506,7 @@ class ScopeSpec(SparseScope):
         return regroup(table, split, axes, (*self.tiling.shape, *riding))
 
     def __repr__(self) -> str:
-        return f"ScopeSpec({self.block!r}, scope={self.shape}, grid={self.grid_shape}{_named(self.name)})"
+        return f"ScopeSpec({self.block!r}, scope={self.shape}, grid={self.grid_shape}{named(self.name)})"
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -554,8 +557,7 @@ class ScopeCoupling(SparseScope):
         object.__setattr__(self, "scopes", parts)
         object.__setattr__(self, "orders", axes)
 
-    @property
-    def _orders(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
+    def _orders(self) -> tuple[tuple[int, ...], ...]:
         return self.orders
 
     def _parts(self) -> tuple[ScopeSpec, ...]:
@@ -565,7 +567,3 @@ class ScopeCoupling(SparseScope):
         return (
             f"ScopeCoupling({len(self.scopes)} parts, grid={self.grid_shape}, {self.numblk_per_scope()} blocks a scope)"
         )
-
-
-def _named(name: str | None) -> str:
-    return f", name={name!r}" if name else ""

@@ -11,7 +11,6 @@ those that only see dense work arrays are plain functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +18,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npscope.backends.numba_codecs import Codec, key_of_float32, key_of_float64
-
-Function = Callable[..., Any]
+from npscope.backends.numba_cpu.codecs import Codec, Function, Real, key_of_float32, key_of_float64
 
 _jit = njit(nogil=True, error_model="numpy")
 # Sums of float32 are rounded exactly later, so their order is free; NaN and infinities must stay true.
@@ -48,7 +45,7 @@ DIGIT_BITS = 16
 
 
 @_jit
-def place(i: int, nest: Any) -> int:
+def place(i: int, nest: Any) -> Any:
     """Offset of index `i` of a loop nest."""
     offset = 0
     for d in range(nest.shape[1] - 1, 0, -1):
@@ -56,7 +53,8 @@ def place(i: int, nest: Any) -> int:
         outer = i // size
         offset += (i - outer * size) * nest[1, d]
         i = outer
-    return offset + i * nest[1, 0]
+    offset += i * nest[1, 0]
+    return offset
 
 
 # --- double-double and exact sums ----------------------------------------------------------------
@@ -109,7 +107,7 @@ def limbs_sign(limbs: Any, row: int) -> int:
 
 
 @_jit
-def midpoint_above(a: float) -> float:
+def midpoint_above(a: Real) -> Real:
     """Halfway from the float32 `a` >= 0 to the next larger one, exact in float64 (2**128 stands for inf)."""
     above = np.uint32(np.float32(a).view(np.uint32) + np.uint32(1)).view(np.float32)
     top = 3.402823669209384634e38 if np.isinf(above) else np.float64(above)
@@ -319,7 +317,7 @@ def shrink_factors(norm: Any, wide: Any, t: Any, factors: Any) -> None:
 
 
 @_jit
-def round_root(hi: float, lo: float) -> float:
+def round_root(hi: Real, lo: Real) -> Real:
     """The float32 nearest to sqrt(hi + lo), decided in double-double."""
     root = math.sqrt(hi)
     if not np.isfinite(root) or root > 3.5e38 or root == 0.0:

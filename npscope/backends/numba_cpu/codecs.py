@@ -20,6 +20,10 @@ from numba import njit
 from npscope.dtypes import Kind
 
 Function = Callable[..., Any]
+Bits = Any
+"""An unsigned NumPy scalar, whose width matters."""
+Real = Any
+"""A NumPy float scalar, whose width matters."""
 
 _jit = njit(nogil=True, error_model="numpy")
 
@@ -57,21 +61,21 @@ class Codec:
 
 
 @_jit
-def key_of_float32(size: float) -> int:
+def key_of_float32(size: Real) -> Bits:
     """The bits of a non-negative float32, which order as integers; every NaN is the largest key."""
     bits = np.float32(size).view(np.uint32) & np.uint32(0x7FFFFFFF)
     return _NAN32 if bits > _INF32 else bits
 
 
 @_jit
-def key_of_float64(size: float) -> int:
+def key_of_float64(size: Real) -> Bits:
     """The bits of a non-negative float64, which order as integers; every NaN is the largest key."""
     bits = np.float64(size).view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF)
     return _NAN64 if bits > _INF64 else bits
 
 
 @_jit
-def signed_key_of_float32(x: float) -> int:
+def signed_key_of_float32(x: Real) -> Bits:
     """An integer that orders like the signed float32; -0.0 like +0.0, NaN the largest."""
     bits = np.float32(x).view(np.uint32)
     size = bits & np.uint32(0x7FFFFFFF)
@@ -83,7 +87,7 @@ def signed_key_of_float32(x: float) -> int:
 
 
 @_jit
-def signed_key_of_float64(x: float) -> int:
+def signed_key_of_float64(x: Real) -> Bits:
     """An integer that orders like the signed float64; -0.0 like +0.0, NaN the largest."""
     bits = np.float64(x).view(np.uint64)
     size = bits & np.uint64(0x7FFFFFFFFFFFFFFF)
@@ -98,7 +102,7 @@ def signed_key_of_float64(x: float) -> int:
 
 
 @_jit
-def _half_to_float32(bits: int) -> float:
+def _half_to_float32(bits: Bits) -> Real:
     # The exponent field is moved, then re-biased by an exact multiplication, which also normalises subnormals.
     size = np.uint32(bits) & np.uint32(0x7FFF)
     sign = (np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16)
@@ -109,7 +113,7 @@ def _half_to_float32(bits: int) -> float:
 
 
 @_jit
-def _float32_to_half(x: float) -> int:
+def _float32_to_half(x: Real) -> Bits:
     bits = np.float32(x).view(np.uint32)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     size = bits & np.uint32(0x7FFFFFFF)
@@ -126,12 +130,12 @@ def _float32_to_half(x: float) -> int:
 
 
 @_jit
-def _bfloat_to_float32(bits: int) -> float:
+def _bfloat_to_float32(bits: Bits) -> Real:
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
 @_jit
-def _float32_to_bfloat(x: float) -> int:
+def _float32_to_bfloat(x: Real) -> Bits:
     bits = np.float32(x).view(np.uint32)
     if (bits & np.uint32(0x7FFFFFFF)) > _INF32:
         return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
@@ -140,12 +144,12 @@ def _float32_to_bfloat(x: float) -> int:
 
 
 @_jit
-def _e5m2_to_float32(bits: int) -> float:
+def _e5m2_to_float32(bits: Bits) -> Real:
     return _half_to_float32(np.uint32(bits) << np.uint32(8))
 
 
 @_jit
-def _e4m3fn_to_float32(bits: int) -> float:
+def _e4m3fn_to_float32(bits: Bits) -> Real:
     size = np.uint32(bits) & np.uint32(0x7F)
     sign = (np.uint32(bits) & np.uint32(0x80)) << np.uint32(24)
     if size == np.uint32(0x7F):
@@ -236,30 +240,30 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     zero = np.dtype(_STORAGE.get(kind.name, kind.name)).type(0)
 
     @_jit
-    def value(buffer: Any, i: int) -> float:
+    def value(buffer: Any, i: int) -> Real:
         return np.float64(decode(fetch(buffer, i)))
 
     @_jit
-    def magnitude(buffer: Any, i: int) -> float:
+    def magnitude(buffer: Any, i: int) -> Real:
         return abs(np.float64(decode(fetch(buffer, i))))
 
     @_jit
-    def key32(buffer: Any, i: int) -> int:
+    def key32(buffer: Any, i: int) -> Bits:
         return key_of_float32(decode(fetch(buffer, i)))
 
     @_jit
-    def key64(buffer: Any, i: int) -> int:
+    def key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(np.float64(decode(fetch(buffer, i))))
 
     if narrow:
 
         @_jit
-        def signed_key(buffer: Any, i: int) -> int:
+        def signed_key(buffer: Any, i: int) -> Bits:
             return signed_key_of_float32(decode(fetch(buffer, i)))
     else:
 
         @_jit
-        def signed_key(buffer: Any, i: int) -> int:
+        def signed_key(buffer: Any, i: int) -> Bits:
             return signed_key_of_float64(fetch(buffer, i))
 
     @_jit
@@ -287,35 +291,35 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
     wide = kind.is_wide_integer
 
     @_jit
-    def value(buffer: Any, i: int) -> float:
+    def value(buffer: Any, i: int) -> Real:
         return np.float64(fetch(buffer, i))
 
     @_jit
-    def magnitude(buffer: Any, i: int) -> float:
+    def magnitude(buffer: Any, i: int) -> Real:
         return abs(np.float64(fetch(buffer, i)))
 
     @_jit
-    def key32(buffer: Any, i: int) -> int:
+    def key32(buffer: Any, i: int) -> Bits:
         return key_of_float32(np.float64(fetch(buffer, i)))
 
     @_jit
-    def float_key64(buffer: Any, i: int) -> int:
+    def float_key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(np.float64(fetch(buffer, i)))
 
     if signed:
 
         @_jit
-        def signed_key(buffer: Any, i: int) -> int:
+        def signed_key(buffer: Any, i: int) -> Bits:
             return np.int64(fetch(buffer, i)).view(np.uint64) ^ _SIGN64
 
         @_jit
-        def exact_key64(buffer: Any, i: int) -> int:
+        def exact_key64(buffer: Any, i: int) -> Bits:
             bits = np.int64(fetch(buffer, i)).view(np.uint64)
             return (~bits) + np.uint64(1) if bits >= _SIGN64 else bits
     else:
 
         @_jit
-        def signed_key(buffer: Any, i: int) -> int:
+        def signed_key(buffer: Any, i: int) -> Bits:
             return np.uint64(fetch(buffer, i))
 
         exact_key64 = signed_key
@@ -338,18 +342,18 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
     narrow = kind.norm == "float32"
 
     @_jit
-    def magnitude(buffer: Any, i: int) -> float:
+    def magnitude(buffer: Any, i: int) -> Real:
         re, im = np.float64(fetch(buffer, i)), np.float64(fetch(buffer, i + step))
         if np.isnan(re) or np.isnan(im):
             return np.nan  # the hypotenuse of (inf, NaN) would be inf
         return np.sqrt(re * re + im * im) if narrow else np.hypot(re, im)
 
     @_jit
-    def key32(buffer: Any, i: int) -> int:
+    def key32(buffer: Any, i: int) -> Bits:
         return key_of_float32(magnitude(buffer, i))
 
     @_jit
-    def key64(buffer: Any, i: int) -> int:
+    def key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(magnitude(buffer, i))
 
     @_jit

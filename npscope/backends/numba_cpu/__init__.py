@@ -1,0 +1,103 @@
+"""The CPU backend: Numba kernels over pieces of the block grid, on a pool of threads.
+
+Every operation walks pieces: ranges of whole scopes, or of the blocks of a scope too large
+for one piece. Per piece the norms or keys of the blocks come into dense work arrays, the
+decision is made there, and the decision is written back. The work arrays are allocated
+before the first write; for 1-element blocks nothing else is, because the passes over a
+large scope (radix digits, ties, writing) read the array again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from npscope.backends.numba_cpu import kernels as nk
+from npscope.backends.numba_cpu.norms import norm_ranges, norms
+from npscope.backends.numba_cpu.operands import Competitors, competitors, ranges
+from npscope.backends.numba_cpu.selection import Ranking, kth, mask, select_blocks
+from npscope.backends.numba_cpu.shrinkage import shrink
+from npscope.backends.numba_cpu.writing import Numbers, arrays, drop, fill, rescale, with_numbers
+from npscope.tiling import Leaf, Parts
+
+__all__ = [
+    "NAME",
+    "WRITES_THROUGH",
+    "apply_mask",
+    "count_nonzero",
+    "kth",
+    "mask",
+    "norms",
+    "prune",
+    "scale",
+    "shrink",
+    "threshold",
+]
+
+NAME = "numba"
+WRITES_THROUGH = True
+
+
+def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[np.ndarray]:
+    """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""
+    written = competitors(target)
+    select_blocks(
+        Ranking(source, ord),
+        keep,
+        lambda part, i0, i1, mask_: drop(written[part], i0, i1, mask_),
+        lambda: fill(target),
+    )
+    return arrays(target)
+
+
+def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None) -> Sequence[np.ndarray]:
+    """Zero the blocks of `target` whose norm in `source` is below their threshold."""
+
+    def job(measured: Competitors, written: Competitors) -> Callable[[], None]:
+        def make_use(slots: int, length: int) -> Callable[..., None]:
+            limits = [Numbers(thresholds, measured, thresholds.array.dtype, length) for _ in range(slots)]
+            masks = np.empty((slots, length), dtype=np.bool_)
+
+            def use(slot: int, i0: int, i1: int, norm: np.ndarray, wide: np.ndarray) -> None:
+                mask_ = masks[slot, : i1 - i0]
+                nk.not_below(norm, limits[slot].fill(i0, i1), mask_)
+                drop(written, i0, i1, mask_)
+
+            return use
+
+        return norm_ranges(measured, float(ord or 2), make_use)
+
+    jobs = [job(m, w) for m, w in zip(competitors(source), competitors(target), strict=True)]
+    fill(target)
+    for run in jobs:
+        run()
+    return arrays(target)
+
+
+def apply_mask(target: Parts, mask: Leaf) -> Sequence[np.ndarray]:
+    """Zero the blocks of `target` whose mask is False."""
+    return with_numbers(target, mask, np.bool_, drop)
+
+
+def scale(target: Parts, multipliers: Leaf) -> Sequence[np.ndarray]:
+    """Multiply blocks by a float64 each; 0 writes +0.0, 1 keeps the bits."""
+    return with_numbers(target, multipliers, np.float64, rescale)
+
+
+def count_nonzero(parts: Parts, eps: float) -> int:
+    """How many elements do not satisfy ``|x| <= eps``."""
+    return sum(_count_nonzero(part, eps) for part in competitors(parts))
+
+
+def _count_nonzero(part: Competitors, eps: float) -> int:
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        def work(slot: int, i0: int, i1: int) -> None:
+            for leaf in part.leaves:
+                found.append(nk.kernels(leaf.codec).count_above(*leaf.where, i0, i1, leaf.size, eps))
+
+        return work
+
+    found: list[int] = []
+    ranges(part.total, part.elements, make_work)()
+    return sum(found)

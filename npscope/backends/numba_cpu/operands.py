@@ -1,0 +1,136 @@
+"""Leaves as kernels take them, and the pieces in which a call works them off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from npscope.backends import threads
+from npscope.backends.numba_cpu.codecs import Codec, codec
+from npscope.dtypes import common_norm, kind_of
+from npscope.options import thread_count
+from npscope.tiling import Cut, Dim, Leaf, Part
+
+PIECE_ELEMENTS = 1 << 18
+"""Elements of a piece: 1 MiB of float32, so that it stays in a core's cache between its passes."""
+
+PIECE_BLOCKS = 1 << 18
+"""Blocks of a piece at most; also the largest scope that is decided in one piece."""
+
+SERIAL_ELEMENTS = 1 << 16
+"""Below this many elements a call is about 0.1 ms of work and runs in the calling thread."""
+
+PIECES_PER_THREAD = 4
+"""Pieces that each thread gets at least, so that all finish together."""
+
+
+class _Memory:
+    """Raw memory as a flat writable buffer: one kernel signature, whatever flags and strides an array has."""
+
+    def __init__(self, owner: np.ndarray, address: int, length: int, unit: np.dtype) -> None:
+        self.owner = owner
+        self.__array_interface__ = {
+            "data": (address, False),
+            "shape": (length,),
+            "typestr": unit.str,
+            "version": 3,
+        }
+
+
+@lru_cache(maxsize=4096)
+def _nest(dims: tuple[Dim, ...], strides: tuple[int, ...]) -> np.ndarray:
+    """Loops over axes with these strides as a (sizes, strides) table; loops that continue each other are one."""
+    merged: list[tuple[int, int]] = []
+    for dim in dims:
+        size, stride = dim.size, dim.step * strides[dim.axis]
+        if merged and merged[-1][1] == stride * size:
+            size *= merged.pop()[0]
+        merged.append((size, stride))
+    return np.asarray(merged or [(1, 0)], dtype=np.int64).T.copy()
+
+
+class Operand:
+    """A leaf as kernels see it: flat buffer, origin, and the loop tables of its grid and its elements."""
+
+    def __init__(self, leaf: Leaf, like: Operand | None = None) -> None:
+        array: np.ndarray = leaf.array
+        dtype = array.dtype
+        kind = None if dtype == np.bool_ else kind_of(dtype)
+        address: int = array.__array_interface__["data"][0]
+        strides, itemsize = array.strides, dtype.itemsize
+        low = sum((n - 1) * s for n, s in zip(array.shape, strides, strict=True) if s < 0)
+        high = sum((n - 1) * s for n, s in zip(array.shape, strides, strict=True) if s > 0) + itemsize
+        scalar = itemsize // 2 if kind is not None and kind.is_complex else itemsize
+        bytewise = not (
+            dtype.isnative
+            and (address + low) % scalar == 0
+            and all(s % scalar == 0 for n, s in zip(array.shape, strides, strict=True) if n > 1)
+        )
+        self.codec: Codec | None = None if kind is None else codec(kind, bytewise, not dtype.isnative)
+        unit = np.dtype(np.bool_) if self.codec is None else self.codec.unit
+        self.buffer = np.asarray(_Memory(array, address + low, (high - low) // unit.itemsize, unit))
+        self.origin = -low // unit.itemsize
+        steps = tuple(s // unit.itemsize for s in strides)
+        cut = leaf.cut
+        # Elements of a block may come in any order, so the order of memory: contiguous innermost.
+        by_memory = tuple(sorted(cut.element, key=lambda d: -abs(d.step * steps[d.axis])))
+        self.order: tuple[Dim, ...] = like.order if like else by_memory
+        self.elements = _nest(self.order, steps)
+        self.grid = _nest((*cut.scope, *cut.block), steps)
+        self.size = cut.elements
+
+    @property
+    def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+        """The leading arguments of a kernel."""
+        return self.buffer, self.origin, self.grid, self.elements
+
+
+class Competitors:
+    """The blocks of one part: its operands, and how its blocks are measured."""
+
+    def __init__(self, part: Part) -> None:
+        kinds = [kind_of(leaf.array.dtype) for leaf in part]
+        self.leaves = [Operand(leaf) for leaf in part]
+        self.cut: Cut = part[0].cut
+        self.blocks = self.cut.blocks
+        self.total = self.cut.scopes * self.cut.blocks
+        self.elements = sum(leaf.size for leaf in self.leaves)
+        self.norm = np.dtype(common_norm(kinds))
+        self.exact = all(kind.rounds_correctly for kind in kinds)
+        self.wide_integers = all(kind.is_wide_integer for kind in kinds)
+
+
+def competitors(parts: Sequence[Part]) -> list[Competitors]:
+    """The parts of a problem as kernels see them."""
+    return [Competitors(part) for part in parts]
+
+
+def workers_for(elements: int) -> int:
+    """Threads worth using for this many elements."""
+    return 1 if elements < SERIAL_ELEMENTS else thread_count()
+
+
+def piece_length(total: int, elements: int, workers: int) -> int:
+    """Items (blocks or scopes of `elements` elements each) to a piece."""
+    limit = max(1, min(PIECE_ELEMENTS // max(1, elements), PIECE_BLOCKS))
+    fair = -(-total // (workers * PIECES_PER_THREAD))
+    return max(1, min(limit, fair) if workers > 1 else limit)
+
+
+def ranges(
+    total: int, elements: int, make_work: Callable[[int, int], Callable[[int, int, int], None]]
+) -> Callable[[], None]:
+    """A job that works off [0, total), items of `elements` elements each, in ranges on the pool.
+
+    ``make_work(slots, length)`` allocates for that many threads and ranges up to that length, now,
+    and returns ``work(slot, start, stop)``. So a writer has all its memory before it starts.
+    """
+    if total == 0:
+        return lambda: None
+    workers = workers_for(total * elements)
+    length = piece_length(total, elements, workers)
+    pieces = -(-total // length)
+    work = make_work(min(workers, pieces), length)
+    return lambda: threads.run(pieces, lambda slot, p: work(slot, p * length, min(total, (p + 1) * length)), workers)

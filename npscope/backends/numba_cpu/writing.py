@@ -1,0 +1,78 @@
+"""Writing ranges of blocks, and numbers over blocks or scopes that say what to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from npscope.backends.numba_cpu import kernels as nk
+from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, ranges
+from npscope.tiling import Leaf, Parts
+
+
+def fill(target: Parts) -> None:
+    """Copy the elements of `target` from their origins: the first write of a call."""
+    for part in target:
+        for leaf in part:
+            if leaf.origin is not None:
+                np.copyto(leaf.array, leaf.origin)
+
+
+def arrays(target: Parts) -> list[np.ndarray]:
+    """The arrays of all leaves, in order."""
+    return [leaf.array for part in target for leaf in part]
+
+
+def drop(part: Competitors, i0: int, i1: int, mask_: np.ndarray) -> None:
+    """Zero the blocks [i0, i1) of a part whose mask is False, in all its leaves."""
+    for leaf in part.leaves:
+        nk.kernels(leaf.codec).drop(*leaf.where, i0, i1, leaf.size, mask_)
+
+
+def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray) -> None:
+    """Multiply the blocks [i0, i1) of a part by their factors, in all its leaves."""
+    for leaf in part.leaves:
+        nk.kernels(leaf.codec).rescale(*leaf.where, i0, i1, leaf.size, factors)
+
+
+class Numbers:
+    """Numbers over the blocks or the scopes of a part, read into a dense array block by block."""
+
+    def __init__(self, leaf: Leaf, part: Competitors, dtype: Any, length: int) -> None:
+        self.operand = Operand(leaf)
+        self.repeat = part.blocks if leaf.cut.blocks == 1 else 1
+        self.dense = np.empty(length, dtype=dtype)
+        self.few = np.empty(length // self.repeat + 2, dtype=dtype) if self.repeat > 1 else self.dense
+
+    def fill(self, i0: int, i1: int) -> np.ndarray:
+        """The numbers of blocks [i0, i1); a view that the next call overwrites."""
+        read, n = self.operand, self.repeat
+        dense = self.dense[: i1 - i0]
+        if n == 1:
+            nk.gather(read.buffer, read.origin, read.grid, i0, i1, dense)
+            return dense
+        s0, s1 = i0 // n, -(-i1 // n)
+        nk.gather(read.buffer, read.origin, read.grid, s0, s1, self.few)
+        nk.repeat_each(self.few, n, i0 - s0 * n, dense)
+        return dense
+
+
+def with_numbers(
+    target: Parts, numbers: Leaf, dtype: Any, write: Callable[[Competitors, int, int, np.ndarray], None]
+) -> Sequence[np.ndarray]:
+    """``write(part, i0, i1, the numbers of these blocks)`` for all blocks of `target`."""
+
+    def job(part: Competitors) -> Callable[[], None]:
+        def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+            values = [Numbers(numbers, part, dtype, length) for _ in range(slots)]
+            return lambda slot, i0, i1: write(part, i0, i1, values[slot].fill(i0, i1))
+
+        return ranges(part.total, part.elements, make_work)
+
+    jobs = [job(part) for part in competitors(target)]
+    fill(target)
+    for run in jobs:
+        run()
+    return arrays(target)
