@@ -156,22 +156,36 @@ class SparseScope(ABC):
             return array_namespace(tables[0]).concat(tables, axis=len(self.grid_shape))
 
     def scope_to_block(self, v: Array) -> Any:
-        """The inverse of ``block_to_scope(merge=True)``: ``(*grid_shape, n, *t)`` over the block grid.
+        """An array by scope over the block grid: the inverse of ``block_to_scope(merge=True)``, or a broadcast.
 
-        An axis of length 1 in place of n gives every block of a scope the same entry. Of a coupling:
-        a mapping from each part (`ScopeSpec`) to its array. SpecError when the shape does not fit.
+        Parameters
+        ----------
+        v
+            ``(*grid_shape, n, *t)``: an entry for each block of a scope, n = `numblk_per_scope`; or n = 1,
+            or bare ``(*grid_shape,)``: one entry that all blocks of the scope get.
+
+        Returns
+        -------
+        Array of shape ``(*block_grid, *t)``. Of a coupling a mapping from each part (`ScopeSpec`) to it.
+
+        Raises
+        ------
+        SpecError
+            (a ValueError) the shape does not fit.
 
         >>> import numpy
         >>> scope = ScopeSpec(BlockSpec(numpy.zeros((2, 4)), (1, 1)), (1, 2))
-        >>> scope.scope_to_block(numpy.arange(4).reshape(2, 2, 1))
+        >>> scope.scope_to_block(numpy.arange(4).reshape(2, 2))
         array([[0, 0, 1, 1],
                [2, 2, 3, 3]])
         """
         with about(self._label):
-            ndim, n, shape = len(self.grid_shape), self.numblk_per_scope(), tuple(v.shape)
+            xp, shape = array_namespace(v), tuple(v.shape)
+            ndim, n = len(self.grid_shape), self.numblk_per_scope()
+            if shape == self.grid_shape:
+                v, shape = xp.reshape(v, (*shape, 1)), (*shape, 1)
             if shape[:ndim] != self.grid_shape or len(shape) <= ndim or shape[ndim] not in (1, n):
-                raise SpecError(f"v has shape {shape}, expected {(*self.grid_shape, n)} (n may be 1) and trailing axes")
-            xp = array_namespace(v)
+                raise SpecError(f"v has shape {shape}, expected {self.grid_shape} or {(*self.grid_shape, n)} first")
             table = xp.broadcast_to(v, (*self.grid_shape, n, *shape[ndim + 1 :]))
             results, start = {}, 0
             for part, order in self._ordered():
