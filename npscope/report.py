@@ -1,0 +1,183 @@
+"""What was done to a file, and what is in one: as tables for people and as JSON for programs.
+
+Both say the same, from the same lines of plain data. Names come from files of strangers, so
+nothing of them reaches a terminal that is not printable text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+NAME_WIDTH = 100
+"""Characters of a name that a table shows."""
+
+_PIPE_WIDTH = 200  # columns of a table that no terminal limits
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """One tensor of a run of ``npscope prune``: what was done, or why it was `skipped`.
+
+    `misfit`: it was meant to be pruned, but the pattern does not fit its shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    elements: int
+    pattern: str | None = None
+    along: str | None = None
+    blocks: int | None = None
+    blocks_kept: int | None = None
+    zeros_before: int | None = None
+    zeros_after: int | None = None
+    norm_kept: float | None = None
+    skipped: str | None = None
+    misfit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """One tensor of a file: its zeros, and the N:M sparsity (`pattern`) that holds `along` an axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    elements: int
+    zeros: int | None = None
+    nans: int | None = None
+    pattern: str | None = None
+    along: str | None = None
+
+
+def as_json(fields: Mapping[str, Any]) -> str:
+    """`fields` as one line of ASCII JSON; None stands where a number is undefined, never NaN."""
+    return json.dumps(fields, allow_nan=False)
+
+
+def pruned_fields(lines: Sequence[Pruned]) -> dict[str, Any]:
+    """The lines and their totals, ready for JSON."""
+    pruned = [line for line in lines if line.skipped is None]
+    elements = sum(line.elements for line in pruned)
+    zeros = sum(line.zeros_after or 0 for line in pruned)
+    totals = {
+        "tensors": len(lines),
+        "pruned": len(pruned),
+        "skipped": len(lines) - len(pruned),
+        "misfits": sum(line.misfit for line in lines),
+        "elements": elements,
+        "zeros_before": sum(line.zeros_before or 0 for line in pruned),
+        "zeros_after": zeros,
+        "sparsity": _share(zeros, elements),
+    }
+    return {"tensors": [asdict(line) for line in lines], "totals": totals}
+
+
+def inspected_fields(lines: Sequence[Inspected]) -> dict[str, Any]:
+    """The lines and their totals, ready for JSON."""
+    floats = [line for line in lines if line.zeros is not None]
+    elements = sum(line.elements for line in floats)
+    zeros = sum(line.zeros or 0 for line in floats)
+    totals = {
+        "tensors": len(lines),
+        "floating_elements": elements,
+        "zeros": zeros,
+        "nans": sum(line.nans or 0 for line in floats),
+        "sparsity": _share(zeros, elements),
+    }
+    return {
+        "tensors": [asdict(line) | {"sparsity": _share(line.zeros, line.elements)} for line in lines],
+        "totals": totals,
+    }
+
+
+def pruned_table(lines: Sequence[Pruned], *, width: int | None) -> str:
+    """A table of the lines with a last line of totals; `width` None is for pipes and files."""
+    totals = pruned_fields(lines)["totals"]
+    header = ("tensor", "dtype", "shape", "pattern", "blocks kept", "zeros before", "after", "norm kept")
+    text = _table(header, (_pruned_cells(line) for line in lines), width)
+    return (
+        f"{text}pruned {totals['pruned']} of {totals['tensors']} tensors "
+        f"({totals['misfits']} could not take the pattern): zeros in them "
+        f"{_percent(totals['zeros_before'], totals['elements'])} before, "
+        f"{_percent(totals['zeros_after'], totals['elements'])} after\n"
+    )
+
+
+def inspected_table(lines: Sequence[Inspected], *, width: int | None) -> str:
+    """A table of the lines with a last line of totals; `width` None is for pipes and files."""
+    totals = inspected_fields(lines)["totals"]
+    header = ("tensor", "dtype", "shape", "zeros", "NaN", "pattern")
+    text = _table(header, (_inspected_cells(line) for line in lines), width)
+    return (
+        f"{text}{totals['tensors']} tensors: {totals['floating_elements']} floating elements, "
+        f"{_percent(totals['zeros'], totals['floating_elements'])} zero, {totals['nans']} NaN\n"
+    )
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    r"""`text` on one line, control characters, escapes and half surrogates as backslash sequences.
+
+    >>> print(printable("a\x1b[31m b\n"))
+    a\x1b[31m b\n
+    """
+    cut = text if limit is None or len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
+
+def _pruned_cells(line: Pruned) -> tuple[str, ...]:
+    lead = (line.name, line.dtype, _shape(line.shape))
+    if line.skipped is not None:
+        return (*lead, f"skipped: {line.skipped}", "", "", "", "")
+    return (
+        *lead,
+        f"{line.pattern}, {line.along}",
+        f"{line.blocks_kept} of {line.blocks}",
+        _percent(line.zeros_before, line.elements),
+        _percent(line.zeros_after, line.elements),
+        "" if line.norm_kept is None else f"{line.norm_kept:.4f}",
+    )
+
+
+def _inspected_cells(line: Inspected) -> tuple[str, ...]:
+    lead = (line.name, line.dtype, _shape(line.shape))
+    if line.zeros is None:
+        return (*lead, "", "", "")
+    pattern = "" if line.pattern is None else f"{line.pattern}, {line.along}"
+    return (*lead, _percent(line.zeros, line.elements), str(line.nans or ""), pattern)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int | None) -> str:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=False)
+    for title in header:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        # Text and not str: a name such as "[red]" is no markup.
+        table.add_row(*(Text(printable(cell, NAME_WIDTH)) for cell in row))
+    console = Console(width=width or _PIPE_WIDTH, color_system=None, markup=False, highlight=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _share(part: int | None, whole: int) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+def _percent(part: int | None, whole: int) -> str:
+    share = _share(part, whole)
+    # Rounded down: 100 % means all.
+    return "" if share is None else f"{math.floor(share * 10000) / 100:.2f} %"
