@@ -64,6 +64,8 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
     An integer or an integer array of the host; KindError for floats and bools, SpecError
     outside the range or when the shapes do not broadcast. Never copies to the full shape.
     """
+    if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__") and getattr(value, "ndim", 0):
+        value = _on_host(value, what)
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "iu":
             raise KindError(f"{what} must be an integer or an integer array, not an array of {value.dtype}")
@@ -77,6 +79,16 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
         return np.broadcast_to(counts.astype(np.int64, copy=False), shape)
     except ValueError:
         raise SpecError(f"{what} of shape {counts.shape} does not broadcast to the scope grid {shape}") from None
+
+
+def _on_host(value: Any, what: str) -> np.ndarray:
+    """An array of another library as a NumPy array of the same memory."""
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        raise KindError(
+            f"{what} is a {type(value).__module__}.{type(value).__name__} that NumPy cannot read; pass a NumPy array"
+        ) from None
 
 
 def _as_count(value: Any, low: int, high: int, what: str) -> int:

@@ -172,8 +172,9 @@ def cut(
 @lru_cache(maxsize=4096)
 def grid_cut(shape: tuple[int, ...], *, per_scope: bool) -> Cut:
     """The cut of a bare grid of numbers: each entry a scope (`per_scope`), or all of them one scope's blocks."""
-    dims = [Dim(i, n, 1) for i, n in enumerate(shape)]
-    return Cut.of(dims, (), ()) if per_scope else Cut.of((), dims, ())
+    axes = tuple(range(len(shape)))
+    blocks = Tiling.blocks(shape, ())
+    return cut(blocks, Tiling.scopes(shape, (1,) * len(shape) if per_scope else ()), axes, axes)
 
 
 @lru_cache(maxsize=4096)

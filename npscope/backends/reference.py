@@ -28,7 +28,9 @@ WRITES_THROUGH = False
 
 Array = Any
 
-_HUGE, _TINY = 2.0**450, 2.0**-450
+_SAFE_TOP, _SAFE_UNIT = 2.0**450, 2.0**600
+"""Numbers within [1 / _SAFE_TOP, _SAFE_TOP] may be squared and summed; _SAFE_UNIT brings any other there."""
+
 _UNIT = 2.0**-52
 
 
@@ -132,7 +134,9 @@ def _double_double_sum(xp: ModuleType, terms: Array) -> tuple[Array, Array, Arra
 def _exact_sides(xp: ModuleType, terms: Array, midpoint: Array, chosen: Array, square: bool) -> Array:
     """Sign of (sum of `terms`) - (midpoint or its square) in fractions, for the `chosen` blocks."""
     signs = np.zeros(chosen.shape)
-    for i, j in zip(*(axis.tolist() for axis in xp.nonzero(chosen)), strict=True):
+    rows, columns = xp.nonzero(chosen)
+    for place in range(rows.shape[0]):
+        i, j = int(rows[place]), int(columns[place])
         total = sum((Fraction(float(terms[i, j, e])) for e in range(terms.shape[-1])), Fraction(0))
         border = Fraction(float(midpoint[i, j])) ** (2 if square else 1)
         signs[i, j] = (total > border) - (total < border)
@@ -162,9 +166,7 @@ def _round_to_float32(xp: ModuleType, terms: Array, hi: Array, lo: Array, slack:
 
 def _summed_norm(xp: ModuleType, size: Array, p: float, rounded: bool) -> tuple[Array, Array]:
     """(norm in the norm's dtype, norm in float64) of finite magnitudes ``(S, n, E)``, p in {1, 2}."""
-    top = xp.max(size, axis=-1, keepdims=True)
-    one = xp.ones_like(top)
-    scale = xp.where(top > _HUGE, one * _TINY, xp.where((top < _TINY) & (top > 0), one * _HUGE, one))
+    scale = _safe_unit(xp, size)
     scaled = size * scale if p == 2 else size
     terms = scaled * scaled if p == 2 else scaled
     hi, lo, slack = _double_double_sum(xp, terms)
@@ -175,6 +177,13 @@ def _summed_norm(xp: ModuleType, size: Array, p: float, rounded: bool) -> tuple[
     # Scaled blocks are far outside the range of float32: their norm rounds to 0 or inf.
     norm = _round_to_float32(xp, terms, hi, lo, slack, p == 2)
     return xp.where(scale[..., 0] == 1, norm, xp.astype(wide, xp.float32)), wide
+
+
+def _safe_unit(xp: ModuleType, size: Array) -> Array:
+    """A power of two for each block that brings its magnitudes where they may be squared; mostly 1."""
+    top = xp.max(size, axis=-1, keepdims=True)
+    small = (top < 1 / _SAFE_TOP) & (top > 0)
+    return xp.where(top > _SAFE_TOP, 1 / _SAFE_UNIT, xp.where(small, _SAFE_UNIT, xp.ones_like(top)))
 
 
 def _power_norm(xp: ModuleType, size: Array, p: float) -> Array:
@@ -286,7 +295,7 @@ def _columns(parts: Parts, table: Array) -> list[tuple[Leaf, Array]]:
     pairs, start = [], 0
     for part in parts:
         stop = start + part[0].cut.blocks
-        columns = table if table.shape[1] == 1 else table[:, start:stop]
+        columns = table if table.shape[1] == 1 or len(parts) == 1 else table[:, start:stop]
         pairs += [(leaf, columns[:, :, None]) for leaf in part]
         start = stop
     return pairs
@@ -375,9 +384,7 @@ def _conditioned_factors(part: Part, thresholds: Leaf, metric: Part, max_iter: i
     t = _float64(xp, _rows(thresholds, size))
     has_nan, has_inf = xp.any(xp.isnan(size), axis=-1), xp.any(xp.isinf(size), axis=-1)
     v = xp.where(xp.isfinite(size), size, 0.0)
-    top = xp.max(v, axis=-1, keepdims=True)
-    one = xp.ones_like(top)
-    unit = xp.where(top > _HUGE, one * _TINY, xp.where((top < _TINY) & (top > 0), one * _HUGE, one))
+    unit = _safe_unit(xp, v)
     hv, t = h * (v * unit), t * unit[..., 0]  # the step is homogeneous: prox of (c v, c t) is c times that of (v, t)
     norm, wide = _summed_norm(xp, hv, 2, all(kind.rounds_correctly for kind in kinds))
     zero = xp.where(has_inf, xp.isinf(t), norm <= xp.astype(t, norm.dtype))

@@ -178,6 +178,13 @@ def finish_scaled(hi: Any, lo: Any, top: Any, p: float, norm: Any) -> None:
 
 
 @_jit
+def finish_largest(top: Any, norm: Any) -> None:
+    """Maxima, or magnitudes of single elements, to norms."""
+    for i in range(norm.size):
+        norm[i] = top[i]
+
+
+@_jit
 def keys_of_norms(norm: Any, keys: Any) -> None:
     """Ordered integers of norms, in the width of `keys`."""
     for i in range(norm.size):
@@ -331,8 +338,8 @@ def round_root(hi: Real, lo: Real) -> Real:
     return below
 
 
-SAFE_TOP = 2.0**450
-"""Squares of numbers from its reciprocal up to this neither overflow nor vanish when summed."""
+SAFE_TOP, SAFE_UNIT = 2.0**450, 2.0**600
+"""Numbers within [1 / SAFE_TOP, SAFE_TOP] may be squared and summed; SAFE_UNIT brings any other there."""
 
 
 @_jit
@@ -341,9 +348,9 @@ def safe_units(top: Any, unit: Any) -> None:
     for i in range(top.size):
         unit[i] = 1.0
         if top[i] > SAFE_TOP:
-            unit[i] = 1.0 / SAFE_TOP
+            unit[i] = 1.0 / SAFE_UNIT
         elif 0.0 < top[i] < 1.0 / SAFE_TOP:
-            unit[i] = SAFE_TOP
+            unit[i] = SAFE_UNIT
 
 
 @_jit

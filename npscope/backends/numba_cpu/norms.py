@@ -42,7 +42,7 @@ class NormWork:
             return norm, hi
         self._sums(self.code, i0, i1, hi, lo)
         if self.code == nk.INF:
-            norm[:] = hi
+            nk.finish_largest(hi, norm)
         elif self.part.exact:
             unsure = nk.finish_exact(hi, lo, self.code == nk.TWO, norm, self.unsure)
             for start in range(0, unsure, UNSURE_ROWS):

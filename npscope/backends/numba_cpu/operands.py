@@ -60,8 +60,9 @@ class Operand:
         kind = None if dtype == np.bool_ else kind_of(dtype)
         address: int = array.__array_interface__["data"][0]
         strides, itemsize = array.strides, dtype.itemsize
-        low = sum((n - 1) * s for n, s in zip(array.shape, strides, strict=True) if s < 0)
-        high = sum((n - 1) * s for n, s in zip(array.shape, strides, strict=True) if s > 0) + itemsize
+        reach = [(n - 1) * s for n, s in zip(array.shape, strides, strict=True)] if array.size else []
+        low = sum(r for r in reach if r < 0)
+        high = sum(r for r in reach if r > 0) + (itemsize if array.size else 0)
         scalar = itemsize // 2 if kind is not None and kind.is_complex else itemsize
         bytewise = not (
             dtype.isnative
