@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -11,6 +12,9 @@ import numpy as np
 
 from npscope.errors import KindError, SpecError
 from npscope.tiling import as_int
+
+_WRITTEN = re.compile(r"[-+]?(\d{1,400}/\d{1,400}|(\d{1,400}\.?\d{0,400}|\.\d{1,400})(e[-+]?\d{1,3})?)", re.I | re.A)
+"""Numbers that an exact fraction holds in reasonable memory: 1e-999999999 is none."""
 
 
 def nnz_from_sparsity(s: float | str | Decimal | Fraction, n: int) -> int:
@@ -48,13 +52,16 @@ def _fraction(s: Any) -> Fraction:
         isinstance(s, int | float | str | Decimal | Fraction) or (isinstance(s, np.generic) and s.dtype.kind in "fiuV")
     ):
         raise KindError(f"sparsity must be a real number, str, Decimal or Fraction, not {type(s).__name__} {s!r}")
+    # str() is the shortest decimal that reads back as the same number of the same dtype.
+    text = str(s)
+    if not _WRITTEN.fullmatch(text):
+        raise SpecError(f"sparsity {text:.80} is not a number in [0, 1], or has more digits than a share can need")
     try:
-        # str() is the shortest decimal that reads back as the same number of the same dtype.
-        share = Fraction(s) if isinstance(s, Fraction | Decimal) else Fraction(str(s))
-    except (ValueError, OverflowError, ZeroDivisionError):
-        raise SpecError(f"sparsity {s!s} is not a number in [0, 1]") from None
+        share = Fraction(text)
+    except ZeroDivisionError:
+        raise SpecError(f"sparsity {text} divides by zero") from None
     if not 0 <= share <= 1:
-        raise SpecError(f"sparsity {s!s} is outside [0, 1]; it is the share of blocks to prune")
+        raise SpecError(f"sparsity {text} is outside [0, 1]; it is the share of blocks to prune")
     return share
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from npscope.block import BlockSpec
 from npscope.errors import FormatError, SpecError
 from npscope.namespace import block_mask, block_norms, keep_largest
 from npscope.recipe import Plan, Recipe, Skip, resolve
@@ -155,7 +156,7 @@ def _prune(plan: Plan, reader: SlabReader, writer: Writer | None, nan: NanPolicy
         if kept is None:
             keep_largest(view, plan.keep, plan.block, plan.scope, ord=plan.ord, out=view)
         else:
-            _drop(view, plan.block, kept[_on_grid(plan, box)])
+            BlockSpec(view, plan.block).apply_mask(kept[_on_grid(plan, box)])
         after += count_zeros_and_nans(values)[0]
         norm_after = math.hypot(norm_after, _norm(values))
         if writer is not None:
@@ -183,14 +184,6 @@ def _select(plan: Plan, reader: SlabReader, ticker: _Ticker) -> Array:
         ticker.advance(values.nbytes)
     mask: Array = block_mask(norms, plan.keep, (), plan.scope)
     return mask
-
-
-def _drop(values: Array, block: tuple[int, ...], kept: Array) -> None:
-    """Set the blocks of `values` that are not `kept` to +0.0."""
-    pairs = zip(kept.shape, block, strict=True)
-    blocks = values.reshape([size for pair in pairs for size in pair], copy=False)  # (grid, block) on every axis
-    dropped = ~np.expand_dims(kept, tuple(range(1, blocks.ndim, 2)))
-    np.copyto(blocks, np.zeros((), values.dtype), where=dropped)
 
 
 def _on_grid(plan: Plan, box: Box) -> Box:

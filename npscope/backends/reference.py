@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import MAX_EMAX, MIN_EMIN, Decimal, localcontext
 from fractions import Fraction
 from types import ModuleType
 from typing import Any
@@ -186,11 +187,25 @@ def _safe_unit(xp: ModuleType, size: Array) -> Array:
     return xp.where(top > _SAFE_TOP, 1 / _SAFE_UNIT, xp.where(small, _SAFE_UNIT, xp.ones_like(top)))
 
 
-def _power_norm(xp: ModuleType, size: Array, p: float) -> Array:
+def _power_norm(xp: ModuleType, size: Array, p: float, wide: bool) -> Array:
+    if wide and p < 1:
+        return _decimal_norm(xp, size, p)
     top = xp.max(size, axis=-1, keepdims=True)
     safe = xp.where(top > 0, top, xp.ones_like(top))
     hi, lo, _ = _double_double_sum(xp, (size / safe) ** p)
     return xp.where(top[..., 0] > 0, top[..., 0] * (hi + lo) ** (1 / p), 0.0)
+
+
+def _decimal_norm(xp: ModuleType, size: Array, p: float) -> Array:
+    """The same in decimals: the root multiplies the error of the sum by 1 / p, too much for float64."""
+    result = np.zeros(tuple(size.shape[:2]))
+    power = Decimal(p)
+    with localcontext(prec=50, Emax=MAX_EMAX, Emin=MIN_EMIN):
+        for i, j in np.ndindex(result.shape):
+            elements = (Decimal(float(size[i, j, e])) for e in range(size.shape[2]))
+            total = sum(((x.ln() * power).exp() for x in elements if x), Decimal(0))
+            result[i, j] = float((total.ln() / power).exp()) if total else 0.0
+    return xp.asarray(result, device=array_api_compat.device(size))
 
 
 def _part_norms(part: Part, ord: float) -> tuple[Array, Array]:
@@ -205,7 +220,7 @@ def _part_norms(part: Part, ord: float) -> tuple[Array, Array]:
     elif ord in (1, 2):
         norm, wide = _summed_norm(xp, finite, ord, all(kind.rounds_correctly for kind in kinds))
     else:
-        norm = wide = _power_norm(xp, finite, ord)
+        norm = wide = _power_norm(xp, finite, ord, common_norm(kinds) == "float64")
     has_inf, has_nan = xp.any(xp.isinf(size), axis=-1), xp.any(xp.isnan(size), axis=-1)
 
     def marked(values: Array) -> Array:

@@ -25,7 +25,8 @@ Bits = Any
 Real = Any
 """A NumPy float scalar, whose width matters."""
 
-_jit = njit(nogil=True, error_model="numpy")
+inner = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compiles what only compiled functions call: without the wrappers for Python, a quarter faster."""
 
 KEY32, KEY64 = np.uint32, np.uint64
 _NAN32, _SIGN32, _INF32 = np.uint32(0xFFFFFFFF), np.uint32(0x80000000), np.uint32(0x7F800000)
@@ -60,21 +61,21 @@ class Codec:
 # --- ordered integers ----------------------------------------------------------------------------
 
 
-@_jit
+@inner
 def key_of_float32(size: Real) -> Bits:
     """The bits of a non-negative float32, which order as integers; every NaN is the largest key."""
     bits = np.float32(size).view(np.uint32) & np.uint32(0x7FFFFFFF)
     return _NAN32 if bits > _INF32 else bits
 
 
-@_jit
+@inner
 def key_of_float64(size: Real) -> Bits:
     """The bits of a non-negative float64, which order as integers; every NaN is the largest key."""
     bits = np.float64(size).view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF)
     return _NAN64 if bits > _INF64 else bits
 
 
-@_jit
+@inner
 def signed_key_of_float32(x: Real) -> Bits:
     """An integer that orders like the signed float32; -0.0 like +0.0, NaN the largest."""
     bits = np.float32(x).view(np.uint32)
@@ -86,7 +87,7 @@ def signed_key_of_float32(x: Real) -> Bits:
     return np.uint32(~bits) if bits != size else np.uint32(bits | _SIGN32)
 
 
-@_jit
+@inner
 def signed_key_of_float64(x: Real) -> Bits:
     """An integer that orders like the signed float64; -0.0 like +0.0, NaN the largest."""
     bits = np.float64(x).view(np.uint64)
@@ -101,7 +102,7 @@ def signed_key_of_float64(x: Real) -> Bits:
 # --- decoding ------------------------------------------------------------------------------------
 
 
-@_jit
+@inner
 def _half_to_float32(bits: Bits) -> Real:
     # The exponent field is moved, then re-biased by an exact multiplication, which also normalises subnormals.
     size = np.uint32(bits) & np.uint32(0x7FFF)
@@ -112,7 +113,7 @@ def _half_to_float32(bits: Bits) -> Real:
     return np.uint32(scaled.view(np.uint32) | sign).view(np.float32)
 
 
-@_jit
+@inner
 def _float32_to_half(x: Real) -> Bits:
     bits = np.float32(x).view(np.uint32)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
@@ -129,12 +130,12 @@ def _float32_to_half(x: Real) -> Bits:
     return np.uint16(sign | (rounded >> np.uint32(13)))
 
 
-@_jit
+@inner
 def _bfloat_to_float32(bits: Bits) -> Real:
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@_jit
+@inner
 def _float32_to_bfloat(x: Real) -> Bits:
     bits = np.float32(x).view(np.uint32)
     if (bits & np.uint32(0x7FFFFFFF)) > _INF32:
@@ -143,12 +144,12 @@ def _float32_to_bfloat(x: Real) -> Bits:
     return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
-@_jit
+@inner
 def _e5m2_to_float32(bits: Bits) -> Real:
     return _half_to_float32(np.uint32(bits) << np.uint32(8))
 
 
-@_jit
+@inner
 def _e4m3fn_to_float32(bits: Bits) -> Real:
     size = np.uint32(bits) & np.uint32(0x7F)
     sign = (np.uint32(bits) & np.uint32(0x80)) << np.uint32(24)
@@ -158,7 +159,7 @@ def _e4m3fn_to_float32(bits: Bits) -> Real:
     return np.uint32(scaled.view(np.uint32) | sign).view(np.float32)
 
 
-@_jit
+@inner
 def _same(x: Any) -> Any:
     return x
 
@@ -179,11 +180,11 @@ _ENCODE = {"float16": _float32_to_half, "bfloat16": _float32_to_bfloat}
 def _native(scalar: str) -> tuple[Function, Function]:
     """(fetch, place) of a scalar in an aligned buffer of native byte order."""
 
-    @_jit
+    @inner
     def fetch(buffer: Any, i: int) -> Any:
         return buffer[i]
 
-    @_jit
+    @inner
     def place(buffer: Any, i: int, x: Any) -> None:
         buffer[i] = x
 
@@ -199,7 +200,7 @@ def _bytewise(scalar: str, swapped: bool) -> tuple[Function, Function]:
     number = dtype.type
     little = (np.little_endian and not swapped) or (not np.little_endian and swapped)
 
-    @_jit
+    @inner
     def fetch(buffer: Any, i: int) -> Any:
         bits = np.uint64(0)
         for b in range(width):
@@ -207,7 +208,7 @@ def _bytewise(scalar: str, swapped: bool) -> tuple[Function, Function]:
             bits |= np.uint64(buffer[i + b]) << shift
         return unsigned(bits).view(number)
 
-    @_jit
+    @inner
     def place(buffer: Any, i: int, x: Any) -> None:
         bits = np.uint64(number(x).view(unsigned))
         for b in range(width):
@@ -239,46 +240,46 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     narrow = kind.norm == "float32"
     zero = np.dtype(_STORAGE.get(kind.name, kind.name)).type(0)
 
-    @_jit
+    @inner
     def value(buffer: Any, i: int) -> Real:
         return np.float64(decode(fetch(buffer, i)))
 
-    @_jit
+    @inner
     def magnitude(buffer: Any, i: int) -> Real:
         return abs(np.float64(decode(fetch(buffer, i))))
 
-    @_jit
+    @inner
     def key32(buffer: Any, i: int) -> Bits:
         return key_of_float32(decode(fetch(buffer, i)))
 
-    @_jit
+    @inner
     def key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(np.float64(decode(fetch(buffer, i))))
 
     if narrow:
 
-        @_jit
+        @inner
         def signed_key(buffer: Any, i: int) -> Bits:
             return signed_key_of_float32(decode(fetch(buffer, i)))
     else:
 
-        @_jit
+        @inner
         def signed_key(buffer: Any, i: int) -> Bits:
             return signed_key_of_float64(fetch(buffer, i))
 
-    @_jit
+    @inner
     def clear(buffer: Any, i: int) -> None:
         place(buffer, i, zero)
 
     if kind.name in _ENCODE:
 
-        @_jit
+        @inner
         def scale(buffer: Any, i: int, factor: float) -> None:
             place(buffer, i, encode(np.float32(np.float64(decode(fetch(buffer, i))) * factor)))
     else:
         number = np.dtype(kind.name).type if kind.name not in _STORAGE else np.float32
 
-        @_jit
+        @inner
         def scale(buffer: Any, i: int, factor: float) -> None:
             place(buffer, i, number(np.float64(fetch(buffer, i)) * factor))
 
@@ -290,45 +291,45 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
     zero = np.dtype(kind.name).type(0)
     wide = kind.is_wide_integer
 
-    @_jit
+    @inner
     def value(buffer: Any, i: int) -> Real:
         return np.float64(fetch(buffer, i))
 
-    @_jit
+    @inner
     def magnitude(buffer: Any, i: int) -> Real:
         return abs(np.float64(fetch(buffer, i)))
 
-    @_jit
+    @inner
     def key32(buffer: Any, i: int) -> Bits:
         return key_of_float32(np.float64(fetch(buffer, i)))
 
-    @_jit
+    @inner
     def float_key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(np.float64(fetch(buffer, i)))
 
     if signed:
 
-        @_jit
+        @inner
         def signed_key(buffer: Any, i: int) -> Bits:
             return np.int64(fetch(buffer, i)).view(np.uint64) ^ _SIGN64
 
-        @_jit
+        @inner
         def exact_key64(buffer: Any, i: int) -> Bits:
             bits = np.int64(fetch(buffer, i)).view(np.uint64)
             return (~bits) + np.uint64(1) if bits >= _SIGN64 else bits
     else:
 
-        @_jit
+        @inner
         def signed_key(buffer: Any, i: int) -> Bits:
             return np.uint64(fetch(buffer, i))
 
         exact_key64 = signed_key
 
-    @_jit
+    @inner
     def clear(buffer: Any, i: int) -> None:
         place(buffer, i, zero)
 
-    @_jit
+    @inner
     def scale(buffer: Any, i: int, factor: float) -> None:
         pass  # integers are never scaled: refused before any backend is called
 
@@ -341,27 +342,27 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
     zero = scalar(0)
     narrow = kind.norm == "float32"
 
-    @_jit
+    @inner
     def magnitude(buffer: Any, i: int) -> Real:
         re, im = np.float64(fetch(buffer, i)), np.float64(fetch(buffer, i + step))
         if np.isnan(re) or np.isnan(im):
             return np.nan  # the hypotenuse of (inf, NaN) would be inf
         return np.sqrt(re * re + im * im) if narrow else np.hypot(re, im)
 
-    @_jit
+    @inner
     def key32(buffer: Any, i: int) -> Bits:
         return key_of_float32(magnitude(buffer, i))
 
-    @_jit
+    @inner
     def key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(magnitude(buffer, i))
 
-    @_jit
+    @inner
     def clear(buffer: Any, i: int) -> None:
         place(buffer, i, zero)
         place(buffer, i + step, zero)
 
-    @_jit
+    @inner
     def scale(buffer: Any, i: int, factor: float) -> None:
         place(buffer, i, scalar(np.float64(fetch(buffer, i)) * factor))
         place(buffer, i + step, scalar(np.float64(fetch(buffer, i + step)) * factor))

@@ -18,11 +18,25 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npscope.backends.numba_cpu.codecs import Codec, Function, Real, key_of_float32, key_of_float64
+from npscope.backends.numba_cpu.arithmetic import (
+    dd_add,
+    dd_divide,
+    dd_exp,
+    dd_log,
+    dd_multiply,
+    limbs_add,
+    limbs_sign,
+    midpoint_above,
+    round_root,
+    two_sum,
+)
+from npscope.backends.numba_cpu.codecs import Codec, Function, inner, key_of_float32, key_of_float64
 
-_jit = njit(nogil=True, error_model="numpy")
+_jit = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)
 # Sums of float32 are rounded exactly later, so their order is free; NaN and infinities must stay true.
-_jit_any_order = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp"})
+_inner_any_order = njit(
+    error_model="numpy", fastmath={"reassoc", "contract", "arcp"}, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 
 INF, ONE, TWO, POWER = 0, 1, 2, 3
 """Codes of the four ways to accumulate a norm."""
@@ -33,10 +47,6 @@ EXACT_CHUNK = 1024
 WIDE_CHUNK = 8
 """The same for float64 terms: 7 roundings, which keeps the norm within 4 ulp."""
 
-LIMBS = 30
-LIMB_ORIGIN = 352
-"""An exact sum is an integer in 32-bit limbs, in units of 2**-352."""
-
 DIGIT_BITS = 16
 """Bits that one radix pass over a large scope resolves."""
 
@@ -44,7 +54,7 @@ DIGIT_BITS = 16
 # --- addresses -----------------------------------------------------------------------------------
 
 
-@_jit
+@inner
 def place(i: int, nest: Any) -> Any:
     """Offset of index `i` of a loop nest."""
     offset = 0
@@ -57,61 +67,7 @@ def place(i: int, nest: Any) -> Any:
     return offset
 
 
-# --- double-double and exact sums ----------------------------------------------------------------
-
-
-@_jit
-def two_sum(a: float, b: float) -> tuple[float, float]:
-    """(s, e) with s the rounded sum and s + e exact (Knuth 1969)."""
-    s = a + b
-    t = s - a
-    return s, (a - (s - t)) + (b - t)
-
-
-@_jit
-def limbs_add(limbs: Any, row: int, x: float, square: bool, sign: int) -> None:
-    """Add sign * x (or x squared) exactly; x >= 0 with at most 25 significant bits."""
-    if x == 0.0:
-        return
-    fraction, exponent = math.frexp(x)
-    mantissa = np.int64(fraction * 33554432.0)  # 2**25
-    exponent -= 25
-    if square:
-        mantissa *= mantissa
-        exponent *= 2
-    while mantissa & 1 == 0:
-        mantissa >>= 1
-        exponent += 1
-    for half in range(2):
-        bits = mantissa & 0x1FFFFFF if half == 0 else mantissa >> 25
-        position = exponent + LIMB_ORIGIN + 25 * half
-        limb = position >> 5
-        shifted = bits << (position & 31)
-        limbs[row, limb] += sign * (shifted & 0xFFFFFFFF)
-        limbs[row, limb + 1] += sign * (shifted >> 32)
-
-
-@_jit
-def limbs_sign(limbs: Any, row: int) -> int:
-    """Sign of an exact sum; normalises its limbs."""
-    carry = 0
-    nonzero = False
-    for j in range(LIMBS):
-        total = limbs[row, j] + carry
-        carry = total >> 32
-        limbs[row, j] = total & 0xFFFFFFFF
-        nonzero = nonzero or limbs[row, j] != 0
-    if carry < 0:
-        return -1
-    return 1 if nonzero or carry > 0 else 0
-
-
-@_jit
-def midpoint_above(a: Real) -> Real:
-    """Halfway from the float32 `a` >= 0 to the next larger one, exact in float64 (2**128 stands for inf)."""
-    above = np.uint32(np.float32(a).view(np.uint32) + np.uint32(1)).view(np.float32)
-    top = 3.402823669209384634e38 if np.isinf(above) else np.float64(above)
-    return (np.float64(a) + top) / 2
+# --- from sums to norms --------------------------------------------------------------------------
 
 
 @_jit
@@ -168,13 +124,37 @@ def finish_wide(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
 @_jit
 def finish_scaled(hi: Any, lo: Any, top: Any, p: float, norm: Any) -> None:
     """Sums of (|x| / top) ** p to norms; `hi` becomes the norm in float64."""
+    precise = norm.itemsize == 8 and p < 1.0
     for i in range(norm.size):
         if top[i] == 0.0 or not np.isfinite(top[i]):
             hi[i] = top[i]
+        elif precise:
+            h, low = two_sum(hi[i], lo[i])
+            h, low = dd_log(h, low)
+            h, low = dd_divide(h, low, p)
+            th, tl = dd_log(top[i], 0.0)
+            h, low = dd_add(h, low, th, tl)
+            if h > 710.0:
+                hi[i] = np.inf
+            else:
+                h, low, k = dd_exp(h, low)
+                hi[i] = math.ldexp(h + low, k)
         else:
             total = hi[i] + lo[i]
             hi[i] = top[i] * (math.sqrt(total) if p == 2.0 else total ** (1.0 / p))
         norm[i] = hi[i]
+
+
+@inner
+def precise_power(x: float, log_top: float, log_top_low: float, p: float) -> tuple[float, float]:
+    """(x / top) ** p as a double-double, 0 < x <= top or x = 0."""
+    if x == 0.0:
+        return 0.0, 0.0
+    h, low = dd_log(x, 0.0)
+    h, low = dd_add(h, low, -log_top, -log_top_low)
+    h, low = dd_multiply(h, low, p, 0.0)
+    h, low, k = dd_exp(h, low)
+    return math.ldexp(h, k), math.ldexp(low, k)
 
 
 @_jit
@@ -323,21 +303,6 @@ def shrink_factors(norm: Any, wide: Any, t: Any, factors: Any) -> None:
             factors[i] = (wide[i] - t[i]) / wide[i]
 
 
-@_jit
-def round_root(hi: Real, lo: Real) -> Real:
-    """The float32 nearest to sqrt(hi + lo), decided in double-double."""
-    root = math.sqrt(hi)
-    if not np.isfinite(root) or root > 3.5e38 or root == 0.0:
-        return np.float32(root)
-    below = np.float32(root * (1 - 2.0**-42))
-    middle = midpoint_above(below)
-    side = (hi - middle * middle) + lo
-    bits = np.float32(below).view(np.uint32)
-    if side > 0 or (side == 0 and bits & np.uint32(1)):
-        return np.uint32(bits + np.uint32(1)).view(np.float32)
-    return below
-
-
 SAFE_TOP, SAFE_UNIT = 2.0**450, 2.0**600
 """Numbers within [1 / SAFE_TOP, SAFE_TOP] may be squared and summed; SAFE_UNIT brings any other there."""
 
@@ -421,7 +386,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
     magnitude, clear, rescale_one = codec.magnitude, codec.clear, codec.scale
     keys32, keys64, keys_signed = (_key_kernel(key) for key in (codec.key32, codec.key64, codec.signed_key))
 
-    @_jit_any_order
+    @_inner_any_order
     def run_sum(buffer: Any, at: int, step: int, count: int, square: bool) -> float:
         total = 0.0
         if square:
@@ -433,7 +398,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
                 total += magnitude(buffer, at + e * step)
         return total
 
-    @_jit
+    @inner
     def run_max(buffer: Any, at: int, step: int, count: int, top: float) -> float:
         for e in range(count):
             x = magnitude(buffer, at + e * step)
@@ -467,9 +432,12 @@ def kernels(codec: Codec) -> SimpleNamespace:
     @_jit
     def accumulate_scaled(
         buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, e0: int, e1: int,
-        top: Any, p: float, hi: Any, lo: Any,
+        top: Any, p: float, precise: bool, hi: Any, lo: Any,
     ) -> None:  # fmt: skip
-        """Add (|x| / top) ** p of elements [e0, e1) of every block to its sum hi + lo."""
+        """Add (|x| / top) ** p of elements [e0, e1) of every block to its sum hi + lo.
+
+        `precise` takes the powers in double-double: the root will multiply their error by 1 / p.
+        """
         run, step = elements[0, -1], elements[1, -1]
         for i in range(i0, i1):
             largest = top[i - i0]
@@ -477,14 +445,20 @@ def kernels(codec: Codec) -> SimpleNamespace:
                 continue
             at = origin + place(i, grid)
             a, b = hi[i - i0], lo[i - i0]
+            th, tl = dd_log(largest, 0.0) if precise else (0.0, 0.0)
             e = e0
             while e < e1:
                 count = min(e1 - e, run - e % run)
                 first = at + place(e, elements)
                 for j in range(count):
-                    x = magnitude(buffer, first + j * step) / largest
-                    a, error = two_sum(a, x * x if p == 2.0 else x**p)
-                    b += error
+                    x = magnitude(buffer, first + j * step)
+                    if precise:
+                        h, low = precise_power(x, th, tl, p)
+                    else:
+                        x /= largest
+                        h, low = (x * x if p == 2.0 else x**p), 0.0
+                    a, error = two_sum(a, h)
+                    b += error + low
                 e += count
             hi[i - i0], lo[i - i0] = a, b
 

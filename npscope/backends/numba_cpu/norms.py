@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
+from npscope.backends.numba_cpu.arithmetic import LIMBS
 from npscope.backends.numba_cpu.operands import PIECE_ELEMENTS, Competitors, competitors, ranges
 from npscope.tiling import Parts
 
@@ -23,6 +24,7 @@ class NormWork:
     def __init__(self, part: Competitors, ord: float, length: int) -> None:
         self.part = part
         self.p = ord
+        self.precise = ord < 1 and part.norm.itemsize == 8
         # The norm of one element is its magnitude, whatever the order.
         self.code = nk.INF if part.elements == 1 else _CODES.get(ord, nk.POWER)
         self.chunk = nk.EXACT_CHUNK if part.exact else nk.WIDE_CHUNK
@@ -31,7 +33,7 @@ class NormWork:
         self.top = np.empty(length if self.code == nk.POWER else 1)
         self.unsure = np.empty(length if self.code in (nk.ONE, nk.TWO) else 0, dtype=np.int64)
         rows = min(length, UNSURE_ROWS) if part.exact else 0
-        self.limbs = np.empty((rows, nk.LIMBS), dtype=np.int64)
+        self.limbs = np.empty((rows, LIMBS), dtype=np.int64)
 
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
         """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
@@ -66,7 +68,8 @@ class NormWork:
         self._sums(nk.INF, i0, i1, top, lo)
         hi[:], lo[:] = 0.0, 0.0
         for leaf in self.part.leaves:
-            nk.kernels(leaf.codec).accumulate_scaled(*leaf.where, i0, i1, 0, leaf.size, top, self.p, hi, lo)
+            add = nk.kernels(leaf.codec).accumulate_scaled
+            add(*leaf.where, i0, i1, 0, leaf.size, top, self.p, self.precise, hi, lo)
         nk.finish_scaled(hi, lo, top, self.p, norm)
 
     def _decide(self, i0: int, chosen: np.ndarray, norm: np.ndarray) -> None:
