@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 MAX_EXACT_ELEMENTS = 1 << 22
 """Windows with more elements than this are not enumerated to find out whether they meet themselves."""
 
-MAX_EXACT_WORK = 1_000_000
+MAX_EXACT_WORK: Any = 1_000_000  # NumPy's stubs know only 0 and -1
 """Bound on the exact search for an element shared by two windows (numpy.shares_memory)."""
 
 

@@ -110,9 +110,10 @@ def as_ord(ord: Any) -> float:
     """The order of a norm: 1, 2, inf or any p > 0."""
     if isinstance(ord, bool | np.bool_) or not isinstance(ord, numbers.Real):
         raise KindError(f"ord must be 1, 2, inf or another positive number, not {type(ord).__name__} {ord!r}")
-    if not ord > 0:
+    p = float(ord)
+    if not p > 0:
         raise SpecError(f"ord = {ord} must be 1, 2, inf or another positive number")
-    return float(ord)
+    return p
 
 
 def as_iteration(max_iter: Any, rtol: Any) -> tuple[int, float]:
@@ -122,9 +123,10 @@ def as_iteration(max_iter: Any, rtol: Any) -> tuple[int, float]:
         raise SpecError(f"max_iter = {steps} must be at least 1")
     if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real):
         raise KindError(f"rtol must be a positive number, not {type(rtol).__name__} {rtol!r}")
-    if not 0 < rtol < math.inf:
+    tolerance = float(rtol)
+    if not 0 < tolerance < math.inf:
         raise SpecError(f"rtol = {rtol} must be positive and finite")
-    return steps, float(rtol)
+    return steps, tolerance
 
 
 def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: str, *, signed: bool = True) -> Array:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from npscope.backends.numba_cpu.codecs import Real, inner
+from npscope.backends.numba_cpu.codecs import Real
+from npscope.backends.numba_cpu.jit import inner
 
 LIMBS = 30
 LIMB_ORIGIN = 352

@@ -15,8 +15,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from npscope.backends.numba_cpu.jit import inner
 from npscope.dtypes import Kind
 
 Function = Callable[..., Any]
@@ -24,9 +24,6 @@ Bits = Any
 """An unsigned NumPy scalar, whose width matters."""
 Real = Any
 """A NumPy float scalar, whose width matters."""
-
-inner = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""Compiles what only compiled functions call: without the wrappers for Python, a quarter faster."""
 
 KEY32, KEY64 = np.uint32, np.uint64
 _NAN32, _SIGN32, _INF32 = np.uint32(0xFFFFFFFF), np.uint32(0x80000000), np.uint32(0x7F800000)

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from npscope.backends.numba_cpu.arithmetic import (
     dd_add,
@@ -30,13 +29,8 @@ from npscope.backends.numba_cpu.arithmetic import (
     round_root,
     two_sum,
 )
-from npscope.backends.numba_cpu.codecs import Codec, Function, inner, key_of_float32, key_of_float64
-
-_jit = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)
-# Sums of float32 are rounded exactly later, so their order is free; NaN and infinities must stay true.
-_inner_any_order = njit(
-    error_model="numpy", fastmath={"reassoc", "contract", "arcp"}, no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
+from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
+from npscope.backends.numba_cpu.jit import inner, inner_any_order, kernel
 
 INF, ONE, TWO, POWER = 0, 1, 2, 3
 """Codes of the four ways to accumulate a norm."""
@@ -70,7 +64,7 @@ def place(i: int, nest: Any) -> Any:
 # --- from sums to norms --------------------------------------------------------------------------
 
 
-@_jit
+@kernel
 def finish_exact(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
     """Sums to norms: `norm` (float32) and `hi` (the same in float64); counts the blocks it cannot decide.
 
@@ -93,7 +87,7 @@ def finish_exact(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
     return count
 
 
-@_jit
+@kernel
 def finish_unsure(limbs: Any, unsure: Any, count: int, square: bool, norm: Any) -> None:
     """Round up the listed norms whose exact sum lies above the midpoint (ties to even)."""
     for row in range(count):
@@ -105,7 +99,7 @@ def finish_unsure(limbs: Any, unsure: Any, count: int, square: bool, norm: Any) 
             norm[i] = np.uint32(bits + np.uint32(1)).view(np.float32)
 
 
-@_jit
+@kernel
 def finish_wide(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
     """Sums to norms in float64; lists the blocks whose squares over- or underflowed."""
     count = 0
@@ -121,7 +115,7 @@ def finish_wide(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
     return count
 
 
-@_jit
+@kernel
 def finish_scaled(hi: Any, lo: Any, top: Any, p: float, norm: Any) -> None:
     """Sums of (|x| / top) ** p to norms; `hi` becomes the norm in float64."""
     precise = norm.itemsize == 8 and p < 1.0
@@ -157,14 +151,14 @@ def precise_power(x: float, log_top: float, log_top_low: float, p: float) -> tup
     return math.ldexp(h, k), math.ldexp(low, k)
 
 
-@_jit
+@kernel
 def finish_largest(top: Any, norm: Any) -> None:
     """Maxima, or magnitudes of single elements, to norms."""
     for i in range(norm.size):
         norm[i] = top[i]
 
 
-@_jit
+@kernel
 def keys_of_norms(norm: Any, keys: Any) -> None:
     """Ordered integers of norms, in the width of `keys`."""
     for i in range(norm.size):
@@ -177,7 +171,7 @@ def keys_of_norms(norm: Any, keys: Any) -> None:
 # --- selection on dense keys ---------------------------------------------------------------------
 
 
-@_jit
+@kernel
 def digit_counts(keys: Any, start: int, stop: int, prefix: Any, known: Any, shift: Any, counts: Any) -> None:
     """Add to `counts` how often each digit at `shift` occurs among the keys that match `prefix`."""
     digit = np.uint64(counts.size - 1)
@@ -187,7 +181,7 @@ def digit_counts(keys: Any, start: int, stop: int, prefix: Any, known: Any, shif
             counts[(key >> shift) & digit] += 1
 
 
-@_jit
+@kernel
 def nth_key(keys: Any, start: int, n: int, k: int, counts: Any) -> tuple[Any, int]:
     """(k-th largest of n keys, how many keys equal to it are among the k largest), by radix."""
     prefix, known = np.uint64(0), np.uint64(0)
@@ -205,7 +199,7 @@ def nth_key(keys: Any, start: int, n: int, k: int, counts: Any) -> tuple[Any, in
     return prefix, k
 
 
-@_jit
+@kernel
 def mark(keys: Any, start: int, stop: int, limit: Any, ties: int, mask: Any) -> int:
     """Mask of keys above `limit`, and of the first `ties` keys equal to it; the ties left over."""
     for i in range(start, stop):
@@ -222,7 +216,7 @@ RANKED_BY_COUNTING = 16
 """Up to this many blocks a scope, comparing all pairs beats a radix pass with its 256 counters."""
 
 
-@_jit
+@kernel
 def select_rows(keys: Any, rows: int, n: int, keep: Any, mask: Any, counts: Any) -> None:
     """Mask of the `keep` first-ranked keys of every row of n: larger first, ties by position."""
     for r in range(rows):
@@ -242,7 +236,7 @@ def select_rows(keys: Any, rows: int, n: int, keep: Any, mask: Any, counts: Any)
             mark(keys, start, start + n, limit, ties, mask)
 
 
-@_jit
+@kernel
 def kth_rows(keys: Any, rows: int, n: int, k: Any, found: Any, counts: Any) -> None:
     """The k-th largest key of every row of n."""
     for r in range(rows):
@@ -250,7 +244,7 @@ def kth_rows(keys: Any, rows: int, n: int, k: Any, found: Any, counts: Any) -> N
         found[r] = limit
 
 
-@_jit
+@kernel
 def count_equal(keys: Any, stop: int, limit: Any) -> int:
     """How many keys equal `limit`."""
     total = 0
@@ -259,14 +253,14 @@ def count_equal(keys: Any, stop: int, limit: Any) -> int:
     return total
 
 
-@_jit
+@kernel
 def not_below(norm: Any, thresholds: Any, mask: Any) -> None:
     """Mask of the blocks that a hard threshold keeps: not norm < threshold."""
     for i in range(norm.size):
         mask[i] = not (norm[i] < thresholds[i])
 
 
-@_jit
+@kernel
 def gather(buffer: Any, origin: int, grid: Any, i0: int, i1: int, out: Any) -> None:
     """Entries [i0, i1) of a strided grid of numbers, dense."""
     run = grid[0, -1]
@@ -281,7 +275,7 @@ def gather(buffer: Any, origin: int, grid: Any, i0: int, i1: int, out: Any) -> N
         i = stop
 
 
-@_jit
+@kernel
 def repeat_each(few: Any, n: int, skip: int, out: Any) -> None:
     """Each entry of `few` n times, without the first `skip`."""
     for i in range(out.size):
@@ -291,7 +285,7 @@ def repeat_each(few: Any, n: int, skip: int, out: Any) -> None:
 # --- shrinkage on dense norms --------------------------------------------------------------------
 
 
-@_jit
+@kernel
 def shrink_factors(norm: Any, wide: Any, t: Any, factors: Any) -> None:
     """What each block is multiplied by: 1 - t / norm, 0 where the rounded norm is <= t, 1 where nothing changes."""
     for i in range(norm.size):
@@ -307,7 +301,7 @@ SAFE_TOP, SAFE_UNIT = 2.0**450, 2.0**600
 """Numbers within [1 / SAFE_TOP, SAFE_TOP] may be squared and summed; SAFE_UNIT brings any other there."""
 
 
-@_jit
+@kernel
 def safe_units(top: Any, unit: Any) -> None:
     """Powers of two that bring each `top` where it may be squared; 1 where it already is."""
     for i in range(top.size):
@@ -318,7 +312,7 @@ def safe_units(top: Any, unit: Any) -> None:
             unit[i] = SAFE_UNIT
 
 
-@_jit
+@kernel
 def open_conditioned(
     top: Any, unit: Any, hi: Any, lo: Any, scale: Any, t: Any, exact: bool, narrow: bool, hmin: Any, hmax: Any,
     n: Any, tau: Any, sigma: Any, low: Any, high: Any, active: Any,
@@ -353,7 +347,7 @@ def open_conditioned(
         active[i] = True
 
 
-@_jit
+@kernel
 def newton_step(squares: Any, slopes: Any, sigma: Any, low: Any, high: Any, active: Any, rtol: float) -> int:
     """One safeguarded Newton step on the reciprocal norm for every active block; how many stay active."""
     left = 0
@@ -386,7 +380,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
     magnitude, clear, rescale_one = codec.magnitude, codec.clear, codec.scale
     keys32, keys64, keys_signed = (_key_kernel(key) for key in (codec.key32, codec.key64, codec.signed_key))
 
-    @_inner_any_order
+    @inner_any_order
     def run_sum(buffer: Any, at: int, step: int, count: int, square: bool) -> float:
         total = 0.0
         if square:
@@ -406,7 +400,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
                 top = x
         return top
 
-    @_jit
+    @kernel
     def accumulate(
         buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, e0: int, e1: int,
         code: int, chunk: int, hi: Any, lo: Any,
@@ -429,7 +423,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
                 e += count
             hi[i - i0], lo[i - i0] = a, b
 
-    @_jit
+    @kernel
     def accumulate_scaled(
         buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, e0: int, e1: int,
         top: Any, p: float, precise: bool, hi: Any, lo: Any,
@@ -462,7 +456,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
                 e += count
             hi[i - i0], lo[i - i0] = a, b
 
-    @_jit
+    @kernel
     def accumulate_limbs(
         buffer: Any, origin: int, grid: Any, elements: Any, i0: int, chosen: Any, count: int, total: int,
         square: bool, limbs: Any,
@@ -475,7 +469,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
                 if e & 0x3FFFFFFF == 0x3FFFFFFF:  # before a limb can overflow
                     limbs_sign(limbs, row)
 
-    @_jit
+    @kernel
     def drop(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, mask: Any) -> None:
         """Write +0.0 to every element of the blocks whose mask is False."""
         run, step = elements[0, -1], elements[1, -1]
@@ -497,7 +491,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
                                 clear(buffer, first + r * step)
             i = stop
 
-    @_jit
+    @kernel
     def rescale(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, factors: Any) -> None:
         """Multiply every element of a block by its factor; 0 writes +0.0, 1 touches nothing."""
         run, step = elements[0, -1], elements[1, -1]
@@ -514,7 +508,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
                     else:
                         rescale_one(buffer, first + r * step, factor)
 
-    @_jit
+    @kernel
     def count_above(
         buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, eps: float
     ) -> int:
@@ -542,7 +536,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
 def _key_kernel(key: Function) -> Function:
     """The kernel that reads 1-element blocks [i0, i1) as ordered integers."""
 
-    @_jit
+    @kernel
     def keys_of_elements(buffer: Any, origin: int, grid: Any, i0: int, i1: int, out: Any) -> None:
         width, stride = grid[0, -1], grid[1, -1]
         i = i0
@@ -561,7 +555,7 @@ def pair_kernels(data: Codec, metric: Codec) -> SimpleNamespace:
     """The kernels of the conditioned shrink, which read an array and its diagonal metric side by side."""
     magnitude, weight, rescale_one, clear = data.magnitude, metric.value, data.scale, data.clear
 
-    @_jit
+    @kernel
     def widest(
         x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
         i0: int, i1: int, total: int, unit: Any, largest: Any, hmin: Any, hmax: Any,
@@ -576,7 +570,7 @@ def pair_kernels(data: Codec, metric: Codec) -> SimpleNamespace:
                 largest[b] = max(largest[b], hh * (v * unit[b]))
                 hmin[b], hmax[b] = min(hmin[b], hh), max(hmax[b], hh)
 
-    @_jit
+    @kernel
     def weighted_squares(
         x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
         i0: int, i1: int, total: int, unit: Any, scale: Any, hi: Any, lo: Any,
@@ -591,7 +585,7 @@ def pair_kernels(data: Codec, metric: Codec) -> SimpleNamespace:
                 hi[b], error = two_sum(hi[b], w * w)
                 lo[b] += error
 
-    @_jit
+    @kernel
     def secular_sums(
         x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
         i0: int, i1: int, total: int, unit: Any, n: Any, hmax: Any, tau: Any, sigma: Any, active: Any,
@@ -611,7 +605,7 @@ def pair_kernels(data: Codec, metric: Codec) -> SimpleNamespace:
                 squares[b] += q * q
                 slopes[b] += q * q * (g / (g * sigma[b] + tau[b]))
 
-    @_jit
+    @kernel
     def rescale_conditioned(
         x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
         i0: int, i1: int, total: int, hmax: Any, tau: Any, sigma: Any,
