@@ -1,0 +1,159 @@
+"""The libraries and backends that every test of the functions runs on, and the Hypothesis profiles.
+
+A library that is not here is skipped with its reason, never silently: a run without a GPU
+shows "no CUDA device".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from strategies import ALL_DTYPES, COMPLEX, INTEGERS, dtype
+
+import npscope
+from npscope.backends import reference
+
+_SHARED = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+settings.register_profile("fast", max_examples=40, derandomize=True, **_SHARED)
+settings.register_profile("slow", max_examples=1000, **_SHARED)
+
+OPERATIONS = ("norms", "kth", "mask", "prune", "threshold", "apply_mask", "scale", "shrink", "count_nonzero")
+STANDARD = ("float32", "float64", *COMPLEX, *INTEGERS)
+
+
+def wants_slow(config: pytest.Config) -> bool:
+    """Whether the run was asked for the tests marked slow (``pytest -m slow``)."""
+    return "slow" in config.option.markexpr and "not slow" not in config.option.markexpr
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("slow" if wants_slow(config) else "fast")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not wants_slow(config):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))
+
+
+@dataclass(frozen=True)
+class Library:
+    """An array library under one backend: how NumPy arrays get in and out, and what it has."""
+
+    name: str
+    asarray: Callable[[np.ndarray], Any]
+    to_numpy: Callable[[Any], np.ndarray]
+    dtypes: tuple[str, ...] = ALL_DTYPES
+    backend: str | None = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def context(self) -> AbstractContextManager[None]:
+        return npscope.use_backend(self.backend) if self.backend else nullcontext()
+
+    def require(self, name: str) -> None:
+        """Skip where the library has no such dtype."""
+        if name not in self.dtypes:
+            pytest.skip(f"{self.name} has no {name}")
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function` on this library's arrays, and its result as NumPy."""
+        given = [self.asarray(a) if isinstance(a, np.ndarray) else a for a in args]
+        named = {k: self.asarray(v) if isinstance(v, np.ndarray) else v for k, v in kwargs.items()}
+        result = function(*given, **named)
+        assert type(result) is type(given[0]), f"{type(given[0])} in, {type(result)} out"
+        return self.to_numpy(result)
+
+
+def _numpy(backend: str) -> Library:
+    return Library(backend, lambda x: x, lambda x: x, backend=backend)
+
+
+def _strict() -> Library:
+    strict = pytest.importorskip("array_api_strict")
+    return Library("array-api-strict", strict.asarray, np.asarray, STANDARD)
+
+
+def _torch() -> Library:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    served = tuple(n for n in STANDARD if n not in ("uint16", "uint32", "uint64"))
+    return Library("torch", lambda x: torch.asarray(x.copy()), lambda x: x.numpy(), (*served, "float16"))
+
+
+def _jax() -> Library:
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    jax.config.update("jax_enable_x64", True)
+    return Library("jax", jax.numpy.asarray, np.asarray)
+
+
+def _cupy() -> Library:
+    if importlib.util.find_spec("cupy") is None:
+        pytest.skip("no CUDA device (and CuPy is not installed)")
+    cupy = importlib.import_module("cupy")
+    try:
+        if cupy.cuda.runtime.getDeviceCount() == 0:
+            pytest.skip("no CUDA device")
+    except cupy.cuda.runtime.CUDARuntimeError:
+        pytest.skip("no CUDA device")
+    return Library("cupy", cupy.asarray, cupy.asnumpy, (*STANDARD, "float16"))
+
+
+_LIBRARIES: dict[str, Callable[[], Library]] = {
+    "reference": lambda: _numpy("reference"),
+    "numba": lambda: _numpy("numba"),
+    "array-api-strict": _strict,
+    "torch": _torch,
+    "jax": _jax,
+    "cupy": _cupy,
+}
+
+
+@contextmanager
+def no_reference(backend: str | None) -> Iterator[None]:
+    """Under "numba" the operations of the reference backend raise: nothing may fall back to it."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the numba backend fell back to the reference")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "numba":
+            for name in OPERATIONS:
+                patch.setattr(reference, name, refuse)
+        yield
+
+
+@pytest.fixture(params=_LIBRARIES)
+def xp(request: pytest.FixtureRequest) -> Iterator[Library]:
+    """Every array library, the backend it needs switched on."""
+    library = _LIBRARIES[request.param]()
+    with library.context(), no_reference(library.backend):
+        yield library
+
+
+@pytest.fixture(params=["reference", "numba"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backends of NumPy arrays: for promises about memory, strides and in-place work."""
+    with npscope.use_backend(request.param), no_reference(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers, the same in every run."""
+    return np.random.default_rng(20260101)
+
+
+@pytest.fixture(params=ALL_DTYPES)
+def any_dtype(request: pytest.FixtureRequest) -> np.dtype:
+    """Every supported dtype."""
+    return dtype(request.param)

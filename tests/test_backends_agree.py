@@ -1,0 +1,172 @@
+"""Every backend, layout and thread count gives the same bits, on thousands of small problems and on large ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from strategies import EXACT_DTYPES, INTEGERS, KINDS, Problem, hostile, same_bits
+
+import npscope
+
+RANKED = (*EXACT_DTYPES, "int32", "uint32", "int64", "uint64")
+
+
+def random_problem(rng: np.random.Generator, dtypes: tuple[str, ...] = RANKED) -> Problem:
+    """A small problem of 1 to 3 axes, any kind of data."""
+    ndim = int(rng.integers(1, 4))
+    scopes, counts, block = (rng.integers(1, top, ndim) for top in (4, 6 - ndim, 5 - ndim))
+    name, kind = str(rng.choice(dtypes)), str(rng.choice(KINDS))
+    if math.prod((*counts, *block)) > 1 and name.endswith("64") and name in INTEGERS:
+        block = np.ones(ndim, dtype=int)  # sums of 64-bit integers are not exact
+    shape = tuple(int(n) for n in scopes * counts * block)
+    x = hostile(kind, shape, name, int(rng.integers(2**30)))
+    if name in ("int32", "uint32"):
+        x = x // np.asarray(2**16, dtype=name)  # so that sums of squares are exact in float64
+    if rng.random() < 0.5:
+        x = np.ascontiguousarray(x.T).T
+    grid = tuple(int(n) for n in scopes * counts)
+    return Problem(x, tuple(map(int, block)), tuple(map(int, counts)), math.prod(map(int, counts)), grid)
+
+
+def results(p: Problem, nnz: int, ord: float, level: float) -> Iterator[tuple[str, np.ndarray]]:
+    yield "block_norms", npscope.block_norms(p.x, p.block, ord=ord)
+    yield "block_mask", npscope.block_mask(p.x, nnz, p.block, p.scope, ord=ord)
+    yield "keep_largest", npscope.keep_largest(p.x, nnz, p.block, p.scope, ord=ord)
+    yield "hard_threshold", npscope.hard_threshold(p.x, level, p.block, ord=ord)
+    yield "topk_mask", npscope.topk_mask(p.x, max(p.x.shape[-1] // 2, 0))
+    yield "kth_largest", npscope.kth_largest(p.x, 1 + p.x.shape[-1] // 3 % p.x.shape[-1])
+
+
+def same_values(a: np.ndarray, b: np.ndarray) -> bool:
+    """Bit for bit, payloads of NaN aside in what was computed."""
+    nan = np.asarray(a != a)
+    return a.dtype == b.dtype and np.array_equal(nan, np.asarray(b != b)) and same_bits(a[~nan], b[~nan])
+
+
+def compare(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        p = random_problem(rng)
+        nnz, ord = int(rng.integers(0, p.count + 1)), rng.choice([1, 2, math.inf])
+        level = float(rng.choice([0.5, 1.0, 0.0, 100.0]))
+        with npscope.use_backend("reference"):
+            expected = list(results(p, nnz, ord, level))
+        with npscope.use_backend("numba"), npscope.config(threads=1 + i % 2):
+            for (name, want), (_, got) in zip(expected, results(p, nnz, ord, level), strict=True):
+                equal = same_values if name in ("block_norms", "kth_largest") else same_bits
+                assert equal(want, got), (
+                    f"problem {i} of seed {seed}: {name} of {p}, nnz {nnz}, ord {ord}, level {level}"
+                )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_numba_equals_reference(seed):
+    compare(seed, 500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_numba_equals_reference_10000(seed):
+    compare(seed, 500)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("shape", "block", "scope", "nnz"),
+    [
+        ((256, 512), (1, 1), (1, 4), 2),
+        ((512, 256), (1, 1), (4, 1), 2),
+        ((256, 256), (1, 1), (-1, -1), 20_000),
+        ((256, 256), (4, 4), (-1, -1), 1000),
+        ((64, 1024), (1, 1), (1, -1), 300),
+        ((1024, 64), (16, 1), (-1, 1), 30),
+        ((1024, 64), (1, 16), (4, 2), 3),
+        ((8, 32, 32, 3), (1, 1, 1, 3), (1, -1, 8), 100),
+    ],
+)
+def test_larger_problems_at_any_thread_count(kind, shape, block, scope, nnz):
+    x = hostile(kind, shape, "float32", 17)
+    with npscope.use_backend("reference"):
+        expected = npscope.keep_largest(x, nnz, block, scope)
+    for array in (x, np.asfortranarray(x)):
+        for threads in (1, 3):
+            with npscope.use_backend("numba"), npscope.config(threads=threads):
+                assert same_bits(npscope.keep_largest(array, nnz, block, scope), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["float16", "bfloat16", "float8_e5m2", "float8_e4m3fn", "int8", "int16", "int64", "uint64"]
+)
+@pytest.mark.parametrize("kind", ["normal", "two_valued", "nan_payloads", "near_overflow"])
+def test_larger_problems_of_other_dtypes(name, kind):
+    x = hostile(kind, (128, 256), name, 18)
+    for block, scope, nnz in (((1, 1), (1, 4), 2), ((1, 1), (-1, -1), 9000), ((1, 1), (-1, 1), 40)):
+        with npscope.use_backend("reference"):
+            expected = npscope.keep_largest(x, nnz, block, scope)
+        with npscope.use_backend("numba"):
+            assert same_bits(npscope.keep_largest(x, nnz, block, scope), expected)
+
+
+@pytest.mark.parametrize("name", ["float64", "complex64", "complex128", "int32", "uint32"])
+@pytest.mark.parametrize("ord", [1, 2, 3.0])
+def test_norms_beyond_the_exact_contract_agree_within_8_ulp(rng, name, ord):
+    x = hostile("normal", (40, 30), name, 19)
+    tables = []
+    for backend in ("reference", "numba"):
+        with npscope.use_backend(backend):
+            tables += [npscope.block_norms(a, (4, 5), ord=ord) for a in (x, np.asfortranarray(x))]
+    for other in tables[1:]:
+        np.testing.assert_array_max_ulp(tables[0], other, maxulp=8)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "complex64", "float64"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_shrinkage_has_the_same_zeros_and_nearly_the_same_values(rng, name, conditioned):
+    x = hostile("normal", (64, 48), name, 20)
+    h = rng.choice([0.5, 1.0, 2.0, 4.0], x.shape).astype(np.float32) if conditioned else None
+    t = rng.uniform(0.5, 8, (16, 12))
+    results_ = []
+    for backend in ("reference", "numba"):
+        with npscope.use_backend(backend):
+            results_.append(npscope.soft_threshold(x, t, (4, 4), conditioner=h))
+    a, b = results_
+    assert np.array_equal(a == 0, b == 0)
+    assert (a == 0).any()
+    assert (a != 0).any()
+    real = np.float64 if name != "complex64" else np.complex64
+    eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 1e-12}.get(name, 2.0**-22)
+    np.testing.assert_allclose(a.astype(real), b.astype(real), rtol=2 * eps, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "complex128"])
+def test_bits_do_not_depend_on_threads(rng, name):
+    """Also in float64: a long block is cut at fixed offsets and combined in fixed order."""
+    x = hostile("normal", (6, 150_000), name, 30)
+    h = rng.uniform(0.5, 2, x.shape)
+    with npscope.use_backend("numba"):
+        outcomes = []
+        for threads in (1, 2, 5):
+            with npscope.config(threads=threads):
+                outcomes.append(
+                    [
+                        npscope.block_norms(x, (1, -1)),
+                        npscope.block_norms(x, (-1, 50), ord=1),
+                        npscope.keep_largest(x, 9000, (2, 5), (-1, -1)),
+                        npscope.soft_threshold(x, 20.0, (6, 500)),
+                        npscope.soft_threshold(x, 20.0, (6, 500), conditioner=h),
+                    ]
+                )
+    for other in outcomes[1:]:
+        for one, two in zip(outcomes[0], other, strict=True):
+            assert same_bits(one, two)
+
+
+def test_repeated_calls_give_the_same_bits(rng):
+    x = rng.standard_normal((300, 400))
+    with npscope.use_backend("numba"):
+        first = npscope.soft_threshold(x, 0.7, (3, 4))
+        for _ in range(3):
+            assert same_bits(npscope.soft_threshold(x, 0.7, (3, 4)), first)

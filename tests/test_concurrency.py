@@ -1,0 +1,210 @@
+"""Threads, forks, nesting and interrupts: the right result, no hang, every block wholly old or wholly new."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from strategies import same_bits
+
+import npscope
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+def large(seed=0, shape=(1024, 2048)):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def run(code: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def test_two_threads_at_once():
+    arrays = [large(i, (512, 1024)) for i in range(4)]
+    expected = [npscope.keep_largest(a, 2, (1, 1), (1, 4)) for a in arrays]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            got = list(pool.map(lambda a: npscope.keep_largest(a, 2, (1, 1), (1, 4)), arrays))
+            assert all(same_bits(g, e) for g, e in zip(got, expected, strict=True))
+
+
+def test_threads_prune_slices_of_one_array():
+    x = large(1)
+    expected = npscope.keep_largest(x, 2, (1, 1), (1, 4))
+    slices = [x[i * 256 : (i + 1) * 256] for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda a: npscope.keep_largest(a, 2, (1, 1), (1, 4), out=a), slices))
+    assert same_bits(x, expected)
+
+
+def test_the_first_call_may_come_from_many_threads():
+    code = """
+        import numpy as np, npscope, threading
+        x = np.random.default_rng(0).standard_normal((256, 1024)).astype('f4')
+        results, gate = [], threading.Barrier(6)
+        def work():
+            gate.wait()
+            results.append(npscope.keep_largest(x, 2, (1, 1), (1, 4)).tobytes())
+        threads = [threading.Thread(target=work) for _ in range(6)]
+        [t.start() for t in threads]; [t.join() for t in threads]
+        assert len(results) == 6 and len(set(results)) == 1
+        print('done')
+    """
+    done = run(code)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_settings_of_one_thread_are_not_seen_by_another():
+    seen = []
+    with npscope.use_backend("reference"):
+        worker = threading.Thread(
+            target=lambda: seen.append(npscope.namespace(np.ones(3)).name),
+        )
+        worker.start()
+        worker.join()
+        context = contextvars.copy_context()
+        worker = threading.Thread(target=lambda: seen.append(context.run(lambda: npscope.namespace(np.ones(3)).name)))
+        worker.start()
+        worker.join()
+    assert seen == ["numba", "reference"]
+
+
+@needs_fork
+def test_fork_then_call_in_the_child():
+    """Before any call, after a small one (compiled, no threads) and after a large one (threads)."""
+    code = """
+        import os, signal, numpy as np, npscope
+        x = np.random.default_rng(0).standard_normal((1024, 2048)).astype('f4')
+        def call(a):
+            with npscope.config(threads=2):
+                return npscope.keep_largest(a, 2, (1, 1), (1, 4)).tobytes()
+        for a in (None, x[:1, :4], x):
+            if a is not None:
+                call(a)
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(30)
+                os._exit(0 if call(x) == call(x) else 7)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        call(x)
+    """
+    done = run(code)
+    assert done.stdout.split() == ["0", "0", "0"], done.stderr
+
+
+@needs_fork
+def test_pool_of_forked_processes():
+    code = """
+        import multiprocessing, numpy as np, npscope
+        x = np.random.default_rng(0).standard_normal((1024, 2048)).astype('f4')
+        def work(i):
+            return npscope.keep_largest(x, 2, (1, 1), (1, 4)).sum(dtype='f8')
+        if __name__ == '__main__':
+            here = work(0)
+            with multiprocessing.get_context('fork').Pool(2) as pool:
+                assert pool.map(work, range(4)) == [here] * 4
+            print('done')
+    """
+    done = run(code)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_calls_at_exit_run_inline():
+    code = """
+        import atexit, numpy as np, npscope
+        x = np.ones((1024, 2048), 'f4')
+        npscope.keep_largest(x, 2, (1, 1), (1, 4))
+        atexit.register(lambda: print(int(npscope.keep_largest(x, 2, (1, 1), (1, 4)).sum())))
+    """
+    done = run(code)
+    assert done.stdout == "1048576\n", done.stderr
+
+
+def test_calls_in_a_thread_that_outlives_main():
+    code = """
+        import threading, time, numpy as np, npscope
+        x = np.ones((1024, 2048), 'f4')
+        npscope.keep_largest(x, 2, (1, 1), (1, 4))
+        def late():
+            time.sleep(0.3)
+            print(int(npscope.keep_largest(x, 2, (1, 1), (1, 4)).sum()))
+        threading.Thread(target=late).start()
+    """
+    done = run(code)
+    assert done.stdout == "1048576\n", done.stderr
+
+
+def test_nested_calls_inside_a_full_pool():
+    """Callers on many threads of a pool, each of which calls: none waits for a worker that waits for it."""
+    x = large(2, (256, 1024))
+    expected = npscope.keep_largest(x, 2, (1, 1), (1, 4))
+
+    def outer(_):
+        with ThreadPoolExecutor(2) as inner:
+            return list(inner.map(lambda _: npscope.keep_largest(x, 2, (1, 1), (1, 4)), range(2)))
+
+    with ThreadPoolExecutor(8) as pool:
+        for pair in pool.map(outer, range(8), timeout=60):
+            assert all(same_bits(r, expected) for r in pair)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("delay", [0.002, 0.01, 0.03, 0.06, 0.1])
+@pytest.mark.parametrize("operation", ["2:4", "rows", "soft"])
+def test_an_interrupt_leaves_every_block_old_or_new(operation, delay):
+    x = large(3, (4096, 4096))
+    call, width = {
+        "2:4": (lambda a, out: npscope.keep_largest(a, 2, (1, 1), (1, 4), out=out), 1),
+        "rows": (lambda a, out: npscope.keep_largest(a, 20_000, (1, 64), (-1, -1), out=out), 64),
+        "soft": (lambda a, out: npscope.soft_threshold(a, 0.5, (1, 4), out=out), 4),
+    }[operation]
+    before, after = x.copy(), call(x, None)
+    call(x[:64, :256].copy(), None) if operation != "rows" else None
+    timer = threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        call(x, x)
+        timer.join()
+        time.sleep(0.05)
+    except KeyboardInterrupt:
+        pass
+    old = (x.view("u4") == before.view("u4")).reshape(4096, -1, width).all(-1)
+    new = (x.view("u4") == after.view("u4")).reshape(4096, -1, width).all(-1)
+    assert (old | new).all()
+    if operation == "2:4":
+        assert same_bits(call(x, x), after), "repeating a hard threshold completes it"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_an_interrupt_is_prompt():
+    code = """
+        import os, signal, threading, time, numpy as np, npscope
+        x = np.random.default_rng(0).standard_normal((2048, 4096)).astype('f4')
+        npscope.block_norms(x[:8], (1, 64), ord=3)
+        sent = []
+        def strike():
+            sent.append(time.perf_counter())
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer(0.4, strike).start()
+        try:
+            while True:
+                npscope.block_norms(x, (1, 64), ord=3)
+        except KeyboardInterrupt:
+            print(time.perf_counter() - sent[0])
+        y = npscope.block_norms(x[:8], (1, 64), ord=3)
+        assert y.shape == (8, 64)
+    """
+    done = run(code)
+    assert float(done.stdout) < 0.5, done.stderr

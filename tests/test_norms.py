@@ -1,0 +1,211 @@
+"""Norms: correctly rounded below float64, within 4 ulp elsewhere, no overflow or underflow on the way."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import oracles as o
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import ALL_DTYPES, EXACT_DTYPES, FINITE, ORDS, dtype, hostile, problems, same_bits
+
+import npscope
+
+
+def assert_within(got: np.ndarray, x: np.ndarray, block: tuple[int, ...], ord: float, limit: float) -> None:
+    part = o.one(x, block)[0]
+    assert got.shape == o.block_grid(part)
+    assert got.dtype.name == o.norm_dtype(x.dtype)
+    for index in o.indices(got.shape):
+        values = o.elements([part], o.block_at(0, part, index))
+        assert o.ulps(float(got[index]), o.exact_norm(values, ord), got.dtype.name) <= limit
+
+
+@given(data=st.data(), ord=st.sampled_from(ORDS))
+def test_correctly_rounded_below_float64(xp, data, ord):
+    p = data.draw(problems([n for n in EXACT_DTYPES if n in xp.dtypes]))
+    got = xp.call(npscope.block_norms, p.x, p.block, ord=ord)
+    assert same_bits(np.where(np.isnan(got), np.float32(np.nan), got), o.block_norms(p.x, p.block, ord))
+
+
+@given(data=st.data(), ord=st.sampled_from(ORDS))
+def test_within_4_ulp_in_float64_and_complex(xp, data, ord):
+    p = data.draw(problems([n for n in ALL_DTYPES if n not in EXACT_DTYPES and n in xp.dtypes], kinds=FINITE))
+    assert_within(xp.call(npscope.block_norms, p.x, p.block, ord=ord), p.x, p.block, ord, 4)
+
+
+@given(data=st.data(), ord=st.sampled_from([0.1, 0.5, 1.5, 3, 10.0, np.float32(2.5)]))
+def test_within_4_ulp_for_other_orders(xp, data, ord):
+    names = [n for n in ("float16", "float32", "float64", "complex64", "int32") if n in xp.dtypes]
+    p = data.draw(problems(names, kinds=FINITE, max_axes=3))
+    assert_within(xp.call(npscope.block_norms, p.x, p.block, ord=ord), p.x, p.block, float(ord), 4)
+
+
+@given(data=st.data(), ord=st.sampled_from([1, 2, math.inf, 3.0]))
+def test_nan_and_inf_blocks(xp, data, ord):
+    p = data.draw(problems(xp.dtypes, kinds=("nan_payloads", "infinities"), max_axes=2))
+    got, expected = xp.call(npscope.block_norms, p.x, p.block, ord=ord), o.block_norms(p.x, p.block, ord)
+    assert np.array_equal(np.isnan(got), np.isnan(expected))
+    assert np.array_equal(np.isinf(got), np.isinf(expected))
+
+
+# --- blocks built so that float64 sums cannot tell the side of a midpoint -------------------------
+
+
+def significant(n: int, bits: int) -> int:
+    """`n` cut to its leading `bits` bits."""
+    return n >> (n.bit_length() - bits) << (n.bit_length() - bits) if n.bit_length() > bits else n
+
+
+def as_sum(total: int, power: int, bits: int) -> list[int]:
+    """Integers of at most `bits` bits whose `power`-th powers add up to `total`: greedy, at most a dozen or so."""
+    terms = []
+    while total:
+        term = significant(math.isqrt(total) if power == 2 else total, bits)
+        terms.append(term)
+        total -= term**power
+    return terms
+
+
+def near_midpoints(
+    rng: np.random.Generator, power: int, bits: int, count: int = 60
+) -> tuple[list[list[int]], list[int]]:
+    """(terms, side): blocks whose norm is (side 0), or is just above or below (+-1), a 25-bit odd midpoint."""
+    blocks, sides = [], []
+    for _ in range(count):
+        middle = 2 * int(rng.integers(2**23, 2**24)) + 1
+        for shift in (0, 20, 45):
+            for side in (-1, 0, 1):
+                blocks.append(as_sum((middle << shift) ** power + side, power, bits))
+                sides.append(side)
+    return blocks, sides
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ord", [1, 2])
+@pytest.mark.parametrize("scale", [-100, -30, 0, 20])
+def test_one_unit_from_a_midpoint(xp, rng, name, ord, scale):
+    xp.require(name)
+    blocks, sides = near_midpoints(rng, ord, 24 if name == "float32" else 8)
+    length = max(map(len, blocks))
+    rows = np.zeros((len(blocks), length))
+    for row, terms in zip(rows, blocks, strict=True):
+        row[: len(terms)] = terms
+        rng.shuffle(row)
+    x = (np.ldexp(rows, scale) * rng.choice([1.0, -1.0], rows.shape)).astype(dtype(name))
+    assert np.array_equal(np.abs(x).astype(np.float64), np.ldexp(rows, scale)), "the block must be exact"
+    got = xp.call(npscope.block_norms, x, (1, -1), ord=ord)[:, 0]
+    assert same_bits(got, o.block_norms(x, (1, -1), ord)[:, 0])
+    below = np.asarray(sides) == -1
+    assert (got[below] < got[np.asarray(sides) == 1]).all(), "the two sides of a midpoint must differ"
+
+
+@pytest.mark.parametrize("unit", [2.0**-149, 2.0**-140])
+def test_one_unit_from_a_subnormal_midpoint(xp, rng, unit):
+    """sqrt(k * (k + 1)) lies just below k + 1/2, sqrt(k * (k + 1) + 1) above it."""
+    k = rng.integers(1, 2**22, 100).tolist()
+    blocks = [as_sum(n * (n + 1) + side, 2, 24) for n in k for side in (0, 1)]
+    rows = np.zeros((len(blocks), max(map(len, blocks))))
+    for row, terms in zip(rows, blocks, strict=True):
+        row[: len(terms)] = terms
+    x = (rows * unit).astype(np.float32)
+    got = xp.call(npscope.block_norms, x, (1, -1))[:, 0]
+    assert same_bits(got, o.block_norms(x, (1, -1))[:, 0])
+    if unit == 2.0**-149:
+        assert np.array_equal(
+            got.reshape(-1, 2), np.stack([k, np.asarray(k) + 1], 1).astype(np.float32) * np.float32(unit)
+        )
+
+
+MAX = float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        ([MAX, 2.0**103], math.inf),  # the midpoint between the largest number and 2**128 goes to the even side
+        ([MAX, 2.0**103 * (1 - 2.0**-24)], MAX),
+        ([MAX, 2.0**102, 2.0**102, -(2.0**-149)], math.inf),
+        ([MAX, MAX], math.inf),
+        ([MAX, 2.0**100], MAX),
+        ([1.0, 2.0**-24], 1.0),
+        ([1.0, 2.0**-24, 2.0**-149], 1 + 2.0**-23),
+        ([1 + 2.0**-23, 2.0**-24], 1 + 2.0**-22),
+        ([1.0, *(2.0**-24 * (1 - 2.0**-24) * 2.0 ** (-24 * i) for i in range(4))], 1.0),
+        ([2.0**-149] * 3, 3 * 2.0**-149),
+    ],
+)
+def test_worked_sums(xp, terms, expected):
+    x = np.asarray([terms, terms[::-1]], dtype=np.float32)
+    assert xp.call(npscope.block_norms, x, (1, -1), ord=1).tolist() == [[expected], [expected]]
+
+
+@pytest.mark.parametrize("length", [1000, 5003, 70_000])
+@pytest.mark.parametrize("ord", [1, 2])
+def test_long_blocks(xp, rng, length, ord):
+    """A block longer than any piece of work, with a tie at stake: 2**-24 relative to the rest."""
+    x = rng.standard_normal((2, length)).astype(np.float32)
+    x[1] = 0
+    x[1, [0, length // 2, -1]] = [1.0, 2.0**-24, 2.0**-149]
+    assert same_bits(xp.call(npscope.block_norms, x, (1, -1), ord=ord), o.block_norms(x, (1, -1), ord))
+
+
+# --- range, dtypes, exact cases -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "complex64", "complex128"])
+@pytest.mark.parametrize("ord", [1, 2, 3.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.45, 0.55, 0.9, 0.97])
+def test_no_overflow_or_underflow_on_the_way(xp, name, ord, fraction):
+    xp.require(name)
+    form = o.FORMATS[name]
+    exponent = round(form.lowest + 2 + fraction * (form.top - form.lowest - 4))
+    x = np.ldexp(np.asarray([[3.0, 4.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]), min(exponent, form.top - 5)).astype(
+        dtype(name)
+    )
+    assert_within(xp.call(npscope.block_norms, x, (1, 3), ord=ord), x, (1, 3), ord, 4)
+
+
+@pytest.mark.parametrize("ord", [1, 2, math.inf, 3, 0.5])
+def test_one_element_is_its_magnitude(xp, any_dtype, ord):
+    xp.require(any_dtype.name)
+    x = hostile("normal", (40,), any_dtype.name, 3)
+    x = np.concatenate([x, hostile("near_overflow", (20,), any_dtype.name, 4)])
+    got = xp.call(npscope.block_norms, x, (1,), ord=ord)
+    expected = [o.rounded(o.root(o.square(o.number(v))), got.dtype.name) for v in x]
+    if any_dtype.kind == "c":
+        assert all(o.ulps(g, o.root(o.square(o.number(v))), got.dtype.name) <= 4 for g, v in zip(got, x, strict=True))
+    else:
+        assert got.tolist() == expected
+
+
+@pytest.mark.parametrize("name", [n for n in ALL_DTYPES if n.startswith(("int", "uint"))])
+def test_extreme_integers(xp, name):
+    xp.require(name)
+    info = np.iinfo(name)
+    x = np.asarray([[info.min, info.min], [info.max, info.max], [info.min, info.max]], dtype=name)
+    for ord in ORDS:
+        assert_within(xp.call(npscope.block_norms, x, (1, 2), ord=ord), x, (1, 2), ord, 4)
+
+
+def test_norm_dtype(xp, any_dtype):
+    xp.require(any_dtype.name)
+    got = xp.call(npscope.block_norms, np.ones((2, 4), dtype=any_dtype), (1, 2))
+    assert got.dtype.name == o.norm_dtype(any_dtype)
+
+
+def test_zero_norms_are_positive(xp):
+    got = xp.call(npscope.block_norms, np.full((2, 4), -0.0, dtype=np.float32), (1, 2))
+    assert not np.signbit(got).any()
+    assert not np.signbit(xp.call(npscope.block_norms, np.full(3, -0.0), (1,))).any()
+
+
+def test_float32_is_summed_wider(xp):
+    x = np.asarray([[1e30, 1e30, 1e30], [1e-30, 1e-30, 1e-30]], dtype=np.float32)
+    got = xp.call(npscope.block_norms, x, (1, 3))
+    assert got[0, 0] == np.float32(math.sqrt(3) * float(np.float32(1e30)))
+    assert 0 < got[1, 0] < got[0, 0]
+    assert Fraction(float(got[1, 0])) == Fraction(o.norm([float(x[1, 0])] * 3, 2, "float32"))

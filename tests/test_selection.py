@@ -1,0 +1,323 @@
+"""Selection: exactly nnz blocks of every scope, by (norm descending, position ascending), NaN first."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracles as o
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    ALL_DTYPES,
+    COMPLEX,
+    EXACT_DTYPES,
+    FINITE,
+    NAN_BITS,
+    ORDS,
+    Problem,
+    dtype,
+    hostile,
+    problems,
+    same_bits,
+)
+
+import npscope
+
+RANKED_EXACTLY = (*EXACT_DTYPES, "int32", "uint32")
+
+
+def draw_nnz(data: st.DataObject, p: Problem):
+    """An integer, or an array broadcast over the scope grid."""
+    grid = o.scope_grid(o.one(p.x, p.block, p.scope))
+    if data.draw(st.booleans()) or not grid:
+        return data.draw(st.integers(0, p.count))
+    shape = [n if data.draw(st.booleans()) else 1 for n in grid]
+    seed = data.draw(st.integers(0, 1000))
+    kind = data.draw(st.sampled_from(["int64", "uint8", "int32"]))
+    return np.random.default_rng(seed).integers(0, p.count, shape, endpoint=True).astype(kind)
+
+
+# --- blocks --------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), ord=st.sampled_from(ORDS))
+def test_keep_largest_and_its_mask(xp, data, ord):
+    p = data.draw(problems([n for n in RANKED_EXACTLY if n in xp.dtypes]))
+    nnz = draw_nnz(data, p)
+    if isinstance(nnz, np.ndarray) and str(nnz.dtype) not in xp.dtypes:
+        nnz = nnz.astype("int64")
+    kept = xp.call(npscope.keep_largest, p.x, nnz, p.block, p.scope, ord=ord)
+    mask = xp.call(npscope.block_mask, p.x, nnz, p.block, p.scope, ord=ord)
+    assert same_bits(kept, o.keep_largest(o.one(p.x, p.block, p.scope), nnz, ord)[0][0])
+    assert same_bits(mask, o.block_mask(p.x, nnz, p.block, p.scope, ord))
+
+
+def assert_kept_are_the_largest(p: Problem, mask: np.ndarray, nnz: int, ord: float) -> None:
+    """Exactly nnz a scope, and no dropped block beats a kept one by more than the norms may err."""
+    parts = o.one(p.x, p.block, p.scope)
+    sizes = o.block_sizes(parts[0].leaves[0])
+    for _, blocks in o.all_scopes(parts):
+        inside = [mask[tuple(s.start // b for s, b in zip(b_[0].where, sizes, strict=True))] for b_ in blocks]
+        assert sum(inside) == nnz
+        values = [o.elements(parts, b) for b in blocks]
+        values = [math.inf if any(map(o.is_inf, v)) else o.exact_norm(v, ord) for v in values]
+        kept = [v for v, k in zip(values, inside, strict=True) if k]
+        dropped = [v for v, k in zip(values, inside, strict=True) if not k]
+        if kept and dropped and min(kept) != math.inf:
+            margin = o.Fraction(1, 2**49 if o.norm_dtype(p.x.dtype) == "float64" else 2**20)
+            assert min(kept) >= max(dropped) * (1 - margin)
+
+
+@given(data=st.data(), ord=st.sampled_from([1, 2, math.inf, 3.0]))
+def test_keep_largest_of_float64_and_complex(xp, data, ord):
+    p = data.draw(problems(["float64", *COMPLEX], kinds=tuple(k for k in FINITE if k != "near_overflow")))
+    nnz = data.draw(st.integers(0, p.count))
+    mask = xp.call(npscope.block_mask, p.x, nnz, p.block, p.scope, ord=ord)
+    assert_kept_are_the_largest(p, mask, nnz, ord)
+    expanded = mask
+    for axis, (n, g) in enumerate(zip(p.x.shape, mask.shape, strict=True)):
+        expanded = np.repeat(expanded, n // g if g else 1, axis=axis)
+    kept = xp.call(npscope.keep_largest, p.x, nnz, p.block, p.scope, ord=ord)
+    assert same_bits(kept, np.where(expanded, p.x, p.x.dtype.type(0)))
+
+
+@pytest.mark.parametrize("name", ["int64", "uint64"])
+@given(data=st.data())
+def test_64_bit_integers_rank_by_exact_magnitude(xp, name, data):
+    shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12)))
+    top = 2**63 if name == "int64" else 2**64 - 1
+    near = [top - i for i in range(4)] + [2**53, 2**53 + 1, 2**53 + 2, 0, 1]
+    seed = data.draw(st.integers(0, 10**6))
+    sizes = np.random.default_rng(seed).choice(np.asarray(near, dtype=np.uint64), shape)
+    x = sizes.astype(name)
+    if name == "int64":
+        x = np.where(sizes == 2**63, np.int64(-(2**63)), np.where(np.arange(x.size).reshape(shape) % 2, -x, x))
+    nnz = data.draw(st.integers(0, shape[1]))
+    assert same_bits(xp.call(npscope.block_mask, x, nnz, (), (1, -1)), o.block_mask(x, nnz, (), (1, -1)))
+
+
+@given(data=st.data(), ord=st.sampled_from(ORDS))
+def test_scores_rank_instead_of_the_data(xp, data, ord):
+    p = data.draw(problems([n for n in EXACT_DTYPES if n in xp.dtypes]))
+    names = [n for n in ("float32", "int16", "bfloat16") if n in xp.dtypes]
+    scores = hostile(
+        data.draw(st.sampled_from(["normal", "two_valued", "nan_payloads"])),
+        p.x.shape,
+        data.draw(st.sampled_from(names)),
+        5,
+    )
+    nnz = data.draw(st.integers(0, p.count))
+    parts, ranked = o.one(p.x, p.block, p.scope), o.one(scores, p.block, p.scope)
+    got = xp.call(npscope.keep_largest, p.x, nnz, p.block, p.scope, scores=scores, ord=ord)
+    assert same_bits(got, o.keep_largest(parts, nnz, ord, ranked)[0][0])
+    mask = xp.call(npscope.block_mask, p.x, nnz, p.block, p.scope, scores=scores, ord=ord)
+    assert same_bits(mask, o.block_mask(scores, nnz, p.block, p.scope, ord))
+
+
+@given(data=st.data(), ord=st.sampled_from(ORDS))
+def test_hard_threshold(xp, data, ord):
+    p = data.draw(problems([n for n in EXACT_DTYPES if n in xp.dtypes], max_axes=3))
+    norms = o.block_norms(p.x, p.block, ord)
+    levels = [0.0, -1.0, math.inf, 0.5, *(v for v in norms.ravel()[:5].tolist() if v == v)]
+    level = data.draw(st.sampled_from(levels))
+    got = xp.call(npscope.hard_threshold, p.x, level, p.block, ord=ord)
+    assert same_bits(got, o.hard_threshold_blocks(p.x, level, p.block, ord))
+    if norms.ndim:
+        row = np.resize(np.asarray(levels), norms.shape[-1])
+        got = xp.call(npscope.hard_threshold, p.x, row, p.block, ord=ord)
+        assert same_bits(got, o.hard_threshold_blocks(p.x, row, p.block, ord))
+
+
+def test_a_threshold_is_rounded_to_the_norm_dtype_and_then_compared(xp):
+    x = np.asarray([0.1, 0.1], dtype=np.float32)
+    assert xp.call(npscope.hard_threshold, x, 0.1, (1,)).tolist() == x.tolist()
+    assert xp.call(npscope.hard_threshold, x, np.nextafter(np.float32(0.1), np.float32(1)).item(), (1,)).tolist() == [
+        0,
+        0,
+    ]
+
+
+# --- ties, NaN, zeros ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nnz", [0, 1, 3, 7, 8])
+@pytest.mark.parametrize("size", [8, 64, 20_000])
+def test_ties_go_to_the_earlier_block(xp, nnz, size):
+    nnz = nnz * size // 8
+    x = np.where(np.arange(size) % 2, np.float32(0.5), np.float32(-0.5))
+    assert np.flatnonzero(xp.call(npscope.keep_largest, x, nnz, (1,), (-1,))).tolist() == list(range(nnz))
+
+
+@pytest.mark.parametrize("size", [8, 40, 3000])
+def test_ties_at_the_border_only(xp, size):
+    x = np.tile(np.asarray([1.0, 2.0, 2.0, 3.0], dtype=np.float32), size // 4)
+    mask = xp.call(npscope.topk_mask, x, size // 2)
+    assert mask.sum() == size // 2
+    assert mask[3::4].all()
+    assert not mask[0::4].any()
+    twos = mask[np.flatnonzero(x == 2)]
+    assert twos[: size // 4].all()
+    assert not twos[size // 4 :].any()
+
+
+@pytest.mark.parametrize("name", NAN_BITS)
+def test_nan_ranks_above_infinity_whatever_its_bits(xp, name):
+    xp.require(name)
+    raw = np.dtype(f"u{dtype(name).itemsize}")
+    x = np.ones(len(NAN_BITS[name]) + 4, dtype=dtype(name))
+    x[0], x[2] = (448, 448) if name == "float8_e4m3fn" else (np.inf, -np.inf)
+    x.view(raw)[4:] = np.asarray(NAN_BITS[name], dtype=raw)
+    for nnz in range(len(x) + 1):
+        expected = [*range(4, len(x)), 0, 2, 1, 3][:nnz]
+        kept = xp.call(npscope.keep_largest, x, nnz, (1,), (-1,))
+        assert same_bits(kept[expected], x[expected])
+        assert not np.delete(kept.view(raw), expected).any()
+
+
+def test_minus_zero_equals_zero_and_keeps_its_sign(xp):
+    x = np.asarray([0.0, -0.0, 0.0, -0.0], dtype=np.float32)
+    kept = xp.call(npscope.keep_largest, x, 2, (1,), (-1,))
+    assert np.signbit(kept).tolist() == [False, True, False, False]
+    assert xp.call(npscope.topk_mask, np.asarray([-1.0, -0.0, 0.0]), 1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, -1.0])
+def test_dropped_cells_are_plus_zero(xp, bad):
+    x = np.asarray([[bad, 5.0], [bad, 6.0]])
+    scores = np.asarray([[1.0, 1.0], [2.0, 2.0]])
+    kept = xp.call(npscope.keep_largest, x, 1, (1, 2), (-1, -1), scores=scores)
+    assert kept[0].tolist() == [0, 0]
+    assert not np.signbit(kept[0]).any()
+
+
+def test_all_and_none(xp, any_dtype):
+    xp.require(any_dtype.name)
+    x = hostile("nan_payloads" if any_dtype.name in NAN_BITS else "normal", (4, 6), any_dtype.name, 1)
+    assert same_bits(xp.call(npscope.keep_largest, x, 6, (2, 1), (1, -1)), x)
+    assert same_bits(xp.call(npscope.keep_largest, x, 0, (2, 1), (1, -1)), np.zeros_like(x))
+
+
+@pytest.mark.parametrize("size", [5000, 70_000])
+@pytest.mark.parametrize(
+    "kind", ["normal", "heavy_tailed", "bf16_quantised", "two_valued", "sorted", "nan_payloads", "subnormal"]
+)
+@pytest.mark.parametrize("name", ["float32", "float16", "int64", "float64"])
+def test_large_scopes(xp, size, kind, name):
+    """Sizes where a fast path replaces a sort: against a stable NumPy sort, which is exact for single elements."""
+    xp.require(name)
+    x = hostile(kind, (2, size), name, 9)
+    keys = np.where(np.isnan(x), np.inf, np.abs(x.astype(np.float64)))
+    if name == "int64":
+        keys = np.where(x == np.iinfo("int64").min, np.uint64(2**63), np.abs(x).astype(np.uint64))
+        order = np.argsort(np.uint64(2**64 - 1) - keys, axis=-1, kind="stable")
+    else:
+        order = np.lexsort((np.broadcast_to(np.arange(size), x.shape), -keys, ~np.isnan(x)), axis=-1)
+    for nnz in (1, size // 2, size - 1):
+        expected = np.zeros(x.shape, dtype=bool)
+        np.put_along_axis(expected, order[:, :nnz], True, axis=-1)
+        assert same_bits(xp.call(npscope.block_mask, x, nnz, (), (1, -1)), expected)
+
+
+# --- signed values -------------------------------------------------------------------------------
+
+REAL = tuple(n for n in ALL_DTYPES if n not in COMPLEX)
+
+
+@st.composite
+def rows(draw, dtypes):
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    x = hostile(draw(st.sampled_from(list(o_kinds))), shape, draw(st.sampled_from(dtypes)), draw(st.integers(0, 9999)))
+    axis = draw(st.sampled_from([None, *range(-len(shape), len(shape))]))
+    return x, axis, x.size if axis is None else shape[axis]
+
+
+o_kinds = (*FINITE, "infinities", "nan_payloads")
+
+
+def equal_with_nan(got: np.ndarray, expected: np.ndarray) -> bool:
+    """Same dtype and shape; same bits but for the payloads of NaN."""
+    nan = np.asarray(expected != expected)
+    return (
+        got.dtype == expected.dtype
+        and got.shape == expected.shape
+        and np.array_equal(nan, np.asarray(got != got))
+        and same_bits(np.asarray(got)[~nan], np.asarray(expected)[~nan])
+    )
+
+
+@given(data=st.data())
+def test_kth_largest(xp, data):
+    x, axis, n = data.draw(rows([d for d in REAL if d in xp.dtypes]))
+    k = data.draw(st.integers(1, n))
+    assert equal_with_nan(xp.call(npscope.kth_largest, x, k, axis), o.kth_largest(x, k, axis))
+
+
+@given(data=st.data())
+def test_topk_mask(xp, data):
+    x, axis, n = data.draw(rows([d for d in REAL if d in xp.dtypes]))
+    k = data.draw(st.integers(0, n))
+    assert same_bits(xp.call(npscope.topk_mask, x, k, axis), o.topk_mask(x, k, axis))
+
+
+def test_k_may_be_an_array(xp, rng):
+    x = rng.standard_normal((3, 4, 7)).astype(np.float32)
+    k = rng.integers(1, 8, (3, 1))
+    assert same_bits(xp.call(npscope.kth_largest, x, k), o.kth_largest(x, k))
+    k = rng.integers(0, 8, (4,))
+    assert same_bits(xp.call(npscope.topk_mask, x, k), o.topk_mask(x, k))
+    k = rng.integers(0, 4, (1, 7))
+    assert same_bits(xp.call(npscope.topk_mask, x, k, axis=0), o.topk_mask(x, k, axis=0))
+
+
+def test_kth_zero_is_positive(xp):
+    got = xp.call(npscope.kth_largest, np.asarray([[-0.0, -0.0], [0.0, -0.0]]), 2)
+    assert not np.signbit(got).any()
+
+
+def test_kth_nan_comes_first(xp):
+    a = np.asarray([1.0, np.nan, np.inf, -np.inf])
+    got = [float(xp.call(npscope.kth_largest, a, k)) for k in (1, 2, 3, 4)]
+    assert math.isnan(got[0])
+    assert got[1:] == [math.inf, 1.0, -math.inf]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0, 3.0, 0.25, -0.5])
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16", "int8", "int32"])
+def test_mid_kth_largest(xp, rng, name, weight):
+    xp.require(name)
+    a = (rng.standard_normal((6, 9)) * 50).astype(dtype(name))
+    result = a.dtype.name if name not in ("int8", "int32") else o.norm_dtype(name)
+    for k in (1, 4, 8):
+        got = xp.call(npscope.mid_kth_largest, a, k, k_weight=weight)
+        assert got.dtype.name == result
+        for i in range(6):
+            upper, lower = (o.number(o.kth_largest(a[i], j)[()]) for j in (k, k + 1))
+            exact = (o.Fraction(upper) + o.Fraction(weight) * o.Fraction(lower)) / (1 + o.Fraction(weight))
+            slack = o.Fraction(1 + abs(weight)) * max(abs(upper), abs(lower)) / 2**52 / o.Fraction(1 + weight)
+            assert abs(o.Fraction(float(got[i])) - exact) <= o.quantum(exact, o.FORMATS[result]) + slack
+
+
+def test_a_threshold_at_the_midpoint_keeps_k(xp, rng):
+    a = rng.permutation(np.arange(1.0, 41.0)).reshape(4, 10)
+    for k in range(1, 10):
+        middle = xp.call(npscope.mid_kth_largest, a, k)
+        assert ((a >= middle[:, None]).sum(axis=1) == k).all()
+
+
+def test_equal_ends_give_that_end(xp):
+    a = np.asarray([[np.inf, np.inf], [0.1, 0.1], [-np.inf, -np.inf], [1.7e308, 1.7e308]])
+    assert xp.call(npscope.mid_kth_largest, a, 1, k_weight=3.0).tolist() == a[:, 0].tolist()
+
+
+# --- counts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 10, 100, 1000])
+def test_nnz_from_sparsity_means_the_decimal_it_shows(n):
+    for hundredths in range(101):
+        expected = n - hundredths * n // 100
+        s = hundredths / 100
+        for given_ in (s, str(s), np.float64(s), o.Fraction(hundredths, 100), np.float32(s), np.float16(s)):
+            assert npscope.nnz_from_sparsity(given_, n) == expected

@@ -1,0 +1,245 @@
+"""Shrinkage: values to the last bit but one, the zero set exactly, the optimality conditions, the conditioned step."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import mpmath
+import numpy as np
+import oracles as o
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import FINITE, SHRINKABLE, dtype, hostile, problems, same_bits
+
+import npscope
+
+
+def parts_of(x: np.ndarray) -> list[np.ndarray]:
+    return [x.real, x.imag] if x.dtype.kind == "c" else [x]
+
+
+def assert_shrunk(
+    got: np.ndarray, x: np.ndarray, block, t: np.ndarray, h: np.ndarray | None = None, limit: float = 1
+) -> None:
+    """`got` is the exact step within `limit` ulp (float64: the error of a norm within 4 ulp), zeros are +0.0."""
+    assert got.dtype == x.dtype
+    assert got.shape == x.shape
+    part = o.one(x, block)[0]
+    name = o.norm_dtype(x.dtype)
+    t = np.broadcast_to(np.asarray(t), o.block_grid(part)).astype(name)
+    for index in o.indices(t.shape):
+        where = o.block_at(0, part, index)[0].where
+        metric = None if h is None else [float(v) for v in h[where].flat]
+        factors = o.shrink_factors([o.number(v) for v in x[where].flat], float(t[index]), name, metric)
+        if factors is None:
+            assert same_bits(got[where], x[where])
+            continue
+        for before, after in zip(parts_of(x[where]), parts_of(got[where]), strict=True):
+            for a, b, factor in zip(before.flat, after.flat, factors, strict=True):
+                assert_close_product(float(a), float(b), factor, x.dtype.name, limit)
+
+
+def assert_close_product(before: float, after: float, factor: Fraction, name: str, limit: float) -> None:
+    if factor == 0 or before == 0:
+        assert after == 0
+        assert factor != 0 or math.copysign(1, after) == 1
+        return
+    exact = Fraction(before) * factor
+    slack = abs(Fraction(before)) / 2**48 if o.FORMATS[name].bits == 53 else 0
+    assert abs(Fraction(after) - exact) <= limit * o.quantum(exact, o.FORMATS[name]) + slack
+
+
+@given(data=st.data())
+def test_soft_threshold(xp, data):
+    p = data.draw(problems([n for n in SHRINKABLE if n in xp.dtypes], kinds=(*FINITE, "infinities"), max_axes=3))
+    norms = o.block_norms(p.x, p.block)
+    finite = [v for v in norms.ravel().tolist() if math.isfinite(v)][:3]
+    levels = [0.0, math.inf, 0.3, *finite, *(v * 0.999 for v in finite), *(v / 3 for v in finite)]
+    t = np.asarray(np.resize(data.draw(st.permutations(levels)), norms.shape), dtype=np.float64)
+    assert_shrunk(xp.call(npscope.soft_threshold, p.x, t, p.block), p.x, p.block, t)
+
+
+@pytest.mark.parametrize("name", SHRINKABLE)
+def test_nan_blocks_stay_bit_for_bit(xp, name):
+    xp.require(name)
+    x = hostile("nan_payloads", (8, 6), name, 2)
+    got = xp.call(npscope.soft_threshold, x, 0.5, (1, 3))
+    nan = np.isnan(x).reshape(8, 2, 3).any(-1)
+    assert nan.any()
+    assert not nan.all()
+    touched = got.reshape(8, 2, 3)[nan]
+    assert same_bits(touched, x.reshape(8, 2, 3)[nan])
+    assert_shrunk(got, x, (1, 3), 0.5)
+
+
+@pytest.mark.parametrize("name", SHRINKABLE)
+def test_zero_threshold_is_the_identity(xp, name):
+    xp.require(name)
+    for kind in ("signed_zeros", "nan_payloads", "subnormal", "near_overflow", "infinities"):
+        x = hostile(kind, (6, 4), name, 7)
+        assert same_bits(xp.call(npscope.soft_threshold, x, 0.0, (2, 2)), x)
+        h = np.full(x.shape, 2.0, dtype=o.norm_dtype(name))
+        assert same_bits(xp.call(npscope.soft_threshold, x, 0.0, (2, 2), conditioner=h), x)
+
+
+def test_infinite_norms(xp):
+    x = np.asarray([[np.inf, 1.0], [np.inf, -1.0], [1.0, 2.0], [-np.inf, -0.0]])
+    t = np.asarray([[1.0], [np.inf], [np.inf], [1e300]])
+    got = xp.call(npscope.soft_threshold, x, t, (1, 2))
+    assert same_bits(got, np.asarray([[np.inf, 1.0], [0.0, 0.0], [0.0, 0.0], [-np.inf, -0.0]]))
+
+
+def test_norms_beyond_float32_count_as_infinite(xp):
+    x = np.full((2, 4), 3e38, dtype=np.float32)
+    t = np.asarray([[1e38], [np.inf]])
+    got = xp.call(npscope.soft_threshold, x, t, (1, 4))
+    assert same_bits(got[0], x[0])
+    assert not got[1].any()
+
+
+def test_a_norm_equal_to_its_threshold_is_zero(xp):
+    x = np.asarray([[3.0, -4.0], [1.0, 2.0**-24]], dtype=np.float32)
+    got = xp.call(npscope.soft_threshold, x, np.asarray([[5.0], [1.0]]), (1, 2))
+    assert same_bits(got, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_optimality_conditions(xp, rng, name):
+    """x - v + t x / ||x|| = 0 where x != 0, ||v|| <= t elsewhere: with no oracle of the result."""
+    v = rng.standard_normal((50, 8)).astype(name)
+    t = rng.uniform(0.1, 5, (50, 1))
+    x = xp.call(npscope.soft_threshold, v, t, (1, 8)).astype(np.float64)
+    size = np.sqrt((x**2).sum(axis=1, keepdims=True))
+    zero = size[:, 0] == 0
+    assert zero.any()
+    assert not zero.all()
+    tolerance = 1e-5 if name == "float32" else 1e-13
+    t = t.astype(name).astype(np.float64)
+    slope = x - v + t * x / np.where(size == 0, 1, size)
+    assert np.abs(slope[~zero]).max() < tolerance * 5
+    assert (np.sqrt((v.astype(np.float64) ** 2).sum(axis=1))[zero] <= t[zero, 0] * (1 + tolerance)).all()
+
+
+# --- conditioned ---------------------------------------------------------------------------------
+
+
+def conditioners(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    if kind == "ones":
+        return np.ones(shape)
+    if kind == "wide":
+        return 10 ** rng.uniform(-8, 8, shape)
+    if kind == "clustered":
+        return rng.choice([1e-3, 1.0, 1e3], shape)
+    if kind == "extreme":
+        return rng.choice([1e-150, 1e150], shape)
+    return rng.uniform(0.5, 2, shape)
+
+
+@pytest.mark.parametrize("kind", ["ones", "mild", "clustered", "wide"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
+def test_conditioned_values(xp, rng, kind, name):
+    xp.require(name)
+    x = hostile("normal", (5, 12), name, 11)
+    h = conditioners(kind, x.shape, rng).astype(
+        "float64" if kind == "wide" or name.endswith(("64", "128")) else "float32"
+    )
+    sizes = [
+        o.root(sum((Fraction(float(c)) ** 2 * o.square(o.number(v)) for c, v in zip(hr, xr, strict=True)), Fraction(0)))
+        for hr, xr in zip(h.reshape(15, 4), x.reshape(15, 4), strict=True)
+    ]
+    shares = rng.choice([0.01, 0.5, 0.9, 0.999, 1.5], 15)
+    t = np.asarray([float(s) * c for s, c in zip(sizes, shares, strict=True)]).reshape(5, 3)
+    got = xp.call(npscope.soft_threshold, x, t, (1, 4), conditioner=h)
+    assert_shrunk(got, x, (1, 4), t, h, limit=1)
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_conditioner_of_ones_is_the_plain_step(xp, rng, name):
+    x = rng.standard_normal((20, 6)).astype(name)
+    h = np.ones_like(x)
+    t = rng.uniform(0.1, 3, (20, 2))
+    plain = xp.call(npscope.soft_threshold, x, t, (1, 3))
+    conditioned = xp.call(npscope.soft_threshold, x, t, (1, 3), conditioner=h)
+    assert np.array_equal(plain == 0, conditioned == 0)
+    np.testing.assert_allclose(conditioned, plain, rtol=1e-6 if name == "float32" else 1e-11)
+
+
+@given(data=st.data())
+def test_conditioned_optimality(xp, data):
+    """H(x - v) + t x / ||x|| = 0 or ||H v|| <= t, for conditioners over up to sixteen decades."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    kind = data.draw(st.sampled_from(["ones", "mild", "clustered", "wide"]))
+    n = data.draw(st.integers(1, 6))
+    v, h = rng.standard_normal((4, n)), conditioners(kind, (4, n), rng)
+    size = np.sqrt(((h * v) ** 2).sum(1, keepdims=True))
+    t = size * rng.choice([1e-6, 0.1, 0.7, 0.9999, 1.0001, 3.0], (4, 1))
+    x = xp.call(npscope.soft_threshold, v, t, (1, -1), conditioner=h)
+    for row in range(4):
+        if not x[row].any():
+            assert size[row, 0] <= t[row, 0] * (1 + 1e-12)
+            continue
+        with mpmath.workprec(200):
+            xs, vs, hs = ([mpmath.mpf(float(a)) for a in array[row]] for array in (x, v, h))
+            length = mpmath.norm(xs)
+            for a, b, c in zip(xs, vs, hs, strict=True):
+                slope = c * (a - b) + mpmath.mpf(float(t[row, 0])) * a / length
+                assert abs(slope) <= 1e-9 * (abs(c * b) + mpmath.mpf(float(t[row, 0])) * abs(a) / length)
+
+
+def test_conditioned_blocks_with_nan_inf_and_zero(xp):
+    x = np.asarray([[np.nan, 1.0], [np.inf, 1.0], [np.inf, 1.0], [0.0, -0.0], [1.0, 1.0]])
+    h = np.asarray([[1.0, 2.0]] * 5)
+    t = np.asarray([[1.0], [1.0], [np.inf], [1.0], [100.0]])
+    got = xp.call(npscope.soft_threshold, x, t, (1, 2), conditioner=h)
+    assert same_bits(got[:2], x[:2])
+    assert same_bits(got[2:], np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e-30, 1e30, 1e140])
+def test_conditioned_step_scales(xp, rng, scale):
+    """The step is homogeneous: (c v, c t) gives c x, and (c H, c t) gives x."""
+    v, h, t = rng.standard_normal((6, 3)), rng.uniform(0.1, 10, (6, 3)), rng.uniform(0.1, 2, (6, 1))
+    base = xp.call(npscope.soft_threshold, v, t, (1, -1), conditioner=h)
+    np.testing.assert_allclose(
+        xp.call(npscope.soft_threshold, v * scale, t * scale, (1, -1), conditioner=h), base * scale, rtol=1e-10
+    )
+    np.testing.assert_allclose(
+        xp.call(npscope.soft_threshold, v, t * scale, (1, -1), conditioner=h * scale), base, rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_extreme_conditioners_converge(xp, rng, name):
+    v = rng.standard_normal((30, 4)).astype(name)
+    h = conditioners("extreme", v.shape, rng)
+    got = xp.call(npscope.soft_threshold, v, 1e-3, (1, -1), conditioner=h, max_iter=200)
+    assert np.isfinite(got).all()
+    assert (np.abs(got) <= np.abs(v)).all()
+
+
+def test_too_few_steps_raise_and_write_nothing(backend, rng):
+    x = rng.standard_normal((10, 8))
+    before = x.copy()
+    h = conditioners("wide", x.shape, rng)
+    t = 0.5 * np.sqrt(((h * x) ** 2).sum(1, keepdims=True))
+    with pytest.raises(npscope.ConvergenceError, match=r"max_iter = 1\b"):
+        npscope.soft_threshold(x, t, (1, -1), conditioner=h, max_iter=1, out=x)
+    assert same_bits(x, before)
+
+
+def test_default_limits_suffice_up_to_a_condition_of_1e8(backend, rng):
+    x = rng.standard_normal((3000, 8))
+    h = 10 ** rng.uniform(-4, 4, x.shape)
+    t = rng.uniform(0, 1.2, (3000, 1)) * np.sqrt(((h * x) ** 2).sum(1, keepdims=True))
+    got = npscope.soft_threshold(x, t, (1, -1), conditioner=h)
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("metric", ["bfloat16", "int16"])
+def test_conditioners_of_other_dtypes(xp, rng, metric):
+    xp.require(metric)
+    x = rng.standard_normal((6, 4)).astype(np.float32)
+    h = rng.integers(1, 9, x.shape).astype(dtype(metric))
+    assert_shrunk(xp.call(npscope.soft_threshold, x, 1.0, (1, 4), conditioner=h), x, (1, 4), 1.0, h)
