@@ -66,8 +66,14 @@ def config(*, threads: int | None = None, check: bool | None = None) -> Iterator
 
 
 def chosen_backend() -> str | None:
-    """The backend set by `use_backend`, if any."""
-    return _backend.get()
+    """The backend set by `use_backend`, else by NPSCOPE_BACKEND, if any."""
+    return _backend.get() or _environment_backend(os.environ.get("NPSCOPE_BACKEND"))
+
+
+def _environment_backend(given: str | None) -> str | None:
+    if given is None or given in BACKENDS:
+        return given
+    raise SpecError(f"NPSCOPE_BACKEND={given!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
 
 
 def checks_devices() -> bool:

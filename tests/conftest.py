@@ -132,12 +132,23 @@ def no_reference(backend: str | None) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=_LIBRARIES)
+def parameters() -> list[Any]:
+    """JAX compiles every operation for every shape, minutes in all: its full matrix is left to the slow runs."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name == "jax" else name for name in _LIBRARIES]
+
+
+@pytest.fixture(params=parameters())
 def xp(request: pytest.FixtureRequest) -> Iterator[Library]:
     """Every array library, the backend it needs switched on."""
     library = _LIBRARIES[request.param]()
     with library.context(), no_reference(library.backend):
         yield library
+
+
+@pytest.fixture(scope="module")
+def jax_arrays() -> Library:
+    """JAX for the few tests that must not wait for a slow run."""
+    return _jax()
 
 
 @pytest.fixture(params=["reference", "numba"])

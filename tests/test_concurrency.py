@@ -161,10 +161,10 @@ def test_nested_calls_inside_a_full_pool():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("delay", [0.002, 0.01, 0.03, 0.06, 0.1])
+@pytest.mark.parametrize("delay", [0.002, 0.01, 0.03])
 @pytest.mark.parametrize("operation", ["2:4", "rows", "soft"])
 def test_an_interrupt_leaves_every_block_old_or_new(operation, delay):
-    x = large(3, (4096, 4096))
+    x = large(3, (2048, 4096))
     call, width = {
         "2:4": (lambda a, out: npscope.keep_largest(a, 2, (1, 1), (1, 4), out=out), 1),
         "rows": (lambda a, out: npscope.keep_largest(a, 20_000, (1, 64), (-1, -1), out=out), 64),
@@ -180,8 +180,8 @@ def test_an_interrupt_leaves_every_block_old_or_new(operation, delay):
         time.sleep(0.05)
     except KeyboardInterrupt:
         pass
-    old = (x.view("u4") == before.view("u4")).reshape(4096, -1, width).all(-1)
-    new = (x.view("u4") == after.view("u4")).reshape(4096, -1, width).all(-1)
+    old = (x.view("u4") == before.view("u4")).reshape(2048, -1, width).all(-1)
+    new = (x.view("u4") == after.view("u4")).reshape(2048, -1, width).all(-1)
     assert (old | new).all()
     if operation == "2:4":
         assert same_bits(call(x, x), after), "repeating a hard threshold completes it"

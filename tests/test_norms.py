@@ -143,14 +143,14 @@ def test_worked_sums(xp, terms, expected):
     assert xp.call(npscope.block_norms, x, (1, -1), ord=1).tolist() == [[expected], [expected]]
 
 
-@pytest.mark.parametrize("length", [1000, 5003, 70_000])
+@pytest.mark.parametrize("length", [5003, 70_000])
 @pytest.mark.parametrize("ord", [1, 2])
-def test_long_blocks(xp, rng, length, ord):
+def test_long_blocks(backend, rng, length, ord):
     """A block longer than any piece of work, with a tie at stake: 2**-24 relative to the rest."""
     x = rng.standard_normal((2, length)).astype(np.float32)
     x[1] = 0
     x[1, [0, length // 2, -1]] = [1.0, 2.0**-24, 2.0**-149]
-    assert same_bits(xp.call(npscope.block_norms, x, (1, -1), ord=ord), o.block_norms(x, (1, -1), ord))
+    assert same_bits(npscope.block_norms(x, (1, -1), ord=ord), o.block_norms(x, (1, -1), ord))
 
 
 # --- range, dtypes, exact cases -------------------------------------------------------------------

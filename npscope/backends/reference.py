@@ -77,7 +77,7 @@ def _rows(leaf: Leaf, like: Array) -> Array:
     xp = _namespace_of(like)
     array = leaf.array
     if not array_api_compat.is_array_api_obj(array) or xp is not _namespace_of(array):
-        array = xp.asarray(np.ascontiguousarray(array), device=array_api_compat.device(like))
+        array = xp.asarray(np.array(array), device=array_api_compat.device(like))
     return unfold(Leaf(array, leaf.cut))[:, :, 0]
 
 
@@ -250,25 +250,31 @@ def _side_by_side(tables: list[Array]) -> Array:
 # --- ranking -------------------------------------------------------------------------------------
 
 
-def _integer_magnitudes(part: Part) -> Array:
-    """|x| of 64-bit integers as uint64, |-2**63| included."""
-    x = unfold(part[0])[:, :, 0]
-    xp = _namespace_of(x)
-    if kind_of(x.dtype).family == "uint":
-        return x
-    below = xp.astype(xp.where(x < 0, -(x + 1), x), xp.uint64)
-    return below + xp.astype(x < 0, xp.uint64)
+def _integer_magnitudes(parts: Parts) -> Array:
+    """Integers that order like the magnitudes of 64-bit integers, |-2**63| included: |x| - 1 if it fits int64."""
+    tables = [unfold(part[0])[:, :, 0] for part in parts]
+    xp = _namespace_of(tables[0])
+    signed = [kind_of(x.dtype).family == "int" for x in tables]
+    below = [~xp.where(x < 0, x, -x) if s else x for x, s in zip(tables, signed, strict=True)]
+    if not all(signed):
+        below = [xp.astype(x, xp.uint64) + xp.uint64(1) if s else x for x, s in zip(below, signed, strict=True)]
+    return xp.concat(below, axis=-1)
 
 
 def _rank_values(parts: Parts, ord: float | None) -> Array:
     """What the blocks of a scope rank by, ``(S, n)``: larger first, NaN above all."""
     if ord is None:
-        x = unfold(parts[0][0])[:, :, 0]
-        return x if kind_of(x.dtype).is_integer else _float64(_namespace_of(x), x)
+        return _signed_values(parts)
     if all(len(p) == 1 and p[0].cut.elements == 1 and _kinds(p)[0].is_wide_integer for p in parts):
-        xp = _namespace_of(parts[0][0].array)
-        return xp.concat([_integer_magnitudes(part) for part in parts], axis=-1)
+        return _integer_magnitudes(parts)
     return norms(parts, ord)
+
+
+def _signed_values(parts: Parts) -> Array:
+    """The one leaf's numbers: integers as they are, floats in float64."""
+    x = unfold(parts[0][0])[:, :, 0]
+    with np.errstate(all="ignore"):  # a signalling NaN is a NaN
+        return x if kind_of(x.dtype).is_integer else _float64(_namespace_of(x), x)
 
 
 def _order(values: Array) -> Array:
@@ -286,10 +292,11 @@ def _order(values: Array) -> Array:
 
 def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
     """The k-th largest rank value of every scope: ``(S,)``."""
-    values = _rank_values(parts, ord)
+    order = _order(_rank_values(parts, ord))
+    values = _signed_values(parts) if ord is None else norms(parts, ord)
     xp = _namespace_of(values)
     position = xp.astype(_rows(k, values), xp.int64) - 1
-    chosen = xp.take_along_axis(values, xp.take_along_axis(_order(values), position, axis=-1), axis=-1)[:, 0]
+    chosen = xp.take_along_axis(values, xp.take_along_axis(order, position, axis=-1), axis=-1)[:, 0]
     dtype = parts[0][0].array.dtype if ord is None else getattr(xp, common_norm(k for p in parts for k in _kinds(p)))
     return xp.astype(xp.where(chosen == 0, xp.zeros_like(chosen), chosen), dtype)
 

@@ -52,7 +52,10 @@ def _nest(dims: tuple[Dim, ...], strides: tuple[int, ...]) -> np.ndarray:
 
 
 class Operand:
-    """A leaf as kernels see it: flat buffer, origin, and the loop tables of its grid and its elements."""
+    """A leaf as kernels see it: flat buffer, origin, and the loop tables of its grid and its elements.
+
+    Operands that a kernel reads side by side must have their elements in one order: `like` another.
+    """
 
     def __init__(self, leaf: Leaf, like: Operand | None = None) -> None:
         array: np.ndarray = leaf.array

@@ -22,10 +22,11 @@ def shrink(
     # Norms are read where the elements are now, which for a target with an origin is there.
     read = [tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in part) for part in target]
     jobs = []
-    for p, (source, written) in enumerate(zip(competitors(read), competitors(target), strict=True)):
+    for p, (source, part) in enumerate(zip(competitors(read), target, strict=True)):
         if conditioners is None:
-            jobs.append(shrink_job(source, written, thresholds[p]))
+            jobs.append(shrink_job(source, Competitors(part), thresholds[p]))
         else:
+            written = [Operand(leaf, like) for leaf, like in zip(part, source.leaves, strict=True)]
             metric = [Operand(h, like) for h, like in zip(conditioners[p], source.leaves, strict=True)]
             jobs.append(conditioned_job(source, written, thresholds[p], metric, max_iter, rtol))
     fill(target)
@@ -106,7 +107,7 @@ class ConditionedWork:
 
 def conditioned_job(
     source: Competitors,
-    written: Competitors,
+    written: list[Operand],
     thresholds: Leaf,
     metric: list[Operand],
     max_iter: int,
@@ -119,7 +120,7 @@ def conditioned_job(
     """
 
     def write(i0: int, i1: int, hmax: np.ndarray, tau: np.ndarray, sigma: np.ndarray) -> None:
-        for x, h in zip(written.leaves, metric, strict=True):
+        for x, h in zip(written, metric, strict=True):
             made = nk.pair_kernels(x.codec, h.codec)
             made.rescale_conditioned(*x.where, *h.where, i0, i1, x.size, hmax, tau, sigma)
 
