@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,8 @@ from npscope.axes import array_namespace, paired, regroup, separated
 from npscope.backends import Array, Backend
 from npscope.dtypes import common_norm, kind_of
 from npscope.errors import CouplingError, KindError, SpecError, about
-from npscope.memory import share_an_element
 from npscope.namespace import backend_for
-from npscope.tiling import Leaf, Part, Tiling, as_orders, cut, permuted
+from npscope.tiling import MAX_NDIM, Leaf, Part, Tiling, as_orders, cut, permuted
 from npscope.view import View, with_settable_data
 
 Values = Any
@@ -39,6 +39,14 @@ class SparseBlock(ABC):
     @abstractmethod
     def specs(self) -> tuple[BlockSpec, ...]:
         """The leaf specs, in the order of their elements in a block."""
+
+    @abstractmethod
+    def _by_leaf(self, results: dict[BlockSpec, Any]) -> Any:
+        """Results by leaf in the form that callers get: a spec its own, a coupling the mapping."""
+
+    @abstractmethod
+    def _common_tiling(self) -> Tiling:
+        """The tiling that all elements of a block share; SpecError if there is none."""
 
     @property
     def _label(self) -> str:
@@ -92,8 +100,7 @@ class SparseBlock(ABC):
     @property
     def data(self) -> Any:
         """The live window of a spec; of a coupling a mapping from each spec to its window. May be assigned."""
-        windows = {spec: spec.view.data for spec in self.specs()}
-        return windows if isinstance(self, BlockCoupling) else windows[self.specs()[0]]
+        return self._by_leaf({spec: spec.view.data for spec in self.specs()})
 
     def set_data(self, a: Values) -> None:
         """Write `a` into the windows: an array where there is one leaf, or a mapping by spec or name.
@@ -102,8 +109,10 @@ class SparseBlock(ABC):
         """
         with about(self._label):
             arrays = resolve(self.specs(), a, "data")
-            for spec in self.specs():
-                op.require_writable(spec.view.data, f"the array of {spec._label}")
+            writable_windows(self.specs(), shrinks=False)
+            require_unwritten(self.specs(), arrays, "data")
+            for spec, array in zip(self.specs(), arrays, strict=True):
+                op.require_castable(array, spec.view.data, f"data of {spec._label}")
         for spec, array in zip(self.specs(), arrays, strict=True):
             spec.view.set_data(array)
 
@@ -142,9 +151,9 @@ class SparseBlock(ABC):
                     return tables[0]
                 xp = array_namespace(tables[0])
                 return xp.concat(tables, axis=-1)
-            if isinstance(self, BlockCoupling):
-                raise SpecError("the blocks of a coupling have no common tile; use merge=True")
-            tiling, ndim = self.specs()[0].tiling, self.grid_ndim
+            tiling, ndim = self._common_tiling(), self.grid_ndim
+            if 2 * ndim > MAX_NDIM:
+                raise SpecError(f"a block view of {ndim} axes needs {2 * ndim}, arrays have {MAX_NDIM}; use merge=True")
             split = paired(tiling.grid, tiling.tile)
             order = separated(ndim) if reorder else tuple(range(2 * ndim))
             return regroup(arrays[0], split, order, tuple(split[axis] for axis in order))
@@ -228,7 +237,8 @@ class SparseBlock(ABC):
         with about(self._label):
             target = self._target()
             grid = op.as_block_mask(mask, target[0].array, self.grid_shape, "mask")
-            op.require_no_partial_overlap(target[0].array, mask, "the array", "mask")
+            for leaf in target:
+                op.require_no_overlap(leaf.array, mask, "the array", "mask", unless_same=False)
             store_all(target, backend_of_part(target).apply_mask((target,), op.block_leaf(grid)))
 
     def apply_multiplier(self, m: float | Array) -> None:
@@ -274,7 +284,7 @@ class SparseBlock(ABC):
         with about(self._label):
             target = self._target()
             arrays = resolve(self.specs(), values, "values")
-            require_no_overlaps((target,), arrays)
+            require_unwritten(self.specs(), arrays, "values")
             dtype = common_norm(kind_of(a.dtype) for a in arrays)
             grid = op.as_grid(thresholds, target[0].array, self.grid_shape, dtype, "thresholds")
             backend, source = backend_of_part(target), self._part(arrays)
@@ -318,7 +328,7 @@ class SparseBlock(ABC):
             metric = None
             if conditioners is not None:
                 arrays = resolve(self.specs(), conditioners, "conditioners", op.as_conditioner)
-                require_no_overlaps((target,), arrays)
+                require_unwritten(self.specs(), arrays, "conditioners")
                 metric = (self._part(arrays),)
             backend = backend_of_part(target)
             store_all(target, backend.shrink((target,), [op.block_leaf(grid)], metric, steps, tolerance))
@@ -347,10 +357,10 @@ class SparseBlock(ABC):
         array([[7, 7, 8, 8]])
         """
         with about(self._label):
+            op.require_array_of_any_dtype(v, "v")
             if tuple(v.shape) != self.grid_shape:
                 raise SpecError(f"v has shape {tuple(v.shape)}, the grid is {self.grid_shape}")
-            elements = self._elements(v)
-            return elements if isinstance(self, BlockCoupling) else elements[self.specs()[0]]
+            return self._by_leaf(self._elements(v))
 
     def _elements(self, grid: Array) -> dict[BlockSpec, Array]:
         xp = array_namespace(grid)
@@ -408,7 +418,7 @@ class BlockSpec(SparseBlock):
     view: View
     shape: tuple[int, ...]
     name: str | None = field(compare=False)
-    tiling: Tiling = field(compare=False)
+    tiling: Tiling = field(init=False, compare=False)
 
     def __init__(self, view: View | Array, shape: Any, name: str | None = None) -> None:
         object.__setattr__(self, "name", name)
@@ -420,6 +430,12 @@ class BlockSpec(SparseBlock):
 
     def _orders(self) -> tuple[tuple[int, ...], ...]:
         return (tuple(range(len(self.shape))),)
+
+    def _by_leaf(self, results: dict[BlockSpec, Any]) -> Any:
+        return results[self]
+
+    def _common_tiling(self) -> Tiling:
+        return self.tiling
 
     def specs(self) -> tuple[BlockSpec, ...]:
         """The spec itself."""
@@ -479,6 +495,12 @@ class BlockCoupling(SparseBlock):
     def _orders(self) -> tuple[tuple[int, ...], ...]:
         return self.orders
 
+    def _by_leaf(self, results: dict[BlockSpec, Any]) -> Any:
+        return results
+
+    def _common_tiling(self) -> Tiling:
+        raise SpecError("the blocks of a coupling have no common tile; use merge=True")
+
     def specs(self) -> tuple[BlockSpec, ...]:
         """The parts, in listed order."""
         return self._specs
@@ -524,14 +546,14 @@ def require_equal_grids(parts: Sequence[Any], grids: Sequence[tuple[int, ...]], 
 
 def require_separate(specs: Sequence[BlockSpec]) -> None:
     """CouplingError naming two leaves that share an element; KindError for two libraries or devices."""
-    for i, spec in enumerate(specs):
-        for j, other in enumerate(specs[:i]):
-            a, b = other.view.data, spec.view.data
-            op.require_alike(a, b, f"part {j} ({other._label})", f"part {i} ({spec._label})")
-            if a is b or (op.is_numpy(a) and share_an_element(a, b)):
-                raise CouplingError(
-                    f"part {j} ({other!r}) and part {i} ({spec!r}) share an element; parts must be disjoint windows"
-                )
+    windows = [spec.view.data for spec in specs]
+    for i, spec in enumerate(specs[1:], start=1):
+        op.require_alike(windows[0], windows[i], f"part 0 ({specs[0]._label})", f"part {i} ({spec._label})")
+    for i, j in op.overlaps(windows, windows):
+        if i < j:
+            raise CouplingError(
+                f"part {i} ({specs[i]!r}) and part {j} ({specs[j]!r}) share an element; parts must be disjoint windows"
+            )
 
 
 def resolve(
@@ -541,7 +563,8 @@ def resolve(
     if values is None:
         return [spec.view.data for spec in specs]
     if isinstance(values, Mapping):
-        found = [(_by_spec_or_name(specs, spec, values, what), spec) for spec in specs]
+        named = Counter(spec.name for spec in specs)
+        found = [(_by_spec_or_name(spec, values, named, what), spec) for spec in specs]
     elif len(specs) == 1:
         found = [(values, specs[0])]
     else:
@@ -549,11 +572,10 @@ def resolve(
     return [check(a, spec.view.data, spec.view.shape, f"{what} of {spec._label}") for a, spec in found]
 
 
-def _by_spec_or_name(specs: Sequence[BlockSpec], spec: BlockSpec, values: Mapping[Any, Array], what: str) -> Array:
+def _by_spec_or_name(spec: BlockSpec, values: Mapping[Any, Array], named: Mapping[Any, int], what: str) -> Array:
     if spec in values:
         return values[spec]
-    unique = spec.name is not None and sum(other.name == spec.name for other in specs) == 1
-    if unique and spec.name in values:
+    if spec.name is not None and named[spec.name] == 1 and spec.name in values:
         return values[spec.name]
     raise SpecError(f"{what} has no entry for {spec!r}; its keys must be leaf specs, or leaf names where unique")
 
@@ -567,12 +589,14 @@ def writable_windows(specs: Sequence[BlockSpec], *, shrinks: bool) -> list[Array
     return [spec.view.data for spec in specs]
 
 
-def require_no_overlaps(target: Sequence[Part], arrays: Sequence[Array]) -> None:
-    """SpecError if an array that is read shares memory with one that is written, other than by being it."""
-    for part in target:
-        for leaf in part:
-            for array in arrays:
-                op.require_no_partial_overlap(leaf.array, array, "the written array", "the values")
+def require_unwritten(specs: Sequence[BlockSpec], arrays: Sequence[Array], what: str) -> None:
+    """SpecError if an array that is read for a leaf shares memory with a written one, other than by being its own."""
+    windows = [spec.view.data for spec in specs]
+    if all(array is window for array, window in zip(arrays, windows, strict=True)):
+        return
+    for i, j in op.overlaps(windows, arrays):
+        written, read = f"the array of {specs[i]._label}", f"{what} of {specs[j]._label}"
+        op.require_no_overlap(windows[i], arrays[j], written, read, unless_same=i == j)
 
 
 def backend_of(arrays: Sequence[Array]) -> Backend:
@@ -594,10 +618,7 @@ def store_all(leaves: Sequence[Leaf], results: Sequence[Array]) -> None:
 def count_nonzero(owner: Any, label: str, eps: float) -> int:
     """Elements of all leaves of `owner` that do not satisfy ``|x| <= eps``."""
     with about(label):
-        try:
-            limit = float(eps)
-        except (TypeError, ValueError):
-            raise KindError(f"eps must be a number, not {type(eps).__name__} {eps!r}") from None
+        limit = op.as_number(eps, "eps")
         if not limit >= 0:
             raise SpecError(f"eps = {limit} must be at least 0")
         windows = [spec.view.data for spec in owner.specs()]

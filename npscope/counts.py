@@ -54,14 +54,20 @@ def _fraction(s: Any) -> Fraction:
         isinstance(s, int | float | str | Decimal | Fraction) or (isinstance(s, np.generic) and s.dtype.kind in "fiuV")
     ):
         raise KindError(f"sparsity must be a real number, str, Decimal or Fraction, not {type(s).__name__} {s!r}")
-    # str() is the shortest decimal that reads back as the same number of the same dtype.
-    text = str(s)
+    text = _shortest(s) if isinstance(s, np.generic) else str(s)
     if not _WRITTEN.fullmatch(text):
         raise SpecError(f"sparsity {text:.80} is not a number in [0, 1] of at most 400 digits")
     share = Fraction(text)
     if not 0 <= share <= 1:
         raise SpecError(f"sparsity {text} is outside [0, 1]; it is the share of blocks to prune")
     return share
+
+
+def _shortest(s: np.generic) -> str:
+    """The shortest decimal that reads back as the same number of the same dtype."""
+    value = float(s)
+    texts = (f"{value:.{digits}g}" for digits in range(1, 18))
+    return next((text for text in texts if type(s)(float(text)) == s), str(value))
 
 
 def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: str) -> np.ndarray:
@@ -72,7 +78,7 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
     """
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__") and getattr(value, "ndim", 0) > 0:
         value = _on_host(value, what)
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
         if value.dtype.kind not in "iu":
             raise KindError(f"{what} must be an integer or an integer array, not an array of {value.dtype}")
         counts = value
@@ -82,7 +88,7 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
         worst = int(counts.min()) if int(counts.min()) < low else int(counts.max())
         raise SpecError(f"{what} = {worst} is outside [{low}, {high}]")
     try:
-        return np.broadcast_to(counts.astype(np.int64, copy=False), shape)
+        return np.broadcast_to(np.array(counts, dtype=np.int64), shape)  # a copy: it may alias what is written
     except ValueError:
         raise SpecError(f"{what} of shape {counts.shape} does not broadcast to the scope grid {shape}") from None
 
@@ -98,7 +104,7 @@ def _on_host(value: Any, what: str) -> np.ndarray:
 
 
 def _as_count(value: Any, low: int, high: int, what: str) -> int:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | np.ma.MaskedArray):
         raise KindError(f"{what} must be an integer or an integer array, not {type(value).__name__}; use numpy.asarray")
     count = as_int(value, what)
     if not low <= count <= high:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,23 @@ def meets_itself(shape: Sequence[int], strides: Sequence[int], itemsize: int) ->
         starts = (starts[:, None] + stride * np.arange(n, dtype=np.int64)).ravel()
     starts.sort()
     return bool((np.diff(starts) < itemsize).any())
+
+
+def neighbours(written: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
+    """Indices (i, j) of all ``written[i]`` and ``read[j]`` whose byte ranges overlap; linear for separate arrays."""
+    events = []
+    for which, arrays in enumerate((written, read)):
+        for i, array in enumerate(arrays):
+            low, high = np.lib.array_utils.byte_bounds(array)
+            if array.size:
+                events.append((low, high, which, i))
+    open_: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    for low, high, which, i in sorted(events):
+        for side in open_:
+            side[:] = [entry for entry in side if entry[0] > low]
+        for _, j in open_[1 - which]:
+            yield (j, i) if which else (i, j)
+        open_[which].append((high, i))
 
 
 def same_window(a: np.ndarray, b: np.ndarray) -> bool:

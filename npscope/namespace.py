@@ -102,6 +102,12 @@ def _target(x: Array, destination: Array, geometry: Cut) -> Leaf:
     return Leaf(destination, geometry, None if destination is x else x)
 
 
+def _require_unread(target: Leaf, read: Array, what: str) -> None:
+    """SpecError if writing `target` changes `read`, unless that is the very array worked on in place."""
+    if read is not target.origin:
+        op.require_no_overlap(target.array, read, "out", what, unless_same=target.origin is None)
+
+
 def _stored(x: Array, out: Array | None, target: Leaf, result: Array) -> Array:
     """The result of a writer in its place; arrays of other libraries without `out` come back as they are."""
     return result if out is None and not op.is_numpy(x) else op.store(target.array, result)
@@ -257,10 +263,7 @@ def mid_kth_largest(a: Array, k: int | Array, axis: int | None = -1, *, k_weight
 
 def as_weight(k_weight: float) -> float:
     """A weight w with 1 + w > 0."""
-    try:
-        weight = float(k_weight)
-    except (TypeError, ValueError):
-        raise KindError(f"k_weight must be a number, not {type(k_weight).__name__} {k_weight!r}") from None
+    weight = op.as_number(k_weight, "k_weight")
     if not (1 + weight > 0 and weight < np.inf):
         raise SpecError(f"k_weight = {weight} must be finite with 1 + k_weight > 0")
     return weight
@@ -404,7 +407,7 @@ def keep_largest(
         ranked = x if scores is None else op.as_scores(scores, x, tuple(x.shape), "scores")
         p = op.as_ord(ord)
         target = _target(x, _destination(backend, x, out), geometry)
-        op.require_no_partial_overlap(target.array, ranked, "out", "scores")
+        _require_unread(target, ranked, "scores")
         result = backend.prune(_one(target), _one(Leaf(ranked, geometry)), op.scope_leaf(counts), p)
         return _stored(x, out, target, result[0])
 
@@ -451,7 +454,7 @@ def hard_threshold(
         t = op.as_grid(thresholds, x, blocks.grid, kind_of(ranked.dtype).norm, "thresholds")
         p = op.as_ord(ord)
         target = _target(x, _destination(backend, x, out), geometry)
-        op.require_no_partial_overlap(target.array, ranked, "out", "scores")
+        _require_unread(target, ranked, "scores")
         result = backend.threshold(_one(target), _one(Leaf(ranked, geometry)), op.block_leaf(t), p)
         return _stored(x, out, target, result[0])
 
@@ -518,7 +521,7 @@ def soft_threshold(
         metric: Parts | None = None
         if conditioner is not None:
             h = op.as_conditioner(conditioner, x, tuple(x.shape), "conditioner")
-            op.require_no_partial_overlap(target.array, h, "out", "conditioner")
+            _require_unread(target, h, "conditioner")
             metric = _one(Leaf(h, geometry))
         result = backend.shrink(_one(target), [op.block_leaf(t)], metric, steps, tolerance)
         return _stored(x, out, target, result[0])
@@ -550,7 +553,9 @@ class Namespace:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = FUNCTIONS.get(name)
-        if function is None:
+        if function is None or name.startswith("_"):
+            if name == "name" or name.startswith("_"):  # asked of an object that is still being unpickled
+                raise AttributeError(name)
             raise AttributeError(f"namespace {self.name!r} has no function {name!r}; it has {', '.join(FUNCTIONS)}")
 
         @wraps(function)

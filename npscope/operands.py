@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from npscope.axes import array_namespace
 from npscope.dtypes import dtype_name, kind_of
-from npscope.errors import KindError, SpecError
-from npscope.memory import meets_itself, same_window, share_an_element
+from npscope.errors import KindError, SpecError, about
+from npscope.memory import meets_itself, neighbours, same_window, share_an_element
 from npscope.tiling import Leaf, as_int, grid_cut
 
 Array = Any
@@ -37,6 +38,29 @@ def require_array(array: Any, what: str) -> None:
             hint = "npscope does not see its mask; pass .filled(0) or .data"
         raise KindError(f"{what} must be an array, not {type(array).__name__}; {hint}")
     kind_of(array.dtype)
+    if not is_numpy(array):
+        _require_float64(array)
+
+
+def _require_float64(array: Any) -> None:
+    """KindError where the library or device of a foreign array has no float64: exact norms need it."""
+    import array_api_compat
+
+    xp, device = array_namespace(array), array_api_compat.device(array)
+    if "float64" not in xp.__array_namespace_info__().dtypes(device=device, kind="real floating"):
+        raise KindError(f"there is no float64 on {device}, which exact norms need; with JAX set jax_enable_x64=True")
+
+
+def require_array_of_any_dtype(array: Any, what: str) -> None:
+    """KindError unless `array` is an array; its dtype does not matter where numbers are only moved."""
+    if not is_numpy(array) and not _is_foreign(array):
+        raise KindError(f"{what} must be an array, not {type(array).__name__}; use numpy.asarray")
+
+
+def require_castable(array: Any, window: Any, what: str) -> None:
+    """KindError where writing `array` into `window` would lose its kind: complex into real, floats into integers."""
+    if is_numpy(array) and not np.can_cast(array.dtype, window.dtype, "same_kind"):
+        raise KindError(f"{what} has dtype {array.dtype}, which {window.dtype} cannot hold; convert it first")
 
 
 def _is_foreign(array: Any) -> bool:
@@ -54,16 +78,18 @@ def require_alike(array: Any, other: Any, what: str, other_what: str) -> None:
     if is_numpy(array) and is_numpy(other):
         return
     places = [_place(a) for a in (array, other)]
-    if places[0] != places[1]:
-        raise KindError(f"{what} is {places[0]} but {other_what} is {places[1]}; move one of them to the other first")
+    same_library = not is_numpy(array) and not is_numpy(other) and array_namespace(array) is array_namespace(other)
+    if not same_library or places[0][1] != places[1][1]:
+        here, there = (f"{name} on {device}" if device else name for name, device in places)
+        raise KindError(f"{what} is {here} but {other_what} is {there}; move one of them to the other first")
 
 
-def _place(array: Any) -> str:
+def _place(array: Any) -> tuple[str, Any]:
     if is_numpy(array):
-        return "a NumPy array"
+        return "a NumPy array", None
     import array_api_compat
 
-    return f"a {type(array).__module__}.{type(array).__name__} on {array_api_compat.device(array)}"
+    return f"a {type(array).__module__}.{type(array).__name__}", array_api_compat.device(array)
 
 
 def require_writable(array: Any, what: str) -> None:
@@ -80,10 +106,22 @@ def require_writable(array: Any, what: str) -> None:
         raise SpecError(f"{what} is a window that meets itself: it can be read, but not written; pass a copy")
 
 
-def require_no_partial_overlap(written: Any, read: Any, what: str, read_what: str) -> None:
-    """SpecError if `written` shares memory with `read` without being the same window."""
-    if is_numpy(written) and is_numpy(read) and not same_window(written, read) and share_an_element(written, read):
-        raise SpecError(f"{what} overlaps {read_what} partly; pass the same array, or one that shares no memory")
+def overlaps(written: Sequence[Any], read: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Indices (i, j) of all ``written[i]`` and ``read[j]`` that share an element, or are one object."""
+    if all(is_numpy(a) for a in (*written, *read)):
+        yield from ((i, j) for i, j in neighbours(written, read) if share_an_element(written[i], read[j]))
+    else:
+        yield from ((i, j) for i, a in enumerate(written) for j, b in enumerate(read) if a is b)
+
+
+def require_no_overlap(written: Any, read: Any, what: str, read_what: str, *, unless_same: bool = True) -> None:
+    """SpecError if `written` shares memory with `read`; being the same window is allowed if `unless_same`."""
+    if read is written and unless_same:
+        return
+    if is_numpy(written) and is_numpy(read) and share_an_element(written, read):
+        if unless_same and same_window(written, read):
+            return
+        raise SpecError(f"{what} overlaps {read_what}, which is read; pass a copy of one of them")
 
 
 def as_destination(out: Any, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -95,7 +133,7 @@ def as_destination(out: Any, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     if out.dtype != dtype:
         raise KindError(f"out has dtype {out.dtype}, the result {dtype}")
     require_writable(out, "out")
-    require_no_partial_overlap(out, x, "out", "x")
+    require_no_overlap(out, x, "out", "x")
     return out
 
 
@@ -106,11 +144,19 @@ def store(array: Any, result: Any) -> Any:
     return array
 
 
+def as_number(value: Any, what: str) -> float:
+    """A real number of the host as a float; KindError for bool, complex and text, SpecError beyond float64."""
+    if isinstance(value, bool | np.bool_ | np.timedelta64) or not isinstance(value, numbers.Real):
+        raise KindError(f"{what} must be a real number, not {type(value).__name__} {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise SpecError(f"{what} is beyond the range of float64") from None
+
+
 def as_ord(ord: Any) -> float:
     """The order of a norm: 1, 2, inf or any p > 0."""
-    if isinstance(ord, bool | np.bool_) or not isinstance(ord, numbers.Real):
-        raise KindError(f"ord must be 1, 2, inf or another positive number, not {type(ord).__name__} {ord!r}")
-    p = float(ord)
+    p = as_number(ord, "ord")
     if not p > 0:
         raise SpecError(f"ord = {ord} must be 1, 2, inf or another positive number")
     return p
@@ -121,9 +167,7 @@ def as_iteration(max_iter: Any, rtol: Any) -> tuple[int, float]:
     steps = as_int(max_iter, "max_iter")
     if steps < 1:
         raise SpecError(f"max_iter = {steps} must be at least 1")
-    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real):
-        raise KindError(f"rtol must be a positive number, not {type(rtol).__name__} {rtol!r}")
-    tolerance = float(rtol)
+    tolerance = as_number(rtol, "rtol")
     if not 0 < tolerance < math.inf:
         raise SpecError(f"rtol = {rtol} must be positive and finite")
     return steps, tolerance
@@ -134,11 +178,15 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
 
     NaN is SpecError, and so is a negative number unless `signed`. `value` is a number or an array.
     """
-    if isinstance(value, np.generic | numbers.Number) and not isinstance(value, np.bool_ | bool | complex):
-        value = np.asarray(float(value), dtype=np.float64)  # type: ignore[arg-type]
+    if isinstance(value, numbers.Real | np.bool_):
+        value = np.asarray(as_number(value, what))
+    elif isinstance(value, np.generic) and value.dtype.kind == "V":  # a scalar of ml_dtypes
+        value = np.asarray(value)
     if not is_numpy(value) and not _is_foreign(value):
         raise KindError(f"{what} must be a number or an array, not {type(value).__name__}")
-    if dtype_name(value.dtype) == "bool" or kind_of(value.dtype).is_complex:
+    with about(what):
+        kind = kind_of(value.dtype)
+    if kind.is_complex:
         raise KindError(f"{what} must be real numbers, not {value.dtype}")
     if not is_numpy(value):
         require_alike(like, value, "x", what)
@@ -147,11 +195,12 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
 
 def _as_grid(value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: bool) -> Array:
     xp = array_namespace(value)
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(all="ignore"):
         converted = xp.astype(value, getattr(xp, dtype))
+        negative = not signed and bool(xp.any(value < 0))
     if bool(xp.any(xp.isnan(converted))):
         raise SpecError(f"{what} contains NaN")
-    if not signed and bool(xp.any(converted < 0)):
+    if negative:
         raise SpecError(f"{what} contains a negative number; a shrinkage needs at least 0")
     try:
         return xp.broadcast_to(converted, shape)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from npscope.errors import SpecError
+from npscope.errors import KindError, SpecError
 from npscope.tiling import as_int
 
 BACKENDS = ("reference", "numba", "cupy")
@@ -55,6 +55,8 @@ def config(*, threads: int | None = None, check: bool | None = None) -> Iterator
     ...     npscope.topk_mask(numpy.asarray([1, 3, 2]), 2)
     array([False,  True,  True])
     """
+    if check is not None and not isinstance(check, bool):
+        raise KindError(f"check must be True or False, not {type(check).__name__} {check!r}")
     count = thread_limit() if threads is None else _valid_threads(as_int(threads, "threads"), "threads")
     threads_token = _threads.set(count)
     check_token = _check.set(checks_devices() if check is None else check)
@@ -94,7 +96,7 @@ def thread_count() -> int:
     given = os.environ.get("NPSCOPE_NUM_THREADS")
     if given is None:
         return _available_cpus()
-    if not given.strip().isdecimal():
+    if not (given.isascii() and given.isdecimal()):
         raise SpecError(f"NPSCOPE_NUM_THREADS={given!r} is not a whole number from 1 to {MAX_THREADS}")
     return _valid_threads(int(given), "NPSCOPE_NUM_THREADS")
 

@@ -27,8 +27,8 @@ from npscope.block import (
     count_nonzero,
     named,
     require_equal_grids,
-    require_no_overlaps,
     require_separate,
+    require_unwritten,
     resolve,
     store_all,
     writable_windows,
@@ -37,7 +37,7 @@ from npscope.counts import as_counts, nnz_from_sparsity
 from npscope.dtypes import common_norm, kind_of
 from npscope.errors import KindError, SpecError, about
 from npscope.namespace import as_weight, between
-from npscope.tiling import Leaf, Parts, Tiling, as_orders, axis_cut, cut, permuted
+from npscope.tiling import MAX_NDIM, Leaf, Parts, Tiling, as_orders, axis_cut, cut, permuted
 from npscope.view import View
 
 
@@ -53,6 +53,14 @@ class SparseScope(ABC):
     @abstractmethod
     def _parts(self) -> tuple[ScopeSpec, ...]:
         """The parts whose blocks compete, in listed order."""
+
+    @abstractmethod
+    def _by_part(self, results: dict[ScopeSpec, Any]) -> Any:
+        """Results by part in the form that callers get: a spec its own, a coupling the mapping."""
+
+    @abstractmethod
+    def _arrays_by_part(self, b: Any) -> list[Array]:
+        """The array of every part from what callers give: an array to a spec, a mapping to a coupling."""
 
     @property
     def _label(self) -> str:
@@ -143,16 +151,16 @@ class SparseScope(ABC):
                 [6, 7]]])
         """
         with about(self._label):
-            arrays = self._by_part(b)
+            arrays = self._arrays_by_part(b)
             results = {
                 part: part._cut_grid(array, order, reorder, merge)
                 for (part, order), array in zip(self._ordered(), arrays, strict=True)
             }
-            if not isinstance(self, ScopeCoupling):
-                return results[self._parts()[0]]
             if not merge:
-                return results
+                return self._by_part(results)
             tables = list(results.values())
+            if len(tables) == 1:
+                return tables[0]
             return array_namespace(tables[0]).concat(tables, axis=len(self.grid_shape))
 
     def scope_to_block(self, v: Array) -> Any:
@@ -180,33 +188,29 @@ class SparseScope(ABC):
                [2, 2, 3, 3]])
         """
         with about(self._label):
+            op.require_array_of_any_dtype(v, "v")
             xp, shape = array_namespace(v), tuple(v.shape)
             ndim, n = len(self.grid_shape), self.numblk_per_scope()
             if shape == self.grid_shape:
                 v, shape = xp.reshape(v, (*shape, 1)), (*shape, 1)
             if shape[:ndim] != self.grid_shape or len(shape) <= ndim or shape[ndim] not in (1, n):
                 raise SpecError(f"v has shape {shape}, expected {self.grid_shape} or {(*self.grid_shape, n)} first")
-            table = xp.broadcast_to(v, (*self.grid_shape, n, *shape[ndim + 1 :]))
-            results, start = {}, 0
-            for part, order in self._ordered():
-                stop = start + part.numblk_per_scope()
-                columns = table[(slice(None),) * ndim + (slice(start, stop),)]
-                results[part] = part._join_grid(columns, order)
-                start = stop
-            return results if isinstance(self, ScopeCoupling) else results[self._parts()[0]]
+            riding = shape[ndim + 1 :]
+            table = xp.reshape(v, (self.numscp(), shape[ndim], *riding))
+            grids = self._grids_of_table(xp.broadcast_to(table, (self.numscp(), n, *riding)))
+            return self._by_part(grids)
+
+    def _grids_of_table(self, table: Array) -> dict[ScopeSpec, Array]:
+        """An ``(S, n, *t)`` table over the block grid of every part."""
+        grids, start = {}, 0
+        for part, order in self._ordered():
+            stop = start + part.numblk_per_scope()
+            grids[part] = part._join_grid(table[:, start:stop], order)
+            start = stop
+        return grids
 
     def _ordered(self) -> list[tuple[ScopeSpec, tuple[int, ...]]]:
         return list(zip(self._parts(), self._orders(), strict=True))
-
-    def _by_part(self, b: Any) -> list[Array]:
-        if not isinstance(self, ScopeCoupling):
-            return [b]
-        if not isinstance(b, Mapping):
-            raise SpecError("b must be a mapping from each part (ScopeSpec) to its array")
-        missing = [part for part in self._parts() if part not in b]
-        if missing:
-            raise SpecError(f"b has no entry for {missing[0]!r}; its keys must be the parts")
-        return [b[part] for part in self._parts()]
 
     # ranking
 
@@ -305,9 +309,8 @@ class SparseScope(ABC):
                 table = op.as_block_mask(block_mask, self.specs()[0].view.data, shape, "block_mask")
             else:
                 table = self._decide(nnz, values, block_scores, shape, ord)
-        grids = self.scope_to_block(table)
-        by_part = grids if isinstance(self, ScopeCoupling) else {self._parts()[0]: grids}
-        return {spec: mask for part, grid in by_part.items() for spec, mask in part.block.get_masks(grid).items()}
+            grids = self._grids_of_table(array_namespace(table).reshape(table, (self.numscp(), shape[-1])))
+        return {spec: mask for part, grid in grids.items() for spec, mask in part.block.get_masks(grid).items()}
 
     def _decide(
         self, nnz: Any, values: Values, block_scores: Array | None, shape: tuple[int, ...], ord: float
@@ -324,7 +327,7 @@ class SparseScope(ABC):
                 raise KindError(f"block_scores has dtype {scores.dtype}: complex numbers have no order")
             leaf = Leaf(scores, axis_cut(shape, len(shape) - 1))
             table = backend_of([scores]).mask(((leaf,),), counts, None)
-        return array_namespace(table).reshape(table, shape)
+        return table
 
     # writing
 
@@ -367,7 +370,7 @@ class SparseScope(ABC):
                 raise SpecError("give exactly one of thresholds and nnz")
             target = self._operands(writable_windows(self.specs(), shrinks=False))
             arrays = resolve(self.specs(), values, "values")
-            require_no_overlaps(target, arrays)
+            require_unwritten(self.specs(), arrays, "values")
             backend, source, p = backend_of(arrays), self._operands(arrays), op.as_ord(ord)
             if nnz is not None:
                 counts = as_counts(nnz, self.grid_shape, low=0, high=self.numblk_per_scope(), what="nnz")
@@ -413,6 +416,8 @@ class SparseScope(ABC):
         array([[2.4, 3.2]])
         """
         with about(self._label):
+            if not isinstance(scale, bool):
+                raise KindError(f"scale must be True or False, not {type(scale).__name__} {scale!r}")
             windows = writable_windows(self.specs(), shrinks=True)
             target = self._operands(windows)
             limits = [self._scaled_thresholds(part, thresholds, scale) for part in self._parts()]
@@ -420,7 +425,7 @@ class SparseScope(ABC):
             metric: Parts | None = None
             if conditioners is not None:
                 arrays = resolve(self.specs(), conditioners, "conditioners", op.as_conditioner)
-                require_no_overlaps(target, arrays)
+                require_unwritten(self.specs(), arrays, "conditioners")
                 metric = self._operands(arrays)
             results = backend_of(windows).shrink(target, limits, metric, steps, tolerance)
             store_all([leaf for part in target for leaf in part], results)
@@ -478,7 +483,7 @@ class ScopeSpec(SparseScope):
     block: SparseBlock
     shape: tuple[int, ...]
     name: str | None = field(compare=False)
-    tiling: Tiling = field(compare=False)
+    tiling: Tiling = field(init=False, compare=False)
 
     def __init__(self, block: SparseBlock, shape: Any, name: str | None = None) -> None:
         object.__setattr__(self, "name", name)
@@ -492,6 +497,13 @@ class ScopeSpec(SparseScope):
     def _parts(self) -> tuple[ScopeSpec, ...]:
         return (self,)
 
+    def _by_part(self, results: dict[ScopeSpec, Any]) -> Any:
+        return results[self]
+
+    def _arrays_by_part(self, b: Any) -> list[Array]:
+        op.require_array_of_any_dtype(b, "b")
+        return [b]
+
     def _orders(self) -> tuple[tuple[int, ...], ...]:
         return (tuple(range(len(self.shape))),)
 
@@ -501,6 +513,8 @@ class ScopeSpec(SparseScope):
         if shape[:ndim] != self.tiling.shape:
             raise SpecError(f"b has shape {shape}, expected the block grid {self.tiling.shape} and trailing axes")
         riding = shape[ndim:]
+        if not merge and 2 * ndim + len(riding) > MAX_NDIM:
+            raise SpecError(f"{ndim} axes cut in two are more than arrays have ({MAX_NDIM}); use merge=True")
         split = (*paired(self.tiling.grid, self.tiling.tile), *riding)
         trailing = tuple(range(2 * ndim, len(split)))
         axes = (*(2 * a for a in order), *range(1, 2 * ndim, 2), *trailing)
@@ -511,9 +525,9 @@ class ScopeSpec(SparseScope):
         return regroup(b, split, axes, tuple(split[a] for a in axes))
 
     def _join_grid(self, table: Array, order: tuple[int, ...]) -> Array:
-        """The inverse of the merged `_cut_grid`."""
+        """The inverse of the merged `_cut_grid`, from an ``(S, n, *t)`` table."""
         ndim = len(self.tiling.shape)
-        riding = tuple(table.shape)[ndim + 1 :]
+        riding = tuple(table.shape)[2:]
         split = (*permuted(self.tiling.grid, order), *self.tiling.tile, *riding)
         back = (*(order.index(a) for a in range(ndim)), *range(ndim, 2 * ndim))
         axes = (*(back[i] for i in interleaved(ndim)), *range(2 * ndim, len(split)))
@@ -576,6 +590,24 @@ class ScopeCoupling(SparseScope):
 
     def _parts(self) -> tuple[ScopeSpec, ...]:
         return self.scopes
+
+    def _by_part(self, results: dict[ScopeSpec, Any]) -> Any:
+        return results
+
+    def _arrays_by_part(self, b: Any) -> list[Array]:
+        if not isinstance(b, Mapping):
+            raise KindError(f"b must be a mapping from each part (ScopeSpec) to its array, not {type(b).__name__}")
+        missing = [part for part in self.scopes if part not in b]
+        if missing:
+            raise SpecError(f"b has no entry for {missing[0]!r}; its keys must be the parts")
+        for part in self.scopes:
+            op.require_array_of_any_dtype(b[part], f"b of {part._label}")
+        return [b[part] for part in self.scopes]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The scope shape of every part."""
+        return tuple(part.shape for part in self.scopes)
 
     def __repr__(self) -> str:
         return (

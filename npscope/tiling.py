@@ -20,6 +20,9 @@ from npscope.errors import CouplingError, KindError, SpecError
 MAX_NDIM = 64
 """Axes an array may have: NumPy's own limit."""
 
+MAX_SIZE = 2**62
+"""Elements no array can have."""
+
 
 def as_int(value: Any, what: str) -> int:
     """The integer `value`, NumPy integers included; bool, float and str are KindError."""
@@ -43,6 +46,8 @@ def _tile_axis(axis: int, size: int, tile: int, noun: str) -> int:
         return max(1, size)
     if tile < 1:
         raise SpecError(f"{noun} size {tile} for axis {axis} must be at least 1, or -1 for the whole axis")
+    if tile > MAX_SIZE:
+        raise SpecError(f"{noun} size {tile} for axis {axis} is larger than any array")
     if size % tile:
         below, above = size - size % tile, size - size % tile + tile
         nearest = f"{below}, {above}" if below else f"{above}"
@@ -183,12 +188,6 @@ def axis_cut(shape: tuple[int, ...], axis: int | None) -> Cut:
     along = [Dim(i, n, 1) for i, n in enumerate(shape) if axis is None or i == axis]
     across = [Dim(i, n, 1) for i, n in enumerate(shape) if axis is not None and i != axis]
     return Cut.of(across, along, ())
-
-
-@lru_cache(maxsize=4096)
-def rows_cut(scopes: int, blocks: int) -> Cut:
-    """The cut of a ``(scopes, blocks)`` table of 1-element blocks."""
-    return Cut.of((Dim(0, scopes, 1),), (Dim(1, blocks, 1),), ())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from npscope import operands as op
 from npscope.errors import KindError, SpecError, about
-from npscope.tiling import as_int, as_ints
+from npscope.tiling import MAX_NDIM, MAX_SIZE, as_int, as_ints
 
 Array = Any
 
@@ -79,7 +79,7 @@ class View:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    _window: Array = field(repr=False)
+    _window: Array = field(init=False)
 
     def __init__(self, array: Array, shape: Any, stride: Any, offset: Any = 0) -> None:
         with about("View"):
@@ -95,7 +95,11 @@ class View:
             _require_inside(array.size, sizes, steps, start)
             flat = array.reshape(-1, order="A") if array.flags.c_contiguous else array.T.reshape(-1)
             window = np.lib.stride_tricks.as_strided(
-                flat[start:], sizes, tuple(s * array.itemsize for s in steps), writeable=array.flags.writeable
+                flat[start:],
+                sizes,
+                # Along an axis of length 1 a stride is never taken, and may be any number.
+                tuple(s * array.itemsize if n > 1 else 0 for n, s in zip(sizes, steps, strict=True)),
+                writeable=array.flags.writeable,
             )
         self._set(array, sizes, steps, start, window)
 
@@ -126,6 +130,8 @@ class View:
         array, view = array_or_view, object.__new__(cls)
         shape = tuple(array.shape)
         if op.is_numpy(array):
+            with about("View"):
+                _require_whole_strides(array)
             stride = tuple(s // array.itemsize for s in array.strides)
         else:
             stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -152,7 +158,8 @@ class View:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         array, shape, stride, offset, whole = state
         if whole:
-            self._set(array, shape, stride, offset, array)
+            whole_view = View.of(array)  # a copy need not be strided as the original was
+            self._set(array, whole_view.shape, whole_view.stride, 0, array)
         else:
             View.__init__(self, array, shape, stride, offset)
 
@@ -168,7 +175,9 @@ class View:
         """
         with about("View"):
             op.require_writable(self._window, "array")
-            shape = tuple(np.shape(a))
+            op.require_array(a, "data")
+            op.require_castable(a, self._window, "data")
+            shape = tuple(a.shape)
             try:
                 fits = np.broadcast_shapes(shape, self.shape) == self.shape
             except ValueError:
@@ -232,15 +241,26 @@ class View:
             op.require_array(a, "a")
             if tuple(a.shape) != tuple(self.array.shape):
                 raise SpecError(f"a has shape {tuple(a.shape)}, the array of this view {tuple(self.array.shape)}")
+            if self._window is not self.array and a.strides != self.array.strides:
+                raise SpecError("a lies in another memory order than the array of this view; copy it into that order")
         if self._window is self.array:
             return View.of(a)
         return View(a, self.shape, self.stride, self.offset)
+
+
+def _require_whole_strides(array: np.ndarray) -> None:
+    if any(s % array.itemsize for n, s in zip(array.shape, array.strides, strict=True) if n > 1):
+        raise SpecError(f"strides {array.strides} are no multiples of {array.itemsize} bytes; copy it")
 
 
 def _require_inside(size: int, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> None:
     """SpecError unless every element of the window is one of `size` elements."""
     if len(shape) != len(stride):
         raise SpecError(f"shape {shape} has {len(shape)} axes, stride {stride} has {len(stride)}")
+    if len(shape) > MAX_NDIM:
+        raise SpecError(f"{len(shape)} axes, at most {MAX_NDIM} are supported")
+    if any(n > MAX_SIZE for n in shape):
+        raise SpecError(f"shape {shape} is larger than any array")
     if any(n < 0 for n in shape):
         raise SpecError(f"shape {shape} has a negative size")
     if not 0 <= offset <= size:

@@ -76,6 +76,58 @@ def coupled(*blocks: Any, orders: Any = ()) -> Callable[[np.ndarray], Any]:
     )
 
 
+def sized(x: np.ndarray, noun: str, size: int) -> Any:
+    """A block or a scope of `size` along the first axis."""
+    block, scope = ((size, 1), ()) if noun == "block" else ((1, 1), (size, 1))
+    return npscope.keep_largest(x, 0, block, scope, out=x)
+
+
+def scope_of(x: np.ndarray) -> ScopeSpec:
+    return ScopeSpec(BlockSpec(x, (1, 1)), (1, -1))
+
+
+SHARED = "overlap|share|memory"
+"""What a message about memory that is read and written says in some words."""
+
+
+def crossed(x: np.ndarray, kind: str, verb: str, window: str) -> Any:
+    """A coupling of the two halves of `x` that reads one half while it writes the other."""
+    x = np.abs(x) + np.float32(0.1)  # it may be a conditioner too
+    leaves = [BlockSpec(x[:2], (1, 2), name="a"), BlockSpec(x[2:], (1, 2), name="b")]
+    given = {
+        "swapped": {"a": x[2:], "b": x[:2]},
+        "other": {"a": np.ones((2, 6), dtype=np.float32), "b": x[:2]},
+        "part": {"a": x[1:3], "b": x[2:]},
+    }[window]
+    blocks = BlockCoupling(leaves)
+    scope = ScopeSpec(blocks, ()) if kind == "blocks" else ScopeCoupling([ScopeSpec(leaf, ()) for leaf in leaves])
+    before = x.copy()
+    try:
+        return {
+            "nnz": lambda: scope.hard_threshold(nnz=2, values=given),
+            "level": lambda: scope.hard_threshold(100.0, values=given),
+            "soft": lambda: scope.soft_threshold(0.5, given),
+            "set_data": lambda: blocks.set_data(given),
+        }[verb]()
+    finally:
+        assert same_bits(x, before), "the arrays were touched"
+
+
+def assigned(way: str, dtype: str, a: np.ndarray) -> Any:
+    """`a` assigned to a window of zeros, of which nothing may be seen afterwards."""
+    base = np.zeros((2, 6), dtype=dtype)
+    view = View(base, (2, 3), (6, 2))
+    try:
+        if way == "set_data":
+            view.set_data(a)
+        elif way == "data":
+            view.data = a
+        else:
+            BlockSpec(view, ()).data = a
+    finally:
+        assert not base.any()
+
+
 ALL = (slice(None), slice(None))
 TOP, BOTTOM = (slice(0, 2), slice(None)), (slice(2, 4), slice(None))
 S, K, C = SpecError, KindError, CouplingError
@@ -98,6 +150,11 @@ A = [
         Case(f"case06-{name}", S, "block size", norms((1, b)))
         for name, b in (("63", 2**63), ("30", 10**30), ("neg", -(2**70)))
     ),
+    *(
+        Case(f"case15-{noun}-of-nothing-{name}", S, f"{noun} size", lambda x, b=b, noun=noun: sized(x[:0], noun, b))
+        for noun in ("block", "scope")
+        for name, b in (("63", 2**63), ("30", 10**30))
+    ),
     Case("case07-zero", S, "scope size 0", keep(scope=(1, 0))),
     Case("case07-minus-three", S, "scope size -3", keep(scope=(-3, 1))),
     Case("case08", S, r"axis 1 has size 6, not a multiple of scope size 4 \(nearest: 4, 8\)", keep(scope=(1, 4))),
@@ -111,6 +168,8 @@ A = [
         for n in (1.0, True, "1", None, [1], np.float64(1), np.asarray([1.0]))
     ),
     Case("case09-bool-array", K, "nnz", keep(np.asarray([True]))),
+    Case("case09-masked", K, "nnz", keep(np.ma.masked_array([[1, 1, 1]], [[0, 1, 0]]))),
+    Case("case09-masked-scope", K, "nnz", lambda x: scope_of(x).hard_threshold(nnz=np.ma.masked_array([[1]], [[0]]))),
     Case("case09-k-zero", S, r"k = 0 is outside \[1, 6\]", lambda x: npscope.kth_largest(x, 0)),
     Case("case09-k-large", S, r"k = 7 is outside \[1, 6\]", lambda x: npscope.kth_largest(x, 7)),
     Case("case09-mid-last", S, r"k = 6 is outside \[1, 5\]", lambda x: npscope.mid_kth_largest(x, 6)),
@@ -119,6 +178,11 @@ A = [
     Case("case09-axis-type", K, "axis", lambda x: npscope.topk_mask(x, 1, axis=1.0)),
     Case("case09-weight", S, "k_weight", lambda x: npscope.mid_kth_largest(x, 1, k_weight=-1.0)),
     Case("case09-weight-nan", S, "k_weight", lambda x: npscope.mid_kth_largest(x, 1, k_weight=math.nan)),
+    Case("case09-weight-huge", S, "k_weight", lambda x: npscope.mid_kth_largest(x, 1, k_weight=10**400)),
+    *(
+        Case(f"case09-weight-{type(w).__name__}", K, "k_weight", lambda x, w=w: scope_of(x).kth_mid(nnz=1, k_weight=w))
+        for w in ("1", True, np.True_, None, 1j, np.complex64(1), np.str_("1"))
+    ),
     Case("case13-keep-5-of-2", S, "nnz = 5", keep(5)),
     Case("case13-of-zero", S, "scope size 0", keep(0, scope=(1, 0))),
     Case("case13-not-dividing", S, "not a multiple", keep(2, scope=(1, 5))),
@@ -158,6 +222,20 @@ A = [
     Case("case22-list", K, "thresholds", hard([1.0, 2.0, 3.0])),
     Case("case22-none", K, "thresholds", hard(None)),
     Case("case22-string", K, "thresholds", hard("1")),
+    *(
+        Case(f"case22-{verb.__name__}-{t!r}", K, "thresholds", verb(t))
+        for verb in (hard, soft)
+        for t in (np.complex64(1), np.str_("1"), np.bytes_(b"1"), np.timedelta64(1), np.datetime64("NaT"), np.True_)
+    ),
+    *(Case(f"case22-{verb.__name__}-huge", S, "thresholds", verb(10**400)) for verb in (hard, soft)),
+    Case("case22-huge-scope", S, "thresholds", lambda x: scope_of(x).soft_threshold(10**400)),
+    Case("case22-negative-before-conversion", S, "negative", soft(-1e-60)),
+    Case("case22-negative-array-before-conversion", S, "negative", soft(np.asarray([0.1, -1e-60, 0.1]))),
+    Case("case22-negative-scope", S, "negative", lambda x: scope_of(x).soft_threshold(-1e-60, scale=True)),
+    *(
+        Case(f"case22-scale-{s!r}", K, "scale", lambda x, s=s: scope_of(x).soft_threshold(0.5, scale=s))
+        for s in ("no", "", 1, 0.0)
+    ),
 ]
 
 B = [
@@ -206,6 +284,8 @@ B = [
     Case("case40-ord-zero", S, "ord", lambda x: npscope.block_norms(x, (1, 2), ord=0)),
     Case("case40-ord-negative", S, "ord", lambda x: npscope.block_norms(x, (1, 2), ord=-1)),
     Case("case40-ord-nan", S, "ord", lambda x: npscope.block_norms(x, (1, 2), ord=math.nan)),
+    Case("case40-ord-huge", S, "ord", lambda x: npscope.block_norms(x, (1, 2), ord=10**400)),
+    Case("case40-rtol-huge", S, "rtol", soft(conditioner=np.ones((4, 6)), rtol=10**400)),
     *(
         Case(f"case40-ord-{o!r}", K, "ord", lambda x, o=o: npscope.block_norms(x, (1, 2), ord=o))
         for o in ("fro", None, True, 1j)
@@ -282,6 +362,14 @@ CC = [
         lambda x: npscope.keep_largest(x, 1, (), (1, 2), out=np.zeros((4, 6), ">f4")),
     ),
     Case("case46-list", K, "out", lambda x: npscope.keep_largest(x, 1, (), (1, 2), out=[0.0])),
+    *(
+        Case(f"case46-{kind}-{window}-{verb}", S, SHARED, lambda x, k=kind, v=verb, w=window: crossed(x, k, v, w))
+        for kind in ("blocks", "scopes")
+        for verb in ("nnz", "level", "soft")
+        for window in ("swapped", "other", "part")
+    ),
+    Case("case46-swap", S, SHARED, lambda x: crossed(x, "blocks", "set_data", "swapped")),
+    Case("case46-set-part", S, SHARED, lambda x: crossed(x, "blocks", "set_data", "part")),
     Case(
         "case47-rows",
         C,
@@ -307,6 +395,19 @@ CC = [
     Case("case48-offset", S, "offset", lambda x: View(x, (1,), (1,), 25)),
     Case("case48-type", K, "offset", lambda x: View(x, (1,), (1,), 1.0)),
     Case("case48-not-dense", S, "dense", lambda x: View(x[:, ::2], (2,), (1,))),
+    Case("case48-huge-empty", S, "View: ", lambda x: View(x, (0, 10**30), (1, 1), 0)),
+    Case("case48-many-axes", S, "View: .*64", lambda x: View(x, (1,) * 65, (1,) * 65, 0)),
+    Case("case48-field", S, "View: ", lambda x: View.of(np.zeros(4, dtype=[("a", "f4"), ("b", "i2")])["a"])),
+    *(
+        Case(f"case48-{way}-{name}", K, "View: |BlockSpec: ", lambda x, w=way, d=dtype_, a=a: assigned(w, d, a))
+        for way in ("set_data", "data", "spec")
+        for name, dtype_, a in (
+            ("object", "f4", np.full((2, 3), 1.5, dtype=object)),
+            ("complex", "f4", np.full((2, 3), 1 + 2j)),
+            ("nan", "i4", np.full((2, 3), math.nan)),
+            ("string", "f4", np.full((2, 3), "1")),
+        )
+    ),
     Case("case51-both", S, "exactly one", lambda x: ScopeSpec(BlockSpec(x, ()), ()).hard_threshold(0.5, nnz=1)),
     Case("case51-neither", S, "exactly one", lambda x: ScopeSpec(BlockSpec(x, ()), ()).hard_threshold()),
     Case("case51-mask-shape", S, "mask", lambda x: BlockSpec(x, (2, 2)).apply_mask(np.ones((4, 6), dtype=bool))),
@@ -347,6 +448,16 @@ CC = [
     Case("case51-multiplier-nan", S, "NaN", lambda x: BlockSpec(x, ()).apply_multiplier(math.nan)),
     Case("case51-eps-nan", S, "eps", lambda x: BlockSpec(x, ()).nnz(math.nan)),
     Case("case51-eps-negative", S, "eps", lambda x: BlockSpec(x, ()).nnz(-1.0)),
+    *(
+        Case(f"case51-eps-{type(e).__name__}", K, "eps", lambda x, e=e: BlockSpec(x, ()).nnz(eps=e))
+        for e in ("1.5", True, np.True_, None, 1j, np.complex64(1))
+    ),
+    Case("case51-eps-scope", K, "eps", lambda x: scope_of(x).nnz(eps="1.5")),
+    Case("case51-b-list", K, "b must|list", lambda x: scope_of(x).block_to_scope(x.tolist())),
+    Case("case51-v-list", K, "v must|list", lambda x: scope_of(x).scope_to_block([[1.0], [2.0], [3.0], [4.0]])),
+    Case(
+        "case51-spread-list", K, "v must|list", lambda x: BlockSpec(x, (2, 3)).broadcast_block_to_element([[1, 2]] * 2)
+    ),
     Case(
         "case51-b-shape", S, "b has shape|block grid", lambda x: ScopeSpec(BlockSpec(x, (2, 2)), ()).block_to_scope(x)
     ),
@@ -450,6 +561,19 @@ def test_case11_sparsities(error, s):
 def test_case11_counts(error, n):
     with pytest.raises(error, match="n "):
         npscope.nnz_from_sparsity(0.5, n)
+
+
+@pytest.mark.parametrize("form", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_case12_the_shortest_decimal_of_its_own_dtype(form):
+    """bfloat16(0.29) is 0.2890625, of which 28 in 100 would be pruned: it is written, and read, 0.29."""
+    for s, n, keep_ in ((0.1, 10, 9), (0.29, 100, 71), (0.58, 50, 21), (0.9, 10, 1), (0.0, 7, 7), (1.0, 7, 0)):
+        assert npscope.nnz_from_sparsity(form(s), n) == keep_
+
+
+@pytest.mark.parametrize("form", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_case12_decimals_of_8_bits(form):
+    for s, n, keep_ in ((0.3, 10, 7), (0.5, 10, 5), (0.25, 100, 75), (0.0, 7, 7), (1.0, 7, 0)):
+        assert npscope.nnz_from_sparsity(form(s), n) == keep_
 
 
 @pytest.mark.parametrize("form", [float, str, decimal.Decimal, np.float64])
@@ -658,6 +782,38 @@ def test_case44_unaligned(backend):
     assert raw[0] == 0
 
 
+def test_case44_fields_of_records_are_served_by_the_functions(backend):
+    """Their stride is no multiple of the item size: no View counts it in elements, but kernels go byte by byte."""
+    x = np.zeros((4, 6), dtype=[("a", "f4"), ("b", "i2")])["a"]
+    x[...] = hostile("normal", (4, 6), "float32", 56)
+    expected = npscope.keep_largest(x.copy(), 2, (), (1, 3))
+    assert same_bits(npscope.keep_largest(x, 2, (), (1, 3), out=x).copy(), expected)
+
+
+@pytest.mark.parametrize("shape", [(2048, 256), (2, 2**18)], ids=["many scopes", "large scopes"])
+def test_case46_counts_and_numbers_may_lie_in_the_written_array(backend, shape):
+    """They are read before the first write: the smallest entries are dropped, and they are the arguments."""
+    x = np.random.default_rng(57).integers(100, 10**6, shape)
+    x[:, 0] = 3
+    for nnz in (x[:1, :1], x[:, :1]):
+        y = x.copy()
+        nnz = np.lib.stride_tricks.as_strided(y, nnz.shape, nnz.strides)
+        npscope.keep_largest(y, nnz, (), (1, -1), out=y)
+        assert same_bits(y, npscope.keep_largest(x, 3, (), (1, -1)))
+    f = x.astype(np.float64)
+    for call in (
+        lambda a, t: npscope.hard_threshold(a, t, (1, 2), out=a),
+        lambda a, t: npscope.soft_threshold(a, t, (1, 2), out=a),
+        lambda a, t: BlockSpec(a, (1, 2)).apply_multiplier(t),
+    ):
+        for window in (np.s_[:, ::2], np.s_[::-1, 1::2]):
+            y, z = f.copy(), f.copy()
+            call(y, y[window])
+            call(z, f[window].copy())
+            assert same_bits(y, z)
+            assert not same_bits(y, f) or window == np.s_[:, ::2]
+
+
 def test_case49_gaps_are_untouched(backend):
     base = np.ones(100)
     ScopeSpec(BlockSpec(View(base, (3, 4), (30, -5), 20), ()), ()).hard_threshold(nnz=0)
@@ -724,3 +880,48 @@ def test_case51_memory_error_comes_before_the_first_write():
     assert len(outcomes) == 5, done.stderr
     assert set(outcomes) <= {"worked touched", "MemoryError untouched"}, outcomes
     assert "MemoryError untouched" in outcomes, "the limit is meant to be hit"
+
+
+def large_scopes(a: np.ndarray, block: tuple[int, ...], parts: int) -> ScopeCoupling:
+    """Two scopes, each larger than a piece of work, of `parts` arrays."""
+    return ScopeCoupling([ScopeSpec(BlockSpec(w, block), (1, -1)) for w in np.split(a, parts, axis=1)])
+
+
+LATE = {
+    "elements": lambda a, h: npscope.keep_largest(a, 1000, (), (1, -1), out=a),
+    "blocks": lambda a, h: npscope.keep_largest(a, 1000, (1, 2), (1, -1), out=a),
+    "none": lambda a, h: npscope.keep_largest(a, 0, (1, 2), (1, -1), out=a),
+    "coupling": lambda a, h: large_scopes(a, (1, 2), 2).hard_threshold(nnz=1000),
+    "level": lambda a, h: large_scopes(a, (1, 2), 2).hard_threshold(np.asarray([[2.0], [1.0]])),
+    "shrink": lambda a, h: large_scopes(a, (1, 2), 2).soft_threshold(0.5),
+    "conditioned": lambda a, h: npscope.soft_threshold(a, 0.5, (1, 4), conditioner=h, out=a),
+    "mask": lambda a, h: BlockSpec(a, (1, 4)).apply_mask(h[:, ::4] > 1),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_case51_nothing_is_allocated_after_the_first_write(monkeypatch, case):
+    """Memory that runs out once an element has changed: no call asks for an array any more."""
+    x = hostile("normal", (2, 2**19), "float32", 58)
+    before, h = x.copy(), np.full(x.shape, 2.0, dtype=np.float32)
+    h[:, ::8] = 1  # of every other block the first, which is where "mask" looks
+    expected = x.copy()
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "out" not in kwargs and x.tobytes() != before.tobytes():
+                raise MemoryError("asked for an array after the first write")
+            return function(*args, **kwargs)
+
+        return call
+
+    with npscope.use_backend("numba"), npscope.config(threads=2):
+        LATE[case](expected, h)  # compiles
+        for name in ("empty", "zeros", "ones", "full", "empty_like", "zeros_like", "array", "cumsum", "where"):
+            monkeypatch.setattr(np, name, guarded(getattr(np, name)))
+        try:
+            LATE[case](x, h)
+        finally:
+            monkeypatch.undo()
+    assert same_bits(x, expected)
+    assert not same_bits(x, before)

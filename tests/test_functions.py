@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -64,6 +66,19 @@ def test_out_none_new_and_itself_agree_in_any_layout(backend, writer, data):
     assert_agree(writer, source.view, expected)
     for placed, fill in ((source, 1), (target, 3)):
         assert (placed.base[~placed.visited] == fill).all(), "only visited cells change"
+
+
+@pytest.mark.parametrize("orders", ["CCF", "CFC", "CFF", "FCC", "FCF", "FFC"])
+@pytest.mark.parametrize("block", [(1, 4), (4, 1), (2, 4), (4, 8)])
+def test_out_in_another_memory_order(backend, block, orders):
+    """Elements, metric and result each in C or Fortran order: the element order of one must not serve another."""
+    x = np.asarray(hostile("normal", (8, 8), "float32", 15), order=orders[0])
+    h = np.asarray(metric(x.copy("C")), order=orders[1])
+    expected = npscope.soft_threshold(x, 0.7, block, conditioner=h)
+    out = np.zeros((8, 8), dtype=np.float32, order=orders[2])
+    assert npscope.soft_threshold(x, 0.7, block, conditioner=h, out=out) is out
+    assert np.array_equal(out, expected)
+    assert_agree("conditioned", out, npscope.soft_threshold(x.copy("C"), 0.7, block, conditioner=h.copy("C")))
 
 
 @given(data=st.data())
@@ -215,18 +230,33 @@ def test_interleaved_windows_are_no_overlap(backend):
     assert same_bits(npscope.keep_largest(x, 2, (), (1, -1), out=out), expected)
 
 
-@pytest.mark.parametrize("name", ["scores", "conditioner"])
-def test_out_must_not_overlap_what_is_read(backend, name):
-    x = np.ones((2, 4), dtype=np.float32)
+READERS = {
+    "keep_largest": lambda x, other, **kw: npscope.keep_largest(x, 2, (), (1, -1), scores=other, **kw),
+    "hard_threshold": lambda x, other, **kw: npscope.hard_threshold(x, 1.5, (1, 2), scores=other, **kw),
+    "soft_threshold": lambda x, other, **kw: npscope.soft_threshold(x, 0.5, (1, 2), conditioner=other, **kw),
+}
+
+
+@pytest.mark.parametrize("start", [2, 1, 0])
+@pytest.mark.parametrize("reader", READERS)
+def test_out_must_not_be_what_is_read(backend, reader, start):
+    """Scores and conditioners may not share memory with an `out` that is not `x`, not even as the same window."""
+    x = hostile("normal", (2, 4), "float32", 16)
     base = np.ones((2, 6), dtype=np.float32)
-    other, out = base[:, :4], base[:, 2:]
-    call = {
-        "scores": lambda: npscope.keep_largest(x, 2, (), (1, -1), scores=other, out=out),
-        "conditioner": lambda: npscope.soft_threshold(x, 0.5, (1, 2), conditioner=other, out=out),
-    }[name]
-    with pytest.raises(ValueError, match=name):
-        call()
+    other, out = base[:, :4], base[:, start : start + 4]
+    with pytest.raises(npscope.SpecError, match="conditioner" if reader == "soft_threshold" else "scores"):
+        READERS[reader](x, other, out=out)
     assert (base == 1).all()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_out_scores_and_conditioner_may_all_be_x(backend, reader):
+    x = np.abs(hostile("normal", (2, 4), "float32", 17)) + np.float32(0.1)
+    expected = READERS[reader](x, x.copy())
+    for other in (lambda y: y, lambda y: y[:]):
+        y = x.copy()
+        assert READERS[reader](y, other(y), out=y) is y
+        assert same_bits(y, expected)
 
 
 def test_one_array_may_be_data_scores_and_conditioner(backend):
@@ -283,6 +313,25 @@ def test_no_hidden_copies(case):
     assert peak < 4 << 20
 
 
+@pytest.mark.parametrize("case", ["hard", "soft", "conditioned"])
+def test_the_workspace_of_single_elements_is_fixed(case):
+    """16 Mi blocks of one float64: 8 MiB a thread, where numbers for every block would take 128 MiB each."""
+    x = np.ones((4096, 4096))
+    h = {"conditioner": np.ones(x.shape, dtype=np.float32)} if case == "conditioned" else {}
+    function = npscope.hard_threshold if case == "hard" else npscope.soft_threshold
+    small = {k: v[:64] for k, v in h.items()}
+    with npscope.use_backend("numba"), npscope.config(threads=2):
+        function(x[:64].copy(), 0.5, (1, 1), **small, out=np.ones((64, 4096)))
+        tracemalloc.start()
+        try:
+            function(x, 0.5, (1, 1), **h, out=x)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak <= (2 * 8 + 1) << 20
+    assert (x == (1.0 if case == "hard" else 0.5)).all()
+
+
 def test_foreign_memory_is_not_copied_whole(rng):
     x = np.ones((1024, 8192), dtype=">f4")
     with npscope.use_backend("numba"), npscope.config(threads=2):
@@ -329,6 +378,15 @@ def test_use_backend_never_moves_or_falls_back():
         npscope.block_norms(np.ones(3), (1,))
     with npscope.use_backend("reference"):
         assert type(npscope.block_norms(x, (1, 2))) is type(x)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+@pytest.mark.parametrize("name", ["reference", "numba"])
+def test_namespaces_can_be_copied_and_pickled(name, again):
+    other, x = again(npscope.namespace(name)), hostile("normal", (4, 8), "float32", 1)
+    assert other == npscope.namespace(name)
+    assert same_bits(other.block_norms(x, (1, 4)), npscope.block_norms(x, (1, 4)))
+    assert not hasattr(other, "no_such_function")
 
 
 def test_contexts_nest_and_end():
@@ -398,9 +456,10 @@ def test_environment_chooses_the_backend():
     assert done.stdout.strip() == "reference", done.stderr
 
 
-BAD_ENVIRONMENT = """
+BAD_THREADS = ("0", "-1", "abc", "1000000000", "1.5", "", " 2 ", "2 ", "+2", "1_0", "\u0662", "\u00b2", "9" * 5000)
+BAD_ENVIRONMENT = f"""
 import os
-threads = ('0', '-1', 'abc', '1000000000', '1.5', '')
+threads = {BAD_THREADS!a}
 bad = [('NPSCOPE_BACKEND', 'fortran'), *(('NPSCOPE_NUM_THREADS', v) for v in threads)]
 os.environ.update(bad)
 import numpy, npscope
@@ -408,23 +467,30 @@ for name in dict(bad):
     del os.environ[name]
 for name, value in bad:
     os.environ[name] = value
-    try:
-        npscope.block_norms(numpy.ones((512, 512), 'f4'), (1, 1))
-    except ValueError as error:
-        print(repr(value), name in str(error))
+    for size in (64, 512):
+        try:
+            npscope.block_norms(numpy.ones((size, size), 'f4'), (1, 1))
+        except ValueError as error:
+            print(ascii(value), size, name in str(error))
     del os.environ[name]
 """
 
 
 def test_bad_environment_raises_at_first_use_not_at_import():
     done = run(BAD_ENVIRONMENT)
-    values = ["fortran", "0", "-1", "abc", "1000000000", "1.5", ""]
-    assert done.stdout.splitlines() == [f"{v!r} True" for v in values], done.stderr
+    values = ["fortran", *BAD_THREADS]
+    assert done.stdout.splitlines() == [f"{v!a} {size} True" for v in values for size in (64, 512)], done.stderr
 
 
 @pytest.mark.parametrize("threads", [0, -1, 10**9])
 def test_bad_thread_counts(threads):
     with pytest.raises(ValueError, match="threads"), npscope.config(threads=threads):
+        pass
+
+
+@pytest.mark.parametrize("check", ["no", 1, 0.0, np.True_])
+def test_check_is_a_bool(check):
+    with pytest.raises(npscope.KindError, match="check"), npscope.config(check=check):
         pass
 
 

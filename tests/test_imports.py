@@ -28,6 +28,12 @@ LAYERS: dict[str, set[str]] = {
     "block": {"view", "namespace", "backends", "operands", "memory", "axes", "tiling", "dtypes", "errors"},
     "scope": {"block", "view", "namespace", "backends", "operands", "counts", "axes", "tiling", "dtypes", "errors"},
     "weights": {"errors"},
+    "pattern": {"counts", "errors"},
+    "recipe": {"pattern", "weights", "errors"},
+    "slabs": {"weights", "errors"},
+    "pruning": {"recipe", "slabs", "weights", "namespace", "block", "errors"},
+    "inspection": {"recipe", "slabs", "weights", "errors"},
+    "report": set(),
 }
 """For each module (a package counts as one) the modules of npscope that it may import; others may import all."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -169,6 +170,16 @@ def test_no_overflow_or_underflow_on_the_way(xp, name, ord, fraction):
     assert_within(xp.call(npscope.block_norms, x, (1, 3), ord=ord), x, (1, 3), ord, 4)
 
 
+@pytest.mark.parametrize("ord", [5e-324, 1e-310, 1e-300, 1e-20])
+@pytest.mark.parametrize("name", ["float64", "float32", "complex128", "int64"])
+def test_tiny_orders(xp, name, ord):
+    """(a**p + b**p)**(1 / p) is beyond every format as soon as two numbers are not zero; one alone is itself."""
+    xp.require(name)
+    x = np.asarray([[3, 2, 0], [1, 1, 1], [0, -5, 0], [0, 0, 0], [1, 0, -1]]).astype(name)
+    got = xp.call(npscope.block_norms, x, (1, 3), ord=ord)[:, 0]
+    assert got.tolist() == [math.inf, math.inf, 5, 0, math.inf]
+
+
 @pytest.mark.parametrize("ord", [1, 2, math.inf, 3, 0.5])
 def test_one_element_is_its_magnitude(xp, any_dtype, ord):
     xp.require(any_dtype.name)
@@ -209,3 +220,19 @@ def test_float32_is_summed_wider(xp):
     assert got[0, 0] == np.float32(math.sqrt(3) * float(np.float32(1e30)))
     assert 0 < got[1, 0] < got[0, 0]
     assert Fraction(float(got[1, 0])) == Fraction(o.norm([float(x[1, 0])] * 3, 2, "float32"))
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3.0])
+@pytest.mark.parametrize("name", ["float64", "complex64", "int64", "float32"])
+def test_zeros_are_not_slow(name, ord):
+    """Blocks of zeros need no rescaling: their norms take about the time of any others, not one call a block."""
+    seconds = []
+    for x in (hostile("normal", (2**16, 4), name, 12), np.zeros((2**16, 4), dtype=name)):
+        npscope.namespace("numba").block_norms(x, (1, 4), ord=ord)
+        runs = []
+        for _ in range(3):
+            start = time.perf_counter()
+            npscope.namespace("numba").block_norms(x, (1, 4), ord=ord)
+            runs.append(time.perf_counter() - start)
+        seconds.append(min(runs))
+    assert seconds[1] < 20 * seconds[0] + 0.02

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import math
 import pickle
+import time
 import weakref
 
 import numpy as np
@@ -78,6 +79,38 @@ def test_view_like_is_the_same_window_elsewhere():
     a, b = np.zeros((3, 4)), np.arange(12.0).reshape(3, 4)
     assert View(a, (3, 2), (4, 2), 1).like(b).data.tolist() == [[1, 3], [5, 7], [9, 11]]
     assert View.of(a[:, ::2]).like(b[:, ::2]).data.tolist() == b[:, ::2].tolist()
+
+
+def test_view_like_needs_the_same_memory_order():
+    """The window counts in the memory order of its array, so it would show other elements of another order."""
+    c, f = np.zeros((3, 4)), np.zeros((3, 4), order="F")
+    for one, two in ((c, f), (f, c)):
+        with pytest.raises(npscope.SpecError, match=r"^View: "):
+            View(one, (3, 2), (4, 2), 1).like(two)
+        assert View(one, (3, 2), (4, 2), 1).like(one.copy("K")).shape == (3, 2)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
+@pytest.mark.parametrize("cut", [np.s_[::2], np.s_[:, ::2], np.s_[::-1, 1::2], np.s_[1:, :3]])
+def test_copied_views_know_their_own_strides(cut, again):
+    v = again(View.of(np.arange(24.0).reshape(4, 6)[cut]))
+    assert v.data.tolist() == np.arange(24.0).reshape(4, 6)[cut].tolist()
+    assert v.stride == tuple(s // v.data.itemsize for s in v.data.strides)
+    assert v.cosize == 1 + sum(abs(d) * (n - 1) for n, d in zip(v.shape, v.stride, strict=True))
+    for index in o.indices(v.shape):
+        address = v.data[tuple(slice(i, i + 1) for i in index)].__array_interface__["data"][0]
+        assert address - v.data.__array_interface__["data"][0] == v.linear_offset(index) * v.data.itemsize
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((1, 4), (10**30, 1)), ((4, 1), (1, -(10**30))), ((1,), (2**63,))])
+def test_strides_of_axes_of_length_one_do_not_matter(shape, stride):
+    x = np.arange(6.0)
+    try:
+        v = View(x, shape, stride)
+    except npscope.SpecError:
+        return
+    assert v.data.ravel().tolist() == x[: v.numel()].tolist()
+    assert BlockSpec(v, ()).norms(ord=1).ravel().tolist() == x[: v.numel()].tolist()
 
 
 def test_view_of_takes_arrays_and_views():
@@ -547,6 +580,13 @@ def test_block_to_scope_forms():
         assert (merged[i, j] == part.reshape(6, 2)).all()
 
 
+def test_shapes_of_a_scope_coupling():
+    parts = [ScopeSpec(BlockSpec(matrix((4, n)), ()), (2, -1)) for n in (6, 8)]
+    both = ScopeCoupling(parts, orders=[(0, 1), (0, 1)])
+    assert both.shapes == ((2, 6), (2, 8)) == tuple(part.shape for part in parts)
+    assert not hasattr(both, "shape")
+
+
 def test_sparsity_to_nnz():
     scope = ScopeSpec(BlockSpec(np.zeros((10, 10)), ()), (-1, -1))
     assert [scope.sparsity_to_nnz(s) for s in (0, 0.29, "1/3", 1.0)] == [100, 71, 67, 0]
@@ -576,6 +616,56 @@ def test_leaves_that_span_heads_of_a_fused_array(backend):
     kept = np.flatnonzero(fused.reshape(4, -1).any(axis=1))
     assert sorted(kept) == sorted(np.argsort(-norms)[:2])
     assert same_bits(fused.reshape(4, 3, 2, 5)[kept], before[kept])
+
+
+@pytest.mark.parametrize("couple", [BlockCoupling, ScopeCoupling])
+def test_a_leaf_may_rank_itself(backend, couple):
+    """Values and conditioners that are the very windows they rank; or arrays that are not written, shared or not."""
+
+    def make():
+        x = np.abs(matrix((8, 6), seed=11)) + np.float32(0.1)
+        leaves = [BlockSpec(w, (1, 2)) for w in (x[:4], x[4:])]
+        scopes = [ScopeSpec(leaf, (-1, -1)) for leaf in leaves]
+        return x, leaves, ScopeSpec(BlockCoupling(leaves), ()) if couple is BlockCoupling else ScopeCoupling(scopes)
+
+    verbs = [
+        lambda scope, given_: scope.hard_threshold(nnz=5, values=given_),
+        lambda scope, given_: scope.hard_threshold(1.5, values=given_),
+        lambda scope, given_: scope.soft_threshold(0.2, given_),
+    ]
+    for verb in verbs:
+        x, leaves, scope = make()
+        before = x.copy()
+        verb(scope, {leaf: leaf.data.copy() for leaf in leaves})
+        y, own, other = make()
+        verb(other, {leaf: leaf.data for leaf in own})
+        assert same_bits(y, x)
+        x, leaves, scope = make()
+        verb(scope, dict.fromkeys(leaves, before[:4]))
+        y, own, other = make()
+        verb(other, {leaf: before[:4].copy() for leaf in own})
+        assert same_bits(y, x)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["arrays", "windows"])
+@pytest.mark.parametrize("couple", [BlockCoupling, ScopeCoupling])
+def test_couplings_of_many_parts_are_quick(couple, fused):
+    """400 parts: windows are compared without looking at every pair in full. A generous limit: 0.1 s is usual."""
+    base = np.ones((1600, 16), dtype=np.float32)
+    build_ = lambda n: [BlockSpec(w if fused else w.copy(), (1, -1)) for w in base[: 4 * n].reshape(n, 4, 16)]  # noqa: E731
+
+    def prune(leaves):
+        if couple is BlockCoupling:
+            ScopeSpec(BlockCoupling(leaves), ()).hard_threshold(nnz=2)
+        else:
+            ScopeCoupling([ScopeSpec(leaf, ()) for leaf in leaves]).hard_threshold(nnz=2)
+
+    prune([BlockSpec(np.ones((4, 16), dtype=np.float32), (1, -1)) for _ in range(2)])
+    leaves = build_(400)
+    start = time.perf_counter()
+    prune(leaves)
+    assert time.perf_counter() - start < 2
+    assert sum(int(leaf.data.any(axis=1).sum()) for leaf in leaves) == (800 if couple is BlockCoupling else 2)
 
 
 # --- identity ------------------------------------------------------------------------------------

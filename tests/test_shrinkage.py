@@ -91,12 +91,19 @@ def test_infinite_norms(xp):
     assert same_bits(got, np.asarray([[np.inf, 1.0], [0.0, 0.0], [0.0, 0.0], [-np.inf, -0.0]]))
 
 
-def test_norms_beyond_float32_count_as_infinite(xp):
-    x = np.full((2, 4), 3e38, dtype=np.float32)
-    t = np.asarray([[1e38], [np.inf]])
-    got = xp.call(npscope.soft_threshold, x, t, (1, 4))
-    assert same_bits(got[0], x[0])
-    assert not got[1].any()
+@pytest.mark.parametrize("metric", [None, 1.0, 0.25])
+@pytest.mark.parametrize(
+    ("name", "value"), [("float32", 3e38), ("bfloat16", 3e38), ("complex64", 3e38), ("float64", 1.7e308)]
+)
+def test_norms_beyond_their_dtype_count_as_infinite(xp, name, value, metric):
+    """Finite elements, a norm that rounds to inf: unchanged for a finite threshold, whatever the conditioner."""
+    xp.require(name)
+    x = np.full((3, 4), value).astype(dtype(name))
+    t = np.asarray([[1e38], [np.inf], [1e-3]])
+    h = {} if metric is None else {"conditioner": np.full(x.shape, metric, dtype=np.float32)}
+    got = xp.call(npscope.soft_threshold, x, t, (1, 4), **h)
+    assert same_bits(got[[0, 2]], x[[0, 2]])
+    assert same_bits(got[1], np.zeros_like(x[1]))
 
 
 def test_a_norm_equal_to_its_threshold_is_zero(xp):
@@ -186,6 +193,39 @@ def test_conditioned_optimality(xp, data):
             for a, b, c in zip(xs, vs, hs, strict=True):
                 slope = c * (a - b) + mpmath.mpf(float(t[row, 0])) * a / length
                 assert abs(slope) <= 1e-9 * (abs(c * b) + mpmath.mpf(float(t[row, 0])) * abs(a) / length)
+
+
+def assert_optimal(x: np.ndarray, v: np.ndarray, h: np.ndarray, t: float, tolerance: float) -> None:
+    """H(x - v) + t x / ||x|| = 0 in every row of `x` that is not zero, ||H v|| <= t in the others."""
+    x, v, h = (a.astype(np.float64) for a in (x, v, h))
+    size = np.sqrt((x**2).sum(axis=1, keepdims=True))
+    zero = size[:, 0] == 0
+    assert (np.sqrt(((h * v) ** 2).sum(axis=1))[zero] <= t * (1 + tolerance)).all()
+    slope = np.abs(h * (x - v) + t * x / np.where(size == 0, 1, size))
+    assert (slope[~zero] <= tolerance * (np.abs(h * v) + t)[~zero]).all()
+
+
+@pytest.mark.parametrize("rtol", [1e-12, 1e-17])
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_plain_data_converge(backend, name, rtol):
+    """Where the rounding of the secular norm stops Newton's progress, the step is done and not stuck."""
+    rows = 500_000 if backend == "numba" else 20_000
+    for seed in range(2):
+        random = np.random.default_rng(seed)
+        v = random.standard_normal((rows, 4), dtype=name)
+        h = 0.5 + random.random((rows, 4), dtype=name)
+        x = npscope.soft_threshold(v, 2.0, (1, 4), conditioner=h, rtol=rtol)
+        assert x.any(axis=1).mean() > 0.1
+        assert_optimal(x, v, h, 2.0, 1e-6 if name == "float32" else 1e-12)
+
+
+@pytest.mark.parametrize("rtol", [1e-12, 1e-17])
+def test_a_block_on_which_newton_used_to_swing_converges(xp, rtol):
+    v = np.asarray([[0.6333526228249152, -2.2035098806466507]])
+    h = np.asarray([[1.1291081515397092, 1.4271545530678673]])
+    t = 3.2250347038182854
+    x = xp.call(npscope.soft_threshold, v, t, (1, 2), conditioner=h, rtol=rtol)
+    assert_optimal(x, v, h, t, 1e-12)
 
 
 def test_conditioned_blocks_with_nan_inf_and_zero(xp):

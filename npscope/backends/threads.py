@@ -8,11 +8,10 @@ refused by the system only costs speed; a call from inside a piece runs in its o
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 Work = Callable[[int, int], None]
 """``work(slot, piece)``: `slot` numbers the threads of one call, for their workspaces."""
@@ -33,56 +32,107 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _submit(work: Callable[[int], None], slot: int, helpers: int) -> Future[None] | None:
-    """`work(slot)` given to the pool, grown to `helpers` threads; None where no thread can be had."""
+def _submit(work: Callable[[], None], size: int) -> bool:
+    """Give `work` to the pool, grown to `size` threads; False where no thread can be had (it may still run later)."""
     global _pool, _pool_size
     try:
         with _lock:
-            if _pool is None or _pool_size < helpers:
+            if _pool is None or _pool_size < size:
                 if _pool is not None:
                     _pool.shutdown(wait=False)
-                _pool, _pool_size = ThreadPoolExecutor(helpers, thread_name_prefix="npscope"), helpers
-            return _pool.submit(work, slot)
+                _pool, _pool_size = ThreadPoolExecutor(size, thread_name_prefix="npscope"), size
+            _pool.submit(work)
     except RuntimeError:  # interpreter shutdown, or the system refuses another thread
-        return None
+        return False
+    return True
 
 
-def run(pieces: int, work: Work, workers: int) -> None:
+class _Job:
+    """The pieces of one call, taken one by one by the threads that have entered it."""
+
+    def __init__(self, pieces: int, work: Work, threads: int) -> None:
+        self.pieces, self.work, self.threads = pieces, work, threads
+        self.taken = 0
+        self.slots = 0
+        self.active = 0
+        self.closed = False
+        self.failure: BaseException | None = None
+        self.changed = threading.Condition()
+
+    def enter(self) -> None:
+        """Work off pieces until none is left, in a thread of the pool or the caller's."""
+        with self.changed:
+            if self.closed or self.slots == self.threads:  # a thread that comes late finds nothing to do
+                return
+            slot = self.slots
+            self.slots += 1
+            self.active += 1
+        _inside.active = True
+        try:
+            while (piece := self._next()) is not None:
+                self.work(slot, piece)
+        except BaseException as error:  # handed to the caller, who raises it
+            self.fail(error)
+        finally:
+            _inside.active = False
+            with self.changed:
+                self.active -= 1
+                self.changed.notify_all()
+
+    def _next(self) -> int | None:
+        with self.changed:
+            if self.failure is not None or self.taken >= self.pieces:
+                return None
+            self.taken += 1
+            return self.taken - 1
+
+    def fail(self, error: BaseException) -> None:
+        """Stop every thread at its next piece."""
+        self.failure = self.failure or error
+
+    def close(self) -> None:
+        """Let no more threads in, and wait until those inside have left, whatever interrupts the waiting."""
+        while True:
+            try:
+                with self.changed:
+                    self.closed = True
+                    self.changed.wait_for(lambda: self.active == 0)
+                    return
+            except BaseException as error:  # Ctrl-C while waiting: stop the others, then report it
+                self.fail(error)
+
+    def wait_done(self) -> None:
+        """Wait until the pieces are done, by threads other than the caller's."""
+        try:
+            with self.changed:
+                self.changed.wait_for(lambda: self.active == 0 and (self.failure or self.taken >= self.pieces))
+        except BaseException as error:
+            self.fail(error)
+
+
+def run(pieces: int, work: Work, workers: int, *, shielded: bool = False) -> None:
     """Call ``work(slot, piece)`` once for every piece, on up to `workers` threads, slots below `workers`.
 
-    The first exception stops the others at their next piece and is raised when all have stopped;
-    so is KeyboardInterrupt, which Python delivers to the calling thread between two pieces.
+    The first exception stops the others at their next piece and is raised when all have stopped.
+    Python delivers signals to the main thread, between any two of its instructions. A `shielded`
+    piece, which several kernel calls must finish together, is therefore left to other threads.
     """
-    if workers <= 1 or pieces <= 1 or getattr(_inside, "active", False):
+    shielded = shielded and threading.current_thread() is threading.main_thread()
+    if getattr(_inside, "active", False) or ((workers <= 1 or pieces <= 1) and not shielded):
         for piece in range(pieces):
             work(0, piece)
         return
-    numbers = itertools.count()
-    failures: list[BaseException] = []
-
-    def drain(slot: int) -> None:
-        _inside.active = True
-        try:
-            while not failures and (piece := next(numbers)) < pieces:
-                work(slot, piece)
-        except BaseException as error:  # handed to the caller below
-            failures.append(error)
-        finally:
-            _inside.active = False
-
-    helpers = min(workers, pieces) - 1
-    futures = [f for slot in range(1, helpers + 1) if (f := _submit(drain, slot, helpers)) is not None]
-    drain(0)
-    _join(futures, failures)
-    if failures:
-        raise failures[0]
-
-
-def _join(futures: list[Future[None]], failures: list[BaseException]) -> None:
-    """Wait until every started helper has stopped, whatever interrupts the waiting."""
-    running = [f for f in futures if not f.cancel()]
-    while running:
-        try:
-            running = list(wait(running).not_done)
-        except BaseException as error:  # Ctrl-C while waiting: stop the helpers, then report it
-            failures.append(error)
+    job = _Job(pieces, work, min(workers, pieces))
+    helpers = job.threads - (0 if shielded else 1)
+    try:
+        started = [_submit(job.enter, helpers) for _ in range(helpers)]
+        if shielded and all(started):
+            job.wait_done()
+        else:
+            job.enter()
+    except BaseException as error:
+        job.fail(error)
+    finally:
+        job.close()
+    if job.failure is not None:
+        raise job.failure

@@ -47,6 +47,7 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
         keep,
         lambda part, i0, i1, mask_: drop(written[part], i0, i1, mask_),
         lambda: fill(target),
+        shielded=any(part.spans_leaves for part in written),
     )
     return arrays(target)
 
@@ -66,7 +67,7 @@ def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None)
 
             return use
 
-        return norm_ranges(measured, float(ord or 2), make_use)
+        return norm_ranges(measured, float(ord or 2), make_use, shielded=written.spans_leaves)
 
     jobs = [job(m, w) for m, w in zip(competitors(source), competitors(target), strict=True)]
     fill(target)

@@ -124,11 +124,14 @@ def finish_scaled(hi: Any, lo: Any, top: Any, p: float, norm: Any) -> None:
             hi[i] = top[i]
         elif precise:
             h, low = two_sum(hi[i], lo[i])
+            if h == 1.0 and low == 0.0:
+                hi[i] = norm[i] = top[i]
+                continue
             h, low = dd_log(h, low)
             h, low = dd_divide(h, low, p)
             th, tl = dd_log(top[i], 0.0)
             h, low = dd_add(h, low, th, tl)
-            if h > 710.0:
+            if not (h < 710.0):  # NaN where the quotient itself overflows
                 hi[i] = np.inf
             else:
                 h, low, k = dd_exp(h, low)
@@ -156,6 +159,15 @@ def finish_largest(top: Any, norm: Any) -> None:
     """Maxima, or magnitudes of single elements, to norms."""
     for i in range(norm.size):
         norm[i] = top[i]
+
+
+@kernel
+def take(chosen: Any, count: int, again: Any, again_wide: Any, norm: Any, wide: Any) -> None:
+    """Replace the norms of the `chosen` blocks by those computed again."""
+    for row in range(count):
+        i = chosen[row]
+        norm[i] = again[i]
+        wide[i] = again_wide[i]
 
 
 @kernel
@@ -319,7 +331,7 @@ def open_conditioned(
 ) -> None:  # fmt: skip
     """Start of the secular iteration for blocks that are neither zero nor unchanged.
 
-    In: top = max |v|, sums hi + lo of (scale * h * unit * v) ** 2, thresholds t. Out: the bracket
+    In: top = ||v|| as rounded, sums hi + lo of (scale * h * unit * v) ** 2, thresholds t. Out: the bracket
     [low, high] of sigma for ``|| (hv / n) / (h / hmax * sigma + tau) || = 1``. Closed blocks get
     sigma = 0 (the block becomes zero) or tau = 0 (it stays).
     """
@@ -366,7 +378,8 @@ def newton_step(squares: Any, slopes: Any, sigma: Any, low: Any, high: Any, acti
         else:
             following = math.sqrt(low[i]) * math.sqrt(high[i])
         sigma[i] = following
-        active[i] = abs(following - at) > rtol * at
+        # From the left every step rises; one that does not has reached the rounding of the norm.
+        active[i] = following > at * (1.0 + rtol) or not np.isfinite(norm)
         left += active[i]
     return left
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.arithmetic import LIMBS
-from npscope.backends.numba_cpu.operands import PIECE_ELEMENTS, Competitors, competitors, ranges
+from npscope.backends.numba_cpu.operands import BLOCK_WORKSPACE, PIECE_ELEMENTS, Competitors, competitors, ranges
 from npscope.tiling import Parts
 
 UNSURE_ROWS = 2048
@@ -30,7 +30,10 @@ class NormWork:
         self.chunk = nk.EXACT_CHUNK if part.exact else nk.WIDE_CHUNK
         self.hi, self.lo = np.empty(length), np.empty(length)
         self.norm = np.empty(length, dtype=part.norm)
-        self.top = np.empty(length if self.code == nk.POWER else 1)
+        rescales = self.code == nk.TWO and not part.exact
+        self.top = np.empty(length if self.code == nk.POWER or rescales else 0)
+        self.again = np.empty(length if rescales else 0, dtype=part.norm)
+        self.wide = np.empty(length if rescales else 0)
         self.unsure = np.empty(length if self.code in (nk.ONE, nk.TWO) else 0, dtype=np.int64)
         rows = min(length, UNSURE_ROWS) if part.exact else 0
         self.limbs = np.empty((rows, LIMBS), dtype=np.int64)
@@ -50,9 +53,11 @@ class NormWork:
             for start in range(0, unsure, UNSURE_ROWS):
                 self._decide(i0, self.unsure[start : min(unsure, start + UNSURE_ROWS)], norm)
         else:
-            for b in self.unsure[: nk.finish_wide(hi, lo, self.code == nk.TWO, norm, self.unsure)]:
-                one = slice(b, b + 1)
-                self._scaled(i0 + b, i0 + b + 1, hi[one], lo[one], self.top, norm[one])
+            risky = nk.finish_wide(hi, lo, self.code == nk.TWO, norm, self.unsure)
+            if risky:
+                again, top, wide = self.again[:count], self.top[:count], self.wide[:count]
+                self._scaled(i0, i1, wide, lo, top, again)
+                nk.take(self.unsure, risky, again, wide, norm, hi)
         return norm, hi
 
     def _sums(self, code: int, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray) -> None:
@@ -81,10 +86,17 @@ class NormWork:
         nk.finish_unsure(self.limbs, chosen, chosen.size, square, norm)
 
 
+def workspace_of(part: Competitors, ord: float) -> int:
+    """Bytes of work arrays for the norm of a block, and what a caller adds to decide on it."""
+    return BLOCK_WORKSPACE if part.elements == 1 or part.exact else 2 * BLOCK_WORKSPACE
+
+
 def norm_ranges(
     part: Competitors,
     ord: float,
     make_use: Callable[[int, int], Callable[[int, int, int, np.ndarray, np.ndarray], None]],
+    *,
+    shielded: bool = False,
 ) -> Callable[[], None]:
     """A job that hands ``use(slot, i0, i1, norm, wide)`` the norms of all blocks of a part, piece by piece."""
 
@@ -93,7 +105,7 @@ def norm_ranges(
         use = make_use(slots, length)
         return lambda slot, i0, i1: use(slot, i0, i1, *works[slot].fill(i0, i1))
 
-    return ranges(part.total, part.elements, make_work)
+    return ranges(part.total, part.elements, make_work, workspace=workspace_of(part, ord), shielded=shielded)
 
 
 def norms(parts: Parts, ord: float | None) -> np.ndarray:

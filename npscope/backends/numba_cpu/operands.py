@@ -16,8 +16,14 @@ from npscope.tiling import Cut, Dim, Leaf, Part
 PIECE_ELEMENTS = 1 << 18
 """Elements of a piece: 1 MiB of float32, so that it stays in a core's cache between its passes."""
 
-PIECE_BLOCKS = 1 << 18
-"""Blocks of a piece at most; also the largest scope that is decided in one piece."""
+PIECE_WORKSPACE = 7 << 20
+"""Bytes of work arrays of a piece at most, so that a thread stays within 8 MiB whatever the blocks."""
+
+BLOCK_WORKSPACE = 48
+"""Bytes of work arrays for a block, unless said otherwise: sums, norm, key, threshold, factor, mask."""
+
+SCOPE_BLOCKS, SCOPE_ELEMENTS = 1 << 17, 1 << 22
+"""A scope up to this size is decided in one piece, which takes a few milliseconds; larger ones are spread."""
 
 SERIAL_ELEMENTS = 1 << 16
 """Below this many elements a call is about 0.1 ms of work and runs in the calling thread."""
@@ -102,6 +108,7 @@ class Competitors:
         self.total = self.cut.scopes * self.cut.blocks
         self.elements = sum(leaf.size for leaf in self.leaves)
         self.norm = np.dtype(common_norm(kinds))
+        self.spans_leaves = len(part) > 1
         self.exact = all(kind.rounds_correctly for kind in kinds)
         self.wide_integers = all(kind.is_wide_integer for kind in kinds)
 
@@ -113,28 +120,39 @@ def competitors(parts: Sequence[Part]) -> list[Competitors]:
 
 def workers_for(elements: int) -> int:
     """Threads worth using for this many elements."""
-    return 1 if elements < SERIAL_ELEMENTS else thread_count()
+    count = thread_count()  # asked always, so that a bad setting never goes unnoticed
+    return 1 if elements < SERIAL_ELEMENTS else count
 
 
-def piece_length(total: int, elements: int, workers: int) -> int:
-    """Items (blocks or scopes of `elements` elements each) to a piece."""
-    limit = max(1, min(PIECE_ELEMENTS // max(1, elements), PIECE_BLOCKS))
+def piece_length(total: int, elements: int, workers: int, workspace: int) -> int:
+    """Items (blocks or scopes of `elements` elements each, `workspace` bytes of work arrays) to a piece."""
+    limit = max(1, min(PIECE_ELEMENTS // max(1, elements), PIECE_WORKSPACE // workspace))
     fair = -(-total // (workers * PIECES_PER_THREAD))
     return max(1, min(limit, fair) if workers > 1 else limit)
 
 
 def ranges(
-    total: int, elements: int, make_work: Callable[[int, int], Callable[[int, int, int], None]]
+    total: int,
+    elements: int,
+    make_work: Callable[[int, int], Callable[[int, int, int], None]],
+    *,
+    workspace: int = BLOCK_WORKSPACE,
+    shielded: bool = False,
 ) -> Callable[[], None]:
     """A job that works off [0, total), items of `elements` elements each, in ranges on the pool.
 
     ``make_work(slots, length)`` allocates for that many threads and ranges up to that length, now,
-    and returns ``work(slot, start, stop)``. So a writer has all its memory before it starts.
+    and returns ``work(slot, start, stop)``. So a writer has all its memory before it starts. `workspace`
+    is the bytes of work arrays for one item; writers of blocks with several leaves are `shielded`.
     """
     if total == 0:
         return lambda: None
     workers = workers_for(total * elements)
-    length = piece_length(total, elements, workers)
+    length = piece_length(total, elements, workers, workspace)
     pieces = -(-total // length)
     work = make_work(min(workers, pieces), length)
-    return lambda: threads.run(pieces, lambda slot, p: work(slot, p * length, min(total, (p + 1) * length)), workers)
+
+    def piece(slot: int, p: int) -> None:
+        work(slot, p * length, min(total, (p + 1) * length))
+
+    return lambda: threads.run(pieces, piece, workers, shielded=shielded)

@@ -12,7 +12,9 @@ from npscope.backends import threads
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.norms import NormWork, put
 from npscope.backends.numba_cpu.operands import (
-    PIECE_BLOCKS,
+    BLOCK_WORKSPACE,
+    SCOPE_BLOCKS,
+    SCOPE_ELEMENTS,
     Competitors,
     Operand,
     competitors,
@@ -66,7 +68,8 @@ class Ranking:
         # Where each part's blocks stand among the blocks of a scope.
         starts = itertools.accumulate((part.blocks for part in self.parts), initial=0)
         self.columns = [slice(a, b) for a, b in itertools.pairwise(starts)]
-        self.fits_a_piece = self.blocks <= PIECE_BLOCKS
+        self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
+        self.spans_leaves = any(part.spans_leaves for part in self.parts)
 
     def work(self, part: Competitors, length: int) -> KeyWork:
         """Work arrays for the keys of up to `length` blocks of a part."""
@@ -79,11 +82,13 @@ class ScopeWork:
     def __init__(self, ranking: Ranking, counts: Operand, length: int) -> None:
         self.ranking = ranking
         self.counts = counts
+        self.length = length
         self.works = [ranking.work(part, length * part.blocks) for part in ranking.parts]
         self.keys = np.empty(length * ranking.blocks, dtype=ranking.key)
         several = len(ranking.parts) > 1
         longest = max(part.blocks for part in ranking.parts) * length if several else 0
-        self.part_keys, self.part_mask = np.empty(longest, dtype=ranking.key), np.empty(longest, dtype=np.bool_)
+        self.part_keys = np.empty(longest, dtype=ranking.key)
+        self.part_mask = np.empty(length * ranking.blocks if several else 0, dtype=np.bool_)
         self.mask = np.empty(length * ranking.blocks, dtype=np.bool_)
         self.keep = np.empty(length, dtype=np.int64)
         self.digits = np.empty(256, dtype=np.int64)
@@ -111,17 +116,30 @@ class ScopeWork:
         nk.select_rows(keys, rows, n, keep, mask, self.digits)
         if len(self.works) == 1:
             return [mask]
-        return [np.ascontiguousarray(mask.reshape(rows, n)[:, columns]).reshape(-1) for columns in self.ranking.columns]
+        return [self._columns(mask, rows, columns) for columns in self.ranking.columns]
+
+    def _columns(self, mask: np.ndarray, rows: int, columns: slice) -> np.ndarray:
+        dense = self.part_mask[columns.start * self.length :][: rows * (columns.stop - columns.start)]
+        dense.reshape(rows, -1)[:] = mask.reshape(rows, -1)[:, columns]
+        return dense
 
 
 Sink = Callable[[int, int, int, np.ndarray], None]
 """``sink(part, i0, i1, mask)`` takes the mask of blocks [i0, i1) of a part."""
 
 
-def select_blocks(ranking: Ranking, keep: Leaf, sink: Sink, ready: Callable[[], None] = lambda: None) -> None:
+def select_blocks(
+    ranking: Ranking,
+    keep: Leaf,
+    sink: Sink,
+    ready: Callable[[], None] = lambda: None,
+    *,
+    shielded: bool = False,
+) -> None:
     """Hand `sink` the mask of the `keep` first-ranked blocks of every scope, piece by piece.
 
-    `ready` is called once, when everything is allocated and before the first mask.
+    `ready` is called once, when everything is allocated and before the first mask; `shielded` says
+    that a call of `sink` must not be interrupted.
     """
     if ranking.scopes * ranking.blocks == 0:
         return
@@ -132,7 +150,7 @@ def select_blocks(ranking: Ranking, keep: Leaf, sink: Sink, ready: Callable[[], 
         selection = LargeScopes(ranking)
         ready()
         for scope, k in enumerate(keeps.tolist()):
-            selection.select(scope, k, sink)
+            selection.select(scope, k, sink, shielded)
         return
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
@@ -145,7 +163,8 @@ def select_blocks(ranking: Ranking, keep: Leaf, sink: Sink, ready: Callable[[], 
 
         return work
 
-    job = ranges(ranking.scopes, ranking.elements, make_work)
+    workspace = BLOCK_WORKSPACE * ranking.blocks
+    job = ranges(ranking.scopes, ranking.elements, make_work, workspace=workspace, shielded=shielded)
     ready()
     job()
 
@@ -170,7 +189,7 @@ class LargeScopes:
     def __init__(self, ranking: Ranking) -> None:
         self.ranking = ranking
         self.workers = workers_for(ranking.elements)
-        lengths = [piece_length(p.blocks, p.elements, self.workers) for p in ranking.parts]
+        lengths = [piece_length(p.blocks, p.elements, self.workers, BLOCK_WORKSPACE) for p in ranking.parts]
         self.pieces = [
             _Piece(p, b0, min(part.blocks, b0 + length), columns.start + b0)
             for p, (part, length, columns) in enumerate(zip(ranking.parts, lengths, ranking.columns, strict=True))
@@ -184,7 +203,8 @@ class LargeScopes:
         self.keys = np.empty((self.workers, longest), dtype=ranking.key)
         self.mask = np.empty((self.workers, longest), dtype=np.bool_)
         self.digits = np.empty((self.workers, 1 << nk.DIGIT_BITS), dtype=np.int64)
-        self.ties = np.empty(len(self.pieces), dtype=np.int64)
+        self.totals = np.empty(1 << nk.DIGIT_BITS, dtype=np.int64)
+        self.ties, self.left = np.empty((2, len(self.pieces)), dtype=np.int64)
 
     @property
     def _has_norms(self) -> bool:
@@ -201,8 +221,8 @@ class LargeScopes:
         work.fill(first + piece.b0, first + piece.b1, keys)
         return keys
 
-    def _each(self, use: Callable[[int, int, _Piece], None]) -> None:
-        threads.run(len(self.pieces), lambda slot, p: use(slot, p, self.pieces[p]), self.workers)
+    def _each(self, use: Callable[[int, int, _Piece], None], *, shielded: bool = False) -> None:
+        threads.run(len(self.pieces), lambda slot, p: use(slot, p, self.pieces[p]), self.workers, shielded=shielded)
 
     def _compute_norms(self, scope: int) -> None:
         def use(slot: int, p: int, piece: _Piece) -> None:
@@ -220,15 +240,16 @@ class LargeScopes:
             self._compute_norms(scope)
         prefix = known = 0
         for shift in range(8 * self.ranking.key.itemsize - nk.DIGIT_BITS, -1, -nk.DIGIT_BITS):
-            from_top = np.cumsum(self._digit_counts(scope, prefix, known, shift)[::-1])
-            place = int(np.searchsorted(from_top, k))
-            k -= int(from_top[place - 1]) if place else 0
+            self._count_digits(scope, prefix, known, shift)
+            np.cumsum(self.totals, out=self.totals)
+            place = int(np.searchsorted(self.totals, k))
+            k -= int(self.totals[place - 1]) if place else 0
             prefix |= ((1 << nk.DIGIT_BITS) - 1 - place) << shift
             known |= ((1 << nk.DIGIT_BITS) - 1) << shift
         return prefix, k
 
-    def _digit_counts(self, scope: int, prefix: int, known: int, shift: int) -> np.ndarray:
-        """How often each digit at `shift` occurs among the keys of a scope that match `prefix`."""
+    def _count_digits(self, scope: int, prefix: int, known: int, shift: int) -> None:
+        """Into `totals`, largest digit first: how often each digit occurs among the keys that match `prefix`."""
         self.digits[:] = 0
         pattern = np.uint64(prefix), np.uint64(known), np.uint64(shift)
 
@@ -237,10 +258,9 @@ class LargeScopes:
             nk.digit_counts(keys, 0, keys.size, *pattern, self.digits[slot])
 
         self._each(use)
-        total: np.ndarray = self.digits.sum(axis=0)
-        return total
+        self.digits.sum(axis=0, out=self.totals[::-1])
 
-    def select(self, scope: int, k: int, sink: Sink) -> None:
+    def select(self, scope: int, k: int, sink: Sink, shielded: bool) -> None:
         """Hand `sink` the mask of the k first-ranked blocks of a scope."""
         limit, ties = self._limit(scope, k)
         limit_ = np.uint64(limit)
@@ -252,14 +272,17 @@ class LargeScopes:
         def write(slot: int, p: int, piece: _Piece) -> None:
             keys = self._load(slot, piece, scope)
             mask_ = self.mask[slot, : keys.size]
-            nk.mark(keys, 0, keys.size, limit_, left[p], mask_)
+            nk.mark(keys, 0, keys.size, limit_, self.left[p], mask_)
             first = scope * self.ranking.parts[piece.part].blocks
             sink(piece.part, first + piece.b0, first + piece.b1, mask_)
 
         self._each(count)
-        before = np.cumsum(self.ties) - self.ties
-        left = np.maximum(ties - before, 0)
-        self._each(write)
+        # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
+        np.cumsum(self.ties, out=self.left)
+        self.left -= self.ties
+        np.subtract(ties, self.left, out=self.left)
+        np.maximum(self.left, 0, out=self.left)
+        self._each(write, shielded=shielded)
 
     def _limit(self, scope: int, k: int) -> tuple[int, int]:
         if 0 < k < self.ranking.blocks:
@@ -295,10 +318,10 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
 
             return work
 
-        ranges(ranking.scopes, ranking.elements, make_work)()
+        ranges(ranking.scopes, ranking.elements, make_work, workspace=BLOCK_WORKSPACE * ranking.blocks)()
     elif ranking.scopes:
         selection = LargeScopes(ranking)
-        keeps = np.broadcast_to(k.array, k.array.shape).reshape(-1)
+        keeps = k.array.reshape(-1)
         for scope in range(ranking.scopes):
             found[scope] = selection.nth(scope, int(keeps[scope]))[0]
     return _values_of_keys(found, parts, ord, ranking.exact_integers)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu.norms import norm_ranges
+from npscope.backends.numba_cpu.norms import NormWork, norm_ranges
 from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, ranges
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
 from npscope.errors import ConvergenceError
@@ -49,7 +49,11 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
 
         return use
 
-    return norm_ranges(source, 2.0, make_use)
+    return norm_ranges(source, 2.0, make_use, shielded=written.spans_leaves)
+
+
+CONDITIONED_WORKSPACE = 192
+"""Bytes of work arrays for one block of the conditioned shrink."""
 
 
 class ConditionedWork:
@@ -63,6 +67,7 @@ class ConditionedWork:
         self.limits = Numbers(thresholds, part, np.float64, length)
         self.arrays = np.empty((11, length))
         self.active = np.empty(length, dtype=np.bool_)
+        self.norms = NormWork(part, 2.0, length)
 
     def _pairs(self, i0: int, i1: int) -> list[tuple[Any, tuple[Any, ...]]]:
         """(kernels, their leading arguments) of every leaf and its metric."""
@@ -76,9 +81,7 @@ class ConditionedWork:
         hi, lo, top, unit, scale_, hmin, n, low, high, squares, slopes = self.arrays[:, : i1 - i0]
         active = self.active[: i1 - i0]
         pairs = self._pairs(i0, i1)
-        top[:] = 0.0
-        for x in self.part.leaves:
-            nk.kernels(x.codec).accumulate(*x.where, i0, i1, 0, x.size, nk.INF, nk.WIDE_CHUNK, top, lo)
+        top[:] = self.norms.fill(i0, i1)[0]
         nk.safe_units(top, unit)
         squares[:], hmin[:], hmax[:] = 0.0, np.inf, 0.0
         for made, where in pairs:
@@ -139,7 +142,7 @@ def conditioned_job(
 
             return work
 
-        return ranges(source.total, 1, make_both)
+        return ranges(source.total, 1, make_both, workspace=CONDITIONED_WORKSPACE)
 
     solutions = np.empty((3, source.total))
 
@@ -147,7 +150,10 @@ def conditioned_job(
         works = make_works(slots, length)
         return lambda slot, i0, i1: works[slot].solve(i0, i1, *solutions[:, i0:i1])
 
-    ranges(source.total, source.elements, make_solve)()
+    ranges(source.total, source.elements, make_solve, workspace=CONDITIONED_WORKSPACE)()
     return ranges(
-        source.total, source.elements, lambda slots, length: lambda slot, i0, i1: write(i0, i1, *solutions[:, i0:i1])
+        source.total,
+        source.elements,
+        lambda slots, length: lambda slot, i0, i1: write(i0, i1, *solutions[:, i0:i1]),
+        shielded=source.spans_leaves,
     )

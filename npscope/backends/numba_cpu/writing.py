@@ -69,7 +69,7 @@ def with_numbers(
             values = [Numbers(numbers, part, dtype, length) for _ in range(slots)]
             return lambda slot, i0, i1: write(part, i0, i1, values[slot].fill(i0, i1))
 
-        return ranges(part.total, part.elements, make_work)
+        return ranges(part.total, part.elements, make_work, shielded=part.spans_leaves)
 
     jobs = [job(part) for part in competitors(target)]
     fill(target)
