@@ -96,8 +96,8 @@ def thread_count() -> int:
     given = os.environ.get("NPSCOPE_NUM_THREADS")
     if given is None:
         return _available_cpus()
-    if not (given.isascii() and given.isdecimal()):
-        raise SpecError(f"NPSCOPE_NUM_THREADS={given!r} is not a whole number from 1 to {MAX_THREADS}")
+    if not (given.isascii() and given.isdecimal() and len(given) < 10):
+        raise SpecError(f"NPSCOPE_NUM_THREADS={given!r:.80} is not a whole number from 1 to {MAX_THREADS}")
     return _valid_threads(int(given), "NPSCOPE_NUM_THREADS")
 
 

@@ -902,7 +902,7 @@ LATE = {
 @pytest.mark.parametrize("case", LATE)
 def test_case51_nothing_is_allocated_after_the_first_write(monkeypatch, case):
     """Memory that runs out once an element has changed: no call asks for an array any more."""
-    x = hostile("normal", (2, 2**19), "float32", 58)
+    x = hostile("normal", (2, 2**20), "float32", 58)
     before, h = x.copy(), np.full(x.shape, 2.0, dtype=np.float32)
     h[:, ::8] = 1  # of every other block the first, which is where "mask" looks
     expected = x.copy()

@@ -647,25 +647,32 @@ def test_a_leaf_may_rank_itself(backend, couple):
         assert same_bits(y, x)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["arrays", "windows"])
-@pytest.mark.parametrize("couple", [BlockCoupling, ScopeCoupling])
-def test_couplings_of_many_parts_are_quick(couple, fused):
-    """400 parts: windows are compared without looking at every pair in full. A generous limit: 0.1 s is usual."""
-    base = np.ones((1600, 16), dtype=np.float32)
-    build_ = lambda n: [BlockSpec(w if fused else w.copy(), (1, -1)) for w in base[: 4 * n].reshape(n, 4, 16)]  # noqa: E731
+MANY = {
+    "arrays": (1000, lambda n: [np.ones((4, 16), dtype=np.float32) for _ in range(n)]),
+    "rows": (1000, lambda n: np.split(np.ones((4 * n, 16), dtype=np.float32), n)),
+    "interleaved": (400, lambda n: [w.T for w in np.ones((16, 4, n), dtype=np.float32).transpose(2, 0, 1)]),
+}
 
-    def prune(leaves):
+
+@pytest.mark.parametrize("windows", MANY)
+@pytest.mark.parametrize("couple", [BlockCoupling, ScopeCoupling])
+def test_couplings_of_many_parts_are_quick(couple, windows):
+    """Hundreds of parts, built and pruned in well under a second; the limit is generous."""
+
+    def prune(arrays):
+        leaves = [BlockSpec(a, (1, -1)) for a in arrays]
         if couple is BlockCoupling:
             ScopeSpec(BlockCoupling(leaves), ()).hard_threshold(nnz=2)
         else:
             ScopeCoupling([ScopeSpec(leaf, ()) for leaf in leaves]).hard_threshold(nnz=2)
 
-    prune([BlockSpec(np.ones((4, 16), dtype=np.float32), (1, -1)) for _ in range(2)])
-    leaves = build_(400)
+    number, make = MANY[windows]
+    prune(make(2))  # compiles
+    arrays = make(number)
     start = time.perf_counter()
-    prune(leaves)
+    prune(arrays)
     assert time.perf_counter() - start < 2
-    assert sum(int(leaf.data.any(axis=1).sum()) for leaf in leaves) == (800 if couple is BlockCoupling else 2)
+    assert sum(int(a.any(axis=1).sum()) for a in arrays) == (2 * number if couple is BlockCoupling else 2)
 
 
 # --- identity ------------------------------------------------------------------------------------
