@@ -16,7 +16,7 @@ from typing import Any
 
 from npscope import operands as op
 from npscope.axes import array_namespace, paired, regroup, separated
-from npscope.backends import Array, Backend
+from npscope.backends import Array, Backend, threads
 from npscope.dtypes import common_norm, kind_of
 from npscope.errors import CouplingError, KindError, SpecError, about
 from npscope.namespace import backend_for
@@ -611,8 +611,14 @@ def backend_of_part(part: Part) -> Backend:
 
 def store_all(leaves: Sequence[Leaf], results: Sequence[Array]) -> None:
     """Write the results of a backend into the arrays of the leaves, where it has not done so."""
-    for leaf, result in zip(leaves, results, strict=True):
-        op.store(leaf.array, result)
+    pending = [(leaf.array, result) for leaf, result in zip(leaves, results, strict=True) if result is not leaf.array]
+
+    def write(slot: int, piece: int) -> None:
+        for array, result in pending:
+            op.store(array, result)
+
+    if pending:  # the leaves of a block are written together, whatever signal arrives
+        threads.run(1, write, 1, shielded=len(pending) > 1)
 
 
 def count_nonzero(owner: Any, label: str, eps: float) -> int:
