@@ -194,8 +194,7 @@ def _signals_raise() -> Iterator[None]:
 def _fail(error: BaseException, options: set[str]) -> int:
     """Report a failure in one line; the exit code that it has."""
     if isinstance(error, BrokenPipeError):
-        # What is left in the buffer would fail again, loudly, when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _discard_output()
         return 128 + signal.SIGPIPE
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
@@ -204,12 +203,20 @@ def _fail(error: BaseException, options: set[str]) -> int:
         with suppress(OSError):
             fields = {"kind": type(error).__name__, "message": message, "exit_code": code}
             _print(report.as_json({"npscope": __version__, "error": fields}) + "\n")
-            sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
     with suppress(OSError):
         if "--debug" in options:
             traceback.print_exception(error)
         print(f"npscope: error: {report.printable(message)}", file=sys.stderr)
     return code
+
+
+def _discard_output() -> None:
+    """Send standard output nowhere: what is left in its buffer would fail again, loudly, when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _explained(error: BaseException) -> tuple[int, str]:
