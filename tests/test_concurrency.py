@@ -239,7 +239,11 @@ def test_an_interrupt_never_splits_a_coupled_block(operation, threads):
     ("shape", "call"),
     [
         ((2048, 4096), "npscope.block_norms(x, (1, 64), ord=3)"),
-        ((8192, 8192), "npscope.ScopeSpec(npscope.BlockSpec(x, (32, 32)), ()).kth_largest(nnz=99)"),
+        pytest.param(
+            (8192, 8192),
+            "npscope.ScopeSpec(npscope.BlockSpec(x, (32, 32)), ()).kth_largest(nnz=99)",
+            marks=pytest.mark.slow,
+        ),
         ((8192, 8192), "npscope.ScopeSpec(npscope.BlockSpec(x, (32, 32)), ()).kth_largest(nnz=99, ord=3)"),
     ],
 )
@@ -265,7 +269,10 @@ def test_an_interrupt_is_prompt(shape, call):
     assert float(done.stdout or "inf") < 0.6, done.stderr
 
 
-@pytest.mark.parametrize("refused", ["True", "n == 0", "n > 0", "n % 2 == 0", "n % 2 == 1"])
+@pytest.mark.parametrize(
+    "refused",
+    ["True", "n % 2 == 0", *(pytest.param(c, marks=pytest.mark.slow) for c in ("n == 0", "n > 0", "n % 2 == 1"))],
+)
 def test_threads_that_do_not_start(refused):
     """The system refuses the n-th thread: the others do the work, and nothing still runs or runs later."""
     code = f"""
