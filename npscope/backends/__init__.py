@@ -17,8 +17,8 @@ norms below float64
     without overflow or underflow on the way.
 writes
     zeros are +0.0; kept elements keep their bits. Every error comes before the first write.
-    A writer returns the arrays of `target`, leaf by leaf: written through where the arrays
-    can be (`WRITES_THROUGH`), otherwise fresh ones that the caller stores.
+    A writer returns one array for each leaf of `target`: the leaf's own, written through, or
+    a fresh one that the caller stores.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Backend(Protocol):
     """The functions of a backend module."""
 
     NAME: str
-    WRITES_THROUGH: bool
 
     def norms(self, parts: Parts, ord: Ord) -> Array:
         """Norm of every block: ``(S, n)`` in the norm's dtype."""

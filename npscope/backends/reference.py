@@ -25,7 +25,6 @@ from npscope.errors import ConvergenceError
 from npscope.tiling import Cut, Leaf, Part, Parts
 
 NAME = "reference"
-WRITES_THROUGH = False
 
 Array = Any
 

@@ -23,7 +23,6 @@ from npscope.tiling import Leaf, Parts
 
 __all__ = [
     "NAME",
-    "WRITES_THROUGH",
     "apply_mask",
     "count_nonzero",
     "kth",
@@ -36,7 +35,6 @@ __all__ = [
 ]
 
 NAME = "numba"
-WRITES_THROUGH = True
 
 
 def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[np.ndarray]:

@@ -1,0 +1,1 @@
+"""Benchmarks of npscope; not part of the installed package."""
