@@ -141,6 +141,27 @@ def inspect(
     return job
 
 
+@app.command()
+def bench(
+    mib: Annotated[int, typer.Option(min=1, max=4096, help="MiB of the array that most operations work on.")] = 64,
+    as_json: _JSON = False,
+    debug: _DEBUG = False,
+) -> Job:
+    """Time the operations on this machine, about a minute: which backend to use for what."""
+
+    def job() -> None:
+        from npscope.bench import quick
+
+        with _progress_bar(shown=not as_json, what="measuring") as progress:
+            results = quick(mib, progress)
+        if as_json:
+            _print(report.as_json(results) + "\n")
+        else:
+            _print(report.bench_table(results, width=_width()))
+
+    return job
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (those of the process by default); return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -271,7 +292,7 @@ def _pruned(result: Outcome | Skip) -> report.Pruned:
 
 
 @contextmanager
-def _progress_bar(*, shown: bool) -> Iterator[Progress | None]:
+def _progress_bar(*, shown: bool, what: str = "pruning") -> Iterator[Progress | None]:
     """Context with a callback that draws a bar on standard error, or None when that is no terminal."""
     if not (shown and sys.stderr.isatty()):
         yield None
@@ -280,7 +301,7 @@ def _progress_bar(*, shown: bool) -> Iterator[Progress | None]:
     from rich.progress import Progress as Bars
 
     with Bars(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("pruning", total=None)
+        task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 

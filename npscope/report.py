@@ -1,4 +1,4 @@
-"""What was done to a file, and what is in one: as tables for people and as JSON for programs.
+"""What was done to a file, what is in one, and how fast this machine is: tables for people, JSON for programs.
 
 Both say the same, from the same lines of plain data. Names come from files of strangers, so
 nothing of them reaches a terminal that is not printable text.
@@ -119,6 +119,35 @@ def inspected_table(lines: Sequence[Inspected], *, width: int | None) -> str:
     )
 
 
+def bench_table(results: Mapping[str, Any], *, width: int | None) -> str:
+    """Each operation beside its floor, a column for every contender, then which backend to use for what."""
+    rows = results["rows"]
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = {row["contender"]: row for row in rows if row["case"] == case}
+        full = max(found.values(), key=lambda row: row["elements"])
+        lines.append(
+            (case, milliseconds(full["floor_ms"]), *(_timing(found.get(name), full["elements"]) for name in names))
+        )
+    table = _table(("operation", "floor ms", *(f"{name} ms (of floor)" for name in names)), lines, width)
+    uses = (
+        f"{group}: use {use['backend']}, "
+        + ", ".join(f"{times:.2g} times as fast as {name}" for name, times in use["times_as_fast_as"].items())
+        for group, use in results["use"].items()
+    )
+    return f"{table}~ measured on a part of the array, and scaled\n" + "".join(f"{line}\n" for line in uses)
+
+
+def milliseconds(value: float) -> str:
+    """A time as in a table.
+
+    >>> milliseconds(0.01234), milliseconds(1234.5)
+    ('0.0123', '1234')
+    """
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def printable(text: str, limit: int | None = None) -> str:
     r"""`text` on one line, control characters, escapes and half surrogates as backslash sequences.
 
@@ -149,6 +178,13 @@ def _inspected_cells(line: Inspected) -> tuple[str, ...]:
         return (*lead, "", "", "")
     pattern = "" if line.pattern is None else f"{line.pattern}, {line.along}"
     return (*lead, _percent(line.zeros, line.elements), str(line.nans or ""), pattern)
+
+
+def _timing(row: Mapping[str, Any] | None, elements: int) -> str:
+    if row is None:
+        return ""
+    about = "~" if row["elements"] < elements else ""
+    return f"{about}{milliseconds(row['median_ms'] * elements / row['elements'])} ({row['fraction']:.2g})"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int | None) -> str:

@@ -27,6 +27,8 @@ LAYERS: dict[str, set[str]] = {
     "view": {"operands", "memory", "tiling", "dtypes", "errors"},
     "block": {"view", "namespace", "backends", "operands", "memory", "axes", "tiling", "dtypes", "errors"},
     "scope": {"block", "view", "namespace", "backends", "operands", "counts", "axes", "tiling", "dtypes", "errors"},
+    "clock": {"options"},
+    "bench": {"clock", "namespace", "options", "axes", "dtypes", "errors"},
     "weights": {"errors"},
     "pattern": {"counts", "errors"},
     "recipe": {"pattern", "weights", "errors"},
@@ -43,7 +45,7 @@ TOP = {"cli", "__main__", "__init__"}
 STANDARD = {"numpy", "npscope", *sys.stdlib_module_names}
 
 HEAVY = {
-    "numba": ("backends/numba_cpu",),
+    "numba": ("backends/numba_cpu", "clock"),
     "llvmlite": ("backends/numba_cpu",),
     "cupy": ("backends/cupy_gpu",),
     "typer": ("cli",),
