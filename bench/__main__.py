@@ -1,74 +1,83 @@
-"""Times the main operations on fresh random data, beside their floor and the NumPy idiom: ``python -m bench [MiB]``.
+"""The full benchmark, and its report.
 
-Compilation is left out (one call before), data are restored before every in-place timing,
-and contenders take turns. Times are the median of the rounds, the spread their quartiles.
+python -m bench [--quick] [--mib N] [--rows GLOB] [--out bench/results/NAME.json]
+    measures, and writes NAME.json, NAME.md and pictures.
+python -m bench report bench/results/NAME.json
+    writes NAME.md and the pictures again from the JSON, and the section of the README.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import platform
-import statistics
+import os.path
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
-import numpy as np
+from bench import suite, tables
+from bench.plots import draw
+from npscope.bench import Plan
 
-import npscope
-
-ROUNDS = 7
-
-
-def two_of_four_by_numpy(x: np.ndarray) -> None:
-    """The 2:4 mask that a good NumPy user would write (ties may keep other elements)."""
-    quads = np.abs(x).reshape(-1, 4)
-    dropped = np.argpartition(quads, 1, axis=1)[:, :2]
-    np.put_along_axis(x.reshape(-1, 4), dropped, 0, axis=1)
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
 
 
-CASES: dict[str, dict[str, Callable[[np.ndarray], object]]] = {
-    "in place": {"floor: numpy x *= 1": lambda x: np.multiply(x, np.float32(1), out=x)},
-    "2:4 in place": {
-        "npscope": lambda x: npscope.keep_largest(x, 2, (1, 1), (1, 4), out=x),
-        "numpy": two_of_four_by_numpy,
-    },
-    "4x4 norms": {
-        "npscope": lambda x: npscope.block_norms(x, (4, 4)),
-        "numpy": lambda x: np.sqrt(np.square(x).reshape(len(x) // 4, 4, -1, 4).sum(axis=(1, 3))),
-    },
-    "4x4 global half": {
-        "npscope": lambda x: npscope.keep_largest(x, x.size // 32, (4, 4), (-1, -1), out=x),
-    },
-    "1x1 global half": {
-        "npscope": lambda x: npscope.keep_largest(x, x.size // 2, (1, 1), (-1, -1), out=x),
-        "numpy": lambda x: np.copyto(x, 0, where=np.abs(x) < np.partition(np.abs(x).ravel(), x.size // 2)[x.size // 2]),
-    },
-    "soft 4x4": {"npscope": lambda x: npscope.soft_threshold(x, 1.0, (4, 4), out=x)},
-}
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["report"]:
+        parser = argparse.ArgumentParser("python -m bench report")
+        parser.add_argument("json", type=Path)
+        parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+        options = parser.parse_args(given[1:])
+        report(options.json, options.readme)
+        return
+    parser = argparse.ArgumentParser("python -m bench", epilog="python -m bench report JSON makes the report again")
+    parser.add_argument("--quick", action="store_true", help="smaller arrays and fewer rounds: a few minutes")
+    parser.add_argument("--mib", type=float, help="MiB of the arrays (256, quick 16)")
+    parser.add_argument("--largest-mib", type=float, help="end of the size curve (1024, quick 16)")
+    parser.add_argument("--rows", default="*", metavar="GLOB", help="only the parts of these names")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json", metavar="JSON")
+    measure(parser.parse_args(given))
 
 
-def main() -> None:
-    """Run every case on a float32 matrix of the given number of MiB (64) and print a table as JSON."""
-    mib = int(sys.argv[1]) if len(sys.argv) > 1 else 64
-    data = np.random.default_rng().standard_normal((mib * 256, 1024), dtype=np.float32)
-    work = np.empty_like(data)
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for _ in range(ROUNDS + 1):
-        for case, contenders in CASES.items():
-            for name, call in contenders.items():
-                np.copyto(work, data)
-                start = time.perf_counter()
-                call(work)
-                seconds.setdefault((case, name), []).append(time.perf_counter() - start)
-    rows = []
-    for (case, name), times in seconds.items():
-        low, median, high = statistics.quantiles(times[1:], n=4)  # the first call compiles
-        rows.append(
-            {"case": case, "contender": name, "ms": round(1e3 * median, 2), "iqr_ms": round(1e3 * (high - low), 2)}
+def measure(options: argparse.Namespace) -> None:
+    plan = suite.QUICK if options.quick else suite.FULL
+    plan = replace(plan, mib=options.mib or plan.mib, slow_mib=min(plan.slow_mib, options.mib or plan.mib))
+    largest = options.largest_mib or (16 if options.quick else 1024)
+    chosen = suite.matching(suite.tasks(plan, largest, cold_rounds=1 if options.quick else 5), options.rows)
+    if not chosen:
+        raise SystemExit(f"no part of the benchmark is named {options.rows!r}")
+    results = _with_progress(chosen, plan)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    report(options.out, None)
+    print(tables.losses(tables.load(options.out)))
+
+
+def _with_progress(chosen: list[suite.Task], plan: Plan) -> dict[str, object]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bars:
+        bar = bars.add_task("", total=len(chosen))
+        return suite.run(
+            chosen, plan, lambda name, done, total: bars.update(bar, description=f"{name:32.32}", completed=done)
         )
-    machine = {"machine": platform.machine(), "python": platform.python_version(), "numpy": np.__version__}
-    print(json.dumps({"npscope": npscope.__version__, "mib": mib, **machine, "results": rows}, indent=1))
+
+
+def report(path: Path, readme: Path | None) -> None:
+    """Tables and pictures beside the JSON, and the section of the README if it is given."""
+    results = tables.load(path)
+    pictures = draw(results, path.parent, path.stem) if find_spec("matplotlib") else []
+    path.with_suffix(".md").write_text(tables.document(results, pictures))
+    if readme is not None:
+        section = tables.summary(
+            results, Path(os.path.relpath(path.parent, readme.parent)).as_posix(), path.stem, pictures
+        )
+        readme.write_text(tables.rewritten(readme.read_text(), section))
 
 
 if __name__ == "__main__":
