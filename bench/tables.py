@@ -88,6 +88,8 @@ def heading(results: Results) -> str:
 
 def warm_table(results: Results) -> str:
     rows = results.of("warm")
+    if not rows:
+        return ""
     names = sorted(_unique(row.contender for row in rows), key=lambda name: name != OURS)
     unable = {(entry["case"], entry["contender"]) for entry in results.about["unable"]}
     lines = []
@@ -104,6 +106,8 @@ def warm_table(results: Results) -> str:
 def notes(results: Results) -> str:
     """What the marks in the table mean, where there are any."""
     rows = results.of("warm")
+    if not rows:
+        return ""
     largest = {row.case: max(r.elements for r in rows if r.case == row.case) for row in rows}
     parts = ["Spread: quartiles of npscope numba, of its median."]
     if any(row.elements < largest[row.case] for row in rows):
@@ -122,8 +126,10 @@ def losses(results: Results) -> str:
     parts = []
     if judged:
         parts.append(f"Bars met: {len(judged) - len(missed)} of {len(judged)}." + _listed(" Missed: ", missed))
-    ahead = list(_faster_peers([row for row in results.rows if row.section in ("warm", "small")]))
-    parts.append(_listed("Others are faster than npscope numba at: ", ahead) or "No peer was faster.")
+    compared = [row for row in results.rows if row.section in ("warm", "small")]
+    if compared:
+        ahead = list(_faster_peers(compared))
+        parts.append(_listed("Others are faster than npscope numba at: ", ahead) or "Nothing else was faster.")
     failed = [f"{_label(row)} by {row.contender} ({row.fraction})" for row in results.rows if row.verdict == "failed"]
     parts.append(_listed(f"Failed measurements (above {FAILED_ABOVE} of the floor): ", failed))
     return "\n\n".join(part for part in parts if part)
