@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
+from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
 from npscope.backends.numba_cpu.operands import Competitors, competitors, ranges
 from npscope.backends.numba_cpu.selection import Ranking, kth, mask, select_blocks
@@ -39,6 +40,10 @@ NAME = "numba"
 
 def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[np.ndarray]:
     """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""
+    quick = groups_job(target, source, keep, ord)
+    if quick is not None:
+        quick()
+        return arrays(target)
     written = competitors(target)
     select_blocks(
         Ranking(source, ord),

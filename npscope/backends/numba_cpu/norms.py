@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
+from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.arithmetic import LIMBS
 from npscope.backends.numba_cpu.operands import BLOCK_WORKSPACE, PIECE_ELEMENTS, Competitors, competitors, ranges
 from npscope.tiling import Parts
@@ -27,6 +28,11 @@ class NormWork:
         self.precise = ord < 1 and part.norm.itemsize == 8
         # The norm of one element is its magnitude, whatever the order.
         self.code = nk.INF if part.elements == 1 else _CODES.get(ord, nk.POWER)
+        self.lines: lines.NormBuffers | None = None
+        layout = part.leaves[0].layout if part.exact and not part.spans_leaves else None
+        if lines.can_sum(layout, self.code):
+            self.lines = lines.NormBuffers()
+            self.kernel = lines.norm_kernel(layout, self.code)
         self.chunk = nk.EXACT_CHUNK if part.exact else nk.WIDE_CHUNK
         self.hi, self.lo = np.empty(length), np.empty(length)
         self.norm = np.empty(length, dtype=part.norm)
@@ -42,6 +48,9 @@ class NormWork:
         """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
         count = i1 - i0
         hi, lo, norm = self.hi[:count], self.lo[:count], self.norm[:count]
+        if self.lines is not None:
+            self.kernel(*self.part.leaves[0].where, i0, i1, norm, hi, *self.lines.all)
+            return norm, hi
         if self.code == nk.POWER:
             self._scaled(i0, i1, hi, lo, self.top[:count], norm)
             return norm, hi

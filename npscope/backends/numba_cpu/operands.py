@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from npscope.backends import threads
 from npscope.backends.numba_cpu.codecs import Codec, codec
+from npscope.backends.numba_cpu.lanes import CHUNK, Format, format_of
 from npscope.dtypes import common_norm, kind_of
 from npscope.options import thread_count
 from npscope.tiling import Cut, Dim, Leaf, Part
@@ -57,6 +59,21 @@ def _nest(dims: tuple[Dim, ...], strides: tuple[int, ...]) -> np.ndarray:
     return np.asarray(merged or [(1, 0)], dtype=np.int64).T.copy()
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Blocks that follow each other in memory: each is `rows` runs of `run` adjacent elements."""
+
+    form: Format
+    codec: Codec
+    run: int
+    rows: int
+
+    @property
+    def steps(self) -> int:
+        """Additions in sequence for one block, where a step takes `CHUNK` elements."""
+        return self.rows * -(-self.run // CHUNK)
+
+
 class Operand:
     """A leaf as kernels see it: flat buffer, origin, and the loop tables of its grid and its elements.
 
@@ -78,6 +95,7 @@ class Operand:
             and (address + low) % scalar == 0
             and all(s % scalar == 0 for n, s in zip(array.shape, strides, strict=True) if n > 1)
         )
+        self.kind, self.bytewise = kind, bytewise
         self.codec: Codec | None = None if kind is None else codec(kind, bytewise, not dtype.isnative)
         unit = np.dtype(np.bool_) if self.codec is None else self.codec.unit
         self.buffer = np.asarray(_Memory(array, address + low, (high - low) // unit.itemsize, unit))
@@ -89,7 +107,24 @@ class Operand:
         self.order: tuple[Dim, ...] = like.order if like else by_memory
         self.elements = _nest(self.order, steps)
         self.grid = _nest((*cut.scope, *cut.block), steps)
+        self.steps, self.cut = steps, cut
         self.size = cut.elements
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """How the blocks lie in memory, if they can be taken line by line."""
+        form = None if self.kind is None or self.bytewise else format_of(self.kind)
+        if form is None or self.codec is None or self.size == 0:
+            return None
+        sizes, strides = self.elements
+        run = int(sizes[-1]) if strides[-1] == 1 and sizes[-1] > 1 else 1
+        width, step = int(self.grid[0, -1]), int(self.grid[1, -1])
+        return Layout(form, self.codec, run, self.size // run) if step == run or width == 1 else None
+
+    @property
+    def is_one_number(self) -> bool:
+        """Whether all entries are one and the same."""
+        return not any(self.grid[1])
 
     @property
     def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:

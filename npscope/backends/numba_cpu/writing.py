@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
+from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, ranges
 from npscope.tiling import Leaf, Parts
 
@@ -28,13 +29,19 @@ def arrays(target: Parts) -> list[np.ndarray]:
 def drop(part: Competitors, i0: int, i1: int, mask_: np.ndarray) -> None:
     """Zero the blocks [i0, i1) of a part whose mask is False, in all its leaves."""
     for leaf in part.leaves:
-        nk.kernels(leaf.codec).drop(*leaf.where, i0, i1, leaf.size, mask_)
+        if leaf.layout is not None:
+            lines.drop_kernel(leaf.layout)(*leaf.where, i0, i1, mask_)
+        else:
+            nk.kernels(leaf.codec).drop(*leaf.where, i0, i1, leaf.size, mask_)
 
 
 def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray) -> None:
     """Multiply the blocks [i0, i1) of a part by their factors, in all its leaves."""
     for leaf in part.leaves:
-        nk.kernels(leaf.codec).rescale(*leaf.where, i0, i1, leaf.size, factors)
+        if leaf.layout is not None:
+            lines.scale_kernel(leaf.layout)(*leaf.where, i0, i1, factors)
+        else:
+            nk.kernels(leaf.codec).rescale(*leaf.where, i0, i1, leaf.size, factors)
 
 
 class Numbers:

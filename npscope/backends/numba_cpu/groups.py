@@ -1,0 +1,44 @@
+"""Scopes of a few single elements, such as 2:4: ranked inside a vector, and read and written in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from npscope.backends.numba_cpu import lanes, lines
+from npscope.backends.numba_cpu.lanes import MAX_GROUP, format_of
+from npscope.backends.numba_cpu.operands import Operand, ranges
+from npscope.tiling import Leaf, Parts
+
+
+def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Callable[[], None] | None:
+    """The job that prunes `target` by its own elements, if its scopes are few adjacent ones; else None."""
+    if len(target) > 1 or len(target[0]) > 1 or ord is None:
+        return None
+    leaf = target[0][0]
+    n = leaf.cut.blocks
+    read = leaf.array if leaf.origin is None else leaf.origin
+    if leaf.cut.elements > 1 or not 1 < n <= MAX_GROUP or source[0][0].array is not read:
+        return None
+    counts, written = Operand(keep), Operand(leaf)
+    origin = written if leaf.origin is None else Operand(Leaf(read, leaf.cut))
+    form = None if written.kind is None else format_of(written.kind)
+    adjacent = all(x.layout is not None and x.grid[0, -1] % n == 0 for x in (written, origin))
+    if form is None or not adjacent or not counts.is_one_number:
+        return None
+    kernel = lines.prune_groups_kernel(form, n)
+    k = int(keep.array.reshape(-1)[0]) if keep.array.size else 0
+
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        spare = np.zeros((slots, lanes.group_lanes(form, n)), dtype=written.buffer.dtype)
+
+        def work(slot: int, s0: int, s1: int) -> None:
+            kernel(
+                origin.buffer, origin.origin, origin.grid, written.buffer, written.origin, written.grid,
+                s0 * n, s1 * n, k, spare[slot],
+            )  # fmt: skip
+
+        return work
+
+    return ranges(leaf.cut.scopes, n, make_work)
