@@ -81,7 +81,8 @@ class ConditionedWork:
         hi, lo, top, unit, scale_, hmin, n, low, high, squares, slopes = self.arrays[:, : i1 - i0]
         active = self.active[: i1 - i0]
         pairs = self._pairs(i0, i1)
-        top[:] = self.norms.fill(i0, i1)[0]
+        with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN
+            top[:] = self.norms.fill(i0, i1)[0]
         nk.safe_units(top, unit)
         squares[:], hmin[:], hmax[:] = 0.0, np.inf, 0.0
         for made, where in pairs:
