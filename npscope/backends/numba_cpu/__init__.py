@@ -19,7 +19,7 @@ from npscope.backends.numba_cpu.norms import norm_ranges, norms
 from npscope.backends.numba_cpu.operands import Competitors, competitors, ranges
 from npscope.backends.numba_cpu.selection import Ranking, kth, mask, select_blocks
 from npscope.backends.numba_cpu.shrinkage import shrink
-from npscope.backends.numba_cpu.writing import Numbers, arrays, drop, fill, rescale, with_numbers
+from npscope.backends.numba_cpu.writing import DropSink, Numbers, arrays, drop, fill, rescale, with_numbers
 from npscope.tiling import Leaf, Parts
 
 __all__ = [
@@ -48,7 +48,7 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
     select_blocks(
         Ranking(source, ord),
         keep,
-        lambda part, i0, i1, mask_: drop(written[part], i0, i1, mask_),
+        [DropSink(part) for part in written],
         lambda: fill(target),
         shielded=any(part.spans_leaves for part in written),
     )

@@ -41,7 +41,8 @@ class Codec:
     ``magnitude(buffer, i)`` is |x| as float64 (NaN if any part is), ``key32`` and ``key64`` are
     magnitudes as ordered integers (equal values, equal keys; NaN the largest), ``signed_key``
     orders signed values, ``clear`` writes +0.0, ``scale`` multiplies by a float64,
-    ``value`` reads a real number as float64.
+    ``value`` reads a real number as float64. ``narrow_key`` is the magnitude of a float of 16 or 8 bits
+    as an ordered integer of that width, which is no number's bits but sorts twice as many at a time.
     """
 
     unit: np.dtype
@@ -53,6 +54,7 @@ class Codec:
     signed_width: int
     clear: Function
     scale: Function
+    narrow_key: Function | None = None
 
 
 # --- ordered integers ----------------------------------------------------------------------------
@@ -179,11 +181,11 @@ def _native(scalar: str) -> tuple[Function, Function]:
 
     @inner
     def fetch(buffer: Any, i: int) -> Any:
-        return buffer[i]
+        return buffer[np.uintp(i)]
 
     @inner
     def place(buffer: Any, i: int, x: Any) -> None:
-        buffer[i] = x
+        buffer[np.uintp(i)] = x
 
     return fetch, place
 
@@ -280,7 +282,26 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
         def scale(buffer: Any, i: int, factor: float) -> None:
             place(buffer, i, number(np.float64(fetch(buffer, i)) * factor))
 
-    return Codec(unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, clear, scale)
+    narrow_key = _narrow_key(kind.name, fetch) if kind.name in _STORAGE else None
+    return Codec(
+        unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, clear, scale, narrow_key
+    )  # fmt: skip
+
+
+_LARGEST = {"float16": 0x7C00, "bfloat16": 0x7F80, "float8_e4m3fn": 0x7E, "float8_e5m2": 0x7C}
+"""Bits of the largest magnitude that is a number: infinity, where there is one."""
+
+
+def _narrow_key(name: str, fetch: Function) -> Function:
+    word = np.dtype(_STORAGE[name]).type
+    nan, sign, largest = word(-1 & np.iinfo(word).max), word(np.iinfo(word).max >> 1), word(_LARGEST[name])
+
+    @inner
+    def narrow_key(buffer: Any, i: int) -> Bits:
+        bits = word(fetch(buffer, i) & sign)
+        return nan if bits > largest else bits
+
+    return narrow_key
 
 
 def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:

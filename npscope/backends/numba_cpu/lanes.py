@@ -222,6 +222,59 @@ def prune_groups(form: Format, n: int) -> Any:
     return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 5))
 
 
+def groups_per_line(width: int, n: int) -> int:
+    """Groups of n numbers of `width` bits that a vector holds."""
+    return max(1, 8 * LINE // width // n)
+
+
+@cache
+def mark_groups(width: int, n: int) -> Any:
+    """``(keys, i, keep, s, mask, j)``: mask of the `keep[s]` first-ranked of n keys, for `groups_per_line` groups."""
+    groups = groups_per_line(width, n)
+    vector, few = _vector(width, n * groups), _vector(64, groups)
+
+    def emit(b: Builder, keys: Value, keep: Value, mask: Value) -> None:
+        own = _load(b, keys, vector)
+        ranks = _splat(vector, 0)
+        for distance in range(1, n):
+            places = [i % n + distance for i in range(vector.count)]
+            rivals = _shuffle(b, own, [i - i % n + p % n for i, p in enumerate(places)])
+            ties = b.and_(
+                b.icmp_unsigned("==", rivals, own), ir.Constant(_vector(1, vector.count), [p >= n for p in places])
+            )
+            ranks = b.add(ranks, b.zext(b.or_(b.icmp_unsigned(">", rivals, own), ties), vector))
+        counts = _load(b, keep, few)
+        counts = counts if width == 64 else b.trunc(counts, _vector(width, groups))
+        kept = b.icmp_unsigned("<", ranks, _shuffle(b, counts, [i // n for i in range(vector.count)]))
+        _store(b, b.zext(kept, _vector(8, vector.count)), mask)
+
+    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 6))
+
+
+@cache
+def collect(width: int) -> Any:
+    """``(keys, i, found, j, low, span)``: append the keys of a line with ``key - low <= span``; how many those are.
+
+    Without a branch: one that is rarely taken costs more in mistakes than the stores do.
+    """
+    vector = _vector(width, 8 * LINE // width)
+
+    def emit(b: Builder, keys: Value, found: Value, low: Value, span: Value) -> Value:
+        own = _load(b, keys, vector)
+        offset = b.sub(own, _broadcast(b, low, vector.count))
+        inside = b.icmp_unsigned("<=", offset, _broadcast(b, span, vector.count))
+        function = b.module.declare_intrinsic(
+            f"llvm.experimental.vector.compress.v{vector.count}i{width}",
+            (),
+            ir.FunctionType(vector, [vector, inside.type, vector]),
+        )
+        _store(b, b.call(function, [own, inside, ir.Constant(vector, ir.Undefined)]), found)
+        bits = b.bitcast(inside, ir.IntType(vector.count))
+        return b.zext(_call(b, f"llvm.ctpop.i{vector.count}", bits.type, [bits]), ir.IntType(64))
+
+    return intrinsic(_with_arguments(_emitter(lambda *args: types.int64(*args), emit), 6))
+
+
 # --- norms ---------------------------------------------------------------------------------------
 
 CHUNK = 64
@@ -449,6 +502,7 @@ def _with_arguments(typing: Any, count: int) -> Any:
         3: lambda context, a, b, c: typing(context, a, b, c),
         4: lambda context, a, b, c, d: typing(context, a, b, c, d),
         5: lambda context, a, b, c, d, e: typing(context, a, b, c, d, e),
+        6: lambda context, a, b, c, d, e, f: typing(context, a, b, c, d, e, f),
         7: lambda context, a, b, c, d, e, f, g: typing(context, a, b, c, d, e, f, g),
     }
     return forms[count]

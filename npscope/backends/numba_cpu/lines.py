@@ -31,9 +31,9 @@ MAX_STEPS = 1500
 class NormBuffers:
     """Work arrays of one thread for the norms of a strip."""
 
-    def __init__(self) -> None:
-        self.sums = np.zeros(STRIP_BLOCKS + LANES)
-        self.norms = np.zeros(STRIP_BLOCKS + LANES, dtype=np.float32)
+    def __init__(self, blocks: int = STRIP_BLOCKS) -> None:
+        self.sums = np.zeros(blocks + LANES)
+        self.norms = np.zeros(blocks + LANES, dtype=np.float32)
         self.limbs = np.empty((1, LIMBS), dtype=np.int64)
 
     @property

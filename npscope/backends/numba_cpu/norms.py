@@ -19,6 +19,11 @@ UNSURE_ROWS = 2048
 _CODES = {1.0: nk.ONE, 2.0: nk.TWO, math.inf: nk.INF}
 
 
+def code_of(ord: float, elements: int) -> int:
+    """How a norm is accumulated: that of one element is its magnitude, whatever the order."""
+    return nk.INF if elements == 1 else _CODES.get(ord, nk.POWER)
+
+
 class NormWork:
     """Work arrays for the norms of up to `length` blocks of a part, and the passes that fill them."""
 
@@ -26,8 +31,7 @@ class NormWork:
         self.part = part
         self.p = ord
         self.precise = ord < 1 and part.norm.itemsize == 8
-        # The norm of one element is its magnitude, whatever the order.
-        self.code = nk.INF if part.elements == 1 else _CODES.get(ord, nk.POWER)
+        self.code = code_of(ord, part.elements)
         self.lines: lines.NormBuffers | None = None
         layout = part.leaves[0].layout if part.exact and not part.spans_leaves else None
         if lines.can_sum(layout, self.code):

@@ -1,20 +1,24 @@
-"""The first-ranked blocks of every scope: in one piece where a scope fits, else by radix passes."""
+"""The first-ranked blocks of every scope: strip by strip where a scope fits in cache, else by bracketing."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from npscope.backends import threads
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu.norms import NormWork, put
+from npscope.backends.numba_cpu import lines, strips
+from npscope.backends.numba_cpu.codecs import Function
+from npscope.backends.numba_cpu.norms import NormWork, code_of, put
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
     SCOPE_BLOCKS,
     SCOPE_ELEMENTS,
+    STRIPS_ELEMENTS,
     Competitors,
     Operand,
     competitors,
@@ -22,37 +26,41 @@ from npscope.backends.numba_cpu.operands import (
     ranges,
     workers_for,
 )
+from npscope.backends.numba_cpu.search import group_of
+from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
 from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, Parts
 
+FOUND_BYTES = 6 << 20
+"""Work array of a thread for the keys between two limits; 1 % of a scope lies there as a rule."""
 
-class KeyWork:
-    """Work arrays to read up to `length` blocks of a part as ordered integers."""
+SAMPLE_RUNS, SAMPLE_RUN = 1 << 14, 16
+"""Places of a scope that are sampled, and keys read at each: as many as a cache line of float32 holds."""
 
-    def __init__(
-        self, part: Competitors, ord: float | None, exact_integers: bool, dtype: np.dtype, length: int
-    ) -> None:
-        self.part = part
-        self.norms: NormWork | None = None
-        if ord is not None and not (part.elements == 1 and (exact_integers or not part.wide_integers)):
-            self.norms = NormWork(part, ord, length)
-            return
-        made = nk.kernels(part.leaves[0].codec)
-        self.kernel = made.keys_signed if ord is None else made.keys32 if dtype.itemsize == 4 else made.keys64
+SAMPLE_SHARES = 8
+"""Pieces in which a part is sampled, whatever the number of threads."""
 
-    def fill(self, i0: int, i1: int, keys: np.ndarray) -> None:
-        """The keys of blocks [i0, i1)."""
-        if self.norms is not None:
-            nk.keys_of_norms(self.norms.fill(i0, i1)[0], keys)
-        else:
-            leaf = self.part.leaves[0]
-            self.kernel(leaf.buffer, leaf.origin, leaf.grid, i0, i1, keys)
+MARGIN = 6.0
+"""Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
+
+MAX_GUESSES = 8
+"""Brackets taken from samples before the range of keys is also halved, which ends after 64 times."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """How kernels read the keys of a part: `read`, its leading arguments, and the blocks of a strip."""
+
+    read: Function
+    where: Where
+    strip: int
 
 
 class Ranking:
     """The blocks of all parts as ordered integers, and the choice of the first-ranked of every scope."""
 
-    def __init__(self, parts: Parts, ord: float | None) -> None:
+    def __init__(self, parts: Parts, ord: float | None, *, values: bool = False) -> None:
+        """`values`: the keys will be turned into numbers again, so they are not narrowed."""
         self.parts = competitors(parts)
         self.ord = ord
         self.exact_integers = all(part.wide_integers and part.elements == 1 for part in self.parts)
@@ -61,6 +69,11 @@ class Ranking:
             width = 64 if codec_ is None else codec_.signed_width
         else:
             width = 8 * max(part.norm.itemsize for part in self.parts)
+            first = self.parts[0]
+            narrow = first.leaves[0].codec is not None and first.leaves[0].codec.narrow_key is not None
+            if narrow and len(self.parts) == 1 and first.elements == 1 and not values:
+                width = 8 * parts[0][0].array.dtype.itemsize
+        self.width = width
         self.key = np.dtype(f"u{width // 8}")
         self.scopes = self.parts[0].cut.scopes
         self.blocks = sum(part.blocks for part in self.parts)
@@ -69,77 +82,131 @@ class Ranking:
         starts = itertools.accumulate((part.blocks for part in self.parts), initial=0)
         self.columns = [slice(a, b) for a, b in itertools.pairwise(starts)]
         self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
-        self.spans_leaves = any(part.spans_leaves for part in self.parts)
+        self.sources = [self._source(part) for part in self.parts]
 
-    def work(self, part: Competitors, length: int) -> KeyWork:
-        """Work arrays for the keys of up to `length` blocks of a part."""
-        return KeyWork(part, self.ord, self.exact_integers, self.key, length)
+    def _source(self, part: Competitors) -> Source | None:
+        """How a kernel reads the keys of a part by itself; None where norms are computed pass by pass."""
+        leaf = part.leaves[0]
+        if part.spans_leaves or leaf.codec is None:
+            return None
+        if self.ord is None:
+            return Source(strips.element_reader(leaf.codec.signed_key), leaf.where, STRIP_ELEMENTS)
+        if part.elements == 1 and (self.exact_integers or not part.wide_integers):
+            key = {32: leaf.codec.key32, 64: leaf.codec.key64}.get(self.width) or leaf.codec.narrow_key
+            return Source(strips.element_reader(key), leaf.where, STRIP_ELEMENTS)
+        code = code_of(self.ord, part.elements)
+        if leaf.layout is not None and lines.can_sum(leaf.layout, code):
+            read = strips.norm_reader(leaf.layout, code, self.width == 64)
+            return Source(read, leaf.where, lines.strip_blocks(leaf.layout))
+        return None
+
+    def scopes_of_a_strip(self, strip: int) -> int:
+        """Whole scopes that make a strip of about `strip` blocks."""
+        return max(1, strip // self.blocks)
+
+
+class KeyWork:
+    """Work arrays to compute the keys of up to `length` blocks of a part that no kernel reads by itself."""
+
+    def __init__(self, ranking: Ranking, p: int, length: int) -> None:
+        part, source = ranking.parts[p], ranking.sources[p]
+        self.source = source
+        self.norms = None if source is not None else NormWork(part, float(ranking.ord or 2), length)
+        if source is not None:
+            self.kernel = strips.read_kernel(source.read)
+            self.scratch = Scratch(source.strip, 0, ranking.key).all
+
+    def fill(self, i0: int, i1: int, keys: np.ndarray) -> None:
+        """The keys of blocks [i0, i1)."""
+        if self.norms is not None:
+            nk.keys_of_norms(self.norms.fill(i0, i1)[0], keys)
+        elif self.source is not None:
+            self.kernel(self.source.where, i0, i1, self.source.strip, keys, self.scratch)
+
+
+class Sink(Protocol):
+    """Where masks of the blocks of a part go; `write` and `where` let a kernel do it by itself."""
+
+    write: Function | None
+    where: Where
+
+    def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
+        """Take the mask of blocks [i0, i1)."""
+
+
+_FLAT = np.asarray([[1], [0]], dtype=np.int64)
+
+
+def _dense(array: np.ndarray, origin: int = 0) -> Where:
+    return array, origin, np.asarray([[max(1, array.size)], [1]], dtype=np.int64), _FLAT
+
+
+class TableSink:
+    """A sink that keeps the masks, in the columns of a table."""
+
+    def __init__(self, columns: np.ndarray) -> None:
+        self.columns = columns
+        contiguous = columns.flags.c_contiguous
+        self.write = strips.store_mask if contiguous else None
+        self.where = _dense(columns.reshape(-1) if contiguous else np.empty(0, dtype=np.bool_))
+
+    def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
+        """Keep the mask of blocks [i0, i1)."""
+        put(self.columns, i0, i1, mask)
 
 
 class ScopeWork:
-    """Work arrays of one thread for up to `length` whole scopes."""
+    """Work arrays of one thread for up to `length` whole scopes of parts side by side."""
 
     def __init__(self, ranking: Ranking, counts: Operand, length: int) -> None:
         self.ranking = ranking
-        self.counts = counts
-        self.length = length
-        self.works = [ranking.work(part, length * part.blocks) for part in ranking.parts]
-        self.keys = np.empty(length * ranking.blocks, dtype=ranking.key)
-        several = len(ranking.parts) > 1
-        longest = max(part.blocks for part in ranking.parts) * length if several else 0
-        self.part_keys = np.empty(longest, dtype=ranking.key)
-        self.part_mask = np.empty(length * ranking.blocks if several else 0, dtype=np.bool_)
-        self.mask = np.empty(length * ranking.blocks, dtype=np.bool_)
-        self.keep = np.empty(length, dtype=np.int64)
-        self.digits = np.empty(256, dtype=np.int64)
+        self.counts = counts.buffer, counts.origin, counts.grid
+        self.works = [KeyWork(ranking, p, length * part.blocks) for p, part in enumerate(ranking.parts)]
+        longest = max(part.blocks for part in ranking.parts) * length
+        self.table = np.empty((length, ranking.blocks), dtype=ranking.key)
+        self.keys = np.empty(longest, dtype=ranking.key)
+        self.mask = np.empty((length, ranking.blocks), dtype=np.bool_)
+        self.columns = np.empty(longest, dtype=np.bool_)
+        self.rows = ranking.scopes_of_a_strip(STRIP_ELEMENTS)
+        self.scratch = Scratch(self.rows * ranking.blocks, self.rows, ranking.key).all
+        self.select = strips.scopes_kernel(
+            strips.dense_reader(), strips.store_mask, group_of(ranking.blocks), ranking.width
+        )
 
-    def load(self, s0: int, s1: int) -> tuple[np.ndarray, np.ndarray]:
-        """(keys of all blocks of scopes [s0, s1), their counts)."""
-        ranking, rows = self.ranking, s1 - s0
-        keys, keep = self.keys[: rows * ranking.blocks], self.keep[:rows]
-        nk.gather(self.counts.buffer, self.counts.origin, self.counts.grid, s0, s1, keep)
-        for work, columns in zip(self.works, ranking.columns, strict=True):
-            n = work.part.blocks
-            if len(self.works) == 1:
-                work.fill(s0 * n, s1 * n, keys)
-            else:
-                part_keys = self.part_keys[: rows * n]
-                work.fill(s0 * n, s1 * n, part_keys)
-                keys.reshape(rows, ranking.blocks)[:, columns] = part_keys.reshape(rows, n)
-        return keys, keep
+    def load(self, s0: int, s1: int) -> Where:
+        """The keys of scopes [s0, s1), as a kernel reads them by scope number."""
+        rows = s1 - s0
+        for work, columns in zip(self.works, self.ranking.columns, strict=True):
+            keys = self.keys[: rows * (columns.stop - columns.start)]
+            width = columns.stop - columns.start
+            work.fill(s0 * width, s1 * width, keys)
+            self.table[:rows, columns] = keys.reshape(rows, width)
+        return _dense(self.table.reshape(-1), -s0 * self.ranking.blocks)
 
-    def masks(self, s0: int, s1: int) -> list[np.ndarray]:
-        """Each part's mask of the kept blocks of scopes [s0, s1), dense."""
-        keys, keep = self.load(s0, s1)
+    def decide(self, s0: int, s1: int, sinks: Sequence[Sink]) -> None:
+        """Hand each sink the mask of its kept blocks of scopes [s0, s1)."""
         rows, n = s1 - s0, self.ranking.blocks
-        mask = self.mask[: rows * n]
-        nk.select_rows(keys, rows, n, keep, mask, self.digits)
-        if len(self.works) == 1:
-            return [mask]
-        return [self._columns(mask, rows, columns) for columns in self.ranking.columns]
-
-    def _columns(self, mask: np.ndarray, rows: int, columns: slice) -> np.ndarray:
-        dense = self.part_mask[columns.start * self.length :][: rows * (columns.stop - columns.start)]
-        dense.reshape(rows, -1)[:] = mask.reshape(rows, -1)[:, columns]
-        return dense
-
-
-Sink = Callable[[int, int, int, np.ndarray], None]
-"""``sink(part, i0, i1, mask)`` takes the mask of blocks [i0, i1) of a part."""
+        target = _dense(self.mask.reshape(-1), -s0 * n)
+        self.select(self.load(s0, s1), target, self.counts, s0, s1, n, self.rows, self.scratch)
+        for sink, columns in zip(sinks, self.ranking.columns, strict=True):
+            width = columns.stop - columns.start
+            mask = self.columns[: rows * width]
+            mask.reshape(rows, width)[:] = self.mask[:rows, columns]
+            sink.put(s0 * width, s1 * width, mask)
 
 
 def select_blocks(
     ranking: Ranking,
     keep: Leaf,
-    sink: Sink,
+    sinks: Sequence[Sink],
     ready: Callable[[], None] = lambda: None,
     *,
     shielded: bool = False,
 ) -> None:
-    """Hand `sink` the mask of the `keep` first-ranked blocks of every scope, piece by piece.
+    """Hand each part's sink the mask of its blocks among the `keep` first-ranked of every scope, piece by piece.
 
     `ready` is called once, when everything is allocated and before the first mask; `shielded` says
-    that a call of `sink` must not be interrupted.
+    that a piece of this must not be interrupted.
     """
     if ranking.scopes * ranking.blocks == 0:
         return
@@ -150,23 +217,41 @@ def select_blocks(
         selection = LargeScopes(ranking)
         ready()
         for scope, k in enumerate(keeps.tolist()):
-            selection.select(scope, k, sink, shielded)
+            selection.select(scope, k, sinks, shielded)
         return
+    source, sink = ranking.sources[0], sinks[0]
+    if len(sinks) == 1 and source is not None and sink.write is not None:
+        job = _strips_job(ranking, counts, source, sink.write, sink.where)
+    else:
+
+        def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+            works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
+            return lambda slot, s0, s1: works[slot].decide(s0, s1, sinks)
+
+        workspace = BLOCK_WORKSPACE * ranking.blocks
+        job = ranges(ranking.scopes, ranking.elements, make_work, workspace=workspace, shielded=shielded)
+    ready()
+    job()
+
+
+def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Function, where: Where) -> Callable[[], None]:
+    """The job in which one kernel reads, decides and writes."""
+    kernel = strips.scopes_kernel(source.read, write, group_of(ranking.blocks), ranking.width)
+    rows = ranking.scopes_of_a_strip(source.strip)
+    limits = counts.buffer, counts.origin, counts.grid
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
+        works = [Scratch(rows * ranking.blocks, rows, ranking.key).all for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
-            for p, mask_ in enumerate(works[slot].masks(s0, s1)):
-                n = ranking.parts[p].blocks
-                sink(p, s0 * n, s1 * n, mask_)
+            kernel(source.where, where, limits, s0, s1, ranking.blocks, rows, works[slot])
 
         return work
 
-    workspace = BLOCK_WORKSPACE * ranking.blocks
-    job = ranges(ranking.scopes, ranking.elements, make_work, workspace=workspace, shielded=shielded)
-    ready()
-    job()
+    return ranges(ranking.scopes, ranking.elements, make_work, workspace=0, piece=STRIPS_ELEMENTS)
+
+
+# --- large scopes --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,152 +264,285 @@ class _Piece:
     at: int
 
 
-class LargeScopes:
-    """Selection in scopes larger than a piece: radix passes over all their blocks, one digit a pass.
+@dataclass
+class _Bracket:
+    """The wanted key lies in [low, high]: `above` keys of the scope lie above, `inside` within."""
 
-    Keys of 1-element blocks are read from the array in every pass; norms are computed once
-    and kept, which is O(blocks). Counts are integers, so threads cannot change the outcome.
+    low: int
+    high: int
+    above: int
+    inside: int
+
+
+class LargeScopes:
+    """Selection in scopes larger than a piece, by passes over all their blocks.
+
+    A sample gives two keys that probably enclose the k-th. One pass counts the keys above them and
+    collects those between, among which the k-th is then looked up. Where the sample misled, or too many
+    lie between, the counts give a narrower bracket for another pass. Keys of 1-element blocks are read
+    from the array in every pass; norms of larger blocks are computed once and kept, which is O(blocks).
+    All counts are integers, and nothing depends on which thread took which piece.
     """
 
     def __init__(self, ranking: Ranking) -> None:
         self.ranking = ranking
         self.workers = workers_for(ranking.elements)
-        lengths = [piece_length(p.blocks, p.elements, self.workers, BLOCK_WORKSPACE) for p in ranking.parts]
+        read_blocks = [
+            source is not None and part.elements == 1
+            for source, part in zip(ranking.sources, ranking.parts, strict=True)
+        ]
+        self.lasting = [i for i, direct in enumerate(read_blocks) if not direct]
+        self.norm_keys = np.empty(ranking.blocks if self.lasting else 0, dtype=ranking.key)
+        self.lengths = [
+            piece_length(part.blocks, part.elements, self.workers, BLOCK_WORKSPACE) for part in ranking.parts
+        ]
         self.pieces = [
-            _Piece(p, b0, min(part.blocks, b0 + length), columns.start + b0)
-            for p, (part, length, columns) in enumerate(zip(ranking.parts, lengths, ranking.columns, strict=True))
-            for b0 in range(0, part.blocks, length)
+            _Piece(p, b0, min(part.blocks, b0 + STRIPS_ELEMENTS), columns.start + b0)
+            for p, (part, columns) in enumerate(zip(ranking.parts, ranking.columns, strict=True))
+            for b0 in range(0, part.blocks, STRIPS_ELEMENTS)
         ]
-        self.works = [
-            [ranking.work(part, n) for part, n in zip(ranking.parts, lengths, strict=True)] for _ in range(self.workers)
+        # The keys of a part, and the number of its first block in a scope for a kernel that reads them.
+        self.reads = [
+            strips.dense_reader() if p in self.lasting or source is None else source.read
+            for p, source in enumerate(ranking.sources)
         ]
-        self.norm_keys = np.empty(ranking.blocks if self._has_norms else 0, dtype=ranking.key)
-        longest = max(lengths)
-        self.keys = np.empty((self.workers, longest), dtype=ranking.key)
-        self.mask = np.empty((self.workers, longest), dtype=np.bool_)
-        self.digits = np.empty((self.workers, 1 << nk.DIGIT_BITS), dtype=np.int64)
-        self.totals = np.empty(1 << nk.DIGIT_BITS, dtype=np.int64)
-        self.ties, self.left = np.empty((2, len(self.pieces)), dtype=np.int64)
+        self.wheres = [
+            _dense(self.norm_keys, columns.start) if p in self.lasting or source is None else source.where
+            for p, (source, columns) in enumerate(zip(ranking.sources, ranking.columns, strict=True))
+        ]
+        room = min(ranking.blocks + 2 * STRIP_ELEMENTS, FOUND_BYTES // ranking.key.itemsize)
+        self.found = [np.empty(room, dtype=ranking.key) for _ in range(self.workers)]
+        self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key).all for _ in range(self.workers)]
+        self.mask = np.empty((self.workers, max(self.lengths)), dtype=np.bool_)
+        runs = max(1, min(SAMPLE_RUNS, ranking.blocks // 64 // SAMPLE_RUN))
+        self.samples = [
+            (
+                p,
+                seed,
+                np.empty(
+                    max(1, runs * part.blocks // ranking.blocks // SAMPLE_SHARES) * min(SAMPLE_RUN, part.blocks),
+                    dtype=ranking.key,
+                ),
+            )
+            for p, part in enumerate(ranking.parts)
+            for seed in range(SAMPLE_SHARES)
+        ]
+        # By piece: keys above the bracket and inside it, and where those inside were stored.
+        self.above, self.inside, self.stored, self.slot, self.start, self.left = np.zeros(
+            (6, len(self.pieces)), dtype=np.int64
+        )
 
-    @property
-    def _has_norms(self) -> bool:
-        return any(work.norms is not None for work in self.works[0])
+    def _each(self, pieces: int, use: Callable[[int, int], None], *, shielded: bool = False) -> None:
+        threads.run(pieces, use, self.workers, shielded=shielded)
 
-    def _load(self, slot: int, piece: _Piece, scope: int) -> np.ndarray:
-        """The keys of a piece."""
-        count = piece.b1 - piece.b0
-        work = self.works[slot][piece.part]
-        if work.norms is not None:
-            return self.norm_keys[piece.at : piece.at + count]
-        keys = self.keys[slot, :count]
-        first = scope * work.part.blocks
-        work.fill(first + piece.b0, first + piece.b1, keys)
-        return keys
-
-    def _each(self, use: Callable[[int, int, _Piece], None], *, shielded: bool = False) -> None:
-        threads.run(len(self.pieces), lambda slot, p: use(slot, p, self.pieces[p]), self.workers, shielded=shielded)
+    def _first(self, p: int, scope: int) -> int:
+        """The number of the first block of a scope, for the reader of part p."""
+        return 0 if p in self.lasting else scope * self.ranking.parts[p].blocks
 
     def _compute_norms(self, scope: int) -> None:
-        def use(slot: int, p: int, piece: _Piece) -> None:
-            work = self.works[slot][piece.part]
-            if work.norms is not None:
-                first = scope * work.part.blocks
-                keys = self.norm_keys[piece.at : piece.at + piece.b1 - piece.b0]
-                work.fill(first + piece.b0, first + piece.b1, keys)
+        """The keys of all blocks of a scope whose norms take more than a look."""
+        jobs = [(p, b0) for p in self.lasting for b0 in range(0, self.ranking.parts[p].blocks, self.lengths[p])]
+        works = [{p: KeyWork(self.ranking, p, self.lengths[p]) for p in self.lasting} for _ in range(self.workers)]
 
-        self._each(use)
+        def use(slot: int, j: int) -> None:
+            p, b0 = jobs[j]
+            b1 = min(self.ranking.parts[p].blocks, b0 + self.lengths[p])
+            first, at = scope * self.ranking.parts[p].blocks, self.ranking.columns[p].start
+            works[slot][p].fill(first + b0, first + b1, self.norm_keys[at + b0 : at + b1])
+
+        self._each(len(jobs), use)
+
+    def _sample(self, scope: int) -> np.ndarray:
+        """Some keys of a scope, sorted."""
+
+        def use(slot: int, i: int) -> None:
+            p, seed, share = self.samples[i]
+            first, blocks = self._first(p, scope), self.ranking.parts[p].blocks
+            kernel = strips.sample_kernel(self.reads[p])
+            kernel(self.wheres[p], first, first + blocks, min(SAMPLE_RUN, blocks), seed, share, self.works[slot])
+            share.sort()
+
+        self._each(len(self.samples), use)
+        return np.sort(np.concatenate([share for _, _, share in self.samples]), kind="stable")
+
+    def _survey(self, scope: int, low: int, high: int) -> None:
+        """Count the keys of every piece above and inside [low, high], and collect the latter."""
+        limits = np.uint64(low), np.uint64(high)
+        ends = [0] * self.workers
+
+        def use(slot: int, i: int) -> None:
+            piece, start = self.pieces[i], ends[slot]
+            first = self._first(piece.part, scope)
+            kernel = strips.survey_kernel(self.reads[piece.part], self.ranking.width)
+            self.above[i], self.inside[i], self.stored[i] = kernel(
+                self.wheres[piece.part], first + piece.b0, first + piece.b1, *limits,
+                self.found[slot], start, self.works[slot],
+            )  # fmt: skip
+            self.slot[i], self.start[i] = slot, start
+            ends[slot] = start + int(self.stored[i])
+
+        self._each(len(self.pieces), use)
+
+    def _collected(self, i: int) -> np.ndarray:
+        """The keys of piece i that the last survey collected."""
+        start = self.start[i]
+        return self.found[self.slot[i]][start : start + self.stored[i]]
 
     def nth(self, scope: int, k: int) -> tuple[int, int]:
-        """(k-th largest key of a scope, how many keys equal to it are among the k largest)."""
-        if self._has_norms:
+        """(k-th largest key of a scope, how many keys equal to it are among the k largest).
+
+        Leaves in `left` how many keys of each piece equal it.
+        """
+        if self.lasting:
             self._compute_norms(scope)
-        prefix = known = 0
-        for shift in range(8 * self.ranking.key.itemsize - nk.DIGIT_BITS, -1, -nk.DIGIT_BITS):
-            self._count_digits(scope, prefix, known, shift)
-            np.cumsum(self.totals, out=self.totals)
-            place = int(np.searchsorted(self.totals, k))
-            k -= int(self.totals[place - 1]) if place else 0
-            prefix |= ((1 << nk.DIGIT_BITS) - 1 - place) << shift
-            known |= ((1 << nk.DIGIT_BITS) - 1) << shift
-        return prefix, k
+        sample = self._sample(scope)
+        bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, self.ranking.blocks)
+        crowded = False
+        for guesses in itertools.count():
+            low, high = _ends(sample, bracket, k, crowded, halve=guesses >= MAX_GUESSES)
+            self._survey(scope, low, high)
+            above, inside = int(self.above.sum()), int(self.inside.sum())
+            crowded = False
+            if k <= above:
+                bracket = _Bracket(high + 1, bracket.high, bracket.above, above - bracket.above)
+            elif k > above + inside:
+                bracket = _Bracket(
+                    bracket.low, low - 1, above + inside, bracket.above + bracket.inside - above - inside
+                )
+            elif low == high:
+                self.left[:] = self.inside
+                return low, k - above
+            elif int(self.stored.sum()) == inside:
+                return self._look_up(k - above)
+            else:
+                bracket, crowded = _Bracket(low, high, above, inside), True
+                sample = np.sort(np.concatenate([self._collected(i) for i in range(len(self.pieces))])[: sample.size])
+        raise AssertionError("a bracket narrows with every pass")
 
-    def _count_digits(self, scope: int, prefix: int, known: int, shift: int) -> None:
-        """Into `totals`, largest digit first: how often each digit occurs among the keys that match `prefix`."""
-        self.digits[:] = 0
-        pattern = np.uint64(prefix), np.uint64(known), np.uint64(shift)
+    def _look_up(self, k: int) -> tuple[int, int]:
+        """`nth` among the keys that the last survey collected."""
+        pieces = [self._collected(i) for i in range(len(self.pieces))]
+        keys = np.concatenate(pieces)
+        limit = np.partition(keys, keys.size - k)[keys.size - k]
+        for i, found in enumerate(pieces):
+            self.left[i] = np.count_nonzero(found == limit)
+        return int(limit), k - np.count_nonzero(keys > limit)
 
-        def use(slot: int, p: int, piece: _Piece) -> None:
-            keys = self._load(slot, piece, scope)
-            nk.digit_counts(keys, 0, keys.size, *pattern, self.digits[slot])
-
-        self._each(use)
-        self.digits.sum(axis=0, out=self.totals[::-1])
-
-    def select(self, scope: int, k: int, sink: Sink, shielded: bool) -> None:
-        """Hand `sink` the mask of the k first-ranked blocks of a scope."""
+    def select(self, scope: int, k: int, sinks: Sequence[Sink], shielded: bool) -> None:
+        """Hand each part's sink the mask of its blocks among the k first-ranked of a scope."""
         limit, ties = self._limit(scope, k)
-        limit_ = np.uint64(limit)
-
-        def count(slot: int, p: int, piece: _Piece) -> None:
-            keys = self._load(slot, piece, scope)
-            self.ties[p] = nk.count_equal(keys, keys.size, limit_)
-
-        def write(slot: int, p: int, piece: _Piece) -> None:
-            keys = self._load(slot, piece, scope)
-            mask_ = self.mask[slot, : keys.size]
-            nk.mark(keys, 0, keys.size, limit_, self.left[p], mask_)
-            first = scope * self.ranking.parts[piece.part].blocks
-            sink(piece.part, first + piece.b0, first + piece.b1, mask_)
-
-        self._each(count)
         # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
-        np.cumsum(self.ties, out=self.left)
-        self.left -= self.ties
-        np.subtract(ties, self.left, out=self.left)
-        np.maximum(self.left, 0, out=self.left)
-        self._each(write, shielded=shielded)
+        before = np.cumsum(self.left) - self.left
+        quota = np.maximum(ties - before, 0)
+        kernels = [
+            strips.cut_kernel(read, strips.store_mask if sink.write is None else sink.write)
+            for read, sink in zip(self.reads, sinks, strict=True)
+        ]
+
+        def use(slot: int, i: int) -> None:
+            piece = self.pieces[i]
+            sink, p = sinks[piece.part], piece.part
+            first, start = scope * self.ranking.parts[p].blocks, self._first(p, scope)
+            left = int(quota[i])
+            # What a kernel cannot write by itself goes piecewise through a mask.
+            step = STRIPS_ELEMENTS if sink.write is not None else self.lengths[p]
+            for b0 in range(piece.b0, piece.b1, step):
+                b1 = min(piece.b1, b0 + step)
+                mask = self.mask[slot, : b1 - b0]
+                target = _dense(mask, -first - b0) if sink.write is None else sink.where
+                left = kernels[p](
+                    self.wheres[p], start + b0, target, first + b0, first + b1, STRIP_ELEMENTS,
+                    np.uint64(limit), left, self.works[slot],
+                )  # fmt: skip
+                if sink.write is None:
+                    sink.put(first + b0, first + b1, mask)
+
+        self._each(len(self.pieces), use, shielded=shielded)
 
     def _limit(self, scope: int, k: int) -> tuple[int, int]:
+        """`nth`, for any k; 0 blocks are above the largest key, and all above key 0 or equal to it."""
         if 0 < k < self.ranking.blocks:
             return self.nth(scope, k)
-        if self._has_norms:
+        self.left[:] = 0
+        if self.lasting:
             self._compute_norms(scope)
-        # All are kept above key 0 with every tie, or none above the largest key.
-        return (0, self.ranking.blocks) if k > 0 else ((1 << 64) - 1, 0)
+        return (0, self.ranking.blocks) if k > 0 else ((1 << self.ranking.width) - 1, 0)
+
+
+def _ends(sample: np.ndarray, bracket: _Bracket, k: int, crowded: bool, *, halve: bool) -> tuple[int, int]:
+    """Two keys within the bracket that should enclose the k-th, from sorted keys; one key twice where many are equal."""
+    inside = sample[
+        np.searchsorted(sample, bracket.low, side="left") : np.searchsorted(sample, bracket.high, side="right")
+    ]
+    if halve or not inside.size:
+        middle = bracket.low + (bracket.high - bracket.low) // 2
+        return middle, middle if crowded else bracket.high
+    share = (k - bracket.above) / bracket.inside
+    place = (1 - share) * inside.size
+    margin = MARGIN * (inside.size * share * (1 - share)) ** 0.5 + 2
+    low, high = int(place - margin), int(place + margin) + 1
+    key = int(inside[min(int(place), inside.size - 1)])
+    first, last = np.searchsorted(inside, key, side="left"), np.searchsorted(inside, key, side="right")
+    if crowded or last - first > margin:
+        return key, key
+    return (
+        int(inside[low]) if low >= 0 else bracket.low,
+        int(inside[high]) if high < inside.size else bracket.high,
+    )
+
+
+# --- operations ----------------------------------------------------------------------------------
 
 
 def mask(parts: Parts, keep: Leaf, ord: float | None) -> np.ndarray:
     """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
     ranking = Ranking(parts, ord)
     result = np.empty((ranking.scopes, ranking.blocks), dtype=np.bool_)
-    columns = [result[:, c] for c in ranking.columns]
-    select_blocks(ranking, keep, lambda part, i0, i1, mask_: put(columns[part], i0, i1, mask_))
+    select_blocks(ranking, keep, [TableSink(result[:, c]) for c in ranking.columns])
     return result
 
 
 def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
     """The k-th largest rank value of every scope: ``(S,)``."""
-    ranking = Ranking(parts, ord)
+    ranking = Ranking(parts, ord, values=True)
     found = np.empty(ranking.scopes, dtype=ranking.key)
     if ranking.scopes and ranking.fits_a_piece:
-        counts = Operand(k)
-
-        def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-            works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
-
-            def work(slot: int, s0: int, s1: int) -> None:
-                keys, keep = works[slot].load(s0, s1)
-                nk.kth_rows(keys, s1 - s0, ranking.blocks, keep, found[s0:s1], works[slot].digits)
-
-            return work
-
-        ranges(ranking.scopes, ranking.elements, make_work, workspace=BLOCK_WORKSPACE * ranking.blocks)()
+        _kth_job(ranking, Operand(k), found)()
     elif ranking.scopes:
         selection = LargeScopes(ranking)
         keeps = k.array.reshape(-1)
         for scope in range(ranking.scopes):
             found[scope] = selection.nth(scope, int(keeps[scope]))[0]
     return _values_of_keys(found, parts, ord, ranking.exact_integers)
+
+
+def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
+    source, limits = ranking.sources[0], (counts.buffer, counts.origin, counts.grid)
+    if len(ranking.parts) == 1 and source is not None:
+        kernel, rows = strips.kth_kernel(source.read), ranking.scopes_of_a_strip(source.strip)
+
+        def make_strips(slots: int, length: int) -> Callable[[int, int, int], None]:
+            works = [Scratch(rows * ranking.blocks, rows, ranking.key).all for _ in range(slots)]
+
+            def work(slot: int, s0: int, s1: int) -> None:
+                kernel(source.where, limits, s0, s1, ranking.blocks, rows, found, works[slot])
+
+            return work
+
+        return ranges(ranking.scopes, ranking.elements, make_strips, workspace=0, piece=STRIPS_ELEMENTS)
+
+    dense = strips.kth_kernel(strips.dense_reader())
+
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
+
+        def work(slot: int, s0: int, s1: int) -> None:
+            keys = works[slot].load(s0, s1)
+            dense(keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, works[slot].scratch)
+
+        return work
+
+    return ranges(ranking.scopes, ranking.elements, make_work, workspace=BLOCK_WORKSPACE * ranking.blocks)
 
 
 def _values_of_keys(keys: np.ndarray, parts: Parts, ord: float | None, exact_integers: bool) -> np.ndarray:

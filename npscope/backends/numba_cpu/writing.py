@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu import lines
+from npscope.backends.numba_cpu import lines, strips
 from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, ranges
 from npscope.tiling import Leaf, Parts
 
@@ -29,10 +29,20 @@ def arrays(target: Parts) -> list[np.ndarray]:
 def drop(part: Competitors, i0: int, i1: int, mask_: np.ndarray) -> None:
     """Zero the blocks [i0, i1) of a part whose mask is False, in all its leaves."""
     for leaf in part.leaves:
-        if leaf.layout is not None:
-            lines.drop_kernel(leaf.layout)(*leaf.where, i0, i1, mask_)
-        else:
-            nk.kernels(leaf.codec).drop(*leaf.where, i0, i1, leaf.size, mask_)
+        strips.write_kernel(strips.dropper(leaf))(leaf.where, i0, i1, mask_)
+
+
+class DropSink:
+    """A sink for masks (`selection.Sink`) that zeroes the blocks of a part which are not kept."""
+
+    def __init__(self, part: Competitors) -> None:
+        self.part = part
+        self.write = None if part.spans_leaves else strips.dropper(part.leaves[0])
+        self.where = part.leaves[0].where
+
+    def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
+        """Zero what the mask of blocks [i0, i1) says."""
+        drop(self.part, i0, i1, mask)
 
 
 def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray) -> None:

@@ -1,0 +1,176 @@
+"""The k-th largest of dense ordered integers, and the mask of the first-ranked, scope by scope.
+
+Keys lie in a work array that fits the caches, a scope after the other. Counting those above a
+guess costs tens of nanoseconds for a thousand, so the search is guess and count: the first guess
+comes from the scope before, the next from interpolation, and once exactly k keys lie above a
+guess it need not be a key at all. No guess can change which keys are found.
+
+Array indices are unsigned here: Numba's test for negative ones keeps LLVM from vectorising.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from npscope.backends.numba_cpu import lanes
+from npscope.backends.numba_cpu.jit import inner
+
+QUICK_PROBES = 6
+"""Guesses before the search always looks for the keys next to a guess; normal data needs 5.8 in rows of 1024."""
+
+CHUNK = 64
+"""Keys marked together: only in one chunk of a scope do ties have to be counted one by one."""
+
+SLACK = 64
+"""Entries that work arrays have beyond what is used, so that vectors need no remainder."""
+
+FIRST_GUESS, FIRST_SPACING = np.uint64(1 << 30), 65536.0
+"""Where a search starts that has no scope before it."""
+
+
+@inner
+def count_from(keys: Any, start: int, n: int, limit: Any) -> int:
+    """How many of n keys are at least `limit`."""
+    least = keys.dtype.type(limit)
+    count = np.uint32(0)  # half as wide as an int64, so twice as many in a vector
+    for i in range(n):
+        count = np.uint32(count + np.uint32(keys[np.uintp(start + i)] >= least))
+    return np.int64(count)
+
+
+@inner
+def neighbours_of(keys: Any, start: int, n: int, limit: Any) -> tuple[Any, Any]:
+    """(least key that is at least `limit`, largest key below it); all ones and 0 where there is none."""
+    border = keys.dtype.type(limit)
+    zero = keys.dtype.type(0)
+    ones = keys.dtype.type(~np.uint64(0))
+    least, most = ones, zero
+    for i in range(n):
+        key = keys[np.uintp(start + i)]
+        least = min(least, key if key >= border else ones)
+        most = max(most, zero if key >= border else key)
+    return np.uint64(least), np.uint64(most)
+
+
+@inner
+def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, int, float]:
+    """(limit, ties, spacing): the first-ranked k of n keys are those above `limit` and the first `ties` equal to it.
+
+    0 < k < n. Where `ties` is n, exactly k keys are at least `limit`, which need not be one of them. `spacing`
+    says how far apart keys lie near there, for the next guess.
+
+    Invariant: more than k keys are at least `low`, fewer than k are above `high`.
+    """
+    one = np.uint64(1)
+    low, high = np.uint64(0), np.uint64(keys.dtype.type(~np.uint64(0)))
+    count_low, count_high = n, 0
+    guessed_low = guessed_high = False
+    p = guess
+    probes = 0
+    last = 0
+    while low < high:
+        p = min(max(p, low + one), high)
+        count = count_from(keys, start, n, p)
+        probes += 1
+        stuck = count == last  # between two guesses lies no key, so keys are few and many are equal
+        last = count
+        if guessed_low and guessed_high:
+            spacing = np.float64(high - low) / np.float64(count_low - count_high)
+        if count == k:
+            return p, n, spacing
+        above, below = p, p - one
+        if stuck or probes > QUICK_PROBES:
+            above, below = neighbours_of(keys, start, n, p)
+        if count > k:
+            low, count_low, guessed_low = above, count, True
+        else:
+            high, count_high, guessed_high = below, count, True
+        width = high - low
+        if probes > QUICK_PROBES and probes & 1:
+            p = low + (width >> one)
+        elif guessed_low and guessed_high:
+            share = np.float64(count_low - k) / np.float64(count_low - count_high)
+            p = low + np.uint64(np.float64(width) * share)
+        else:
+            step = np.uint64(min(1.0 + spacing * np.float64(abs(count - k)), 0.9 * np.float64(width)))
+            p = low + step if count > k else high - step
+            spacing *= 2.0  # a guess far off: the next step is bolder
+    return low, k - count_high, spacing
+
+
+@inner
+def mark(keys: Any, start: int, n: int, limit: Any, ties: int, mask: Any, at: int) -> int:
+    """Mask of n keys: above `limit`, or among the first `ties` equal to it; how many ties are left."""
+    least = keys.dtype.type(limit)
+    for c in range(0, n, CHUNK):
+        count = min(CHUNK, n - c)
+        equal = np.uint32(0)
+        for i in range(count):
+            key = keys[np.uintp(start + c + i)]
+            mask[np.uintp(at + c + i)] = key >= least
+            equal = np.uint32(equal + np.uint32(key == least))
+        if equal > ties:
+            for i in range(count):
+                key = keys[np.uintp(start + c + i)]
+                ties -= np.int64(key == least)
+                mask[np.uintp(at + c + i)] = (key > least) | ((key == least) & (ties >= 0))
+            ties = 0
+        else:
+            ties -= np.int64(equal)
+    return ties
+
+
+@inner
+def kth_key(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, float]:
+    """(k-th largest of n keys, spacing); 1 <= k <= n."""
+    limit, ties = np.uint64(0), n
+    if k < n:
+        limit, ties, spacing = separate(keys, start, n, k, guess, spacing)
+    if ties == n:
+        limit, _ = neighbours_of(keys, start, n, limit)
+    return limit, spacing
+
+
+def group_of(n: int) -> int:
+    """The `group` of a `selector` for scopes of n keys: n where they are ranked inside vectors, 0 where searched."""
+    return n if n <= lanes.MAX_GROUP else 0
+
+
+@cache
+def selector(group: int, width: int) -> Any:
+    """``select(keys, rows, n, keep, mask, guess, spacing)``: mask of the `keep` first-ranked of every n keys.
+
+    Returns where to start the next search. Groups of n keys of `width` bits are ranked side by side in a
+    vector: work arrays reach beyond the last of them by `SLACK` entries.
+    """
+    if not group:
+
+        @inner
+        def select(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float) -> tuple[Any, float]:
+            for r in range(rows):
+                k = keep[r]
+                limit, ties = np.uint64(0), n
+                if k <= 0:
+                    limit, ties = ~limit, 0
+                elif k < n:
+                    limit, ties, spacing = separate(keys, r * n, n, k, guess, spacing)
+                    guess = limit
+                mark(keys, r * n, n, limit, ties, mask, r * n)
+            return guess, spacing
+
+        return select
+
+    step, together = lanes.mark_groups(width, group), lanes.groups_per_line(width, group)
+
+    @inner
+    def select_groups(
+        keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float
+    ) -> tuple[Any, float]:
+        for r in range(0, rows, together):
+            step(keys, r * group, keep, r, mask, r * group)
+        return guess, spacing
+
+    return select_groups

@@ -1,0 +1,326 @@
+"""Kernels that decide: strip by strip they read keys, mark what is kept, and write.
+
+A strip is a few thousand elements, which stay in the nearest cache between its three steps. The
+steps are compiled functions that are joined for each operation, so that none is written twice:
+
+read(buffer, origin, grid, elements, i, stop, keys, sums, norms, limbs)
+    blocks [i, stop) of an array as ordered integers;
+write(buffer, origin, grid, elements, i, stop, mask)
+    what the mask says of these blocks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from npscope.backends.numba_cpu import lanes, lines, search
+from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
+from npscope.backends.numba_cpu.jit import inner, kernel
+from npscope.backends.numba_cpu.kernels import place
+from npscope.backends.numba_cpu.operands import Layout, Operand
+from npscope.backends.numba_cpu.search import count_from, kth_key, mark, selector
+
+STRIP_ELEMENTS = 4096
+"""Elements of a strip, where a scope is no larger: 16 KiB of float32."""
+
+Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
+
+
+class Scratch:
+    """Work arrays of one thread for strips of up to `blocks` blocks and `scopes` scopes."""
+
+    def __init__(self, blocks: int, scopes: int, key: np.dtype) -> None:
+        self.keys = np.zeros(blocks + search.SLACK, dtype=key)
+        self.mask = np.zeros(blocks + search.SLACK, dtype=np.bool_)
+        self.keep = np.zeros(scopes + search.SLACK, dtype=np.int64)
+        self.norms = lines.NormBuffers(blocks)
+
+    @property
+    def all(self) -> tuple[np.ndarray, ...]:
+        """The last argument of a kernel."""
+        return self.keys, self.mask, self.keep, *self.norms.all
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@cache
+def element_reader(key: Function) -> Function:
+    """Read 1-element blocks by `key`, which makes an ordered integer of an element."""
+
+    @inner
+    def read(
+        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any,
+        limbs: Any,
+    ) -> None:  # fmt: skip
+        width, stride = grid[0, -1], grid[1, -1]
+        start = i
+        while i < stop:
+            after = min(stop, i + width - i % width)
+            at = origin + place(i, grid)
+            for j in range(after - i):
+                keys[np.uintp(i - start + j)] = key(buffer, at + j * stride)
+            i = after
+
+    return read
+
+
+@inner
+def _itself(keys: Any, i: int) -> Any:
+    return keys[np.uintp(i)]
+
+
+def dense_reader() -> Function:
+    """Read keys that are already there."""
+    return element_reader(_itself)
+
+
+@cache
+def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
+    """Read blocks by their norms; `wide`: as 64-bit keys."""
+    measure = lines._measure(layout, code)
+    key = key_of_float64 if wide else key_of_float32
+
+    @inner
+    def read(
+        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any,
+        limbs: Any,
+    ) -> None:  # fmt: skip
+        measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)
+        for j in range(stop - i):
+            keys[np.uintp(j)] = key(norms[np.uintp(j)])
+
+    return read
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def dropper(operand: Operand) -> Function:
+    """Write +0.0 to the blocks whose mask is False."""
+    return _dropper(operand.codec) if operand.layout is None else lines._drop(operand.layout)
+
+
+@cache
+def _dropper(codec: Codec) -> Function:
+    clear = codec.clear
+
+    @inner
+    def drop(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, mask: Any) -> None:
+        width, stride = grid[0, -1], grid[1, -1]
+        run, step = elements[0, -1], elements[1, -1]
+        total = 1
+        for d in range(elements.shape[1]):
+            total *= elements[0, d]
+        start = i
+        while i < stop:
+            after = min(stop, i + width - i % width)
+            at = origin + place(i, grid)
+            for j in range(after - i):
+                if not mask[i - start + j]:
+                    for e in range(0, total, run):
+                        first = at + j * stride + place(e, elements)
+                        for r in range(run):
+                            clear(buffer, first + r * step)
+            i = after
+
+    return drop
+
+
+@inner
+def store_mask(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, mask: Any) -> None:
+    """The mask itself, into a dense table."""
+    for j in range(stop - i):
+        buffer[np.uintp(origin + i + j)] = mask[np.uintp(j)]
+
+
+@cache
+def write_kernel(write: Function) -> Function:
+    """The kernel that writes blocks [i0, i1) by a mask that is already there."""
+
+    @kernel
+    def write_blocks(target: Any, i0: int, i1: int, mask: Any) -> None:
+        write(*target, i0, i1, mask)
+
+    return write_blocks
+
+
+# --- scopes that fit in cache ----------------------------------------------------------------------
+
+
+@inner
+def _numbers(buffer: Any, origin: int, grid: Any, i: int, stop: int, out: Any) -> None:
+    width, stride = grid[0, -1], grid[1, -1]
+    start = i
+    while i < stop:
+        after = min(stop, i + width - i % width)
+        at = origin + place(i, grid)
+        for j in range(after - i):
+            out[np.uintp(i - start + j)] = buffer[np.uintp(at + j * stride)]
+        i = after
+
+
+@cache
+def scopes_kernel(read: Function, write: Function, group: int, width: int) -> Function:
+    """The kernel that keeps the first-ranked blocks of scopes [s0, s1), in strips of `rows` scopes of n blocks."""
+    select = selector(group, width)
+
+    @kernel
+    def keep_in_scopes(
+        source: Any, target: Any, counts: Any, s0: int, s1: int, n: int, rows: int, scratch: Any
+    ) -> None:
+        keys, mask, keep, sums, norms, limbs = scratch
+        guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+        for s in range(s0, s1, rows):
+            stop = min(s1, s + rows)
+            _numbers(*counts, s, stop, keep)
+            read(*source, s * n, stop * n, keys, sums, norms, limbs)
+            guess, spacing = select(keys, stop - s, n, keep, mask, guess, spacing)
+            write(*target, s * n, stop * n, mask)
+
+    return keep_in_scopes
+
+
+@cache
+def kth_kernel(read: Function) -> Function:
+    """The kernel that finds the k-th largest key of scopes [s0, s1)."""
+
+    @kernel
+    def kth_of_scopes(source: Any, counts: Any, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any) -> None:
+        keys, mask, keep, sums, norms, limbs = scratch
+        guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+        for s in range(s0, s1, rows):
+            stop = min(s1, s + rows)
+            _numbers(*counts, s, stop, keep)
+            read(*source, s * n, stop * n, keys, sums, norms, limbs)
+            for r in range(stop - s):
+                guess, spacing = kth_key(keys, r * n, n, keep[r], guess, spacing)
+                found[s + r] = guess
+
+    return kth_of_scopes
+
+
+# --- scopes of any size ----------------------------------------------------------------------------
+
+
+@cache
+def survey_kernel(read: Function, width: int) -> Function:
+    """The kernel that counts the keys of blocks [i0, i1) above `high`, and counts and collects those in [low, high].
+
+    Returns (above, inside, stored): fewer are stored from `start` on in `found` where they do not fit.
+    """
+    lanes_ = 8 * lanes.LINE // width
+    collect = lanes.collect(width)
+
+    @kernel
+    def survey(
+        source: Any, i0: int, i1: int, low: Any, high: Any, found: Any, start: int, scratch: Any
+    ) -> tuple[int, int, int]:
+        keys, mask, keep, sums, norms, limbs = scratch
+        least, span = keys.dtype.type(low), keys.dtype.type(high - low)
+        above, inside, end = 0, 0, start
+        for i in range(i0, i1, STRIP_ELEMENTS):
+            stop = min(i1, i + STRIP_ELEMENTS)
+            count = stop - i
+            read(*source, i, stop, keys, sums, norms, limbs)
+            over = 0 if high == ~(high & ~high) else count_from(keys, 0, count, high + np.uint64(1))
+            above += over
+            if end + count + search.SLACK > found.size or low == high:
+                inside += count_from(keys, 0, count, low) - over
+                continue
+            before = end
+            whole = count - count % lanes_
+            for e in range(0, whole, lanes_):
+                end += collect(keys, e, found, end, least, span)
+            for e in range(whole, count):
+                found[end] = keys[e]
+                end += keys[e] - least <= span
+            inside += end - before
+        return above, inside, end - start
+
+    return survey
+
+
+@cache
+def sample_kernel(read: Function) -> Function:
+    """The kernel that reads runs of `length` keys at places spread over blocks [i0, i1), always the same ones."""
+
+    @kernel
+    def sample(source: Any, i0: int, i1: int, length: int, seed: int, out: Any, scratch: Any) -> None:
+        keys, mask, keep, sums, norms, limbs = scratch
+        state = np.uint64(i1 - i0) + np.uint64(seed)
+        room = np.uint64(i1 - i0 - length + 1)
+        for e in range(0, out.size, length):
+            state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+            i = i0 + np.int64((state >> np.uint64(16)) % room)
+            read(*source, i, i + length, keys, sums, norms, limbs)
+            for j in range(length):
+                out[e + j] = keys[j]
+
+    return sample
+
+
+@cache
+def read_kernel(read: Function) -> Function:
+    """The kernel that reads the keys of blocks [i0, i1) into a dense array."""
+
+    @kernel
+    def read_blocks(source: Any, i0: int, i1: int, strip: int, out: Any, scratch: Any) -> None:
+        keys, mask, keep, sums, norms, limbs = scratch
+        for i in range(i0, i1, strip):
+            stop = min(i1, i + strip)
+            read(*source, i, stop, keys, sums, norms, limbs)
+            for j in range(stop - i):
+                out[np.uintp(i - i0 + j)] = keys[np.uintp(j)]
+
+    return read_blocks
+
+
+@cache
+def cut_kernel(read: Function, write: Function) -> Function:
+    """The kernel that keeps, of blocks [i0, i1), those above `limit` and the first `ties` equal to it."""
+
+    @kernel
+    def cut(
+        source: Any, start: int, target: Any, i0: int, i1: int, strip: int, limit: Any, ties: int, scratch: Any
+    ) -> None:
+        keys, mask, keep, sums, norms, limbs = scratch
+        for i in range(i0, i1, strip):
+            stop = min(i1, i + strip)
+            read(*source, start + i - i0, start + stop - i0, keys, sums, norms, limbs)
+            ties = mark(keys, 0, stop - i, limit, ties, mask, 0)
+            write(*target, i, stop, mask)
+
+    return cut
+
+
+# --- thresholds ------------------------------------------------------------------------------------
+
+
+@cache
+def threshold_kernel(read: Function, write: Function, wide: bool) -> Function:
+    """The kernel that keeps the blocks [i0, i1) whose norm is not below their threshold.
+
+    A threshold serves `repeat` blocks in a row. Nothing is below a threshold of 0 or less.
+    """
+    key = key_of_float64 if wide else key_of_float32
+
+    @kernel
+    def keep_not_below(
+        source: Any, target: Any, thresholds: Any, repeat: int, i0: int, i1: int, strip: int, limits: Any, scratch: Any
+    ) -> None:
+        keys, mask, keep, sums, norms, limbs = scratch
+        for i in range(i0, i1, strip):
+            stop = min(i1, i + strip)
+            first = i // repeat
+            _numbers(*thresholds, first, -(-stop // repeat), limits)
+            read(*source, i, stop, keys, sums, norms, limbs)
+            for j in range(stop - i):
+                limit = limits[(i + j) // repeat - first] if repeat > 1 else limits[np.uintp(j)]
+                mask[np.uintp(j)] = not (limit > 0.0 and keys[np.uintp(j)] < key(limit))
+            write(*target, i, stop, mask)
+
+    return keep_not_below
