@@ -118,7 +118,7 @@ def run(pieces: int, work: Work, workers: int, *, shielded: bool = False) -> Non
     piece, which several kernel calls must finish together, is therefore left to other threads.
     """
     shielded = shielded and threading.current_thread() is threading.main_thread()
-    if getattr(_inside, "active", False) or ((workers <= 1 or pieces <= 1) and not shielded):
+    if ((workers <= 1 or pieces <= 1) and not shielded) or getattr(_inside, "active", False):
         for piece in range(pieces):
             work(0, piece)
         return
