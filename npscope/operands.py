@@ -199,12 +199,16 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
     return _as_grid(value, shape, dtype, what, signed)
 
 
+def _any(flags: Any) -> bool:
+    return bool(flags) if flags.ndim == 0 else bool(array_namespace(flags).any(flags))
+
+
 def _as_grid(value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: bool) -> Array:
     xp = array_namespace(value)
     with np.errstate(all="ignore"):
         converted = xp.astype(value, getattr(xp, dtype))
-        negative = not signed and bool(xp.any(value < 0))
-    if bool(xp.any(xp.isnan(converted))):
+        negative = not signed and _any(value < 0)
+    if _any(xp.isnan(converted)):
         raise SpecError(f"{what} contains NaN")
     if negative:
         raise SpecError(f"{what} contains a negative number; a shrinkage needs at least 0")
