@@ -209,7 +209,8 @@ def workers_for(elements: int) -> int:
 def piece_length(total: int, elements: int, workers: int, workspace: int) -> int:
     """Items (blocks or scopes of `elements` elements each, `workspace` bytes of work arrays) to a piece."""
     limit = max(1, min(PIECE_ELEMENTS // max(1, elements), PIECE_WORKSPACE // workspace))
-    return limit if workers == 1 else max(1, min(limit, -(-total // (workers * PIECES_PER_THREAD))))
+    fair = -(-total // (workers * PIECES_PER_THREAD))
+    return max(1, min(limit, fair) if workers > 1 else limit)
 
 
 def ranges(
