@@ -145,7 +145,7 @@ class Cut:
 
     Fields: `scope`, `block`, `element` (tuples of `Dim`, outermost first) and the counts
     `scopes`, `blocks` (per scope) and `elements` (per block). Cuts are compared by identity, so that
-    what is derived from one is found fast; the functions below hand out one object for one geometry.
+    what is derived from one is found fast: make them by `of`, which hands out one object for one geometry.
     """
 
     scope: tuple[Dim, ...]
@@ -158,9 +158,14 @@ class Cut:
     @classmethod
     def of(cls, scope: Sequence[Dim], block: Sequence[Dim], element: Sequence[Dim]) -> Cut:
         """The cut with these loops, in this order."""
-        nests = [tuple(d for d in nest if d.size != 1) for nest in (scope, block, element)]
-        counts = [math.prod(d.size for d in nest) for nest in nests]
-        return cls(nests[0], nests[1], nests[2], counts[0], counts[1], counts[2])
+        return _cut(tuple(scope), tuple(block), tuple(element))
+
+
+@lru_cache(maxsize=4096)
+def _cut(*loops: tuple[Dim, ...]) -> Cut:
+    nests = [tuple(d for d in nest if d.size != 1) for nest in loops]
+    counts = [math.prod(d.size for d in nest) for nest in nests]
+    return Cut(nests[0], nests[1], nests[2], counts[0], counts[1], counts[2])
 
 
 @lru_cache(maxsize=4096)
