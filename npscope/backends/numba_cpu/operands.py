@@ -232,7 +232,7 @@ def ranges(
     workers = workers_for(total * elements)
     length = piece_length(total, elements, workers, workspace)
     pieces = -(-total // length)
-    work = make_work(min(workers, pieces), length)
+    work = make_work(min(workers, pieces), min(length, total))
 
     def piece(slot: int, p: int) -> None:
         work(slot, p * length, min(total, (p + 1) * length))
