@@ -19,6 +19,11 @@ def array_namespace(array: Array) -> Any:
     return array_api_compat.array_namespace(array)
 
 
+def reshaped(array: Array, shape: tuple[int, ...]) -> Array:
+    """`array` in another shape; a view where it can be."""
+    return array.reshape(shape) if isinstance(array, np.ndarray) else array_namespace(array).reshape(array, shape)
+
+
 def regroup(array: Array, split: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Array:
     """`array` reshaped to `split`, its axes put in `order`, reshaped to `shape`; a view where it can be.
 

@@ -12,15 +12,16 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 from npscope import operands as op
-from npscope.axes import array_namespace, paired, regroup, separated
+from npscope.axes import array_namespace, paired, regroup, reshaped, separated
 from npscope.backends import Array, Backend, threads
 from npscope.dtypes import common_norm, kind_of
 from npscope.errors import CouplingError, KindError, SpecError, about
 from npscope.namespace import backend_for
-from npscope.tiling import MAX_NDIM, Leaf, Part, Tiling, as_orders, cut, permuted
+from npscope.tiling import MAX_NDIM, Cut, Leaf, Part, Tiling, array_cut, as_orders, cut, permuted
 from npscope.view import View, with_settable_data
 
 Values = Any
@@ -31,6 +32,17 @@ class SparseBlock(ABC):
     """What `BlockSpec` and `BlockCoupling` have in common: a grid of blocks, and all that is done to blocks."""
 
     name: str | None
+    _cuts: tuple[Cut, ...]
+    _grid: tuple[int, ...]
+
+    def _derive(self) -> None:
+        """All that follows from the fields: the grid, and how each leaf is cut when all blocks share one scope."""
+        leaves, orders = self.specs(), self._orders()
+        grid = permuted(leaves[0].tiling.grid, orders[0])
+        whole, axes = Tiling.scopes(grid, ()), tuple(range(len(grid)))
+        object.__setattr__(self, "_grid", grid)
+        cuts = tuple(cut(leaf.tiling, whole, order, axes) for leaf, order in zip(leaves, orders, strict=True))
+        object.__setattr__(self, "_cuts", cuts)
 
     @abstractmethod
     def _orders(self) -> tuple[tuple[int, ...], ...]:
@@ -57,7 +69,7 @@ class SparseBlock(ABC):
     @property
     def grid_shape(self) -> tuple[int, ...]:
         """Blocks along each axis of the (aligned) grid."""
-        return permuted(self.specs()[0].tiling.grid, self._orders()[0])
+        return self._grid
 
     @property
     def grid_ndim(self) -> int:
@@ -146,7 +158,7 @@ class SparseBlock(ABC):
         with about(self._label):
             arrays = resolve(self.specs(), values, "values")
             if merge:
-                tables = [self._merged(spec, order, a) for spec, order, a in self._cuts(arrays)]
+                tables = [self._merged(spec, order, a) for spec, order, a in self._ordered(arrays)]
                 if len(tables) == 1:
                     return tables[0]
                 xp = array_namespace(tables[0])
@@ -158,7 +170,7 @@ class SparseBlock(ABC):
             order = separated(ndim) if reorder else tuple(range(2 * ndim))
             return regroup(arrays[0], split, order, tuple(split[axis] for axis in order))
 
-    def _cuts(self, arrays: Sequence[Array]) -> list[tuple[BlockSpec, tuple[int, ...], Array]]:
+    def _ordered(self, arrays: Sequence[Array]) -> list[tuple[BlockSpec, tuple[int, ...], Array]]:
         return list(zip(self.specs(), self._orders(), arrays, strict=True))
 
     def _merged(self, spec: BlockSpec, order: tuple[int, ...], array: Array) -> Array:
@@ -191,7 +203,7 @@ class SparseBlock(ABC):
         with about(self._label):
             arrays = resolve(self.specs(), values, "values")
             table = backend_of(arrays).norms((self._part(arrays),), op.as_ord(ord))
-            return array_namespace(table).reshape(table, self.grid_shape)
+            return reshaped(table, self.grid_shape)
 
     def min(self, values: Values = None) -> Array:
         """Smallest value in every block, over the grid; NaN if the block has one. Complex: KindError."""
@@ -209,7 +221,7 @@ class SparseBlock(ABC):
                     raise KindError(f"{array.dtype} has no order; reduce its magnitudes instead")
             xp = array_namespace(arrays[0])
             results = []
-            for spec, order, array in self._cuts(arrays):
+            for spec, order, array in self._ordered(arrays):
                 grid, tile = spec.tiling.grid, spec.tiling.tile
                 split = [n for n in paired(grid, tile) if n != 1]
                 kept = [i for i, n in enumerate(paired(grid, tile)) if n != 1]
@@ -377,9 +389,7 @@ class SparseBlock(ABC):
 
     def _part(self, arrays: Sequence[Array]) -> Part:
         """The arrays as a part in which all blocks share one scope."""
-        whole = Tiling.scopes(self.grid_shape, ())
-        axes = tuple(range(self.grid_ndim))
-        return tuple(Leaf(a, cut(spec.tiling, whole, order, axes)) for spec, order, a in self._cuts(arrays))
+        return tuple([Leaf(array, cut_) for array, cut_ in zip(arrays, self._cuts, strict=True)])
 
     def _target(self, *, shrinks: bool = False) -> Part:
         """The windows as a part to write, after checking that they can be."""
@@ -427,6 +437,7 @@ class BlockSpec(SparseBlock):
             tiling = Tiling.blocks(window.shape, shape)
         for key, value in (("view", window), ("shape", tiling.tile), ("tiling", tiling)):
             object.__setattr__(self, key, value)
+        self._derive()
 
     def _orders(self) -> tuple[tuple[int, ...], ...]:
         return (tuple(range(len(self.shape))),)
@@ -491,6 +502,7 @@ class BlockCoupling(SparseBlock):
             require_separate(parts)
         object.__setattr__(self, "_specs", parts)
         object.__setattr__(self, "orders", axes)
+        self._derive()
 
     def _orders(self) -> tuple[tuple[int, ...], ...]:
         return self.orders
@@ -592,7 +604,7 @@ def writable_windows(specs: Sequence[BlockSpec], *, shrinks: bool) -> list[Array
 def require_unwritten(specs: Sequence[BlockSpec], arrays: Sequence[Array], what: str) -> None:
     """SpecError if an array that is read for a leaf shares memory with a written one, other than by being its own."""
     windows = [spec.view.data for spec in specs]
-    if all(array is window for array, window in zip(arrays, windows, strict=True)):
+    if all(map(is_, arrays, windows)):
         return
     for i, j in op.overlaps(windows, arrays):
         written, read = f"the array of {specs[i]._label}", f"{what} of {specs[j]._label}"
@@ -628,9 +640,5 @@ def count_nonzero(owner: Any, label: str, eps: float) -> int:
         if not limit >= 0:
             raise SpecError(f"eps = {limit} must be at least 0")
         windows = [spec.view.data for spec in owner.specs()]
-        whole = [Tiling.blocks(spec.view.shape, ()) for spec in owner.specs()]
-        parts = tuple(
-            (Leaf(w, cut(t, Tiling.scopes(t.grid, ()), tuple(range(len(t.grid))), tuple(range(len(t.grid))))),)
-            for w, t in zip(windows, whole, strict=True)
-        )
+        parts = tuple((Leaf(window, array_cut(tuple(window.shape), ())[0]),) for window in windows)
         return backend_of(windows).count_nonzero(parts, limit)

@@ -6,6 +6,7 @@ import math
 import re
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
             raise KindError(f"{what} must be an integer or an integer array, not an array of {value.dtype}")
         counts = value
     else:
-        counts = np.asarray(_as_count(value, low, high, what), dtype=np.int64)
+        return _everywhere(_as_count(value, low, high, what), shape)
     if counts.size and not (low <= int(counts.min()) and int(counts.max()) <= high):
         worst = int(counts.min()) if int(counts.min()) < low else int(counts.max())
         raise SpecError(f"{what} = {worst} is outside [{low}, {high}]")
@@ -91,6 +92,12 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
         return np.broadcast_to(np.array(counts, dtype=np.int64), shape)  # a copy: it may alias what is written
     except ValueError:
         raise SpecError(f"{what} of shape {counts.shape} does not broadcast to the scope grid {shape}") from None
+
+
+@lru_cache(maxsize=1024)
+def _everywhere(count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """One count for every scope: eight bytes that cannot be written, whatever the shape."""
+    return np.broadcast_to(np.int64(count), shape)
 
 
 def _on_host(value: Any, what: str) -> np.ndarray:

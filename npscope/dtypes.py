@@ -7,6 +7,7 @@ and none of them needs to be imported.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from npscope.errors import KindError
@@ -74,6 +75,7 @@ def dtype_name(dtype: Any) -> str:
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
 
 
+@lru_cache(maxsize=256, typed=True)  # typed: the dtypes of two libraries must not be compared
 def kind_of(dtype: Any) -> Kind:
     """The row of `dtype`; KindError names what is served when it is not in the table."""
     kind = _KINDS.get(dtype_name(dtype))

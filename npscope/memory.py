@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ MAX_EXACT_WORK: Any = 1_000_000  # NumPy's stubs know only 0 and -1
 """Bound on the exact search for an element shared by two windows (numpy.shares_memory)."""
 
 
-def meets_itself(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+@lru_cache(maxsize=1024)
+def meets_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
     """Whether two indices of a window reach the same memory; True also when that cannot be decided.
 
     Strides and `itemsize` in one unit. Nested strides (each longer than all that lies inside it)

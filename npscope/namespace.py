@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from npscope import operands as op
-from npscope.axes import array_namespace, interleaved, regroup
+from npscope.axes import array_namespace, interleaved, regroup, reshaped
 from npscope.backends import Array, Backend
 from npscope.counts import as_counts, nnz_from_sparsity
-from npscope.dtypes import common_norm, kind_of
+from npscope.dtypes import kind_of
 from npscope.errors import KindError, SpecError, about
 from npscope.options import BACKENDS, chosen_backend, use_backend
-from npscope.tiling import Cut, Leaf, Parts, Tiling, as_int, axis_cut, cut
+from npscope.tiling import Cut, Leaf, Parts, Tiling, array_cut, as_int, as_ints, axis_cut
 
 _MODULES = {"reference": "reference", "numba": "numba_cpu", "cupy": "cupy_gpu"}
 
@@ -76,10 +76,7 @@ def begin(x: Any) -> Backend:
 
 
 def _cuts(x: Array, block: Block, scope: Block = ()) -> tuple[Cut, Tiling, Tiling]:
-    blocks = Tiling.blocks(tuple(x.shape), block)
-    scopes = Tiling.scopes(blocks.grid, scope)
-    axes = tuple(range(len(blocks.shape)))
-    return cut(blocks, scopes, axes, axes), blocks, scopes
+    return array_cut(tuple(x.shape), as_ints(block, "block shape"), as_ints(scope, "scope shape"))
 
 
 def _one(leaf: Leaf) -> Parts:
@@ -155,13 +152,11 @@ def block_norms(x: Array, block: Block, *, ord: float = 2, out: Array | None = N
         backend = begin(x)
         geometry, blocks, _ = _cuts(x, block)
         p = op.as_ord(ord)
-        norm = getattr(array_namespace(x), common_norm([kind_of(x.dtype)]))
-        place = (
-            None if out is None else op.as_destination(out, x, blocks.grid, np.dtype(norm) if op.is_numpy(x) else norm)
-        )
-        result = backend.norms(_one(Leaf(x, geometry)), p)
-        grid = array_namespace(result).reshape(result, blocks.grid)
-        return grid if place is None else op.store(place, grid)
+        if out is not None:
+            norm = getattr(array_namespace(x), kind_of(x.dtype).norm)
+            op.as_destination(out, x, blocks.grid, np.dtype(norm) if op.is_numpy(x) else norm)
+        grid = reshaped(backend.norms(_one(Leaf(x, geometry)), p), blocks.grid)
+        return grid if out is None else op.store(out, grid)
 
 
 def kth_largest(a: Array, k: int | Array, axis: int | None = -1) -> Array:
@@ -202,7 +197,7 @@ def kth_largest(a: Array, k: int | Array, axis: int | None = -1) -> Array:
 
 def _kth(backend: Backend, a: Array, geometry: Cut, counts: np.ndarray, shape: tuple[int, ...]) -> Array:
     result = backend.kth(_one(Leaf(a, geometry)), op.scope_leaf(counts), None)
-    result = array_namespace(result).reshape(result, shape)
+    result = reshaped(result, shape)
     return result.astype(a.dtype, copy=False) if op.is_numpy(a) else result
 
 
@@ -312,10 +307,10 @@ def topk_mask(a: Array, k: int | Array, axis: int | None = -1) -> Array:
         backend, geometry, shape = _along(a, axis)
         counts = as_counts(k, shape, low=0, high=geometry.blocks, what="k")
         table = backend.mask(_one(Leaf(a, geometry)), op.scope_leaf(counts), None)
-        xp = array_namespace(table)
         if axis is None:
-            return xp.reshape(table, tuple(a.shape))
-        return xp.moveaxis(xp.reshape(table, (*shape, geometry.blocks)), -1, as_int(axis, "axis") % len(a.shape))
+            return reshaped(table, tuple(a.shape))
+        last = reshaped(table, (*shape, geometry.blocks))
+        return array_namespace(last).moveaxis(last, -1, as_int(axis, "axis") % len(a.shape))
 
 
 def block_mask(

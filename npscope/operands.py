@@ -27,19 +27,23 @@ CONDITIONER_RANGE = (1e-150, 1e150)
 
 def is_numpy(array: Any) -> bool:
     """Whether `array` is a NumPy array that is nothing more than an array (or a memory map)."""
-    return isinstance(array, np.ndarray) and not isinstance(array, np.matrix | np.ma.MaskedArray)
+    return type(array) is np.ndarray or (
+        isinstance(array, np.ndarray) and not isinstance(array, np.matrix | np.ma.MaskedArray)
+    )
 
 
 def require_array(array: Any, what: str) -> None:
     """KindError with the way out unless `array` is an array with a supported dtype."""
-    if not is_numpy(array) and not _is_foreign(array):
+    if is_numpy(array):
+        kind_of(array.dtype)
+        return
+    if not _is_foreign(array):
         hint = "use numpy.asarray to make a plain array of it"
         if isinstance(array, np.ma.MaskedArray):
             hint = "npscope does not see its mask; pass .filled(0) or .data"
         raise KindError(f"{what} must be an array, not {type(array).__name__}; {hint}")
     kind_of(array.dtype)
-    if not is_numpy(array):
-        _require_float64(array)
+    _require_float64(array)
 
 
 def _require_float64(array: Any) -> None:
@@ -146,7 +150,9 @@ def store(array: Any, result: Any) -> Any:
 
 def as_number(value: Any, what: str) -> float:
     """A real number of the host as a float; KindError for bool, complex and text, SpecError beyond float64."""
-    if isinstance(value, bool | np.bool_ | np.timedelta64) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (
+        isinstance(value, bool | np.bool_ | np.timedelta64) or not isinstance(value, numbers.Real)
+    ):
         raise KindError(f"{what} must be a real number, not {type(value).__name__} {value!r}")
     try:
         return float(value)
@@ -193,12 +199,16 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
     return _as_grid(value, shape, dtype, what, signed)
 
 
+def _any(flags: Any) -> bool:
+    return bool(flags) if flags.ndim == 0 else bool(array_namespace(flags).any(flags))
+
+
 def _as_grid(value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: bool) -> Array:
     xp = array_namespace(value)
     with np.errstate(all="ignore"):
         converted = xp.astype(value, getattr(xp, dtype))
-        negative = not signed and bool(xp.any(value < 0))
-    if bool(xp.any(xp.isnan(converted))):
+        negative = not signed and _any(value < 0)
+    if _any(xp.isnan(converted)):
         raise SpecError(f"{what} contains NaN")
     if negative:
         raise SpecError(f"{what} contains a negative number; a shrinkage needs at least 0")

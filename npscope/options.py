@@ -57,7 +57,7 @@ def config(*, threads: int | None = None, check: bool | None = None) -> Iterator
     """
     if check is not None and not isinstance(check, bool):
         raise KindError(f"check must be True or False, not {type(check).__name__} {check!r}")
-    count = thread_limit() if threads is None else _valid_threads(as_int(threads, "threads"), "threads")
+    count = _threads.get() if threads is None else _valid_threads(as_int(threads, "threads"), "threads")
     threads_token = _threads.set(count)
     check_token = _check.set(checks_devices() if check is None else check)
     try:
@@ -84,21 +84,21 @@ def checks_devices() -> bool:
 
 
 def thread_limit() -> int | None:
-    """The number of threads set by `config`, if any."""
-    return _threads.get()
-
-
-def thread_count() -> int:
-    """CPU threads to use: `config`, else NPSCOPE_NUM_THREADS, else the CPUs this process may run on."""
-    chosen = thread_limit()
+    """The number of threads set by `config`, else by NPSCOPE_NUM_THREADS, if any."""
+    chosen = _threads.get()
     if chosen is not None:
         return chosen
     given = os.environ.get("NPSCOPE_NUM_THREADS")
     if given is None:
-        return _available_cpus()
+        return None
     if not (given.isascii() and given.isdecimal() and len(given) < 10):
         raise SpecError(f"NPSCOPE_NUM_THREADS={given!r:.80} is not a whole number from 1 to {MAX_THREADS}")
     return _valid_threads(int(given), "NPSCOPE_NUM_THREADS")
+
+
+def thread_count() -> int:
+    """CPU threads to use: as many as were set, else the CPUs this process may run on."""
+    return thread_limit() or _available_cpus()
 
 
 def _valid_threads(count: int, what: str) -> int:

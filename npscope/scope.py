@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from npscope import operands as op
-from npscope.axes import array_namespace, interleaved, paired, regroup
+from npscope.axes import array_namespace, interleaved, paired, regroup, reshaped
 from npscope.backends import Array
 from npscope.block import (
     BlockSpec,
@@ -37,7 +37,7 @@ from npscope.counts import as_counts, nnz_from_sparsity
 from npscope.dtypes import common_norm, kind_of
 from npscope.errors import KindError, SpecError, about
 from npscope.namespace import as_weight, between
-from npscope.tiling import MAX_NDIM, Leaf, Parts, Tiling, as_orders, axis_cut, cut, permuted
+from npscope.tiling import MAX_NDIM, Cut, Leaf, Parts, Tiling, as_orders, axis_cut, cut, permuted
 from npscope.view import View
 
 
@@ -45,6 +45,28 @@ class SparseScope(ABC):
     """What `ScopeSpec` and `ScopeCoupling` have in common: a grid of scopes, and all that is decided in them."""
 
     name: str | None
+    _leaves: tuple[BlockSpec, ...]
+    _cuts: tuple[tuple[Cut, ...], ...]
+    _grid: tuple[int, ...]
+    _blocks_per_scope: int
+
+    def _derive(self) -> None:
+        """All that follows from the fields: the leaves, how each is cut (part by part), and the counts."""
+        parts = self._ordered()
+        cuts = tuple(
+            tuple(
+                cut(leaf.tiling, part.tiling, block_order, order)
+                for leaf, block_order in zip(part.block.specs(), part.block._orders(), strict=True)
+            )
+            for part, order in parts
+        )
+        for key, value in (
+            ("_leaves", tuple(leaf for part, _ in parts for leaf in part.block.specs())),
+            ("_cuts", cuts),
+            ("_grid", permuted(parts[0][0].tiling.grid, parts[0][1])),
+            ("_blocks_per_scope", sum(math.prod(part.tiling.tile) for part, _ in parts)),
+        ):
+            object.__setattr__(self, key, value)
 
     @abstractmethod
     def _orders(self) -> tuple[tuple[int, ...], ...]:
@@ -71,7 +93,7 @@ class SparseScope(ABC):
     @property
     def grid_shape(self) -> tuple[int, ...]:
         """Scopes along each axis of the (aligned) grid."""
-        return permuted(self._parts()[0].tiling.grid, self._orders()[0])
+        return self._grid
 
     def numscp(self) -> int:
         """Number of scopes."""
@@ -83,7 +105,7 @@ class SparseScope(ABC):
 
     def numblk_per_scope(self) -> int:
         """Number of blocks that compete in one scope, over all parts."""
-        return sum(math.prod(part.tiling.tile) for part in self._parts())
+        return self._blocks_per_scope
 
     def numel_per_scope(self) -> int:
         """Number of *elements* in one scope, over all parts."""
@@ -99,7 +121,7 @@ class SparseScope(ABC):
 
     def specs(self) -> tuple[BlockSpec, ...]:
         """The leaf specs of all parts."""
-        return tuple(spec for part in self._parts() for spec in part.block.specs())
+        return self._leaves
 
     @property
     def params(self) -> tuple[View, ...]:
@@ -227,7 +249,7 @@ class SparseScope(ABC):
         with about(self._label):
             arrays = resolve(self.specs(), values, "values")
             table = backend_of(arrays).norms(self._operands(arrays), op.as_ord(ord))
-            return array_namespace(table).reshape(table, (*self.grid_shape, self.numblk_per_scope()))
+            return reshaped(table, (*self.grid_shape, self.numblk_per_scope()))
 
     def kth_largest(self, values: Values = None, *, nnz: int | Array, ord: float = 2) -> Array:
         """The norm of the `nnz`-th largest block of every scope, over the scope grid.
@@ -247,7 +269,7 @@ class SparseScope(ABC):
     def _kth(self, values: Values, counts: np.ndarray, ord: float) -> Array:
         arrays = resolve(self.specs(), values, "values")
         found = backend_of(arrays).kth(self._operands(arrays), op.scope_leaf(counts), op.as_ord(ord))
-        return array_namespace(found).reshape(found, self.grid_shape)
+        return reshaped(found, self.grid_shape)
 
     def kth_mid(self, values: Values = None, *, nnz: int | Array, k_weight: float = 1.0, ord: float = 2) -> Array:
         """The point ``(v_k + w * v_(k+1)) / (1 + w)`` between the norms of rank `nnz` and `nnz` + 1.
@@ -309,7 +331,7 @@ class SparseScope(ABC):
                 table = op.as_block_mask(block_mask, self.specs()[0].view.data, shape, "block_mask")
             else:
                 table = self._decide(nnz, values, block_scores, shape, ord)
-            grids = self._grids_of_table(array_namespace(table).reshape(table, (self.numscp(), shape[-1])))
+            grids = self._grids_of_table(reshaped(table, (self.numscp(), shape[-1])))
         return {spec: mask for part, grid in grids.items() for spec, mask in part.block.get_masks(grid).items()}
 
     def _decide(
@@ -441,13 +463,7 @@ class SparseScope(ABC):
     def _operands(self, arrays: Sequence[Array]) -> Parts:
         """The arrays of all leaves as the parts that compete."""
         remaining = iter(arrays)
-        return tuple(
-            tuple(
-                Leaf(next(remaining), cut(spec.tiling, part.tiling, block_order, order))
-                for spec, block_order in zip(part.block.specs(), part.block._orders(), strict=True)
-            )
-            for part, order in self._ordered()
-        )
+        return tuple([tuple([Leaf(next(remaining), cut_) for cut_ in cuts]) for cuts in self._cuts])
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -493,6 +509,7 @@ class ScopeSpec(SparseScope):
             tiling = Tiling.scopes(block.grid_shape, shape)
         for key, value in (("block", block), ("shape", tiling.tile), ("tiling", tiling)):
             object.__setattr__(self, key, value)
+        self._derive()
 
     def _parts(self) -> tuple[ScopeSpec, ...]:
         return (self,)
@@ -584,6 +601,7 @@ class ScopeCoupling(SparseScope):
             require_separate([spec for part in parts for spec in part.block.specs()])
         object.__setattr__(self, "scopes", parts)
         object.__setattr__(self, "orders", axes)
+        self._derive()
 
     def _orders(self) -> tuple[tuple[int, ...], ...]:
         return self.orders

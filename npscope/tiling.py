@@ -26,6 +26,8 @@ MAX_SIZE = 2**62
 
 def as_int(value: Any, what: str) -> int:
     """The integer `value`, NumPy integers included; bool, float and str are KindError."""
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or type(value).__name__ == "bool":
         raise KindError(f"{what} must be an integer, not the bool {value}")
     try:
@@ -34,8 +36,14 @@ def as_int(value: Any, what: str) -> int:
         raise KindError(f"{what} must be an integer, not {type(value).__name__} {value!r}") from None
 
 
+_INTEGERS = {int}
+"""The type that needs no conversion; a bool is of another one."""
+
+
 def as_ints(values: Any, what: str) -> tuple[int, ...]:
     """The integers of a tuple, list or other sequence."""
+    if type(values) is tuple and _INTEGERS.issuperset(map(type, values)):
+        return values
     if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
         raise KindError(f"{what} must be a tuple of integers, not {type(values).__name__} {values!r}")
     return tuple(as_int(v, f"{what}[{i}]") for i, v in enumerate(values))
@@ -128,7 +136,7 @@ class Dim(NamedTuple):
     step: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Cut:
     """One array as three loop nests: over scopes, over the blocks of a scope, over the elements of a block.
 
@@ -136,7 +144,8 @@ class Cut:
     that is the whole of views, blocks, scopes and orders. Loops of length 1 are left out.
 
     Fields: `scope`, `block`, `element` (tuples of `Dim`, outermost first) and the counts
-    `scopes`, `blocks` (per scope) and `elements` (per block).
+    `scopes`, `blocks` (per scope) and `elements` (per block). Cuts are compared by identity, so that
+    what is derived from one is found fast: make them by `of`, which hands out one object for one geometry.
     """
 
     scope: tuple[Dim, ...]
@@ -149,9 +158,14 @@ class Cut:
     @classmethod
     def of(cls, scope: Sequence[Dim], block: Sequence[Dim], element: Sequence[Dim]) -> Cut:
         """The cut with these loops, in this order."""
-        nests = [tuple(d for d in nest if d.size != 1) for nest in (scope, block, element)]
-        counts = [math.prod(d.size for d in nest) for nest in nests]
-        return cls(nests[0], nests[1], nests[2], counts[0], counts[1], counts[2])
+        return _cut(tuple(scope), tuple(block), tuple(element))
+
+
+@lru_cache(maxsize=4096)
+def _cut(*loops: tuple[Dim, ...]) -> Cut:
+    nests = [tuple(d for d in nest if d.size != 1) for nest in loops]
+    counts = [math.prod(d.size for d in nest) for nest in nests]
+    return Cut(nests[0], nests[1], nests[2], counts[0], counts[1], counts[2])
 
 
 @lru_cache(maxsize=4096)
@@ -175,11 +189,23 @@ def cut(
 
 
 @lru_cache(maxsize=4096)
+def array_cut(
+    shape: tuple[int, ...], block: tuple[int, ...], scope: tuple[int, ...] = ()
+) -> tuple[Cut, Tiling, Tiling]:
+    """(cut, block tiling, scope tiling) of an array of this shape, as it stands.
+
+    Equal numbers of other types are one key here, so the caller makes integers of them before (`as_ints`).
+    """
+    blocks = Tiling.blocks(shape, block)
+    scopes = Tiling.scopes(blocks.grid, scope)
+    axes = tuple(range(len(shape)))
+    return cut(blocks, scopes, axes, axes), blocks, scopes
+
+
+@lru_cache(maxsize=4096)
 def grid_cut(shape: tuple[int, ...], *, per_scope: bool) -> Cut:
     """The cut of a bare grid of numbers: each entry a scope (`per_scope`), or all of them one scope's blocks."""
-    axes = tuple(range(len(shape)))
-    blocks = Tiling.blocks(shape, ())
-    return cut(blocks, Tiling.scopes(shape, (1,) * len(shape) if per_scope else ()), axes, axes)
+    return array_cut(shape, (), (1,) * len(shape) if per_scope else ())[0]
 
 
 @lru_cache(maxsize=4096)
@@ -190,7 +216,7 @@ def axis_cut(shape: tuple[int, ...], axis: int | None) -> Cut:
     return Cut.of(across, along, ())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Leaf:
     """One array and its cut: all that a backend needs to know of an operand.
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 Work = Callable[[int, int], None]
 """``work(slot, piece)``: `slot` numbers the threads of one call, for their workspaces."""
@@ -36,13 +39,15 @@ def _submit(work: Callable[[], None], size: int) -> bool:
     """Give `work` to the pool, grown to `size` threads; False where no thread can be had (it may still run later)."""
     global _pool, _pool_size
     try:
+        from concurrent.futures import ThreadPoolExecutor  # not before it is needed: it would slow `import npscope`
+
         with _lock:
             if _pool is None or _pool_size < size:
                 if _pool is not None:
                     _pool.shutdown(wait=False)
                 _pool, _pool_size = ThreadPoolExecutor(size, thread_name_prefix="npscope"), size
             _pool.submit(work)
-    except RuntimeError:  # interpreter shutdown, or the system refuses another thread
+    except (RuntimeError, ImportError):  # interpreter shutdown, or the system refuses another thread
         return False
     return True
 
@@ -118,7 +123,7 @@ def run(pieces: int, work: Work, workers: int, *, shielded: bool = False) -> Non
     piece, which several kernel calls must finish together, is therefore left to other threads.
     """
     shielded = shielded and threading.current_thread() is threading.main_thread()
-    if getattr(_inside, "active", False) or ((workers <= 1 or pieces <= 1) and not shielded):
+    if ((workers <= 1 or pieces <= 1) and not shielded) or getattr(_inside, "active", False):
         for piece in range(pieces):
             work(0, piece)
         return

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
 from npscope.backends import threads
 from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.lanes import CHUNK, Format, format_of
-from npscope.dtypes import common_norm, kind_of
-from npscope.options import thread_count
+from npscope.dtypes import Kind, common_norm, kind_of
+from npscope.options import thread_count, thread_limit
 from npscope.tiling import Cut, Dim, Leaf, Part
 
 PIECE_ELEMENTS = 1 << 18
@@ -38,7 +38,7 @@ PIECES_PER_THREAD = 4
 
 
 class _Memory:
-    """Raw memory as a flat writable buffer: one kernel signature, whatever flags and strides an array has."""
+    """Raw memory as a flat writable buffer."""
 
     def __init__(self, owner: np.ndarray, address: int, length: int, unit: np.dtype) -> None:
         self.owner = owner
@@ -50,7 +50,6 @@ class _Memory:
         }
 
 
-@lru_cache(maxsize=4096)
 def _nest(dims: tuple[Dim, ...], strides: tuple[int, ...]) -> np.ndarray:
     """Loops over axes with these strides as a (sizes, strides) table; loops that continue each other are one."""
     merged: list[tuple[int, int]] = []
@@ -62,7 +61,7 @@ def _nest(dims: tuple[Dim, ...], strides: tuple[int, ...]) -> np.ndarray:
     return np.asarray(merged or [(1, 0)], dtype=np.int64).T.copy()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Blocks that follow each other in memory: each is `rows` runs of `run` adjacent elements."""
 
@@ -77,57 +76,96 @@ class Layout:
         return self.rows * -(-self.run // CHUNK)
 
 
+_layout = cache(Layout)
+"""One object for one layout, because kernels are found by it; each stands for kernels that are kept as well."""
+
+
+class Placement:
+    """How an array is cut, laid out and encoded: all that an operand is but its memory.
+
+    A function of integers and a dtype (`placement`), made once for calls that look alike.
+    """
+
+    def __init__(
+        self,
+        cut: Cut,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: np.dtype,
+        aligned: bool,
+        order: tuple[Dim, ...] | None,
+    ) -> None:
+        self.kind = None if dtype == np.bool_ else kind_of(dtype)
+        self.bytewise = not (dtype.isnative and aligned)
+        self.codec: Codec | None = None if self.kind is None else codec(self.kind, self.bytewise, not dtype.isnative)
+        self.unit = np.dtype(np.bool_) if self.codec is None else self.codec.unit
+        reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)] if 0 not in shape else []
+        self.low = sum(r for r in reach if r < 0)
+        high = sum(r for r in reach if r > 0) + (0 if 0 in shape else dtype.itemsize)
+        self.length = (high - self.low) // self.unit.itemsize
+        self.origin = -self.low // self.unit.itemsize
+        self.cut = cut
+        self.steps = tuple(s // self.unit.itemsize for s in strides)
+        # Elements of a block may come in any order, so the order of memory: contiguous innermost.
+        self.order: tuple[Dim, ...] = order or tuple(
+            sorted(cut.element, key=lambda d: -abs(d.step * self.steps[d.axis]))
+        )
+        self.elements = _nest(self.order, self.steps)
+        self.grid = _nest((*cut.scope, *cut.block), self.steps)
+        self.is_one_number = not self.grid[1].any()
+        self.layout = self._layout()
+
+    def _layout(self) -> Layout | None:
+        form = None if self.kind is None or self.bytewise else format_of(self.kind)
+        if form is None or self.codec is None or self.cut.elements == 0:
+            return None
+        sizes, strides = self.elements
+        run = int(sizes[-1]) if strides[-1] == 1 and sizes[-1] > 1 else 1
+        width, step = int(self.grid[0, -1]), int(self.grid[1, -1])
+        return _layout(form, self.codec, run, self.cut.elements // run) if step == run or width == 1 else None
+
+
+placement = lru_cache(maxsize=2048)(Placement)
+"""The placement of an array with these facts."""
+
+
 class Operand:
     """A leaf as kernels see it: flat buffer, origin, and the loop tables of its grid and its elements.
 
     Operands that a kernel reads side by side must have their elements in one order: `like` another.
     """
 
+    __slots__ = (
+        "_buffer", "array", "bytewise", "codec", "cut", "elements", "grid", "is_one_number", "kind", "layout", "order",
+        "origin", "place", "size", "steps",
+    )  # fmt: skip
+
     def __init__(self, leaf: Leaf, like: Operand | None = None) -> None:
         array: np.ndarray = leaf.array
-        dtype = array.dtype
-        kind = None if dtype == np.bool_ else kind_of(dtype)
-        address: int = array.__array_interface__["data"][0]
-        strides, itemsize = array.strides, dtype.itemsize
-        reach = [(n - 1) * s for n, s in zip(array.shape, strides, strict=True)] if array.size else []
-        low = sum(r for r in reach if r < 0)
-        high = sum(r for r in reach if r > 0) + (itemsize if array.size else 0)
-        scalar = itemsize // 2 if kind is not None and kind.is_complex else itemsize
-        bytewise = not (
-            dtype.isnative
-            and (address + low) % scalar == 0
-            and all(s % scalar == 0 for n, s in zip(array.shape, strides, strict=True) if n > 1)
-        )
-        self.kind, self.bytewise = kind, bytewise
-        self.codec: Codec | None = None if kind is None else codec(kind, bytewise, not dtype.isnative)
-        unit = np.dtype(np.bool_) if self.codec is None else self.codec.unit
-        self.buffer = np.asarray(_Memory(array, address + low, (high - low) // unit.itemsize, unit))
-        self.origin = -low // unit.itemsize
-        steps = tuple(s // unit.itemsize for s in strides)
-        cut = leaf.cut
-        # Elements of a block may come in any order, so the order of memory: contiguous innermost.
-        by_memory = tuple(sorted(cut.element, key=lambda d: -abs(d.step * steps[d.axis])))
-        self.order: tuple[Dim, ...] = like.order if like else by_memory
-        self.elements = _nest(self.order, steps)
-        self.grid = _nest((*cut.scope, *cut.block), steps)
-        self.steps, self.cut = steps, cut
-        self.size = cut.elements
-
-    @cached_property
-    def layout(self) -> Layout | None:
-        """How the blocks lie in memory, if they can be taken line by line."""
-        form = None if self.kind is None or self.bytewise else format_of(self.kind)
-        if form is None or self.codec is None or self.size == 0:
-            return None
-        sizes, strides = self.elements
-        run = int(sizes[-1]) if strides[-1] == 1 and sizes[-1] > 1 else 1
-        width, step = int(self.grid[0, -1]), int(self.grid[1, -1])
-        return Layout(form, self.codec, run, self.size // run) if step == run or width == 1 else None
+        order = None if like is None else like.order
+        place = placement(leaf.cut, array.shape, array.strides, array.dtype, array.flags.aligned, order)
+        self.array, self.place = array, place
+        self._buffer: np.ndarray | None = None
+        self.kind, self.bytewise, self.codec = place.kind, place.bytewise, place.codec
+        self.cut, self.size, self.steps = place.cut, place.cut.elements, place.steps
+        self.origin, self.grid, self.elements = place.origin, place.grid, place.elements
+        self.order: tuple[Dim, ...] = place.order
+        self.layout, self.is_one_number = place.layout, place.is_one_number
 
     @property
-    def is_one_number(self) -> bool:
-        """Whether all entries are one and the same."""
-        return not any(self.grid[1])
+    def buffer(self) -> np.ndarray:
+        """The memory as one flat writable array: one kernel signature, whatever flags and strides the leaf has."""
+        if self._buffer is None:
+            array, place = self.array, self.place
+            flags = array.flags
+            if type(array) is np.ndarray and flags.writeable and flags.forc:
+                self._buffer = array.ravel("K")
+                if array.dtype != place.unit:
+                    self._buffer = self._buffer.view(place.unit)
+            else:
+                address: int = array.__array_interface__["data"][0]
+                self._buffer = np.asarray(_Memory(array, address + place.low, place.length, place.unit))
+        return self._buffer
 
     @property
     def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
@@ -135,20 +173,27 @@ class Operand:
         return self.buffer, self.origin, self.grid, self.elements
 
 
+@lru_cache(maxsize=256)
+def _measure(kinds: tuple[Kind, ...]) -> tuple[np.dtype, bool, bool]:
+    """(dtype of the norms, are they correctly rounded, are all 64-bit integers) of blocks of these kinds."""
+    return (
+        np.dtype(common_norm(kinds)),
+        all(kind.rounds_correctly for kind in kinds),
+        all(kind.is_wide_integer for kind in kinds),
+    )
+
+
 class Competitors:
     """The blocks of one part: its operands, and how its blocks are measured."""
 
     def __init__(self, part: Part) -> None:
-        kinds = [kind_of(leaf.array.dtype) for leaf in part]
         self.leaves = [Operand(leaf) for leaf in part]
         self.cut: Cut = part[0].cut
         self.blocks = self.cut.blocks
         self.total = self.cut.scopes * self.cut.blocks
-        self.elements = sum(leaf.size for leaf in self.leaves)
-        self.norm = np.dtype(common_norm(kinds))
+        self.elements = sum([leaf.size for leaf in self.leaves])
         self.spans_leaves = len(part) > 1
-        self.exact = all(kind.rounds_correctly for kind in kinds)
-        self.wide_integers = all(kind.is_wide_integer for kind in kinds)
+        self.norm, self.exact, self.wide_integers = _measure(tuple([kind_of(leaf.array.dtype) for leaf in part]))
 
 
 def competitors(parts: Sequence[Part]) -> list[Competitors]:
@@ -158,8 +203,10 @@ def competitors(parts: Sequence[Part]) -> list[Competitors]:
 
 def workers_for(elements: int) -> int:
     """Threads worth using for this many elements."""
-    count = thread_count()  # asked always, so that a bad setting never goes unnoticed
-    return 1 if elements < SERIAL_ELEMENTS else count
+    if elements < SERIAL_ELEMENTS:
+        thread_limit()  # asked always, so that a bad setting never goes unnoticed
+        return 1
+    return thread_count()
 
 
 def piece_length(total: int, elements: int, workers: int, workspace: int, piece: int = PIECE_ELEMENTS) -> int:
@@ -191,7 +238,7 @@ def ranges(
     workers = workers_for(total * elements)
     length = piece_length(total, elements, workers, workspace, piece)
     pieces = -(-total // length)
-    work = make_work(min(workers, pieces), length)
+    work = make_work(min(workers, pieces), min(length, total))
 
     def use(slot: int, p: int) -> None:
         work(slot, p * length, min(total, (p + 1) * length))
