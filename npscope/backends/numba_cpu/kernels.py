@@ -31,9 +31,10 @@ from npscope.backends.numba_cpu.arithmetic import (
 )
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import inner, inner_any_order, kernel
+from npscope.backends.numba_cpu.lanes import INF, TWO
 
-INF, ONE, TWO, POWER = 0, 1, 2, 3
-"""Codes of the four ways to accumulate a norm."""
+POWER = 3
+"""The fourth code of what a norm is made of: powers of magnitudes."""
 
 EXACT_CHUNK = 1024
 """Terms of float32 magnitudes summed in plain float64 between two compensated additions."""

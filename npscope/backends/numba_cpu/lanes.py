@@ -19,6 +19,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from npscope.dtypes import Kind
@@ -225,76 +226,83 @@ def prune_groups(form: Format, n: int) -> Any:
 # --- norms ---------------------------------------------------------------------------------------
 
 CHUNK = 64
-"""Elements of a long run that are summed in one step."""
+"""Elements of a long run that are taken in one step: four sums side by side hide the latency of an addition."""
+
+INF, ONE, TWO = 0, 1, 2
+"""What is made of magnitudes: the largest, their sum, the sum of their squares."""
 
 
-def blocks_per_step(run: int) -> int:
-    """Blocks whose sums are formed side by side, for blocks with `run` adjacent elements."""
-    return LANES if run in (1, 2, 4, 8) else 1
+def takes_many(run: int) -> bool:
+    """Whether blocks with `run` adjacent elements are summed `LANES` at a time."""
+    return run in (1, 2, 4, 8)
 
 
-@cache
-def add_terms(form: Format, run: int, blocks: int, square: bool, first: bool) -> Any:
-    """``(source, i, sums, j, ahead)``: add |x| or |x| ** 2 of `run` adjacent elements a block to float64 sums.
+class _Running:
+    """The lanes of a sum or a maximum while elements are taken in.
 
-    Serves 1 or `LANES` adjacent blocks; `first` overwrites the sums.
+    A sum of magnitudes comes with the least of them that is not zero, less one unit, which tells whether it is exact.
     """
 
-    def emit(b: Builder, source: Value, sums: Value, ahead: Value) -> None:
-        _prefetch(b, source, blocks * run * form.bits // 8, ahead)
-        if blocks == 1:
-            total = _fold(b, lambda *at: _terms(b, _read_single(form, square)(*at), square), b.fadd, source, run)
-            b.store(total if first else b.fadd(b.load(sums), total), sums)
-            return
-        at = b.bitcast(sums, ir.VectorType(ir.DoubleType(), LANES).as_pointer())
-        total = _sums_of_runs(b, source, form, run, square, None if first else b.load(at, align=8))
-        b.store(total, at, align=8)
-
-    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 5))
-
-
-@cache
-def round_terms(form: Format, run: int, square: bool, first: bool) -> Any:
-    """``(source, i, sums, j, norms, k, ahead)``: the last `add_terms` of `LANES` blocks, and `round_norms`, at once.
-
-    The slow square roots then run beside the loads.
-    """
-
-    def emit(b: Builder, source: Value, sums: Value, norms: Value, ahead: Value) -> Value:
-        _prefetch(b, source, LANES * run * form.bits // 8, ahead)
-        at = b.bitcast(sums, ir.VectorType(ir.DoubleType(), LANES).as_pointer())
-        total = _sums_of_runs(b, source, form, run, square, None if first else b.load(at, align=8))
-        return _round(b, total, sums, norms, square)
-
-    return intrinsic(_with_arguments(_emitter(lambda *args: types.boolean(*args), emit), 7))
-
-
-def _read_single(form: Format, signed: bool) -> Callable[..., Value]:
-    def read(b: Builder, source: Value, e: int, count: int) -> Value:
-        return _single(b, _load(b, b.gep(source, [_INT32(e)]), _vector(form.bits, count)), form, signed)
-
-    return read
-
-
-def _terms(b: Builder, single: Value, square: bool) -> Value:
-    wide = b.fpext(single, ir.VectorType(ir.DoubleType(), single.type.count))
-    return b.fmul(wide, wide) if square else wide
-
-
-def _sums_of_runs(b: Builder, source: Value, form: Format, run: int, square: bool, total: Value | None) -> Value:
-    """The sums of `LANES` runs, added to `total`: by planes, the first elements of all runs, the second, ..."""
-    read = _read_single(form, square)
-    planes = _planes(b, [read(b, source, v * LANES, LANES) for v in range(run)])
-    for plane in planes:
-        wide = b.fpext(plane, ir.VectorType(ir.DoubleType(), LANES))
-        if total is None:
-            total = b.fmul(wide, wide) if square else wide
-        elif square:
-            # A product of two float32 is exact in float64, so that this rounds once, as the sum would.
-            total = _call(b, f"llvm.fma.v{LANES}f64", wide.type, [wide, wide, total])
+    def __init__(self, b: Builder, form: Format, code: int) -> None:
+        self.b, self.form, self.code = b, form, code
+        self.places: list[Value] = []
+        if code == INF:
+            self._new(_splat(_vector(32, LANES), 0))
         else:
-            total = b.fadd(total, wide)
-    return total
+            self._new(_splat(ir.VectorType(ir.DoubleType(), LANES), 0.0))
+        if code == ONE:
+            self._new(_splat(_vector(32, LANES), (1 << 32) - 1))
+
+    def _new(self, start: Value) -> None:
+        self.places.append(cgutils.alloca_once(self.b, start.type))
+        self.b.store(start, self.places[-1])
+
+    @property
+    def values(self) -> list[Value]:
+        return [self.b.load(place) for place in self.places]
+
+    def take(self, bits: Value) -> None:
+        """Take in a vector of magnitudes or, for squares, of signed numbers: float32 as integers."""
+        b, old = self.b, self.values
+        if self.code == INF:
+            new = [_larger(b, old[0], bits)]
+        else:
+            wide = b.fpext(b.bitcast(bits, ir.VectorType(ir.FloatType(), LANES)), old[0].type)
+            if self.code == TWO:
+                # A product of two float32 is exact in float64, so that this rounds once, as the sum would.
+                new = [_call(b, f"llvm.fma.v{LANES}f64", wide.type, [wide, wide, old[0]])]
+            else:
+                new = [b.fadd(old[0], wide), _smaller(b, old[1], b.sub(bits, _splat(bits.type, 1)))]
+        for value, place in zip(new, self.places, strict=True):
+            b.store(value, place)
+
+
+def _larger(b: Builder, x: Value, y: Value) -> Value:
+    return b.select(b.icmp_unsigned(">", x, y), x, y)
+
+
+def _smaller(b: Builder, x: Value, y: Value) -> Value:
+    return b.select(b.icmp_unsigned("<", x, y), x, y)
+
+
+def _joins(code: int) -> list[Callable[..., Value]]:
+    """How two of each number in a `_Running` are joined."""
+    if code == INF:
+        return [_larger]
+    sums: list[Callable[..., Value]] = [lambda b, x, y: b.fadd(x, y)]
+    return [*sums, _smaller] if code == ONE else sums
+
+
+def _joined(b: Builder, code: int, x: Sequence[Value], y: Sequence[Value]) -> list[Value]:
+    return [join(b, p, q) for join, p, q in zip(_joins(code), x, y, strict=True)]
+
+
+def _read(b: Builder, source: Value, e: int, count: int, form: Format, code: int) -> Value:
+    """`count` elements at `e` as float32 in integers, zeros up to `LANES`; magnitudes, unless they will be squared."""
+    bits = _load(b, b.gep(source, [_INT32(e)]), _vector(form.bits, count))
+    if count < LANES:
+        bits = _shuffle(b, bits, [min(i, count) for i in range(LANES)], _splat(bits.type, 0))
+    return b.bitcast(_single(b, bits, form, code == TWO), _vector(32, LANES))
 
 
 def _planes(b: Builder, vectors: list[Value]) -> list[Value]:
@@ -308,61 +316,95 @@ def _planes(b: Builder, vectors: list[Value]) -> list[Value]:
     return [plane for both in zip(evens, odds, strict=True) for plane in both]
 
 
-def _fold(b: Builder, read: Callable[..., Value], join: Callable[..., Value], source: Value, run: int) -> Value:
-    """All of a run of up to `CHUNK` elements joined into one number: by lanes, then by halves."""
-    whole = [read(b, source, e, LANES) for e in range(0, run - LANES + 1, LANES)]
-    rest = run % LANES
-    result = None
-    if whole:
-        while len(whole) > 1:
-            whole = [join(x, y) for x, y in zip(whole[::2], whole[1::2], strict=False)] + (
-                whole[-1:] if len(whole) % 2 else []
-            )
-        v = whole[0]
-        while v.type.count > 1:
-            half = v.type.count // 2
-            v = join(_shuffle(b, v, range(half)), _shuffle(b, v, range(half, 2 * half)))
-        result = b.extract_element(v, _INT32(0))
-    if rest:
-        v = read(b, source, run - rest, rest)
-        while v.type.count > 1:
-            half, odd = divmod(v.type.count, 2)
-            joined = join(_shuffle(b, v, range(half)), _shuffle(b, v, range(half, 2 * half)))
-            if odd:
-                one = b.extract_element(v, _INT32(2 * half))
-                result = one if result is None else join(result, one)
-            v = joined
-        one = b.extract_element(v, _INT32(0))
-        result = one if result is None else join(result, one)
-    return result
+def _fold(b: Builder, join: Callable[..., Value], v: Value) -> Value:
+    """All lanes joined into one number, by halves."""
+    while v.type.count > 1:
+        half = v.type.count // 2
+        v = join(b, _shuffle(b, v, range(half)), _shuffle(b, v, range(half, 2 * half)))
+    return b.extract_element(v, _INT32(0))
+
+
+def _put(b: Builder, code: int, found: Sequence[Value], places: Sequence[Value], fresh: Value) -> None:
+    """Join what was found into memory; `fresh` overwrites it."""
+    places = [b.bitcast(place, v.type.as_pointer()) for v, place in zip(found, places, strict=False)]
+    sizes = [v.type.element if isinstance(v.type, ir.VectorType) else v.type for v in found]
+    aligns = [8 if size == ir.DoubleType() else 4 for size in sizes]
+    old = [b.load(place, align=align) for place, align in zip(places, aligns, strict=True)]
+    for new, v, place, align in zip(_joined(b, code, found, old), found, places, aligns, strict=True):
+        b.store(b.select(fresh, v, new), place, align=align)
 
 
 @cache
-def add_largest(form: Format, run: int, blocks: int, first: bool) -> Any:
-    """``(source, i, tops, j, ahead)``: the bits, as uint32, of the largest magnitude as float32; NaN the largest.
+def add_many(form: Format, run: int, code: int) -> Any:
+    """``(source, i, rows, stride, sums, j, least, k, fresh, ahead)``: take in `rows` runs of `LANES` adjacent blocks.
 
-    As `add_terms`, with the larger of two numbers in place of their sum.
+    Their sums, or the bits of their maxima as float32 (NaN the largest), are left in `LANES` places of `sums`;
+    for sums of magnitudes the least ones are left in `least`. `fresh` overwrites what is there.
     """
 
-    def read(b: Builder, source: Value, e: int, count: int) -> Value:
-        return b.bitcast(_read_single(form, False)(b, source, e, count), _vector(32, count))
+    def emit(
+        b: Builder, source: Value, rows: Value, stride: Value, sums: Value, least: Value, fresh: Value, ahead: Value
+    ) -> None:
+        running = _Running(b, form, code)
+        with cgutils.for_range(b, rows) as loop:
+            at = b.gep(source, [b.mul(loop.index, stride)])
+            _prefetch(b, at, LANES * run * form.bits // 8, ahead)
+            for plane in _planes(b, [_read(b, at, v * LANES, LANES, form, code) for v in range(run)]):
+                running.take(plane)
+        _put(b, code, running.values, (sums, least), fresh)
 
-    def emit(b: Builder, source: Value, tops: Value, ahead: Value) -> None:
-        def larger(x: Value, y: Value) -> Value:
-            return b.select(b.icmp_unsigned(">", x, y), x, y)
+    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 10))
 
-        _prefetch(b, source, blocks * run * form.bits // 8, ahead)
-        if blocks == 1:
-            top = _fold(b, read, larger, source, run)
-            at = b.bitcast(tops, _INT32.as_pointer())
-            b.store(top if first else larger(top, b.load(at)), at)
-            return
-        top = None if first else _load(b, tops, _vector(32, LANES))
-        for plane in _planes(b, [read(b, source, v * LANES, LANES) for v in range(run)]):
-            top = plane if top is None else larger(top, plane)
-        _store(b, top, tops)
 
-    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 5))
+@cache
+def add_each(form: Format, run: int, long: bool, code: int) -> Any:
+    """``(source, i, count, size, rows, stride, sums, j, least, k, fresh, ahead)``: the same for `count` blocks.
+
+    One after the other, `size` elements apart. A run has `run` elements; a `long` one has `size`, and `run` is the
+    constant number of those that do not fill a vector.
+    """
+
+    def emit(
+        b: Builder, source: Value, count: Value, size: Value, rows: Value, stride: Value,
+        sums: Value, least: Value, fresh: Value, ahead: Value,
+    ) -> None:  # fmt: skip
+        def number(n: int) -> Value:
+            return ir.Constant(size.type, n)
+
+        def block(at: Value) -> list[Value]:
+            running = [_Running(b, form, code) for _ in range(CHUNK // LANES if long else -(-run // LANES))]
+
+            def take(at: Value, length: int) -> None:
+                _prefetch(b, at, length * form.bits // 8, ahead)
+                for part, e in enumerate(range(0, length, LANES)):
+                    running[part].take(_read(b, at, e, min(LANES, length - e), form, code))
+
+            with cgutils.for_range(b, rows) as row:
+                at = b.gep(at, [b.mul(row.index, stride)])
+                if long:
+                    chunks, vectors = b.udiv(size, number(CHUNK)), b.udiv(size, number(LANES))
+                    with cgutils.for_range(b, chunks) as loop:
+                        take(b.gep(at, [b.mul(loop.index, number(CHUNK))]), CHUNK)
+                    with cgutils.for_range_slice(b, b.mul(chunks, number(CHUNK // LANES)), vectors, number(1)) as (
+                        v,
+                        _,
+                    ):
+                        take(b.gep(at, [b.mul(v, number(LANES))]), LANES)
+                    at = b.gep(at, [b.mul(vectors, number(LANES))])
+                if run:
+                    take(at, run)
+            found = [r.values for r in running]
+            while len(found) > 1:
+                pairs = zip(found[::2], found[1::2], strict=False)
+                found = [_joined(b, code, x, y) for x, y in pairs] + (found[-1:] if len(found) % 2 else [])
+            return [_fold(b, join, v) for join, v in zip(_joins(code), found[0], strict=True)]
+
+        with cgutils.for_range(b, count) as loop:
+            found = block(b.gep(source, [b.mul(loop.index, size)]))
+            places = (b.bitcast(place, v.type.as_pointer()) for v, place in zip(found, (sums, least), strict=False))
+            _put(b, code, found, [b.gep(place, [loop.index]) for place in places], fresh)
+
+    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 12))
 
 
 ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
@@ -371,36 +413,48 @@ ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
 DOUBT = 1 << 12
 """Units in the last place of float64 by which a norm may be off: sums of up to 2048 steps."""
 
+EXACT_SPAN = 2.0**29
+"""A float64 sum of float32 magnitudes is exact if it is at most this times the least of them that is not zero.
+
+That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the sum is below 2 ** (e + 30):
+53 bits hold it and every sum on the way.
+"""
+
 
 @cache
-def round_norms(square: bool) -> Any:
-    """``(sums, j, norms, i)``: `LANES` sums to float32 norms, and to float64 ones in their place.
+def round_norms(code: int) -> Any:
+    """``(sums, j, least, k, norms, i)``: `LANES` sums to float32 norms, and to float64 ones in their place.
 
-    True if the rounding of any of them is in doubt, or its format is not that of normal numbers.
+    Returns a bit for each whose rounding is in doubt, or whose format is not that of normal numbers.
     """
 
-    def emit(b: Builder, sums: Value, norms: Value) -> Value:
-        at = b.bitcast(sums, ir.VectorType(ir.DoubleType(), LANES).as_pointer())
-        return _round(b, b.load(at, align=8), sums, norms, square)
+    def emit(b: Builder, sums: Value, least: Value, norms: Value) -> Value:
+        double, single, bits = (
+            ir.VectorType(ir.DoubleType(), LANES),
+            ir.VectorType(ir.FloatType(), LANES),
+            _vector(64, LANES),
+        )
+        at = b.bitcast(sums, double.as_pointer())
+        wide = b.load(at, align=8)
+        if code == TWO:
+            wide = _call(b, f"llvm.sqrt.v{LANES}f64", double, [wide])
+            b.store(wide, at, align=8)
+        b.store(b.fptrunc(wide, single), b.bitcast(norms, single.as_pointer()), align=4)
+        raw = b.bitcast(wide, bits)
+        offset = b.and_(b.add(raw, _splat(bits, DOUBT - ROUNDING_BORDER)), _splat(bits, ROUNDING_MASK))
+        near = b.icmp_unsigned("<", offset, _splat(bits, 2 * DOUBT))
+        # Zero is sure; subnormal float32, NaN and what float32 cannot hold are for the scalar code.
+        low, high = 0x3810000000000000, 0x47EFFFFFE0000000
+        odd = b.icmp_unsigned(">", b.sub(raw, _splat(bits, low)), _splat(bits, high - low))
+        odd = b.and_(odd, b.icmp_unsigned("!=", raw, _splat(bits, 0)))
+        doubtful = b.or_(near, odd)
+        if code == ONE:
+            smallest = b.add(_load(b, least, _vector(32, LANES)), _splat(_vector(32, LANES), 1))
+            span = b.fmul(b.fpext(b.bitcast(smallest, single), double), _splat(double, EXACT_SPAN))
+            doubtful = b.and_(doubtful, b.not_(b.fcmp_ordered("<=", wide, span)))
+        return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
 
-    return intrinsic(_with_arguments(_emitter(lambda *args: types.boolean(*args), emit), 4))
-
-
-def _round(b: Builder, wide: Value, sums: Value, norms: Value, square: bool) -> Value:
-    double, single, bits = wide.type, ir.VectorType(ir.FloatType(), LANES), _vector(64, LANES)
-    if square:
-        wide = _call(b, f"llvm.sqrt.v{LANES}f64", double, [wide])
-    b.store(wide, b.bitcast(sums, double.as_pointer()), align=8)
-    b.store(b.fptrunc(wide, single), b.bitcast(norms, single.as_pointer()), align=4)
-    raw = b.bitcast(wide, bits)
-    offset = b.and_(b.add(raw, _splat(bits, DOUBT - ROUNDING_BORDER)), _splat(bits, ROUNDING_MASK))
-    near = b.icmp_unsigned("<", offset, _splat(bits, 2 * DOUBT))
-    # Zero is sure; subnormal float32, NaN and what float32 cannot hold are for the scalar code.
-    least, most = 0x3810000000000000, 0x47EFFFFFE0000000
-    odd = b.icmp_unsigned(">", b.sub(raw, _splat(bits, least)), _splat(bits, most - least))
-    odd = b.and_(odd, b.icmp_unsigned("!=", raw, _splat(bits, 0)))
-    doubtful = b.bitcast(b.or_(near, odd), ir.IntType(LANES))
-    return b.icmp_unsigned("!=", doubtful, ir.IntType(LANES)(0))
+    return intrinsic(_with_arguments(_emitter(lambda *args: types.int64(*args), emit), 6))
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -449,6 +503,8 @@ def _with_arguments(typing: Any, count: int) -> Any:
         3: lambda context, a, b, c: typing(context, a, b, c),
         4: lambda context, a, b, c, d: typing(context, a, b, c, d),
         5: lambda context, a, b, c, d, e: typing(context, a, b, c, d, e),
-        7: lambda context, a, b, c, d, e, f, g: typing(context, a, b, c, d, e, f, g),
+        6: lambda context, a, b, c, d, e, f: typing(context, a, b, c, d, e, f),
+        10: lambda context, a, b, c, d, e, f, g, h, i, j: typing(context, a, b, c, d, e, f, g, h, i, j),
+        12: lambda context, a, b, c, d, e, f, g, h, i, j, k, l: typing(context, a, b, c, d, e, f, g, h, i, j, k, l),
     }
     return forms[count]

@@ -17,8 +17,9 @@ import numpy as np
 from npscope.backends.numba_cpu import lanes
 from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above
 from npscope.backends.numba_cpu.jit import inner, kernel
-from npscope.backends.numba_cpu.kernels import INF, ONE, TWO, place
-from npscope.backends.numba_cpu.lanes import LANES, Format
+from npscope.backends.numba_cpu.codecs import Codec
+from npscope.backends.numba_cpu.kernels import place
+from npscope.backends.numba_cpu.lanes import INF, LANES, ONE, TWO, Format
 from npscope.backends.numba_cpu.operands import Layout
 
 STRIP_ELEMENTS, STRIP_BLOCKS = 4096, 1024
@@ -28,11 +29,18 @@ MAX_STEPS = 1500
 """Additions in sequence that `lanes.DOUBT` allows for, with some to spare."""
 
 
+LEAST = STRIP_BLOCKS + LANES
+"""Where the sums of a strip end, and `LANES` least magnitudes stand, of the blocks that are being summed."""
+
+LONG_RUN_AHEAD = 1024
+"""Elements between what is summed and what is prefetched in a long run; elsewhere that is a strip."""
+
+
 class NormBuffers:
     """Work arrays of one thread for the norms of a strip."""
 
     def __init__(self) -> None:
-        self.sums = np.zeros(STRIP_BLOCKS + LANES)
+        self.sums = np.zeros(LEAST + LANES)
         self.norms = np.zeros(STRIP_BLOCKS + LANES, dtype=np.float32)
         self.limbs = np.empty((1, LIMBS), dtype=np.int64)
 
@@ -49,112 +57,95 @@ def can_sum(layout: Layout | None, code: int) -> bool:
 
 def strip_blocks(layout: Layout, multiple: int = 1) -> int:
     """Blocks of a strip: whole scopes of `multiple` blocks."""
-    count = max(LANES, min(STRIP_BLOCKS, STRIP_ELEMENTS // (layout.run * layout.rows)))
+    count = max(1, min(STRIP_BLOCKS, STRIP_ELEMENTS // (layout.run * layout.rows)))
     return max(1, count // multiple) * multiple
 
 
-# --- strips --------------------------------------------------------------------------------------
+# --- norms of a strip ----------------------------------------------------------------------------
 
 
-@cache
-def _adder(form: Format, run: int, code: int, first: bool) -> Any:
-    """``add(buffer, at, count, sums)``: a run of each of `count` adjacent blocks into their sums or maxima."""
-    chunk = min(run, lanes.CHUNK)
-    chunks, rest = divmod(run, chunk)
-    together = lanes.blocks_per_step(run)
-
-    def step(length: int, blocks: int, overwrites: bool) -> Any:
-        if code == INF:
-            return lanes.add_largest(form, length, blocks, overwrites)
-        return lanes.add_terms(form, length, blocks, code == TWO, overwrites)
-
-    one, many = step(chunk, 1, first), step(chunk, together, first)
-    further, last = step(chunk, 1, False), step(rest or 1, 1, False)
-
-    @inner
-    def add(buffer: Any, at: int, count: int, sums: Any, j: int, ahead: int) -> None:
-        stop = j + count
-        while together > 1 and j + together <= stop:
-            many(buffer, at, sums, j, ahead)
-            at += together * run
-            j += together
-        while j < stop:
-            one(buffer, at, sums, j, ahead)
-            for c in range(1, chunks):
-                further(buffer, at + c * chunk, sums, j, ahead)
-            if rest:
-                last(buffer, at + chunks * chunk, sums, j, ahead)
-            at += run
-            j += 1
-
-    return add
-
-
-@cache
 def _measure(layout: Layout, code: int) -> Any:
-    """``measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)``: norms of the blocks of a strip."""
-    run, rows, magnitude = layout.run, layout.rows, layout.codec.magnitude
-    code = INF if run * rows == 1 else code  # the norm of one element is its magnitude, whatever the order
-    add_first, add = (_adder(layout.form, run, code, first) for first in (True, False))
-    square, together = code == TWO, lanes.blocks_per_step(run) > 1 and code != INF
-    round_norms = lanes.round_norms(square)
-    round_last = lanes.round_terms(layout.form, run if together else 1, square, rows == 1)
-    last = rows - 1 if together else rows
+    """``measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)``: norms of the blocks of a strip.
+
+    In float64 they are left in `sums`.
+    """
+    run = layout.run
+    code = INF if run * layout.rows == 1 else code  # the norm of one element is its magnitude, whatever the order
+    # Long runs are compiled once for all, but for what does not fill a vector.
+    whole, rest = divmod(run, LANES) if run > lanes.CHUNK else (0, run)
+    return _measure_runs(layout.form, layout.codec, rest, whole > 0, code)
+
+
+@cache
+def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -> Any:
+    """`_measure` for runs of `run` elements, which `long` ones end with after whole vectors."""
+    many = lanes.takes_many(run) and not long
+    add_many, add_each = lanes.add_many(form, run if many else 1, code), lanes.add_each(form, run, long, code)
+    round_norms = lanes.round_norms(code)
+    settle = _settle(codec, code == TWO)
+    single = 0 if run == 1 and not long else 1  # loops of the elements that are the run, not rows
 
     @inner
-    def sums_of(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any) -> bool:
-        width = grid[0, -1]
-        start, length = i, stop - i
-        doubt = False
+    def measure(
+        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, limbs: Any
+    ) -> None:
+        start, length, width = i, stop - i, grid[0, -1]
+        size = elements[0, -1] if long else run
+        # The innermost loop over rows runs inside a step.
+        loops = elements.shape[1] - single
+        rows, stride, steps = 1, 0, 1
+        if loops:
+            rows, stride = elements[0, loops - 1], elements[1, loops - 1]
+            for d in range(loops - 1):
+                steps *= elements[0, d]
+        found = norms if code == INF else sums
         while i < stop:
             after = min(stop, i + width - i % width)
             at = origin + place(i, grid)
-            ahead = origin + place(i + length, grid) - at
-            if last:
-                add_first(buffer, at, after - i, sums, i - start, ahead)
-            for row in range(1, last):
-                add(buffer, at + place(row * run, elements), after - i, sums, i - start, ahead)
+            ahead = LONG_RUN_AHEAD if long else origin + place(i + length, grid) - at
             j, end = i - start, after - start
-            if together:
-                at += place(last * run, elements)
-                while j + LANES <= end:
-                    doubt |= round_last(buffer, at, sums, j, norms, j, ahead)
-                    at += LANES * run
-                    j += LANES
-                if j < end:
-                    if last:
-                        add(buffer, at, end - j, sums, j, ahead)
+            while j < end:
+                count = min(LANES, end - j)
+                for step in range(steps):
+                    first = at + (place(step * rows * size, elements) if step else 0)
+                    if many and count == LANES:
+                        add_many(buffer, first, rows, stride, found, j, sums, LEAST, step == 0, ahead)
                     else:
-                        add_first(buffer, at, end - j, sums, j, ahead)
-            while code != INF and j < end:
-                doubt |= round_norms(sums, j, norms, j)
-                j += LANES
+                        add_each(buffer, first, count, size, rows, stride, found, j, sums, LEAST, step == 0, ahead)
+                if code != INF:
+                    doubt = round_norms(sums, j, sums, LEAST, norms, j)
+                    if doubt:
+                        for lane in range(count):
+                            if (doubt >> lane) & 1:
+                                norms[j + lane] = settle(buffer, at + lane * size, elements, sums[j + lane], limbs)
+                at += count * size
+                j += count
             i = after
-        return doubt
-
-    if code == INF:
-
-        @inner
-        def measure_largest(
-            buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, limbs: Any
-        ) -> None:
-            sums_of(buffer, origin, grid, elements, i, stop, norms, sums)
-            for j in range(stop - i):
+        if code == INF:
+            for j in range(length):
                 sums[j] = norms[j]
 
-        return measure_largest
+    return measure
+
+
+@cache
+def _settle(codec: Codec, square: bool) -> Any:
+    """``settle(buffer, at, elements, wide, limbs)``: a norm in doubt, rounded as the exact sum demands."""
+    magnitude = codec.magnitude
 
     @inner
     def settle(buffer: Any, at: int, elements: Any, wide: float, limbs: Any) -> Any:
-        """A norm in doubt, from its exact sum."""
         if not np.isfinite(wide):
             return np.float32(wide)
         below = np.float32(wide * (1 - 2.0**-41))
         if below == np.float32(wide * (1 + 2.0**-41)):
             return below
+        total = 1
+        for d in range(elements.shape[1]):
+            total *= elements[0, d]
         for limb in range(LIMBS):
             limbs[0, limb] = 0
-        for e in range(run * rows):
+        for e in range(total):
             limbs_add(limbs, 0, magnitude(buffer, at + place(e, elements)), square, 1)
         limbs_add(limbs, 0, midpoint_above(below), square, -1)
         side = limbs_sign(limbs, 0)
@@ -163,15 +154,10 @@ def _measure(layout: Layout, code: int) -> Any:
             return np.uint32(bits + np.uint32(1)).view(np.float32)
         return below
 
-    @inner
-    def measure(
-        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, limbs: Any
-    ) -> None:
-        if sums_of(buffer, origin, grid, elements, i, stop, sums, norms):
-            for j in range(stop - i):
-                norms[j] = settle(buffer, origin + place(i + j, grid), elements, sums[j], limbs)
+    return settle
 
-    return measure
+
+# --- strips --------------------------------------------------------------------------------------
 
 
 @cache
