@@ -12,7 +12,8 @@ Floats are taken as integers: magnitudes of one format order like their bits wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -109,7 +110,8 @@ def _load(b: Builder, address: Value, vector: ir.VectorType) -> Value:
 
 
 def _store(b: Builder, value: Value, address: Value) -> None:
-    width = value.type.element.width if hasattr(value.type.element, "width") else 32
+    scalar = value.type.element if isinstance(value.type, ir.VectorType) else value.type
+    width = scalar.width if isinstance(scalar, ir.IntType) else 32
     b.store(value, b.bitcast(address, value.type.as_pointer()), align=max(1, width // 8))
 
 
@@ -327,15 +329,30 @@ def _fold(b: Builder, join: Callable[..., Value], v: Value) -> Value:
 def _put(b: Builder, code: int, found: Sequence[Value], places: Sequence[Value], fresh: Value) -> None:
     """Join what was found into memory; `fresh` overwrites it."""
     places = [b.bitcast(place, v.type.as_pointer()) for v, place in zip(found, places, strict=False)]
-    sizes = [v.type.element if isinstance(v.type, ir.VectorType) else v.type for v in found]
-    aligns = [8 if size == ir.DoubleType() else 4 for size in sizes]
-    old = [b.load(place, align=align) for place, align in zip(places, aligns, strict=True)]
-    for new, v, place, align in zip(_joined(b, code, found, old), found, places, aligns, strict=True):
-        b.store(b.select(fresh, v, new), place, align=align)
+
+    def store(values: Sequence[Value]) -> None:
+        for v, place in zip(values, places, strict=True):
+            _store(b, v, place)
+
+    with b.if_else(fresh) as (first, further):
+        with first:
+            store(found)
+        with further:
+            store(_joined(b, code, found, [b.load(place, align=4) for place in places]))
+
+
+@contextmanager
+def _rows(b: Builder, flat: bool, source: Value, rows: Value, stride: Value) -> Iterator[Value]:
+    """A loop over the addresses of rows; none where there is but one, which compiles to far better code."""
+    if flat:
+        yield source
+        return
+    with cgutils.for_range(b, rows) as loop:
+        yield b.gep(source, [b.mul(loop.index, stride)])
 
 
 @cache
-def add_many(form: Format, run: int, code: int) -> Any:
+def add_many(form: Format, run: int, flat: bool, code: int) -> Any:
     """``(source, i, rows, stride, sums, j, least, k, fresh, ahead)``: take in `rows` runs of `LANES` adjacent blocks.
 
     Their sums, or the bits of their maxima as float32 (NaN the largest), are left in `LANES` places of `sums`;
@@ -346,8 +363,7 @@ def add_many(form: Format, run: int, code: int) -> Any:
         b: Builder, source: Value, rows: Value, stride: Value, sums: Value, least: Value, fresh: Value, ahead: Value
     ) -> None:
         running = _Running(b, form, code)
-        with cgutils.for_range(b, rows) as loop:
-            at = b.gep(source, [b.mul(loop.index, stride)])
+        with _rows(b, flat, source, rows, stride) as at:
             _prefetch(b, at, LANES * run * form.bits // 8, ahead)
             for plane in _planes(b, [_read(b, at, v * LANES, LANES, form, code) for v in range(run)]):
                 running.take(plane)
@@ -357,7 +373,7 @@ def add_many(form: Format, run: int, code: int) -> Any:
 
 
 @cache
-def add_each(form: Format, run: int, long: bool, code: int) -> Any:
+def add_each(form: Format, run: int, long: bool, flat: bool, code: int) -> Any:
     """``(source, i, count, size, rows, stride, sums, j, least, k, fresh, ahead)``: the same for `count` blocks.
 
     One after the other, `size` elements apart. A run has `run` elements; a `long` one has `size`, and `run` is the
@@ -379,8 +395,7 @@ def add_each(form: Format, run: int, long: bool, code: int) -> Any:
                 for part, e in enumerate(range(0, length, LANES)):
                     running[part].take(_read(b, at, e, min(LANES, length - e), form, code))
 
-            with cgutils.for_range(b, rows) as row:
-                at = b.gep(at, [b.mul(row.index, stride)])
+            with _rows(b, flat, at, rows, stride) as at:
                 if long:
                     chunks, vectors = b.udiv(size, number(CHUNK)), b.udiv(size, number(LANES))
                     with cgutils.for_range(b, chunks) as loop:

@@ -22,7 +22,7 @@ from npscope.backends.numba_cpu.kernels import place
 from npscope.backends.numba_cpu.lanes import INF, LANES, ONE, TWO, Format
 from npscope.backends.numba_cpu.operands import Layout
 
-STRIP_ELEMENTS, STRIP_BLOCKS = 4096, 1024
+STRIP_ELEMENTS, STRIP_BLOCKS = 65536, 1024
 """Elements and blocks of a strip: 16 KiB of float32, and of work arrays."""
 
 MAX_STEPS = 1500
@@ -61,6 +61,14 @@ def strip_blocks(layout: Layout, multiple: int = 1) -> int:
     return max(1, count // multiple) * multiple
 
 
+@inner
+def copy(source: Any, count: int, target: Any, start: int) -> None:
+    """The first `count` numbers of `source` to `target`. Signed indices, which may count from the end, are slow."""
+    first = np.uintp(start)
+    for j in range(np.uintp(count)):
+        target[first + j] = source[j]
+
+
 # --- norms of a strip ----------------------------------------------------------------------------
 
 
@@ -73,14 +81,15 @@ def _measure(layout: Layout, code: int) -> Any:
     code = INF if run * layout.rows == 1 else code  # the norm of one element is its magnitude, whatever the order
     # Long runs are compiled once for all, but for what does not fill a vector.
     whole, rest = divmod(run, LANES) if run > lanes.CHUNK else (0, run)
-    return _measure_runs(layout.form, layout.codec, rest, whole > 0, code)
+    return _measure_runs(layout.form, layout.codec, rest, whole > 0, layout.rows == 1, code)
 
 
 @cache
-def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -> Any:
-    """`_measure` for runs of `run` elements, which `long` ones end with after whole vectors."""
+def _measure_runs(form: Format, codec: Codec, run: int, long: bool, flat: bool, code: int) -> Any:
+    """`_measure` for runs of `run` elements, which `long` ones end with after whole vectors; `flat` blocks are one run."""
     many = lanes.takes_many(run) and not long
-    add_many, add_each = lanes.add_many(form, run if many else 1, code), lanes.add_each(form, run, long, code)
+    add_many = lanes.add_many(form, run if many else 1, flat, code)
+    add_each = lanes.add_each(form, run, long, flat, code)
     round_norms = lanes.round_norms(code)
     settle = _settle(codec, code == TWO)
     single = 0 if run == 1 and not long else 1  # loops of the elements that are the run, not rows
@@ -96,6 +105,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
         rows, stride, steps = 1, 0, 1
         if loops:
             rows, stride = elements[0, loops - 1], elements[1, loops - 1]
+        if not flat:
             for d in range(loops - 1):
                 steps *= elements[0, d]
         found = norms if code == INF else sums
@@ -107,23 +117,24 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
             while j < end:
                 count = min(LANES, end - j)
                 for step in range(steps):
-                    first = at + (place(step * rows * size, elements) if step else 0)
+                    first = at if flat else at + place(step * rows * size, elements)
                     if many and count == LANES:
-                        add_many(buffer, first, rows, stride, found, j, sums, LEAST, step == 0, ahead)
+                        add_many(buffer, first, rows, stride, found, j, sums, LEAST, flat or step == 0, ahead)
                     else:
-                        add_each(buffer, first, count, size, rows, stride, found, j, sums, LEAST, step == 0, ahead)
+                        add_each(buffer, first, count, size, rows, stride, found, j, sums, LEAST, flat or step == 0, ahead)
                 if code != INF:
                     doubt = round_norms(sums, j, sums, LEAST, norms, j)
-                    if doubt:
-                        for lane in range(count):
-                            if (doubt >> lane) & 1:
-                                norms[j + lane] = settle(buffer, at + lane * size, elements, sums[j + lane], limbs)
+                    lane = 0
+                    while doubt:
+                        if doubt & 1 and lane < count:
+                            norms[j + lane] = settle(buffer, at + lane * size, elements, sums[j + lane], limbs)
+                        doubt >>= 1
+                        lane += 1
                 at += count * size
                 j += count
             i = after
         if code == INF:
-            for j in range(length):
-                sums[j] = norms[j]
+            copy(norms, length, sums, 0)
 
     return measure
 
@@ -266,11 +277,9 @@ def norm_kernel(layout: Layout, code: int) -> Any:
         for i in range(i0, i1, strip):
             stop = min(i1, i + strip)
             measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)
-            for j in range(stop - i):
-                out[i - i0 + j] = norms[j]
+            copy(norms, stop - i, out, i - i0)
             if wide.size:
-                for j in range(stop - i):
-                    wide[i - i0 + j] = sums[j]
+                copy(sums, stop - i, wide, i - i0)
 
     return norms_of_blocks
 
