@@ -12,8 +12,7 @@ Floats are taken as integers: magnitudes of one format order like their bits wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -230,196 +229,175 @@ def prune_groups(form: Format, n: int) -> Any:
 CHUNK = 64
 """Elements of a long run that are taken in one step: four sums side by side hide the latency of an addition."""
 
+PARTIAL = 8
+"""Lanes in which float64 sums of long runs are formed."""
+
 INF, ONE, TWO = 0, 1, 2
 """What is made of magnitudes: the largest, their sum, the sum of their squares."""
 
 
 def takes_many(run: int) -> bool:
-    """Whether blocks with `run` adjacent elements are summed `LANES` at a time."""
+    """Whether blocks with `run` adjacent elements are summed side by side, a lane for each."""
     return run in (1, 2, 4, 8)
-
-
-class _Running:
-    """The lanes of a sum or a maximum while elements are taken in.
-
-    A sum of magnitudes comes with the least of them that is not zero, less one unit, which tells whether it is exact.
-    """
-
-    def __init__(self, b: Builder, form: Format, code: int) -> None:
-        self.b, self.form, self.code = b, form, code
-        self.places: list[Value] = []
-        if code == INF:
-            self._new(_splat(_vector(32, LANES), 0))
-        else:
-            self._new(_splat(ir.VectorType(ir.DoubleType(), LANES), 0.0))
-        if code == ONE:
-            self._new(_splat(_vector(32, LANES), (1 << 32) - 1))
-
-    def _new(self, start: Value) -> None:
-        self.places.append(cgutils.alloca_once(self.b, start.type))
-        self.b.store(start, self.places[-1])
-
-    @property
-    def values(self) -> list[Value]:
-        return [self.b.load(place) for place in self.places]
-
-    def take(self, bits: Value) -> None:
-        """Take in a vector of magnitudes or, for squares, of signed numbers: float32 as integers."""
-        b, old = self.b, self.values
-        if self.code == INF:
-            new = [_larger(b, old[0], bits)]
-        else:
-            wide = b.fpext(b.bitcast(bits, ir.VectorType(ir.FloatType(), LANES)), old[0].type)
-            if self.code == TWO:
-                # A product of two float32 is exact in float64, so that this rounds once, as the sum would.
-                new = [_call(b, f"llvm.fma.v{LANES}f64", wide.type, [wide, wide, old[0]])]
-            else:
-                new = [b.fadd(old[0], wide), _smaller(b, old[1], b.sub(bits, _splat(bits.type, 1)))]
-        for value, place in zip(new, self.places, strict=True):
-            b.store(value, place)
 
 
 def _larger(b: Builder, x: Value, y: Value) -> Value:
     return b.select(b.icmp_unsigned(">", x, y), x, y)
 
 
-def _smaller(b: Builder, x: Value, y: Value) -> Value:
-    return b.select(b.icmp_unsigned("<", x, y), x, y)
-
-
-def _joins(code: int) -> list[Callable[..., Value]]:
-    """How two of each number in a `_Running` are joined."""
-    if code == INF:
-        return [_larger]
-    sums: list[Callable[..., Value]] = [lambda b, x, y: b.fadd(x, y)]
-    return [*sums, _smaller] if code == ONE else sums
-
-
-def _joined(b: Builder, code: int, x: Sequence[Value], y: Sequence[Value]) -> list[Value]:
-    return [join(b, p, q) for join, p, q in zip(_joins(code), x, y, strict=True)]
-
-
 def _read(b: Builder, source: Value, e: int, count: int, form: Format, code: int) -> Value:
-    """`count` elements at `e` as float32 in integers, zeros up to `LANES`; magnitudes, unless they will be squared."""
+    """`count` elements at `e` as float32 in integers; magnitudes, unless they will be squared."""
     bits = _load(b, b.gep(source, [_INT32(e)]), _vector(form.bits, count))
-    if count < LANES:
-        bits = _shuffle(b, bits, [min(i, count) for i in range(LANES)], _splat(bits.type, 0))
-    return b.bitcast(_single(b, bits, form, code == TWO), _vector(32, LANES))
+    return b.bitcast(_single(b, bits, form, code == TWO), _vector(32, count))
 
 
 def _planes(b: Builder, vectors: list[Value]) -> list[Value]:
     """A power of two of adjacent vectors, dealt out: plane p holds every element at p modulo their number."""
     if len(vectors) == 1:
         return vectors
-    even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+    count = 2 * vectors[0].type.count
     pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
-    evens = _planes(b, [_shuffle(b, x, even, y) for x, y in pairs])
-    odds = _planes(b, [_shuffle(b, x, odd, y) for x, y in pairs])
+    evens = _planes(b, [_shuffle(b, x, range(0, count, 2), y) for x, y in pairs])
+    odds = _planes(b, [_shuffle(b, x, range(1, count, 2), y) for x, y in pairs])
     return [plane for both in zip(evens, odds, strict=True) for plane in both]
 
 
-def _fold(b: Builder, join: Callable[..., Value], v: Value) -> Value:
-    """All lanes joined into one number, by halves."""
-    while v.type.count > 1:
-        half = v.type.count // 2
-        v = join(b, _shuffle(b, v, range(half)), _shuffle(b, v, range(half, 2 * half)))
-    return b.extract_element(v, _INT32(0))
+def _take(b: Builder, code: int, total: Value, bits: Value) -> Value:
+    """The lanes of a sum or a maximum with those of a vector taken in; of one twice as long, both halves."""
+    if code == INF:
+        return _larger(b, total, bits)
+    single = b.bitcast(bits, ir.VectorType(ir.FloatType(), bits.type.count))
+    lanes = total.type.count
+    for start in range(0, bits.type.count, lanes):
+        part = single if bits.type.count == lanes else _shuffle(b, single, range(start, start + lanes))
+        wide = b.fpext(part, total.type)
+        if code == TWO:
+            # A product of two float32 is exact in float64, so that this rounds once, as the sum would.
+            total = _call(b, f"llvm.fma.v{lanes}f64", wide.type, [wide, wide, total])
+        else:
+            total = b.fadd(total, wide)
+    return total
 
 
-def _put(b: Builder, code: int, found: Sequence[Value], places: Sequence[Value], fresh: Value) -> None:
-    """Join what was found into memory; `fresh` overwrites it."""
-    places = [b.bitcast(place, v.type.as_pointer()) for v, place in zip(found, places, strict=False)]
+class _Least:
+    """The least magnitude that is not zero, of all that go into sums: as the largest of their negated bits."""
 
-    def store(values: Sequence[Value]) -> None:
-        for v, place in zip(values, places, strict=True):
-            _store(b, v, place)
+    def __init__(self, b: Builder, code: int, place: Value) -> None:
+        self.b, self.most = b, None
+        if code == ONE:
+            self.place = b.bitcast(place, _vector(32, LANES).as_pointer())
+            self.most = cgutils.alloca_once_value(b, b.load(self.place, align=4))
 
-    with b.if_else(fresh) as (first, further):
-        with first:
-            store(found)
-        with further:
-            store(_joined(b, code, found, [b.load(place, align=4) for place in places]))
+    def take(self, bits: Value) -> None:
+        if self.most is not None:
+            if bits.type.count < LANES:
+                bits = _shuffle(self.b, bits, [min(i, bits.type.count) for i in range(LANES)], _splat(bits.type, 0))
+            self.b.store(_larger(self.b, self.b.load(self.most), self.b.neg(bits)), self.most)
 
-
-@contextmanager
-def _rows(b: Builder, flat: bool, source: Value, rows: Value, stride: Value) -> Iterator[Value]:
-    """A loop over the addresses of rows; none where there is but one, which compiles to far better code."""
-    if flat:
-        yield source
-        return
-    with cgutils.for_range(b, rows) as loop:
-        yield b.gep(source, [b.mul(loop.index, stride)])
+    def leave(self) -> None:
+        if self.most is not None:
+            self.b.store(self.b.load(self.most), self.place, align=4)
 
 
-@cache
-def add_many(form: Format, run: int, flat: bool, code: int) -> Any:
-    """``(source, i, rows, stride, sums, j, least, k, fresh, ahead)``: take in `rows` runs of `LANES` adjacent blocks.
-
-    Their sums, or the bits of their maxima as float32 (NaN the largest), are left in `LANES` places of `sums`;
-    for sums of magnitudes the least ones are left in `least`. `fresh` overwrites what is there.
-    """
-
-    def emit(
-        b: Builder, source: Value, rows: Value, stride: Value, sums: Value, least: Value, fresh: Value, ahead: Value
-    ) -> None:
-        running = _Running(b, form, code)
-        with _rows(b, flat, source, rows, stride) as at:
-            _prefetch(b, at, LANES * run * form.bits // 8, ahead)
-            for plane in _planes(b, [_read(b, at, v * LANES, LANES, form, code) for v in range(run)]):
-                running.take(plane)
-        _put(b, code, running.values, (sums, least), fresh)
-
-    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 10))
+def _total(code: int, blocks: int) -> Value:
+    """Where the sums or maxima of so many blocks side by side start, and of one block in many lanes if that is 0."""
+    if code == INF:
+        return _splat(_vector(32, blocks or LANES), 0)
+    return _splat(ir.VectorType(ir.DoubleType(), blocks or PARTIAL), 0.0)
 
 
 @cache
-def add_each(form: Format, run: int, long: bool, flat: bool, code: int) -> Any:
-    """``(source, i, count, size, rows, stride, sums, j, least, k, fresh, ahead)``: the same for `count` blocks.
+def add_run(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
+    """``(source, i, count, size, sums, j, least, k, ahead)``: take in a run of each of `count` adjacent blocks.
 
-    One after the other, `size` elements apart. A run has `run` elements; a `long` one has `size`, and `run` is the
-    constant number of those that do not fill a vector.
+    Runs have `size` elements; they are `long`, with `run` elements that do not fill a vector, or `size` is the
+    constant `run`. Sums in float64, or maxima as the bits of float32 (NaN the largest), are left in `sums`: one
+    number a block where `takes_many(run)`, else `PARTIAL` float64 (or twice as many bits of float32). `first`
+    overwrites them. Sums of magnitudes also update `LANES` numbers in `least`.
     """
+    many = takes_many(run) and not long
 
-    def emit(
-        b: Builder, source: Value, count: Value, size: Value, rows: Value, stride: Value,
-        sums: Value, least: Value, fresh: Value, ahead: Value,
-    ) -> None:  # fmt: skip
+    def emit(b: Builder, source: Value, count: Value, size: Value, sums: Value, least: Value, ahead: Value) -> None:
         def number(n: int) -> Value:
             return ir.Constant(size.type, n)
 
-        def block(at: Value) -> list[Value]:
-            running = [_Running(b, form, code) for _ in range(CHUNK // LANES if long else -(-run // LANES))]
+        def add(at: Value, place: Value, blocks: int) -> None:
+            start = _total(code, blocks)
+            place = b.bitcast(place, start.type.as_pointer())
+            total = cgutils.alloca_once_value(b, start if first else b.load(place, align=4))
 
-            def take(at: Value, length: int) -> None:
+            def take(vectors: Sequence[Value], total: Value = total) -> None:
+                for bits in vectors:
+                    smallest.take(bits)
+                    b.store(_take(b, code, b.load(total), bits), total)
+
+            def read(at: Value, length: int) -> list[Value]:
                 _prefetch(b, at, length * form.bits // 8, ahead)
-                for part, e in enumerate(range(0, length, LANES)):
-                    running[part].take(_read(b, at, e, min(LANES, length - e), form, code))
+                found = [_read(b, at, e, LANES, form, code) for e in range(0, length - LANES + 1, LANES)]
+                if length % LANES:
+                    bits = _read(b, at, length - length % LANES, length % LANES, form, code)
+                    padded = [min(i, length % LANES) for i in range(LANES)]
+                    found.append(_shuffle(b, bits, padded, _splat(bits.type, 0)))
+                return found
 
-            with _rows(b, flat, at, rows, stride) as at:
+            if blocks:
+                _prefetch(b, at, blocks * run * form.bits // 8, ahead)
+                take(_planes(b, [_read(b, at, v * blocks, blocks, form, code) for v in range(run)]))
+            else:
                 if long:
+                    others = [cgutils.alloca_once_value(b, start) for _ in range(CHUNK // LANES)]
                     chunks, vectors = b.udiv(size, number(CHUNK)), b.udiv(size, number(LANES))
                     with cgutils.for_range(b, chunks) as loop:
-                        take(b.gep(at, [b.mul(loop.index, number(CHUNK))]), CHUNK)
-                    with cgutils.for_range_slice(b, b.mul(chunks, number(CHUNK // LANES)), vectors, number(1)) as (
-                        v,
-                        _,
-                    ):
-                        take(b.gep(at, [b.mul(v, number(LANES))]), LANES)
+                        for other, bits in zip(others, read(b.gep(at, [b.mul(loop.index, number(CHUNK))]), CHUNK), strict=True):
+                            take([bits], other)
+                    done = b.mul(chunks, number(CHUNK // LANES))
+                    with cgutils.for_range_slice(b, done, vectors, number(1)) as (v, _):
+                        take(read(b.gep(at, [b.mul(v, number(LANES))]), LANES))
+                    for other in others:
+                        value = b.load(other)
+                        join = _larger(b, b.load(total), value) if code == INF else b.fadd(b.load(total), value)
+                        b.store(join, total)
                     at = b.gep(at, [b.mul(vectors, number(LANES))])
                 if run:
-                    take(at, run)
-            found = [r.values for r in running]
-            while len(found) > 1:
-                pairs = zip(found[::2], found[1::2], strict=False)
-                found = [_joined(b, code, x, y) for x, y in pairs] + (found[-1:] if len(found) % 2 else [])
-            return [_fold(b, join, v) for join, v in zip(_joins(code), found[0], strict=True)]
+                    take(read(at, run))
+            b.store(b.load(total), place, align=4)
 
-        with cgutils.for_range(b, count) as loop:
-            found = block(b.gep(source, [b.mul(loop.index, size)]))
-            places = (b.bitcast(place, v.type.as_pointer()) for v, place in zip(found, (sums, least), strict=False))
-            _put(b, code, found, [b.gep(place, [loop.index]) for place in places], fresh)
+        smallest = _Least(b, code, least)
+        done = number(0)
+        for blocks in (LANES, 1) if many else (0,):
+            step = number(blocks or 1)
+            stop = b.mul(b.udiv(count, step), step)
+            with cgutils.for_range_slice(b, done, stop, step) as (block, _):
+                entry = block if many else b.mul(block, number(PARTIAL))
+                width = 32 if many and code == INF else 64
+                place = b.gep(b.bitcast(sums, ir.IntType(width).as_pointer()), [entry])
+                add(b.gep(source, [b.mul(block, size)]), place, blocks)
+            done = stop
+        smallest.leave()
 
-    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 12))
+    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 9))
+
+
+def _folded(b: Builder, code: int, source: Value) -> Value:
+    """The partial sums or maxima of `LANES` blocks as one vector: a tree of cheap shuffles."""
+    start = _total(code, 0)
+    kind = start.type
+    parts = [b.load(b.gep(b.bitcast(source, kind.as_pointer()), [_INT32(i)]), align=4) for i in range(LANES)]
+    if code == INF:
+        low, high = range(PARTIAL), range(PARTIAL, 2 * PARTIAL)
+        parts = [_larger(b, _shuffle(b, v, low), _shuffle(b, v, high)) for v in parts]
+    # Inside the parts of 16 bytes of which vectors are made, then whole parts: the order comes out right.
+    if code == INF:
+        orders = [[0, 2, 8, 10, 4, 6, 12, 14]] * 2 + [[0, 1, 2, 3, 8, 9, 10, 11]]
+        strides = [1, 1, 4]
+    else:
+        orders = [[0, 8, 2, 10, 4, 12, 6, 14]] + [[0, 1, 4, 5, 8, 9, 12, 13]] * 2
+        strides = [1, 2, 2]
+    for order, stride in zip(orders, strides, strict=True):
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        halves = [(_shuffle(b, x, order, y), _shuffle(b, x, [i + stride for i in order], y)) for x, y in pairs]
+        parts = [_larger(b, x, y) if code == INF else b.fadd(x, y) for x, y in halves]
+    return _shuffle(b, parts[0], range(LANES), parts[1])
 
 
 ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
@@ -437,24 +415,24 @@ That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the su
 
 
 @cache
-def round_norms(code: int) -> Any:
-    """``(sums, j, least, k, norms, i)``: `LANES` sums to float32 norms, and to float64 ones in their place.
+def finish_sums(code: int, many: bool) -> Any:
+    """``(found, i, sums, j, least, k, norms, l)``: what `add_run` found for `LANES` blocks, to norms.
 
-    Returns a bit for each whose rounding is in doubt, or whose format is not that of normal numbers.
+    To float32, and the sums also to float64 in `sums`. Returns a bit for each block whose rounding is in doubt,
+    or whose norm is no normal number of float32.
     """
 
-    def emit(b: Builder, sums: Value, least: Value, norms: Value) -> Value:
-        double, single, bits = (
-            ir.VectorType(ir.DoubleType(), LANES),
-            ir.VectorType(ir.FloatType(), LANES),
-            _vector(64, LANES),
-        )
-        at = b.bitcast(sums, double.as_pointer())
-        wide = b.load(at, align=8)
+    def emit(b: Builder, found: Value, sums: Value, least: Value, norms: Value) -> Value:
+        double, single = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.FloatType(), LANES)
+        bits = _vector(64, LANES)
+        wide = b.load(b.bitcast(found, double.as_pointer()), align=8) if many else _folded(b, code, found)
+        if code == INF:
+            _store(b, wide, norms)
+            return ir.Constant(ir.IntType(64), 0)
         if code == TWO:
             wide = _call(b, f"llvm.sqrt.v{LANES}f64", double, [wide])
-            b.store(wide, at, align=8)
-        b.store(b.fptrunc(wide, single), b.bitcast(norms, single.as_pointer()), align=4)
+        _store(b, wide, sums)
+        _store(b, b.fptrunc(wide, single), norms)
         raw = b.bitcast(wide, bits)
         offset = b.and_(b.add(raw, _splat(bits, DOUBT - ROUNDING_BORDER)), _splat(bits, ROUNDING_MASK))
         near = b.icmp_unsigned("<", offset, _splat(bits, 2 * DOUBT))
@@ -464,12 +442,14 @@ def round_norms(code: int) -> Any:
         odd = b.and_(odd, b.icmp_unsigned("!=", raw, _splat(bits, 0)))
         doubtful = b.or_(near, odd)
         if code == ONE:
-            smallest = b.add(_load(b, least, _vector(32, LANES)), _splat(_vector(32, LANES), 1))
-            span = b.fmul(b.fpext(b.bitcast(smallest, single), double), _splat(double, EXACT_SPAN))
-            doubtful = b.and_(doubtful, b.not_(b.fcmp_ordered("<=", wide, span)))
+            smallest = _call(
+                b, f"llvm.vector.reduce.umax.v{LANES}i32", _INT32, [_load(b, least, _vector(32, LANES))]
+            )
+            span = b.fmul(b.fpext(b.bitcast(b.neg(smallest), ir.FloatType()), ir.DoubleType()), ir.DoubleType()(EXACT_SPAN))
+            doubtful = b.and_(doubtful, b.not_(b.fcmp_ordered("<=", wide, _broadcast(b, span, LANES))))
         return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
 
-    return intrinsic(_with_arguments(_emitter(lambda *args: types.int64(*args), emit), 6))
+    return intrinsic(_with_arguments(_emitter(lambda *args: types.int64(*args), emit), 8))
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -518,8 +498,7 @@ def _with_arguments(typing: Any, count: int) -> Any:
         3: lambda context, a, b, c: typing(context, a, b, c),
         4: lambda context, a, b, c, d: typing(context, a, b, c, d),
         5: lambda context, a, b, c, d, e: typing(context, a, b, c, d, e),
-        6: lambda context, a, b, c, d, e, f: typing(context, a, b, c, d, e, f),
-        10: lambda context, a, b, c, d, e, f, g, h, i, j: typing(context, a, b, c, d, e, f, g, h, i, j),
-        12: lambda context, a, b, c, d, e, f, g, h, i, j, k, l: typing(context, a, b, c, d, e, f, g, h, i, j, k, l),
+        8: lambda context, a, b, c, d, e, f, g, h: typing(context, a, b, c, d, e, f, g, h),
+        9: lambda context, a, b, c, d, e, f, g, h, i: typing(context, a, b, c, d, e, f, g, h, i),
     }
     return forms[count]
