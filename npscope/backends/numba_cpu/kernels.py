@@ -289,6 +289,24 @@ def gather(buffer: Any, origin: int, grid: Any, i0: int, i1: int, out: Any) -> N
 
 
 @kernel
+def scatter(numbers: Any, i0: int, i1: int, buffer: Any, origin: int, grid: Any) -> None:
+    """Dense numbers to entries [i0, i1) of a strided grid; where its rows are columns in memory, column by column."""
+    run, step = grid[0, -1], np.uintp(grid[1, -1])
+    turned = grid.shape[1] > 1 and abs(grid[1, -2]) < abs(grid[1, -1])
+    across = np.uintp(grid[1, -2] if turned else 0)
+    i = i0
+    while i < i1:
+        count, rows = min(i1 - i, run - i % run), 1
+        if turned and count == run:
+            rows = min((i1 - i) // run, grid[0, -2] - i // run % grid[0, -2])
+        at, first = np.uintp(origin + place(i, grid)), np.uintp(i - i0)
+        for j in range(np.uintp(count)):
+            for r in range(np.uintp(rows)):
+                buffer[at + j * step + r * across] = numbers[first + j + r * np.uintp(run)]
+        i += count * rows
+
+
+@kernel
 def repeat_each(few: Any, n: int, skip: int, out: Any) -> None:
     """Each entry of `few` n times, without the first `skip`."""
     for i in range(out.size):

@@ -348,7 +348,9 @@ def add_run(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
                     others = [cgutils.alloca_once_value(b, start) for _ in range(CHUNK // LANES)]
                     chunks, vectors = b.udiv(size, number(CHUNK)), b.udiv(size, number(LANES))
                     with cgutils.for_range(b, chunks) as loop:
-                        for other, bits in zip(others, read(b.gep(at, [b.mul(loop.index, number(CHUNK))]), CHUNK), strict=True):
+                        for other, bits in zip(
+                            others, read(b.gep(at, [b.mul(loop.index, number(CHUNK))]), CHUNK), strict=True
+                        ):
                             take([bits], other)
                     done = b.mul(chunks, number(CHUNK // LANES))
                     with cgutils.for_range_slice(b, done, vectors, number(1)) as (v, _):
@@ -442,10 +444,10 @@ def finish_sums(code: int, many: bool) -> Any:
         odd = b.and_(odd, b.icmp_unsigned("!=", raw, _splat(bits, 0)))
         doubtful = b.or_(near, odd)
         if code == ONE:
-            smallest = _call(
-                b, f"llvm.vector.reduce.umax.v{LANES}i32", _INT32, [_load(b, least, _vector(32, LANES))]
+            smallest = _call(b, f"llvm.vector.reduce.umax.v{LANES}i32", _INT32, [_load(b, least, _vector(32, LANES))])
+            span = b.fmul(
+                b.fpext(b.bitcast(b.neg(smallest), ir.FloatType()), ir.DoubleType()), ir.DoubleType()(EXACT_SPAN)
             )
-            span = b.fmul(b.fpext(b.bitcast(b.neg(smallest), ir.FloatType()), ir.DoubleType()), ir.DoubleType()(EXACT_SPAN))
             doubtful = b.and_(doubtful, b.not_(b.fcmp_ordered("<=", wide, _broadcast(b, span, LANES))))
         return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
 

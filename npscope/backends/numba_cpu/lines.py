@@ -16,8 +16,8 @@ import numpy as np
 
 from npscope.backends.numba_cpu import lanes
 from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above, two_sum
-from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.codecs import Codec
+from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.kernels import place
 from npscope.backends.numba_cpu.lanes import INF, LANES, ONE, PARTIAL, TWO, Format
 from npscope.backends.numba_cpu.operands import Layout
@@ -38,8 +38,11 @@ LEAST = STRIP_BLOCKS + LANES
 PARTS = LEAST + LANES
 """Where partial sums stand, `PARTIAL` for each block whose runs are no shorter than a vector."""
 
+FLAT_RUN = 1 << 10
+"""Elements whose sums are finished together where a block is one run: short, so that roots run beside loads."""
+
 AHEAD = 1 << 11
-"""Elements between what is summed and what is prefetched, at most."""
+"""Elements between what is summed and what is prefetched, as long as memory is read in order."""
 
 
 class NormBuffers:
@@ -97,42 +100,47 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     many = lanes.takes_many(run) and not long
     add_first, add = (lanes.add_run(form, run, long, first, code) for first in (True, False))
     finish_sums, settle = lanes.finish_sums(code, many), _settle(codec, code == TWO)
-    begin, each = (0, 1) if many else (PARTS, PARTIAL)
 
     @inner
     def measure(
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, limbs: Any
     ) -> None:
-        start, length, width = i, stop - i, grid[0, -1]
+        start, width = i, grid[0, -1]
         size = elements[0, -1] if long else run
         rows = 1
         for d in range(elements.shape[1]):
             rows *= elements[0, d]
         rows //= size
+        most = max(LANES, FLAT_RUN // size) if rows == 1 else stop - i
         found = norms if many and code == INF else sums
-        for lane in range(LANES):
-            sums[LEAST + lane] = 0.0
         while i < stop:
-            after = min(stop, i + width - i % width)
-            at, j = origin + place(i, grid), begin + each * (i - start)
+            after = min(stop, i + width - i % width, i + most)
+            at, j, end = origin + place(i, grid), i - start, after - start
+            for lane in range(LANES):
+                sums[LEAST + lane] = 0.0
             for row in range(rows):
                 here = at + place(row * size, elements)
                 further = origin + place(after, grid) if row == rows - 1 else at + place(row * size + size, elements)
-                ahead = min(further - here, AHEAD)
+                ahead = AHEAD if further - here == (end - j) * size else further - here
                 if row:
-                    add(buffer, here, after - i, size, found, j, sums, LEAST, ahead)
+                    add(buffer, here, end - j, size, found, j if many else PARTS, sums, LEAST, ahead)
                 else:
-                    add_first(buffer, here, after - i, size, found, j, sums, LEAST, ahead)
+                    add_first(buffer, here, end - j, size, found, j if many else PARTS, sums, LEAST, ahead)
+            while j < end:
+                if many and code == INF:
+                    break
+                parts = j if many else PARTS + PARTIAL * (j - (i - start))
+                doubt = finish_sums(sums, parts, sums, j, sums, LEAST, norms, j)
+                lane = j
+                while doubt and lane < end:
+                    if doubt & 1:
+                        norms[lane] = settle(buffer, origin + place(start + lane, grid), elements, sums[lane], limbs)
+                    doubt >>= 1
+                    lane += 1
+                j += LANES
             i = after
-        for j in range(0, length, LANES):
-            doubt = 0 if many and code == INF else finish_sums(sums, begin + each * j, sums, j, sums, LEAST, norms, j)
-            while doubt:
-                if doubt & 1 and j < length:
-                    norms[j] = settle(buffer, origin + place(start + j, grid), elements, sums[j], limbs)
-                doubt >>= 1
-                j += 1
         if code == INF:
-            copy(norms, length, sums, 0)
+            copy(norms, stop - start, sums, 0)
 
     return measure
 

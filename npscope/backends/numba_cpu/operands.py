@@ -159,9 +159,12 @@ def workers_for(elements: int) -> int:
     return 1 if elements < SERIAL_ELEMENTS else count
 
 
-def piece_length(total: int, elements: int, workers: int, workspace: int) -> int:
-    """Items (blocks or scopes of `elements` elements each, `workspace` bytes of work arrays) to a piece."""
-    limit = max(1, min(PIECE_ELEMENTS // max(1, elements), PIECE_WORKSPACE // workspace))
+def piece_length(total: int, elements: int, workers: int, workspace: int, most: int = PIECE_ELEMENTS) -> int:
+    """Items (blocks or scopes of `elements` elements each, `workspace` bytes of work arrays) to a piece.
+
+    A piece has up to `most` elements.
+    """
+    limit = max(1, min(most // max(1, elements), PIECE_WORKSPACE // workspace))
     fair = -(-total // (workers * PIECES_PER_THREAD))
     return max(1, min(limit, fair) if workers > 1 else limit)
 
@@ -172,18 +175,19 @@ def ranges(
     make_work: Callable[[int, int], Callable[[int, int, int], None]],
     *,
     workspace: int = BLOCK_WORKSPACE,
+    most: int = PIECE_ELEMENTS,
     shielded: bool = False,
 ) -> Callable[[], None]:
     """A job that works off [0, total), items of `elements` elements each, in ranges on the pool.
 
     ``make_work(slots, length)`` allocates for that many threads and ranges up to that length, now,
     and returns ``work(slot, start, stop)``. So a writer has all its memory before it starts. `workspace`
-    is the bytes of work arrays for one item; writers of blocks with several leaves are `shielded`.
+    is the bytes of work arrays for one item, a range has up to `most` elements; writers of blocks with several leaves are `shielded`.
     """
     if total == 0:
         return lambda: None
     workers = workers_for(total * elements)
-    length = piece_length(total, elements, workers, workspace)
+    length = piece_length(total, elements, workers, workspace, most)
     pieces = -(-total // length)
     work = make_work(min(workers, pieces), length)
 
