@@ -19,24 +19,27 @@ from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, 
 from npscope.backends.numba_cpu.codecs import Codec
 from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.kernels import place
-from npscope.backends.numba_cpu.lanes import INF, LANES, ONE, PARTIAL, TWO, Format
+from npscope.backends.numba_cpu.lanes import INF, LANES, LINE, ONE, PARTIAL, TWO, Format
 from npscope.backends.numba_cpu.operands import Layout
 
-STRIP_RUN, STRIP_ELEMENTS, STRIP_BLOCKS = 1 << 12, 1 << 17, 1 << 12
+STRIP_RUN, STRIP_ELEMENTS, STRIP_BLOCKS = 1 << 12, 1 << 17, 1 << 11
 """Adjacent elements of a row of a strip, elements and blocks of a strip at most.
 
 Rows are read one after the other, so that memory is read in pieces of 16 KiB: measured, twice as fast as 1 KiB.
 """
 
-MAX_STEPS = 1500
-"""Additions in sequence that `lanes.DOUBT` allows for, with some to spare."""
+MAX_ADDITIONS = lanes.DOUBT - 100
+"""Additions in sequence that `lanes.DOUBT` allows for, with those that join the lanes to spare."""
 
 
-LEAST = STRIP_BLOCKS + LANES
-"""Where the sums of a strip end in their array, and `LANES` least magnitudes stand."""
+MARGIN = lanes.DOUBT * 2.0**-53
+"""What a norm may be off, relative to it."""
 
-PARTS = LEAST + LANES
-"""Where partial sums stand, `PARTIAL` for each block whose runs are no shorter than a vector."""
+LEAST, PARTS = 32, 64
+"""Where `LANES` least magnitudes and the partial sums stand behind the limbs of an exact sum, on lines of their own."""
+
+PART_BLOCKS = STRIP_RUN // LANES
+"""Blocks in one row of a strip that have partial sums, because their runs are no shorter than a vector."""
 
 FLAT_RUN = 1 << 10
 """Elements whose sums are finished together where a block is one run: short, so that roots run beside loads."""
@@ -45,13 +48,21 @@ AHEAD = 1 << 11
 """Elements between what is summed and what is prefetched, as long as memory is read in order."""
 
 
-class NormBuffers:
-    """Work arrays of one thread for the norms of a strip."""
+def _lines(length: int, dtype: Any) -> np.ndarray:
+    """A work array that starts where a line starts: vectors that straddle two cost twice."""
+    raw = np.zeros(length * np.dtype(dtype).itemsize + LINE, dtype=np.uint8)
+    start = -raw.ctypes.data % LINE
+    return raw[start : start + length * np.dtype(dtype).itemsize].view(dtype)
 
-    def __init__(self) -> None:
-        self.sums = np.zeros(PARTS + PARTIAL * (STRIP_RUN // LANES + LANES))
-        self.norms = np.zeros(STRIP_BLOCKS + LANES, dtype=np.float32)
-        self.limbs = np.empty((1, LIMBS), dtype=np.int64)
+
+class NormBuffers:
+    """Work arrays of one thread for the norms of a strip of up to `blocks` blocks."""
+
+    def __init__(self, blocks: int = STRIP_BLOCKS) -> None:
+        self.sums = _lines(blocks + LANES, np.float64)
+        self.norms = _lines(blocks + LANES, np.float32)
+        rows = -(-(PARTS + PARTIAL * (PART_BLOCKS + LANES)) // LIMBS)
+        self.limbs = _lines(rows * LIMBS, np.int64).reshape(rows, LIMBS)
 
     @property
     def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -61,12 +72,17 @@ class NormBuffers:
 
 def can_sum(layout: Layout | None, code: int) -> bool:
     """Whether `norm_kernel` serves these blocks and this norm."""
-    return layout is not None and layout.form.bits <= 32 and code in (INF, ONE, TWO) and layout.steps <= MAX_STEPS
+    if layout is None or layout.form.bits > 32 or code not in (INF, ONE, TWO):
+        return False
+    vectors = -(-layout.run // LANES)
+    several = vectors if layout.run <= lanes.CHUNK else -(-layout.run // lanes.CHUNK) + lanes.CHUNK // LANES
+    additions = layout.run if lanes.takes_many(layout.run) else LANES // PARTIAL * several
+    return layout.rows * additions <= MAX_ADDITIONS
 
 
 def strip_blocks(layout: Layout, multiple: int = 1) -> int:
     """Blocks of a strip: whole scopes of `multiple` blocks."""
-    most = STRIP_BLOCKS if lanes.takes_many(layout.run) else STRIP_RUN // LANES
+    most = STRIP_BLOCKS if lanes.takes_many(layout.run) else PART_BLOCKS
     count = max(1, min(most, STRIP_RUN // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
     return max(1, count // multiple) * multiple
 
@@ -85,7 +101,7 @@ def copy(source: Any, count: int, target: Any, start: int) -> None:
 def _measure(layout: Layout, code: int) -> Any:
     """``measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)``: norms of the blocks of a strip.
 
-    In float64 they are left in `sums`.
+    In float64 they are left in `sums`, unless they are maxima. Behind the limbs is room for sums in the making.
     """
     run = layout.run
     code = INF if run * layout.rows == 1 else code  # the norm of one element is its magnitude, whatever the order
@@ -98,7 +114,7 @@ def _measure(layout: Layout, code: int) -> Any:
 def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -> Any:
     """`_measure` for runs of `run` elements, which `long` ones end with after whole vectors."""
     many = lanes.takes_many(run) and not long
-    add_first, add = (lanes.add_run(form, run, long, first, code) for first in (True, False))
+    add_first, add = (_adder(form, run, long, first, code) for first in (True, False))
     finish_sums, settle = lanes.finish_sums(code, many), _settle(codec, code == TWO)
 
     @inner
@@ -111,26 +127,24 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
         for d in range(elements.shape[1]):
             rows *= elements[0, d]
         rows //= size
-        most = max(LANES, FLAT_RUN // size) if rows == 1 else stop - i
-        found = norms if many and code == INF else sums
+        most = max(LANES, FLAT_RUN // size) if rows == 1 else stop - i if many else PART_BLOCKS
         while i < stop:
             after = min(stop, i + width - i % width, i + most)
             at, j, end = origin + place(i, grid), i - start, after - start
-            for lane in range(LANES):
-                sums[LEAST + lane] = 0.0
             for row in range(rows):
                 here = at + place(row * size, elements)
                 further = origin + place(after, grid) if row == rows - 1 else at + place(row * size + size, elements)
                 ahead = AHEAD if further - here == (end - j) * size else further - here
                 if row:
-                    add(buffer, here, end - j, size, found, j if many else PARTS, sums, LEAST, ahead)
+                    add(buffer, here, end - j, size, sums, norms, limbs, j, ahead)
                 else:
-                    add_first(buffer, here, end - j, size, found, j if many else PARTS, sums, LEAST, ahead)
-            while j < end:
-                if many and code == INF:
-                    break
-                parts = j if many else PARTS + PARTIAL * (j - (i - start))
-                doubt = finish_sums(sums, parts, sums, j, sums, LEAST, norms, j)
+                    add_first(buffer, here, end - j, size, sums, norms, limbs, j, ahead)
+            while j < end and not (many and code == INF):
+                if many:
+                    doubt = finish_sums(sums, j, sums, j, limbs, LEAST, norms, j)
+                else:
+                    parts = PARTS + PARTIAL * (j - i + start)
+                    doubt = finish_sums(limbs, parts, sums, j, limbs, LEAST, norms, j)
                 lane = j
                 while doubt and lane < end:
                     if doubt & 1:
@@ -139,10 +153,25 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
                     lane += 1
                 j += LANES
             i = after
-        if code == INF:
-            copy(norms, stop - start, sums, 0)
 
     return measure
+
+
+def _adder(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
+    """``add(..., j, ahead)``: a run of each of `count` adjacent blocks, left where `measure` looks for them."""
+    many = lanes.takes_many(run) and not long
+    add_run = lanes.add_run(form, run, long, first, code)
+
+    @inner
+    def add(buffer: Any, at: int, count: int, size: int, sums: Any, norms: Any, limbs: Any, j: int, ahead: int) -> None:
+        if not many:
+            add_run(buffer, at, count, size, limbs, PARTS, limbs, LEAST, ahead)
+        elif code == INF:
+            add_run(buffer, at, count, size, norms, j, limbs, LEAST, ahead)
+        else:
+            add_run(buffer, at, count, size, sums, j, limbs, LEAST, ahead)
+
+    return add
 
 
 @cache
@@ -163,8 +192,8 @@ def _settle(codec: Codec, square: bool) -> Any:
     def settle(buffer: Any, at: int, elements: Any, wide: float, limbs: Any) -> Any:
         if not np.isfinite(wide):
             return np.float32(wide)
-        below = np.float32(wide * (1 - 2.0**-41))
-        if below == np.float32(wide * (1 + 2.0**-41)):
+        below = np.float32(wide * (1 - MARGIN))
+        if below == np.float32(wide * (1 + MARGIN)):
             return below
         total = 1
         for d in range(elements.shape[1]):
@@ -177,7 +206,7 @@ def _settle(codec: Codec, square: bool) -> Any:
             exact = exact and error == 0.0
         border = midpoint_above(below)
         side = (high - (border * border if square else border)) + low
-        if not exact and abs(side) <= high * 2.0**-70:
+        if not exact and abs(side) <= high * 2.0**-60:
             side = exact_side(buffer, at, elements, total, border, limbs)
         bits = below.view(np.uint32)
         if side > 0 or (side == 0 and bits & np.uint32(1)):
@@ -286,7 +315,7 @@ def scale_kernel(layout: Layout) -> Any:
 def norm_kernel(layout: Layout, code: int) -> Any:
     """The kernel that writes the norms of blocks [i0, i1), dense; and in float64 if `wide` is not empty."""
     measure = _measure(layout, code)
-    strip = strip_blocks(layout)
+    strip, largest = strip_blocks(layout), code == INF
 
     @kernel
     def norms_of_blocks(
@@ -298,7 +327,10 @@ def norm_kernel(layout: Layout, code: int) -> Any:
             measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)
             copy(norms, stop - i, out, i - i0)
             if wide.size:
-                copy(sums, stop - i, wide, i - i0)
+                if largest:
+                    copy(norms, stop - i, wide, i - i0)
+                else:
+                    copy(sums, stop - i, wide, i - i0)
 
     return norms_of_blocks
 

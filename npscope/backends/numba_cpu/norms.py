@@ -10,10 +10,10 @@ import numpy as np
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.arithmetic import LIMBS
-from npscope.backends.numba_cpu.lanes import INF, ONE, TWO
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
     PIECE_ELEMENTS,
+    STRIPS_ELEMENTS,
     Competitors,
     Operand,
     competitors,
@@ -24,13 +24,10 @@ from npscope.tiling import Cut, Dim, Leaf, Part, Parts
 UNSURE_ROWS = 2048
 """Undecided norms that are summed exactly at a time."""
 
-LINES_PIECE = 1 << 20
-"""Elements of a piece where the kernel needs no work arrays for it: few calls, each below a millisecond."""
-
 _NOT_WIDE = np.empty(0)
 """In the place of norms in float64, where none are asked for."""
 
-_CODES = {1.0: ONE, 2.0: TWO, math.inf: INF}
+_CODES = {1.0: nk.ONE, 2.0: nk.TWO, math.inf: nk.INF}
 
 
 class NormWork:
@@ -40,7 +37,7 @@ class NormWork:
         self.part = part
         self.p = ord
         self.precise = ord < 1 and part.norm.itemsize == 8
-        self.code = code_of(part, ord)
+        self.code = code_of(ord, part.elements)
         self.lines: lines.NormBuffers | None = None
         if in_lines(part, ord):
             self.lines = lines.NormBuffers()
@@ -48,11 +45,11 @@ class NormWork:
         self.chunk = nk.EXACT_CHUNK if part.exact else nk.WIDE_CHUNK
         self.hi, self.lo = np.empty(length), np.empty(length)
         self.norm = np.empty(length, dtype=part.norm)
-        rescales = self.code == TWO and not part.exact
+        rescales = self.code == nk.TWO and not part.exact
         self.top = np.empty(length if self.code == nk.POWER or rescales else 0)
         self.again = np.empty(length if rescales else 0, dtype=part.norm)
         self.wide = np.empty(length if rescales else 0)
-        self.unsure = np.empty(length if self.code in (ONE, TWO) else 0, dtype=np.int64)
+        self.unsure = np.empty(length if self.code in (nk.ONE, nk.TWO) else 0, dtype=np.int64)
         rows = min(length, UNSURE_ROWS) if part.exact else 0
         self.limbs = np.empty((rows, LIMBS), dtype=np.int64)
 
@@ -67,14 +64,14 @@ class NormWork:
             self._scaled(i0, i1, hi, lo, self.top[:count], norm)
             return norm, hi
         self._sums(self.code, i0, i1, hi, lo)
-        if self.code == INF:
+        if self.code == nk.INF:
             nk.finish_largest(hi, norm)
         elif self.part.exact:
-            unsure = nk.finish_exact(hi, lo, self.code == TWO, norm, self.unsure)
+            unsure = nk.finish_exact(hi, lo, self.code == nk.TWO, norm, self.unsure)
             for start in range(0, unsure, UNSURE_ROWS):
                 self._decide(i0, self.unsure[start : min(unsure, start + UNSURE_ROWS)], norm)
         else:
-            risky = nk.finish_wide(hi, lo, self.code == TWO, norm, self.unsure)
+            risky = nk.finish_wide(hi, lo, self.code == nk.TWO, norm, self.unsure)
             if risky:
                 again, top, wide = self.again[:count], self.top[:count], self.wide[:count]
                 self._scaled(i0, i1, wide, lo, top, again)
@@ -98,7 +95,7 @@ class NormWork:
 
     def _scaled(self, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray, top: np.ndarray, norm: np.ndarray) -> None:
         """Norms by sums of powers of |x| / max |x|, which neither over- nor underflow."""
-        self._sums(INF, i0, i1, top, lo)
+        self._sums(nk.INF, i0, i1, top, lo)
         hi[:], lo[:] = 0.0, 0.0
         for leaf in self.part.leaves:
             add = nk.kernels(leaf.codec).accumulate_scaled
@@ -108,20 +105,20 @@ class NormWork:
     def _decide(self, i0: int, chosen: np.ndarray, norm: np.ndarray) -> None:
         """The norms of the `chosen` blocks, rounded by their exact sums."""
         self.limbs[: chosen.size] = 0
-        square = self.code == TWO
+        square = self.code == nk.TWO
         for leaf in self.part.leaves:
             nk.kernels(leaf.codec).accumulate_limbs(*leaf.where, i0, chosen, chosen.size, leaf.size, square, self.limbs)
         nk.finish_unsure(self.limbs, chosen, chosen.size, square, norm)
 
 
-def code_of(part: Competitors, ord: float) -> int:
-    """What the norm is made of; that of one element is its magnitude, whatever the order."""
-    return INF if part.elements == 1 else _CODES.get(ord, nk.POWER)
+def code_of(ord: float, elements: int) -> int:
+    """How a norm is accumulated: that of one element is its magnitude, whatever the order."""
+    return nk.INF if elements == 1 else _CODES.get(ord, nk.POWER)
 
 
 def in_lines(part: Competitors, ord: float) -> bool:
     """Whether the norms are those of blocks that lie in memory line by line."""
-    return part.exact and not part.spans_leaves and lines.can_sum(part.leaves[0].layout, code_of(part, ord))
+    return part.exact and not part.spans_leaves and lines.can_sum(part.leaves[0].layout, code_of(ord, part.elements))
 
 
 def workspace_of(part: Competitors, ord: float) -> int:
@@ -184,8 +181,8 @@ def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) 
 
         return work
 
-    most = LINES_PIECE if in_lines(walked, ord) else PIECE_ELEMENTS
-    ranges(walked.total, walked.elements, make_work, workspace=workspace_of(walked, ord), most=most)()
+    piece = STRIPS_ELEMENTS if in_lines(walked, ord) else PIECE_ELEMENTS
+    ranges(walked.total, walked.elements, make_work, workspace=workspace_of(walked, ord), piece=piece)()
 
 
 def put(columns: np.ndarray, i0: int, i1: int, values: np.ndarray) -> None:

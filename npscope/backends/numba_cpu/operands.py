@@ -27,6 +27,9 @@ BLOCK_WORKSPACE = 48
 SCOPE_BLOCKS, SCOPE_ELEMENTS = 1 << 17, 1 << 22
 """A scope up to this size is decided in one piece, which takes a few milliseconds; larger ones are spread."""
 
+STRIPS_ELEMENTS = 1 << 20
+"""Elements of a piece that one kernel works off strip by strip: 0.1 ms and more, so that pieces cost little."""
+
 SERIAL_ELEMENTS = 1 << 16
 """Below this many elements a call is about 0.1 ms of work and runs in the calling thread."""
 
@@ -159,12 +162,11 @@ def workers_for(elements: int) -> int:
     return 1 if elements < SERIAL_ELEMENTS else count
 
 
-def piece_length(total: int, elements: int, workers: int, workspace: int, most: int = PIECE_ELEMENTS) -> int:
-    """Items (blocks or scopes of `elements` elements each, `workspace` bytes of work arrays) to a piece.
-
-    A piece has up to `most` elements.
-    """
-    limit = max(1, min(most // max(1, elements), PIECE_WORKSPACE // workspace))
+def piece_length(total: int, elements: int, workers: int, workspace: int, piece: int = PIECE_ELEMENTS) -> int:
+    """Items (blocks or scopes of `elements` elements each, `workspace` bytes of work arrays) to a piece."""
+    limit = max(1, piece // max(1, elements))
+    if workspace:
+        limit = max(1, min(limit, PIECE_WORKSPACE // workspace))
     fair = -(-total // (workers * PIECES_PER_THREAD))
     return max(1, min(limit, fair) if workers > 1 else limit)
 
@@ -175,23 +177,24 @@ def ranges(
     make_work: Callable[[int, int], Callable[[int, int, int], None]],
     *,
     workspace: int = BLOCK_WORKSPACE,
-    most: int = PIECE_ELEMENTS,
+    piece: int = PIECE_ELEMENTS,
     shielded: bool = False,
 ) -> Callable[[], None]:
     """A job that works off [0, total), items of `elements` elements each, in ranges on the pool.
 
     ``make_work(slots, length)`` allocates for that many threads and ranges up to that length, now,
     and returns ``work(slot, start, stop)``. So a writer has all its memory before it starts. `workspace`
-    is the bytes of work arrays for one item, a range has up to `most` elements; writers of blocks with several leaves are `shielded`.
+    is the bytes of work arrays for one item, `piece` the elements of a range; writers of blocks with several
+    leaves are `shielded`.
     """
     if total == 0:
         return lambda: None
     workers = workers_for(total * elements)
-    length = piece_length(total, elements, workers, workspace, most)
+    length = piece_length(total, elements, workers, workspace, piece)
     pieces = -(-total // length)
     work = make_work(min(workers, pieces), length)
 
-    def piece(slot: int, p: int) -> None:
+    def use(slot: int, p: int) -> None:
         work(slot, p * length, min(total, (p + 1) * length))
 
-    return lambda: threads.run(pieces, piece, workers, shielded=shielded)
+    return lambda: threads.run(pieces, use, workers, shielded=shielded)
