@@ -12,6 +12,7 @@ Floats are taken as integers: magnitudes of one format order like their bits wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -67,6 +68,15 @@ _FORMATS = {
         Format("float8_e4m3fn", 8, 0x7E),
     )
 }
+
+
+_INTEGERS = {name: Format(name, bits, 0) for bits in (8, 16) for name in (f"int{bits}", f"uint{bits}")}
+
+
+def number_format(kind: Kind) -> Format | None:
+    """The format in which norms read a dtype: that of a real part for complex numbers, and small integers as well."""
+    name = {"complex64": "float32", "complex128": "float64"}.get(kind.name, kind.name)
+    return _FORMATS.get(name) or _INTEGERS.get(name)
 
 
 def format_of(kind: Kind) -> Format | None:
@@ -164,6 +174,9 @@ def _keys(b: Builder, bits: Value, form: Format) -> Value:
 def _single(b: Builder, bits: Value, form: Format, signed: bool = False) -> Value:
     """The magnitudes of floats of at most 32 bits as float32; `signed`: with their sign if that is cheaper."""
     wide, single = _vector(32, bits.type.count), ir.VectorType(ir.FloatType(), bits.type.count)
+    if form.name in _INTEGERS:
+        number = (b.uitofp if form.name.startswith("u") else b.sitofp)(bits, single)
+        return number if signed else _call(b, f"llvm.fabs.v{bits.type.count}f32", single, [number])
     if signed and form.name == "float32":
         return b.bitcast(bits, single)
     size = b.and_(bits, _splat(bits.type, (1 << (form.bits - 1)) - 1))
@@ -255,7 +268,10 @@ def _read_single(form: Format, signed: bool) -> Callable[..., Value]:
 
 
 def _read(b: Builder, source: Value, e: int, count: int, form: Format, code: int) -> Value:
-    """`count` elements at `e` as float32 in integers; magnitudes, unless they will be squared."""
+    """`count` elements at `e` as float32 or float64, in integers; magnitudes, or what has the same squares."""
+    if form.bits == 64:
+        bits = _load(b, b.gep(source, [_INT32(e)]), _vector(64, count))
+        return b.and_(bits, _splat(bits.type, (1 << 63) - 1))
     return b.bitcast(_read_single(form, code == TWO)(b, source, e, count), _vector(32, count))
 
 
@@ -270,145 +286,207 @@ def _planes(b: Builder, vectors: list[Value]) -> list[Value]:
     return [plane for both in zip(evens, odds, strict=True) for plane in both]
 
 
-def _take(b: Builder, code: int, total: Value, bits: Value) -> Value:
-    """The lanes of a sum or a maximum with those of a vector taken in; of one twice as long, both halves."""
-    if code == INF:
-        return _larger(b, total, bits)
-    single = b.bitcast(bits, ir.VectorType(ir.FloatType(), bits.type.count))
-    lanes = total.type.count
-    for start in range(0, bits.type.count, lanes):
-        part = single if bits.type.count == lanes else _shuffle(b, single, range(start, start + lanes))
-        wide = b.fpext(part, total.type)
-        if code == TWO:
-            # A product of two float32 is exact in float64, so that this rounds once, as the sum would.
-            total = _call(b, f"llvm.fma.v{lanes}f64", wide.type, [wide, wide, total])
+def _two_sum(b: Builder, x: Value, y: Value) -> tuple[Value, Value]:
+    """(s, e) with s the rounded sum and s + e exact (Knuth 1969)."""
+    s = b.fadd(x, y)
+    t = b.fsub(s, x)
+    return s, b.fadd(b.fsub(x, b.fsub(s, t)), b.fsub(y, t))
+
+
+class _Total:
+    """The lanes of a sum or a maximum while vectors are taken in.
+
+    Magnitudes of float32 are summed in float64; those of float64 with what is lost, in a second number.
+    """
+
+    def __init__(self, b: Builder, form: Format, code: int, blocks: int) -> None:
+        """For so many blocks side by side, or for one in many lanes where that is 0."""
+        self.b, self.code, self.compensates = b, code, form.bits == 64 and code != INF
+        if code == INF:
+            start = _splat(_vector(max(32, form.bits), blocks or LANES), 0)
         else:
-            total = b.fadd(total, wide)
-    return total
+            start = _splat(ir.VectorType(ir.DoubleType(), blocks or PARTIAL), 0.0)
+        self.type: Any = start.type
+        self.places = [cgutils.alloca_once_value(b, start) for _ in range(2 if self.compensates else 1)]
+
+    @property
+    def values(self) -> list[Value]:
+        return [self.b.load(place) for place in self.places]
+
+    @values.setter
+    def values(self, values: Sequence[Value]) -> None:
+        for value, place in zip(values, self.places, strict=True):
+            self.b.store(value, place)
+
+    def take(self, bits: Value) -> None:
+        """Take in numbers, as `_read` gives them: as many as there are lanes, or twice as many."""
+        b = self.b
+        if self.code == INF:
+            self.values = [_larger(b, self.values[0], bits)]
+            return
+        scalar = ir.FloatType() if bits.type.element.width == 32 else ir.DoubleType()
+        numbers = b.bitcast(bits, ir.VectorType(scalar, bits.type.count))
+        for start in range(0, bits.type.count, self.type.count):
+            whole = bits.type.count == self.type.count
+            part = numbers if whole else _shuffle(b, numbers, range(start, start + self.type.count))
+            wide = b.fpext(part, self.type) if bits.type.element.width == 32 else part
+            if self.compensates:
+                self.join([b.fmul(wide, wide) if self.code == TWO else wide])
+            elif self.code == TWO:
+                # A product of two float32 is exact in float64, so that this rounds once, as the sum would.
+                self.values = [_call(b, f"llvm.fma.v{self.type.count}f64", self.type, [wide, wide, self.values[0]])]
+            else:
+                self.join([wide])
+
+    def join(self, other: Sequence[Value]) -> None:
+        """Take in the lanes of another total, or numbers that nothing was lost of."""
+        self.values = _joined(self.b, self.code, self.values, other)
+
+
+def _joined(b: Builder, code: int, x: Sequence[Value], y: Sequence[Value]) -> list[Value]:
+    """Two totals as one."""
+    if code == INF:
+        return [_larger(b, x[0], y[0])]
+    if len(x) == 1:
+        return [b.fadd(x[0], y[0])]
+    total, lost = _two_sum(b, x[0], y[0])
+    for more in (x[1], *y[1:]):
+        lost = b.fadd(lost, more)
+    return [total, lost]
 
 
 class _Least:
-    """The least magnitude that is not zero, of all that go into sums: as the largest of their negated bits."""
+    """The least magnitude that is not zero, of all float32 that go into sums: as the largest of their negated bits."""
 
-    def __init__(self, b: Builder, code: int, place: Value, first: bool) -> None:
-        self.b, self.most = b, None
-        if code == ONE:
-            self.place = b.bitcast(place, _vector(32, LANES).as_pointer())
-            start = _splat(_vector(32, LANES), 0) if first else b.load(self.place, align=4)
-            self.most = cgutils.alloca_once_value(b, start)
+    def __init__(self, b: Builder, place: Value, first: bool) -> None:
+        self.b = b
+        self.place = b.bitcast(place, _vector(32, LANES).as_pointer())
+        start = _splat(_vector(32, LANES), 0) if first else b.load(self.place, align=4)
+        self.most = cgutils.alloca_once_value(b, start)
 
     def take(self, bits: Value) -> None:
-        if self.most is not None:
-            if bits.type.count < LANES:
-                bits = _shuffle(self.b, bits, [min(i, bits.type.count) for i in range(LANES)], _splat(bits.type, 0))
-            self.b.store(_larger(self.b, self.b.load(self.most), self.b.neg(bits)), self.most)
+        if bits.type.count < LANES:
+            bits = _shuffle(self.b, bits, [min(i, bits.type.count) for i in range(LANES)], _splat(bits.type, 0))
+        self.b.store(_larger(self.b, self.b.load(self.most), self.b.neg(bits)), self.most)
 
     def leave(self) -> None:
-        if self.most is not None:
-            self.b.store(self.b.load(self.most), self.place, align=4)
+        self.b.store(self.b.load(self.most), self.place, align=4)
 
 
-def _total(code: int, blocks: int) -> Value:
-    """Where the sums or maxima of so many blocks side by side start, and of one block in many lanes if that is 0."""
-    if code == INF:
-        return _splat(_vector(32, blocks or LANES), 0)
-    return _splat(ir.VectorType(ir.DoubleType(), blocks or PARTIAL), 0.0)
+def parts_of(form: Format) -> int:
+    """Places of 8 bytes for the total of one block in many lanes."""
+    return PARTIAL * max(1, form.bits // 32)
 
 
 @cache
 def add_run(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
-    """``(source, i, count, size, sums, j, least, k, ahead)``: take in a run of each of `count` adjacent blocks.
+    """``(source, i, count, size, totals, j, more, k, ahead)``: take in a run of each of `count` adjacent blocks.
 
     Runs have `size` elements; they are `long`, with `run` elements that do not fill a vector, or `size` is the
-    constant `run`. Sums in float64, or maxima as the bits of float32 (NaN the largest), are left in `sums`: one
-    number a block where `takes_many(run)`, else `PARTIAL` float64 (or twice as many bits of float32). `first`
-    overwrites them, and `LANES` numbers in `least`, which sums of magnitudes update.
+    constant `run`. Sums in float64, or maxima as bits (NaN the largest), are left in `totals`: one number a block
+    where `takes_many(run)`, else `parts_of(form)`. `first` overwrites them. Sums of float32 magnitudes use
+    `LANES` numbers in `more` for their least ones, and sums of float64 what was lost where `takes_many`.
     """
     many = takes_many(run) and not long
 
-    def emit(b: Builder, source: Value, count: Value, size: Value, sums: Value, least: Value, ahead: Value) -> None:
+    def emit(b: Builder, source: Value, count: Value, size: Value, totals: Value, more: Value, ahead: Value) -> None:
+        least = _Least(b, more, first) if code == ONE and form.bits <= 32 else None
+
         def number(n: int) -> Value:
             return ir.Constant(size.type, n)
 
-        def add(at: Value, place: Value, blocks: int) -> None:
-            start = _total(code, blocks)
-            place = b.bitcast(place, start.type.as_pointer())
-            total = cgutils.alloca_once_value(b, start if first else b.load(place, align=4))
+        def read(at: Value, length: int) -> list[Value]:
+            _prefetch(b, at, length * form.bits // 8, ahead)
+            found = [_read(b, at, e, LANES, form, code) for e in range(0, length - LANES + 1, LANES)]
+            if length % LANES:
+                bits = _read(b, at, length - length % LANES, length % LANES, form, code)
+                padded = [min(i, length % LANES) for i in range(LANES)]
+                found.append(_shuffle(b, bits, padded, _splat(bits.type, 0)))
+            return found
 
-            def take(vectors: Sequence[Value], total: Value = total) -> None:
-                for bits in vectors:
-                    smallest.take(bits)
-                    b.store(_take(b, code, b.load(total), bits), total)
+        def take(totals: Sequence[_Total], vectors: Sequence[Value]) -> None:
+            for i, bits in enumerate(vectors):
+                totals[i % len(totals)].take(bits)
+                if least is not None:
+                    least.take(bits)
 
-            def read(at: Value, length: int) -> list[Value]:
-                _prefetch(b, at, length * form.bits // 8, ahead)
-                found = [_read(b, at, e, LANES, form, code) for e in range(0, length - LANES + 1, LANES)]
-                if length % LANES:
-                    bits = _read(b, at, length - length % LANES, length % LANES, form, code)
-                    padded = [min(i, length % LANES) for i in range(LANES)]
-                    found.append(_shuffle(b, bits, padded, _splat(bits.type, 0)))
-                return found
-
+        def add(at: Value, block: Value, blocks: int) -> None:
+            total = _Total(b, form, code, blocks)
+            entry = block if many else b.mul(block, number(parts_of(form)))
+            words = b.bitcast(totals, total.type.element.as_pointer() if many else ir.DoubleType().as_pointer())
+            words = [b.gep(words, [entry])]
+            if total.compensates:
+                lost = b.bitcast(more, ir.DoubleType().as_pointer())
+                words.append(b.gep(lost, [entry]) if many else b.gep(words[0], [number(PARTIAL)]))
+            places = [b.bitcast(word, total.type.as_pointer()) for word in words]
+            if not first:
+                total.values = [b.load(place, align=4) for place in places]
             if blocks:
                 _prefetch(b, at, blocks * run * form.bits // 8, ahead)
-                take(_planes(b, [_read(b, at, v * blocks, blocks, form, code) for v in range(run)]))
+                take([total], _planes(b, [_read(b, at, v * blocks, blocks, form, code) for v in range(run)]))
+            elif long:
+                others = [_Total(b, form, code, 0) for _ in range(CHUNK // LANES)]
+                chunks, vectors = b.udiv(size, number(CHUNK)), b.udiv(size, number(LANES))
+                with cgutils.for_range(b, chunks) as loop:
+                    take(others, read(b.gep(at, [b.mul(loop.index, number(CHUNK))]), CHUNK))
+                with cgutils.for_range_slice(b, b.mul(chunks, number(CHUNK // LANES)), vectors, number(1)) as (v, _):
+                    take([total], read(b.gep(at, [b.mul(v, number(LANES))]), LANES))
+                for other in others:
+                    total.join(other.values)
+                take([total], read(b.gep(at, [b.mul(vectors, number(LANES))]), run) if run else [])
             else:
-                if long:
-                    others = [cgutils.alloca_once_value(b, start) for _ in range(CHUNK // LANES)]
-                    chunks, vectors = b.udiv(size, number(CHUNK)), b.udiv(size, number(LANES))
-                    with cgutils.for_range(b, chunks) as loop:
-                        for other, bits in zip(
-                            others, read(b.gep(at, [b.mul(loop.index, number(CHUNK))]), CHUNK), strict=True
-                        ):
-                            take([bits], other)
-                    done = b.mul(chunks, number(CHUNK // LANES))
-                    with cgutils.for_range_slice(b, done, vectors, number(1)) as (v, _):
-                        take(read(b.gep(at, [b.mul(v, number(LANES))]), LANES))
-                    for other in others:
-                        value = b.load(other)
-                        join = _larger(b, b.load(total), value) if code == INF else b.fadd(b.load(total), value)
-                        b.store(join, total)
-                    at = b.gep(at, [b.mul(vectors, number(LANES))])
-                if run:
-                    take(read(at, run))
-            b.store(b.load(total), place, align=4)
+                take([total], read(at, run))
+            for value, place in zip(total.values, places, strict=True):
+                b.store(value, place, align=4)
 
-        smallest = _Least(b, code, least, first)
         done = number(0)
         for blocks in (LANES, 1) if many else (0,):
             step = number(blocks or 1)
             stop = b.mul(b.udiv(count, step), step)
             with cgutils.for_range_slice(b, done, stop, step) as (block, _):
-                entry = block if many else b.mul(block, number(PARTIAL))
-                width = 32 if many and code == INF else 64
-                place = b.gep(b.bitcast(sums, ir.IntType(width).as_pointer()), [entry])
-                add(b.gep(source, [b.mul(block, size)]), place, blocks)
+                add(b.gep(source, [b.mul(block, size)]), block, blocks)
             done = stop
-        smallest.leave()
+        if least is not None:
+            least.leave()
 
     return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 9))
 
 
-def _folded(b: Builder, code: int, source: Value) -> Value:
-    """The partial sums or maxima of `LANES` blocks as one vector: a tree of cheap shuffles."""
-    start = _total(code, 0)
-    kind = start.type
-    parts = [b.load(b.gep(b.bitcast(source, kind.as_pointer()), [_INT32(i)]), align=4) for i in range(LANES)]
+def _folded(b: Builder, form: Format, code: int, source: Value) -> list[Value]:
+    """The totals of `LANES` blocks that are in many lanes each, a lane for each: a tree of cheap shuffles."""
+    total = _Total(b, form, code, 0)
+    words = b.bitcast(source, ir.DoubleType().as_pointer())
+    blocks = [
+        [
+            b.load(
+                b.bitcast(b.gep(words, [_INT32(i * parts_of(form) + k * PARTIAL)]), total.type.as_pointer()), align=4
+            )
+            for k in range(len(total.places))
+        ]
+        for i in range(LANES)
+    ]
     if code == INF:
         low, high = range(PARTIAL), range(PARTIAL, 2 * PARTIAL)
-        parts = [_larger(b, _shuffle(b, v, low), _shuffle(b, v, high)) for v in parts]
+        blocks = [[_larger(b, _shuffle(b, v, low), _shuffle(b, v, high))] for (v,) in blocks]
     # Inside the parts of 16 bytes of which vectors are made, then whole parts: the order comes out right.
-    if code == INF:
+    if code == INF and form.bits <= 32:
         orders = [[0, 2, 8, 10, 4, 6, 12, 14]] * 2 + [[0, 1, 2, 3, 8, 9, 10, 11]]
         strides = [1, 1, 4]
     else:
         orders = [[0, 8, 2, 10, 4, 12, 6, 14]] + [[0, 1, 4, 5, 8, 9, 12, 13]] * 2
         strides = [1, 2, 2]
     for order, stride in zip(orders, strides, strict=True):
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        halves = [(_shuffle(b, x, order, y), _shuffle(b, x, [i + stride for i in order], y)) for x, y in pairs]
-        parts = [_larger(b, x, y) if code == INF else b.fadd(x, y) for x, y in halves]
-    return _shuffle(b, parts[0], range(LANES), parts[1])
+        further = [i + stride for i in order]
+        blocks = [
+            _joined(
+                b,
+                code,
+                [_shuffle(b, p, order, q) for p, q in zip(x, y, strict=True)],
+                [_shuffle(b, p, further, q) for p, q in zip(x, y, strict=True)],
+            )
+            for x, y in zip(blocks[::2], blocks[1::2], strict=True)
+        ]
+    return [_shuffle(b, p, range(LANES), q) for p, q in zip(*blocks, strict=True)]
 
 
 ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
@@ -428,24 +506,47 @@ That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the su
 """
 
 
-@cache
-def finish_sums(code: int, many: bool) -> Any:
-    """``(found, i, sums, j, least, k, norms, l)``: what `add_run` found for `LANES` blocks, to norms.
+SAFE_LEAST = 1e-280
+"""A sum of squares of float64 from here to infinity lost nothing to under- or overflow."""
 
-    To float32, and the sums also to float64 in `sums`. Returns a bit for each block whose rounding is in doubt,
-    or whose norm is no normal number of float32.
+
+@cache
+def finish_totals(form: Format, code: int, many: bool) -> Any:
+    """``(totals, i, more, j, sums, k, norms, l)``: what `add_run` found for `LANES` blocks, to norms.
+
+    To float32, or float64 if the elements are that, and except for maxima to float64 in `sums`. Returns a bit for
+    each block whose rounding is in doubt, or whose norm is no normal number of float32, or whose squares may have
+    left the range of float64.
     """
 
-    def emit(b: Builder, found: Value, sums: Value, least: Value, norms: Value) -> Value:
+    def emit(b: Builder, totals: Value, more: Value, sums: Value, norms: Value) -> Value:
         double, single = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.FloatType(), LANES)
         bits = _vector(64, LANES)
-        wide = b.load(b.bitcast(found, double.as_pointer()), align=8) if many else _folded(b, code, found)
+        if not many:
+            found = _folded(b, form, code, totals)
+        else:
+            places = [totals, more] if form.bits == 64 else [totals]
+            found = [b.load(b.bitcast(place, double.as_pointer()), align=8) for place in places]
         if code == INF:
-            _store(b, wide, norms)
+            _store(b, found[0], norms)
             return ir.Constant(ir.IntType(64), 0)
+        wide = found[0]
+        doubtful = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
+        if form.bits == 64:
+            # What was lost of an infinite sum is NaN.
+            finite = b.fcmp_ordered("<", wide, _splat(double, math.inf))
+            if code == TWO:
+                doubtful = b.or_(
+                    b.fcmp_ordered("<", wide, _splat(double, SAFE_LEAST)),
+                    b.fcmp_ordered("==", wide, _splat(double, math.inf)),
+                )
+            wide = b.select(finite, b.fadd(wide, found[1]), wide)
         if code == TWO:
             wide = _call(b, f"llvm.sqrt.v{LANES}f64", double, [wide])
         _store(b, wide, sums)
+        if form.bits == 64:
+            _store(b, wide, norms)
+            return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
         _store(b, b.fptrunc(wide, single), norms)
         raw = b.bitcast(wide, bits)
         offset = b.and_(b.add(raw, _splat(bits, DOUBT - ROUNDING_BORDER)), _splat(bits, ROUNDING_MASK))
@@ -456,10 +557,9 @@ def finish_sums(code: int, many: bool) -> Any:
         odd = b.and_(odd, b.icmp_unsigned("!=", raw, _splat(bits, 0)))
         doubtful = b.or_(near, odd)
         if code == ONE:
-            smallest = _call(b, f"llvm.vector.reduce.umax.v{LANES}i32", _INT32, [_load(b, least, _vector(32, LANES))])
-            span = b.fmul(
-                b.fpext(b.bitcast(b.neg(smallest), ir.FloatType()), ir.DoubleType()), ir.DoubleType()(EXACT_SPAN)
-            )
+            most = _call(b, f"llvm.vector.reduce.umax.v{LANES}i32", _INT32, [_load(b, more, _vector(32, LANES))])
+            least = b.fpext(b.bitcast(b.neg(most), ir.FloatType()), ir.DoubleType())
+            span = b.fmul(least, ir.DoubleType()(EXACT_SPAN))
             doubtful = b.and_(doubtful, b.not_(b.fcmp_ordered("<=", wide, _broadcast(b, span, LANES))))
         return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
 

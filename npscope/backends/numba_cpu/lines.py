@@ -16,11 +16,14 @@ import numpy as np
 
 from npscope.backends.numba_cpu import lanes
 from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above, two_sum
-from npscope.backends.numba_cpu.codecs import Codec
+from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.kernels import place
 from npscope.backends.numba_cpu.lanes import INF, LANES, LINE, ONE, PARTIAL, TWO, Format
-from npscope.backends.numba_cpu.operands import Layout
+from npscope.backends.numba_cpu.operands import Layout, Operand, layout_of
+from npscope.dtypes import kind_of
+
+Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
 
 STRIP_RUN, STRIP_ELEMENTS, STRIP_BLOCKS = 1 << 12, 1 << 17, 1 << 11
 """Adjacent elements of a row of a strip, elements and blocks of a strip at most.
@@ -56,12 +59,12 @@ def _lines(length: int, dtype: Any) -> np.ndarray:
 
 
 class NormBuffers:
-    """Work arrays of one thread for the norms of a strip of up to `blocks` blocks."""
+    """Work arrays of one thread for the norms, of this dtype, of a strip of up to `blocks` blocks."""
 
-    def __init__(self, blocks: int = STRIP_BLOCKS) -> None:
+    def __init__(self, blocks: int = STRIP_BLOCKS, dtype: Any = np.float32) -> None:
         self.sums = _lines(blocks + LANES, np.float64)
-        self.norms = _lines(blocks + LANES, np.float32)
-        rows = -(-(PARTS + PARTIAL * (PART_BLOCKS + LANES)) // LIMBS)
+        self.norms = _lines(blocks + LANES, dtype)
+        rows = -(-(PARTS + 2 * PARTIAL * (PART_BLOCKS + LANES)) // LIMBS)
         self.limbs = _lines(rows * LIMBS, np.int64).reshape(rows, LIMBS)
 
     @property
@@ -70,14 +73,40 @@ class NormBuffers:
         return self.sums, self.norms, self.limbs
 
 
-def can_sum(layout: Layout | None, code: int) -> bool:
-    """Whether `norm_kernel` serves these blocks and this norm."""
-    if layout is None or layout.form.bits > 32 or code not in (INF, ONE, TWO):
+def numbers_of(operand: Operand, code: int) -> tuple[Layout, Where] | None:
+    """How the blocks of an operand are measured line by line, if they can be, and the arguments for it.
+
+    Small integers are read as float32. A complex number is two real ones, where squares are summed.
+    """
+    kind = operand.kind
+    form = None if kind is None or operand.bytewise else lanes.number_format(kind)
+    if kind is None or form is None or operand.codec is None or operand.size == 0:
+        return None
+    elements, reader = operand.elements, operand.codec
+    if kind.is_complex:
+        if code != TWO:
+            return None
+        reader = codec(kind_of(form.name), False, False)
+        sizes, strides = elements.tolist()
+        adjacent = 1
+        if operand.size == 1:
+            sizes, strides = [], []
+        elif strides[-1] == 2:
+            *sizes, adjacent = sizes
+            strides = strides[:-1]
+        elements = np.asarray([[*sizes, 2 * adjacent], [*strides, 1]], dtype=np.int64)
+    layout = layout_of(form, reader, operand.grid, elements)
+    return None if layout is None else (layout, (operand.buffer, operand.origin, operand.grid, elements))
+
+
+def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
+    """Whether `norm_kernel` serves these blocks and this norm; `wide`: float64 too, which needs buffers of its own."""
+    if layout is None or layout.form.bits > (64 if wide else 32) or code not in (INF, ONE, TWO):
         return False
     vectors = -(-layout.run // LANES)
     several = vectors if layout.run <= lanes.CHUNK else -(-layout.run // lanes.CHUNK) + lanes.CHUNK // LANES
     additions = layout.run if lanes.takes_many(layout.run) else LANES // PARTIAL * several
-    return layout.rows * additions <= MAX_ADDITIONS
+    return layout.form.bits == 64 or layout.rows * additions <= MAX_ADDITIONS
 
 
 def strip_blocks(layout: Layout, multiple: int = 1) -> int:
@@ -113,9 +142,10 @@ def _measure(layout: Layout, code: int) -> Any:
 @cache
 def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -> Any:
     """`_measure` for runs of `run` elements, which `long` ones end with after whole vectors."""
-    many = lanes.takes_many(run) and not long
+    many, lossy = lanes.takes_many(run) and not long, form.bits == 64
     add_first, add = (_adder(form, run, long, first, code) for first in (True, False))
-    finish_sums, settle = lanes.finish_sums(code, many), _settle(codec, code == TWO)
+    finish, parts = lanes.finish_totals(form, code, many), lanes.parts_of(form)
+    settle = _rescale(codec) if form.bits == 64 else _settle(codec, code == TWO)
 
     @inner
     def measure(
@@ -140,15 +170,17 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
                 else:
                     add_first(buffer, here, end - j, size, sums, norms, limbs, j, ahead)
             while j < end and not (many and code == INF):
-                if many:
-                    doubt = finish_sums(sums, j, sums, j, limbs, LEAST, norms, j)
+                if not many:
+                    doubt = finish(limbs, PARTS + parts * (j - i + start), limbs, LEAST, sums, j, norms, j)
+                elif lossy:
+                    doubt = finish(sums, j, norms, j, sums, j, norms, j)
                 else:
-                    parts = PARTS + PARTIAL * (j - i + start)
-                    doubt = finish_sums(limbs, parts, sums, j, limbs, LEAST, norms, j)
+                    doubt = finish(sums, j, limbs, LEAST, sums, j, norms, j)
                 lane = j
                 while doubt and lane < end:
                     if doubt & 1:
-                        norms[lane] = settle(buffer, origin + place(start + lane, grid), elements, sums[lane], limbs)
+                        at = origin + place(start + lane, grid)
+                        sums[lane], norms[lane] = settle(buffer, at, elements, sums[lane], limbs)
                     doubt >>= 1
                     lane += 1
                 j += LANES
@@ -159,7 +191,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
 
 def _adder(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
     """``add(..., j, ahead)``: a run of each of `count` adjacent blocks, left where `measure` looks for them."""
-    many = lanes.takes_many(run) and not long
+    many, lossy = lanes.takes_many(run) and not long, form.bits == 64
     add_run = lanes.add_run(form, run, long, first, code)
 
     @inner
@@ -168,6 +200,8 @@ def _adder(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
             add_run(buffer, at, count, size, limbs, PARTS, limbs, LEAST, ahead)
         elif code == INF:
             add_run(buffer, at, count, size, norms, j, limbs, LEAST, ahead)
+        elif lossy:  # what the sums lose stands where the norms will
+            add_run(buffer, at, count, size, sums, j, norms, j, ahead)
         else:
             add_run(buffer, at, count, size, sums, j, limbs, LEAST, ahead)
 
@@ -176,7 +210,7 @@ def _adder(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
 
 @cache
 def _settle(codec: Codec, square: bool) -> Any:
-    """``settle(buffer, at, elements, wide, limbs)``: a norm in doubt, rounded as the exact sum demands."""
+    """``settle(buffer, at, elements, wide, limbs)``: a norm in doubt, and rounded as the exact sum demands."""
     magnitude = codec.magnitude
 
     @inner
@@ -191,10 +225,10 @@ def _settle(codec: Codec, square: bool) -> Any:
     @inner
     def settle(buffer: Any, at: int, elements: Any, wide: float, limbs: Any) -> Any:
         if not np.isfinite(wide):
-            return np.float32(wide)
+            return wide, np.float32(wide)
         below = np.float32(wide * (1 - MARGIN))
         if below == np.float32(wide * (1 + MARGIN)):
-            return below
+            return wide, below
         total = 1
         for d in range(elements.shape[1]):
             total *= elements[0, d]
@@ -210,10 +244,36 @@ def _settle(codec: Codec, square: bool) -> Any:
             side = exact_side(buffer, at, elements, total, border, limbs)
         bits = below.view(np.uint32)
         if side > 0 or (side == 0 and bits & np.uint32(1)):
-            return np.uint32(bits + np.uint32(1)).view(np.float32)
-        return below
+            return wide, np.uint32(bits + np.uint32(1)).view(np.float32)
+        return wide, below
 
     return settle
+
+
+@cache
+def _rescale(codec: Codec) -> Any:
+    """As `_settle`, for a norm by squares that left the range of float64: by squares of |x| / max |x|."""
+    magnitude = codec.magnitude
+
+    @inner
+    def rescale(buffer: Any, at: int, elements: Any, wide: float, limbs: Any) -> Any:
+        total = 1
+        for d in range(elements.shape[1]):
+            total *= elements[0, d]
+        top = 0.0
+        for e in range(total):
+            top = max(top, magnitude(buffer, at + place(e, elements)))
+        if top == 0.0 or np.isinf(top):
+            return top, top
+        high, low = 0.0, 0.0
+        for e in range(total):
+            x = magnitude(buffer, at + place(e, elements)) / top
+            high, error = two_sum(high, x * x)
+            low += error
+        wide = top * np.sqrt(high + low)
+        return wide, wide
+
+    return rescale
 
 
 # --- strips --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from npscope.backends.numba_cpu.operands import (
     PIECE_ELEMENTS,
     STRIPS_ELEMENTS,
     Competitors,
+    Layout,
     Operand,
     competitors,
     ranges,
@@ -39,9 +40,10 @@ class NormWork:
         self.precise = ord < 1 and part.norm.itemsize == 8
         self.code = code_of(ord, part.elements)
         self.lines: lines.NormBuffers | None = None
-        if in_lines(part, ord):
-            self.lines = lines.NormBuffers()
-            self.kernel = lines.norm_kernel(part.leaves[0].layout, self.code)
+        found = numbers_of(part, ord)
+        if found is not None:
+            layout, self.where = found
+            self.lines, self.kernel = lines.NormBuffers(dtype=part.norm), lines.norm_kernel(layout, self.code)
         self.chunk = nk.EXACT_CHUNK if part.exact else nk.WIDE_CHUNK
         self.hi, self.lo = np.empty(length), np.empty(length)
         self.norm = np.empty(length, dtype=part.norm)
@@ -58,7 +60,7 @@ class NormWork:
         count = i1 - i0
         hi, lo, norm = self.hi[:count], self.lo[:count], self.norm[:count]
         if self.lines is not None:
-            self.kernel(*self.part.leaves[0].where, i0, i1, norm, hi, *self.lines.all)
+            self.kernel(*self.where, i0, i1, norm, hi, *self.lines.all)
             return norm, hi
         if self.code == nk.POWER:
             self._scaled(i0, i1, hi, lo, self.top[:count], norm)
@@ -81,7 +83,7 @@ class NormWork:
     def fill_into(self, i0: int, i1: int, norm: np.ndarray) -> None:
         """The norms of blocks [i0, i1) into a dense array."""
         if self.lines is not None:
-            self.kernel(*self.part.leaves[0].where, i0, i1, norm, _NOT_WIDE, *self.lines.all)
+            self.kernel(*self.where, i0, i1, norm, _NOT_WIDE, *self.lines.all)
         else:
             norm[:] = self.fill(i0, i1)[0]
 
@@ -116,9 +118,11 @@ def code_of(ord: float, elements: int) -> int:
     return nk.INF if elements == 1 else _CODES.get(ord, nk.POWER)
 
 
-def in_lines(part: Competitors, ord: float) -> bool:
-    """Whether the norms are those of blocks that lie in memory line by line."""
-    return part.exact and not part.spans_leaves and lines.can_sum(part.leaves[0].layout, code_of(ord, part.elements))
+def numbers_of(part: Competitors, ord: float) -> tuple[Layout, lines.Where] | None:
+    """How the blocks are measured line by line, if they can be, and the arguments for it."""
+    code = code_of(ord, part.elements)
+    found = None if part.spans_leaves else lines.numbers_of(part.leaves[0], code)
+    return found if found is not None and lines.can_sum(found[0], code, wide=True) else None
 
 
 def workspace_of(part: Competitors, ord: float) -> int:
@@ -181,7 +185,7 @@ def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) 
 
         return work
 
-    piece = STRIPS_ELEMENTS if in_lines(walked, ord) else PIECE_ELEMENTS
+    piece = PIECE_ELEMENTS if numbers_of(walked, ord) is None else STRIPS_ELEMENTS
     ranges(walked.total, walked.elements, make_work, workspace=workspace_of(walked, ord), piece=piece)()
 
 
