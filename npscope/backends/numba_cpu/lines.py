@@ -176,13 +176,14 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
                     doubt = finish(sums, j, norms, j, sums, j, norms, j)
                 else:
                     doubt = finish(sums, j, limbs, LEAST, sums, j, norms, j)
-                lane = j
-                while doubt and lane < end:
-                    if doubt & 1:
-                        at = origin + place(start + lane, grid)
-                        sums[lane], norms[lane] = settle(buffer, at, elements, sums[lane], limbs)
-                    doubt >>= 1
-                    lane += 1
+                if code != INF:
+                    lane = j
+                    while doubt and lane < end:
+                        if doubt & 1:
+                            at = origin + place(start + lane, grid)
+                            sums[lane], norms[lane] = settle(buffer, at, elements, sums[lane], limbs)
+                        doubt >>= 1
+                        lane += 1
                 j += LANES
             i = after
 
