@@ -9,6 +9,7 @@ The loops work in strips that stay in the nearest cache between reading, decidin
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.kernels import place
 from npscope.backends.numba_cpu.lanes import INF, LANES, LINE, ONE, PARTIAL, TWO, Format
-from npscope.backends.numba_cpu.operands import Layout, Operand, layout_of
+from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.dtypes import kind_of
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
@@ -78,6 +79,8 @@ def numbers_of(operand: Operand, code: int) -> tuple[Layout, Where] | None:
 
     Small integers are read as float32. A complex number is two real ones, where squares are summed.
     """
+    if operand.layout is not None:
+        return operand.layout, operand.where
     kind = operand.kind
     form = None if kind is None or operand.bytewise else lanes.number_format(kind)
     if kind is None or form is None or operand.codec is None or operand.size == 0:
@@ -95,8 +98,13 @@ def numbers_of(operand: Operand, code: int) -> tuple[Layout, Where] | None:
             *sizes, adjacent = sizes
             strides = strides[:-1]
         elements = np.asarray([[*sizes, 2 * adjacent], [*strides, 1]], dtype=np.int64)
-    layout = layout_of(form, reader, operand.grid, elements)
-    return None if layout is None else (layout, (operand.buffer, operand.origin, operand.grid, elements))
+    sizes, strides = elements.tolist()
+    run = sizes[-1] if strides[-1] == 1 and sizes[-1] > 1 else 1
+    width, step = operand.grid[:, -1].tolist()
+    if step != run and width > 1:
+        return None
+    layout = Layout(form, reader, run, math.prod(sizes) // run)
+    return layout, (operand.buffer, operand.origin, operand.grid, elements)
 
 
 def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from npscope.backends import threads
 from npscope.backends.numba_cpu.codecs import Codec, codec
-from npscope.backends.numba_cpu.lanes import Format, format_of
+from npscope.backends.numba_cpu.lanes import CHUNK, Format, format_of
 from npscope.dtypes import common_norm, kind_of
 from npscope.options import thread_count
 from npscope.tiling import Cut, Dim, Leaf, Part
@@ -71,13 +71,10 @@ class Layout:
     run: int
     rows: int
 
-
-def layout_of(form: Format, codec: Codec, grid: np.ndarray, elements: np.ndarray) -> Layout | None:
-    """How blocks with these loops lie in memory, if they can be taken line by line."""
-    sizes, strides = elements
-    run = int(sizes[-1]) if strides[-1] == 1 and sizes[-1] > 1 else 1
-    width, step = int(grid[0, -1]), int(grid[1, -1])
-    return Layout(form, codec, run, int(sizes.prod()) // run) if step == run or width == 1 else None
+    @property
+    def steps(self) -> int:
+        """Additions in sequence for one block, where a step takes `CHUNK` elements."""
+        return self.rows * -(-self.run // CHUNK)
 
 
 class Operand:
@@ -122,7 +119,10 @@ class Operand:
         form = None if self.kind is None or self.bytewise else format_of(self.kind)
         if form is None or self.codec is None or self.size == 0:
             return None
-        return layout_of(form, self.codec, self.grid, self.elements)
+        sizes, strides = self.elements
+        run = int(sizes[-1]) if strides[-1] == 1 and sizes[-1] > 1 else 1
+        width, step = int(self.grid[0, -1]), int(self.grid[1, -1])
+        return Layout(form, self.codec, run, self.size // run) if step == run or width == 1 else None
 
     @property
     def is_one_number(self) -> bool:
