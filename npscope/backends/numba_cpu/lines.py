@@ -226,9 +226,9 @@ def _settle(codec: Codec, square: bool) -> Any:
     def exact_side(buffer: Any, at: int, elements: Any, total: int, border: float, limbs: Any) -> float:
         for limb in range(LIMBS):
             limbs[0, limb] = 0
-        for e in range(total):
-            limbs_add(limbs, 0, magnitude(buffer, at + place(e, elements)), square, 1)
-        limbs_add(limbs, 0, border, square, -1)
+        for e in range(total + 1):  # one call to compile
+            x = magnitude(buffer, at + place(e, elements)) if e < total else border
+            limbs_add(limbs, 0, x, square, 1 if e < total else -1)
         return float(limbs_sign(limbs, 0))
 
     @inner
