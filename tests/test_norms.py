@@ -104,6 +104,69 @@ def test_one_unit_from_a_midpoint(xp, rng, name, ord, scale):
     assert (got[below] < got[np.asarray(sides) == 1]).all(), "the two sides of a midpoint must differ"
 
 
+BLOCKS = [
+    (1, 2),
+    (1, 4),
+    (2, 2),
+    (4, 4),
+    (8, 1),
+    (16, 1),
+    (1, 8),
+    (1, 12),
+    (1, 16),
+    (3, 24),
+    (16, 16),
+    (1, 96),
+    (2, 288),
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("exponent", [-149, -140, -60, 0, 90])
+def test_exact_sums_round_to_even(backend, rng, block, exponent):
+    """Sums of few bits, of which many are midpoints: float64 holds them, and float32 must round them to even."""
+    shape = (48, 576)
+    for bits in (3, 12, 21, 24):
+        whole = rng.integers(-(2**bits) + 1, 2**bits, shape)
+        x = np.ldexp(whole.astype(np.float64), exponent).astype(np.float32)
+        sums = np.abs(whole).reshape(shape[0] // block[0], block[0], -1, block[1]).sum(axis=(1, 3))
+        expected = np.ldexp(sums.astype(np.float64), exponent).astype(np.float32)
+        for layout in (np.ascontiguousarray(x), np.asfortranarray(x)):
+            assert same_bits(npscope.block_norms(layout, block, ord=1), expected)
+
+
+@pytest.mark.parametrize("block", [(1, 4), (4, 4), (16, 1), (1, 16), (1, 96)])
+@pytest.mark.parametrize("crumb", [0.0, 2.0**-149, 2.0**-100, 2.0**-40, 2.0**-29])
+def test_a_crumb_beside_a_midpoint(backend, rng, block, crumb):
+    """A midpoint of two float32 is a tie; with any more it is not, and a neighbour of any size changes nothing."""
+    grid = (96 // block[0], 96 // block[1])
+    middle = 2 * rng.integers(2**23, 2**24, grid) + 1
+    tiles = np.zeros((*grid, *block), dtype=np.float64).reshape(*grid, -1)
+    tiles[..., 0], tiles[..., 1], tiles[..., 2] = middle // 2, middle - middle // 2 - 3, 3
+    up = rng.random(grid) < 0.5
+    tiles[..., 3] = np.where(up, crumb, 0)
+    lone = rng.random(grid) < 0.05  # blocks of the widest spread, whose sums are nowhere near a midpoint
+    tiles[lone] = 0
+    tiles[lone, 0], tiles[lone, 1] = 2.0**127, 2.0**-149
+    rng.permuted(tiles, axis=-1, out=tiles)
+    x = tiles.reshape(*grid, *block).swapaxes(1, 2).reshape(96, 96).astype(np.float32)
+    got = npscope.block_norms(x, block, ord=1)
+    even = middle // 2 + middle // 2 % 2
+    expected = np.where(up & (crumb > 0), middle // 2 + 1, even).astype(np.float64) * 2
+    assert same_bits(got, np.where(lone, 2.0**127, expected).astype(np.float32))
+
+
+@pytest.mark.parametrize("ord", [1, 2])
+@pytest.mark.parametrize("block", [(1, 4), (4, 4), (1, 16), (3, 3)])
+def test_any_spread_of_exponents(backend, rng, block, ord):
+    shape = (24, 48)
+    for low, high in ((-149, 104), (-149, -140), (-52, 7), (77, 104), (-100, -80)):
+        whole = rng.integers(1, 2**24, shape) * rng.integers(0, 2, shape) * rng.choice([-1, 1], shape)
+        with np.errstate(under="ignore", over="ignore"):
+            x = np.ldexp(whole.astype(np.float64), rng.integers(low, high + 1, shape)).astype(np.float32)
+        assert same_bits(npscope.block_norms(x, block, ord=ord), o.block_norms(x, block, ord))
+
+
 @pytest.mark.parametrize("unit", [2.0**-149, 2.0**-140])
 def test_one_unit_from_a_subnormal_midpoint(xp, rng, unit):
     """sqrt(k * (k + 1)) lies just below k + 1/2, sqrt(k * (k + 1) + 1) above it."""

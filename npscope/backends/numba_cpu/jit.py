@@ -13,8 +13,8 @@ from numba import njit
 
 Compiled = TypeVar("Compiled", bound=Callable[..., Any])
 
-_KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-_INNER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+_KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False}
+_INNER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False, "no_cpython_wrapper": True}
 
 
 def kernel(function: Compiled) -> Compiled:

@@ -31,9 +31,12 @@ from npscope.backends.numba_cpu.arithmetic import (
 )
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import inner, inner_any_order, kernel
+from npscope.backends.numba_cpu.lanes import INF as INF
+from npscope.backends.numba_cpu.lanes import ONE as ONE
+from npscope.backends.numba_cpu.lanes import TWO as TWO
 
-INF, ONE, TWO, POWER = 0, 1, 2, 3
-"""Codes of the four ways to accumulate a norm."""
+POWER = 3
+"""The fourth code of what a norm is made of: powers of magnitudes."""
 
 EXACT_CHUNK = 1024
 """Terms of float32 magnitudes summed in plain float64 between two compensated additions."""
@@ -285,6 +288,24 @@ def gather(buffer: Any, origin: int, grid: Any, i0: int, i1: int, out: Any) -> N
         for j in range(i, stop):
             out[j - i0] = buffer[at + (j - i) * step]
         i = stop
+
+
+@kernel
+def scatter(numbers: Any, i0: int, i1: int, buffer: Any, origin: int, grid: Any) -> None:
+    """Dense numbers to entries [i0, i1) of a strided grid; where its rows are columns in memory, column by column."""
+    run, step = grid[0, -1], np.uintp(grid[1, -1])
+    turned = grid.shape[1] > 1 and abs(grid[1, -2]) < abs(grid[1, -1])
+    across = np.uintp(grid[1, -2] if turned else 0)
+    i = i0
+    while i < i1:
+        count, rows = min(i1 - i, run - i % run), 1
+        if turned and count == run:
+            rows = min((i1 - i) // run, grid[0, -2] - i // run % grid[0, -2])
+        at, first = np.uintp(origin + place(i, grid)), np.uintp(i - i0)
+        for j in range(np.uintp(count)):
+            for r in range(np.uintp(rows)):
+                buffer[at + j * step + r * across] = numbers[first + j + r * np.uintp(run)]
+        i += count * rows
 
 
 @kernel

@@ -9,32 +9,64 @@ The loops work in strips that stay in the nearest cache between reading, decidin
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from npscope.backends.numba_cpu import lanes
-from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above
+from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above, two_sum
+from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.jit import inner, kernel
-from npscope.backends.numba_cpu.kernels import INF, ONE, TWO, place
-from npscope.backends.numba_cpu.lanes import LANES, Format
-from npscope.backends.numba_cpu.operands import Layout
+from npscope.backends.numba_cpu.kernels import place
+from npscope.backends.numba_cpu.lanes import INF, LANES, LINE, ONE, PARTIAL, TWO, Format
+from npscope.backends.numba_cpu.operands import Layout, Operand
+from npscope.dtypes import kind_of
 
-STRIP_ELEMENTS, STRIP_BLOCKS = 4096, 1024
-"""Elements and blocks of a strip: 16 KiB of float32, and of work arrays."""
+Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
 
-MAX_STEPS = 1500
-"""Additions in sequence that `lanes.DOUBT` allows for, with some to spare."""
+STRIP_RUN, STRIP_ELEMENTS, STRIP_BLOCKS = 1 << 12, 1 << 17, 1 << 11
+"""Adjacent elements of a row of a strip, elements and blocks of a strip at most.
+
+Rows are read one after the other, so that memory is read in pieces of 16 KiB: measured, twice as fast as 1 KiB.
+"""
+
+MAX_ADDITIONS = lanes.DOUBT - 100
+"""Additions in sequence that `lanes.DOUBT` allows for, with those that join the lanes to spare."""
+
+
+MARGIN = lanes.DOUBT * 2.0**-53
+"""What a norm may be off, relative to it."""
+
+LEAST, PARTS = 32, 64
+"""Where `LANES` least magnitudes and the partial sums stand behind the limbs of an exact sum, on lines of their own."""
+
+PART_BLOCKS = STRIP_RUN // LANES
+"""Blocks in one row of a strip that have partial sums, because their runs are no shorter than a vector."""
+
+FLAT_RUN = 1 << 10
+"""Elements whose sums are finished together where a block is one run: short, so that roots run beside loads."""
+
+AHEAD = 1 << 11
+"""Elements between what is summed and what is prefetched, as long as memory is read in order."""
+
+
+def _lines(length: int, dtype: Any) -> np.ndarray:
+    """A work array that starts where a line starts: vectors that straddle two cost twice."""
+    raw = np.zeros(length * np.dtype(dtype).itemsize + LINE, dtype=np.uint8)
+    start = -raw.ctypes.data % LINE
+    return raw[start : start + length * np.dtype(dtype).itemsize].view(dtype)
 
 
 class NormBuffers:
-    """Work arrays of one thread for the norms of a strip."""
+    """Work arrays of one thread for the norms, of this dtype, of a strip of up to `blocks` blocks."""
 
-    def __init__(self, blocks: int = STRIP_BLOCKS) -> None:
-        self.sums = np.zeros(blocks + LANES)
-        self.norms = np.zeros(blocks + LANES, dtype=np.float32)
-        self.limbs = np.empty((1, LIMBS), dtype=np.int64)
+    def __init__(self, blocks: int = STRIP_BLOCKS, dtype: Any = np.float32) -> None:
+        self.sums = _lines(blocks + LANES, np.float64)
+        self.norms = _lines(blocks + LANES, dtype)
+        rows = -(-(PARTS + 2 * PARTIAL * (PART_BLOCKS + LANES)) // LIMBS)
+        self.limbs = _lines(rows * LIMBS, np.int64).reshape(rows, LIMBS)
 
     @property
     def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -42,136 +74,218 @@ class NormBuffers:
         return self.sums, self.norms, self.limbs
 
 
-def can_sum(layout: Layout | None, code: int) -> bool:
-    """Whether `norm_kernel` serves these blocks and this norm."""
-    return layout is not None and layout.form.bits <= 32 and code in (INF, ONE, TWO) and layout.steps <= MAX_STEPS
+def numbers_of(operand: Operand, code: int) -> tuple[Layout, Where] | None:
+    """How the blocks of an operand are measured line by line, if they can be, and the arguments for it.
+
+    Small integers are read as float32. A complex number is two real ones, where squares are summed.
+    """
+    if operand.layout is not None:
+        return operand.layout, operand.where
+    kind = operand.kind
+    form = None if kind is None or operand.bytewise else lanes.number_format(kind)
+    if kind is None or form is None or operand.codec is None or operand.size == 0:
+        return None
+    elements, reader = operand.elements, operand.codec
+    if kind.is_complex:
+        if code != TWO:
+            return None
+        reader = codec(kind_of(form.name), False, False)
+        sizes, strides = elements.tolist()
+        adjacent = 1
+        if operand.size == 1:
+            sizes, strides = [], []
+        elif strides[-1] == 2:
+            *sizes, adjacent = sizes
+            strides = strides[:-1]
+        elements = np.asarray([[*sizes, 2 * adjacent], [*strides, 1]], dtype=np.int64)
+    sizes, strides = elements.tolist()
+    run = sizes[-1] if strides[-1] == 1 and sizes[-1] > 1 else 1
+    width, step = operand.grid[:, -1].tolist()
+    if step != run and width > 1:
+        return None
+    layout = Layout(form, reader, run, math.prod(sizes) // run)
+    return layout, (operand.buffer, operand.origin, operand.grid, elements)
+
+
+def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
+    """Whether `norm_kernel` serves these blocks and this norm; `wide`: float64 too, which needs buffers of its own."""
+    if layout is None or layout.form.bits > (64 if wide else 32) or code not in (INF, ONE, TWO):
+        return False
+    vectors = -(-layout.run // LANES)
+    several = vectors if layout.run <= lanes.CHUNK else -(-layout.run // lanes.CHUNK) + lanes.CHUNK // LANES
+    additions = layout.run if lanes.takes_many(layout.run) else LANES // PARTIAL * several
+    return layout.form.bits == 64 or layout.rows * additions <= MAX_ADDITIONS
 
 
 def strip_blocks(layout: Layout, multiple: int = 1) -> int:
     """Blocks of a strip: whole scopes of `multiple` blocks."""
-    count = max(LANES, min(STRIP_BLOCKS, STRIP_ELEMENTS // (layout.run * layout.rows)))
+    most = STRIP_BLOCKS if lanes.takes_many(layout.run) else PART_BLOCKS
+    count = max(1, min(most, STRIP_RUN // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
     return max(1, count // multiple) * multiple
 
 
-# --- strips --------------------------------------------------------------------------------------
+@inner
+def copy(source: Any, count: int, target: Any, start: int) -> None:
+    """The first `count` numbers of `source` to `target`. Signed indices, which may count from the end, are slow."""
+    first = np.uintp(start)
+    for j in range(np.uintp(count)):
+        target[first + j] = source[j]
 
 
-@cache
-def _adder(form: Format, run: int, code: int, first: bool) -> Any:
-    """``add(buffer, at, count, sums)``: a run of each of `count` adjacent blocks into their sums or maxima."""
-    chunk = min(run, lanes.CHUNK)
-    chunks, rest = divmod(run, chunk)
-    together = lanes.blocks_per_step(run)
-
-    def step(length: int, blocks: int, overwrites: bool) -> Any:
-        if code == INF:
-            return lanes.add_largest(form, length, blocks, overwrites)
-        return lanes.add_terms(form, length, blocks, code == TWO, overwrites)
-
-    one, many = step(chunk, 1, first), step(chunk, together, first)
-    further, last = step(chunk, 1, False), step(rest or 1, 1, False)
-
-    @inner
-    def add(buffer: Any, at: int, count: int, sums: Any, j: int, ahead: int) -> None:
-        stop = j + count
-        while together > 1 and j + together <= stop:
-            many(buffer, at, sums, j, ahead)
-            at += together * run
-            j += together
-        while j < stop:
-            one(buffer, at, sums, j, ahead)
-            for c in range(1, chunks):
-                further(buffer, at + c * chunk, sums, j, ahead)
-            if rest:
-                last(buffer, at + chunks * chunk, sums, j, ahead)
-            at += run
-            j += 1
-
-    return add
+# --- norms of a strip ----------------------------------------------------------------------------
 
 
-@cache
 def _measure(layout: Layout, code: int) -> Any:
-    """``measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)``: norms of the blocks of a strip."""
-    run, rows, magnitude = layout.run, layout.rows, layout.codec.magnitude
-    code = INF if run * rows == 1 else code  # the norm of one element is its magnitude, whatever the order
-    add_first, add = (_adder(layout.form, run, code, first) for first in (True, False))
-    square, together = code == TWO, lanes.blocks_per_step(run) > 1 and code != INF
-    round_norms = lanes.round_norms(square)
-    round_last = lanes.round_terms(layout.form, run if together else 1, square, rows == 1)
-    last = rows - 1 if together else rows
+    """``measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)``: norms of the blocks of a strip.
 
-    @inner
-    def sums_of(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any) -> bool:
-        width = grid[0, -1]
-        start, length = i, stop - i
-        doubt = False
-        while i < stop:
-            after = min(stop, i + width - i % width)
-            at = origin + place(i, grid)
-            ahead = origin + place(i + length, grid) - at
-            if last:
-                add_first(buffer, at, after - i, sums, i - start, ahead)
-            for row in range(1, last):
-                add(buffer, at + place(row * run, elements), after - i, sums, i - start, ahead)
-            j, end = i - start, after - start
-            if together:
-                at += place(last * run, elements)
-                while j + LANES <= end:
-                    doubt |= round_last(buffer, at, sums, j, norms, j, ahead)
-                    at += LANES * run
-                    j += LANES
-                if j < end:
-                    if last:
-                        add(buffer, at, end - j, sums, j, ahead)
-                    else:
-                        add_first(buffer, at, end - j, sums, j, ahead)
-            while code != INF and j < end:
-                doubt |= round_norms(sums, j, norms, j)
-                j += LANES
-            i = after
-        return doubt
+    In float64 they are left in `sums`, unless they are maxima. Behind the limbs is room for sums in the making.
+    """
+    run = layout.run
+    code = INF if run * layout.rows == 1 else code  # the norm of one element is its magnitude, whatever the order
+    # Long runs are compiled once for all, but for what does not fill a vector.
+    whole, rest = divmod(run, LANES) if run > lanes.CHUNK else (0, run)
+    return _measure_runs(layout.form, layout.codec, rest, whole > 0, code)
 
-    if code == INF:
 
-        @inner
-        def measure_largest(
-            buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, limbs: Any
-        ) -> None:
-            sums_of(buffer, origin, grid, elements, i, stop, norms, sums)
-            for j in range(stop - i):
-                sums[j] = norms[j]
-
-        return measure_largest
-
-    @inner
-    def settle(buffer: Any, at: int, elements: Any, wide: float, limbs: Any) -> Any:
-        """A norm in doubt, from its exact sum."""
-        if not np.isfinite(wide):
-            return np.float32(wide)
-        below = np.float32(wide * (1 - 2.0**-41))
-        if below == np.float32(wide * (1 + 2.0**-41)):
-            return below
-        for limb in range(LIMBS):
-            limbs[0, limb] = 0
-        for e in range(run * rows):
-            limbs_add(limbs, 0, magnitude(buffer, at + place(e, elements)), square, 1)
-        limbs_add(limbs, 0, midpoint_above(below), square, -1)
-        side = limbs_sign(limbs, 0)
-        bits = below.view(np.uint32)
-        if side > 0 or (side == 0 and bits & np.uint32(1)):
-            return np.uint32(bits + np.uint32(1)).view(np.float32)
-        return below
+@cache
+def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -> Any:
+    """`_measure` for runs of `run` elements, which `long` ones end with after whole vectors."""
+    many, lossy = lanes.takes_many(run) and not long, form.bits == 64
+    add_first, add = (_adder(form, run, long, first, code) for first in (True, False))
+    finish, parts = lanes.finish_totals(form, code, many), lanes.parts_of(form)
+    settle = _rescale(codec) if form.bits == 64 else _settle(codec, code == TWO)
 
     @inner
     def measure(
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, limbs: Any
     ) -> None:
-        if sums_of(buffer, origin, grid, elements, i, stop, sums, norms):
-            for j in range(stop - i):
-                norms[j] = settle(buffer, origin + place(i + j, grid), elements, sums[j], limbs)
+        start, width = i, grid[0, -1]
+        size = elements[0, -1] if long else run
+        rows = 1
+        for d in range(elements.shape[1]):
+            rows *= elements[0, d]
+        rows //= size
+        most = max(LANES, FLAT_RUN // size) if rows == 1 else stop - i if many else PART_BLOCKS
+        while i < stop:
+            after = min(stop, i + width - i % width, i + most)
+            at, j, end = origin + place(i, grid), i - start, after - start
+            for row in range(rows):
+                here = at + place(row * size, elements)
+                further = origin + place(after, grid) if row == rows - 1 else at + place(row * size + size, elements)
+                ahead = AHEAD if further - here == (end - j) * size else further - here
+                if row:
+                    add(buffer, here, end - j, size, sums, norms, limbs, j, ahead)
+                else:
+                    add_first(buffer, here, end - j, size, sums, norms, limbs, j, ahead)
+            while j < end and not (many and code == INF):
+                if not many:
+                    doubt = finish(limbs, PARTS + parts * (j - i + start), limbs, LEAST, sums, j, norms, j)
+                elif lossy:
+                    doubt = finish(sums, j, norms, j, sums, j, norms, j)
+                else:
+                    doubt = finish(sums, j, limbs, LEAST, sums, j, norms, j)
+                if code != INF:
+                    lane = j
+                    while doubt and lane < end:
+                        if doubt & 1:
+                            at = origin + place(start + lane, grid)
+                            sums[lane], norms[lane] = settle(buffer, at, elements, sums[lane], limbs)
+                        doubt >>= 1
+                        lane += 1
+                j += LANES
+            i = after
 
     return measure
+
+
+def _adder(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
+    """``add(..., j, ahead)``: a run of each of `count` adjacent blocks, left where `measure` looks for them."""
+    many, lossy = lanes.takes_many(run) and not long, form.bits == 64
+    add_run = lanes.add_run(form, run, long, first, code)
+
+    @inner
+    def add(buffer: Any, at: int, count: int, size: int, sums: Any, norms: Any, limbs: Any, j: int, ahead: int) -> None:
+        if not many:
+            add_run(buffer, at, count, size, limbs, PARTS, limbs, LEAST, ahead)
+        elif code == INF:
+            add_run(buffer, at, count, size, norms, j, limbs, LEAST, ahead)
+        elif lossy:  # what the sums lose stands where the norms will
+            add_run(buffer, at, count, size, sums, j, norms, j, ahead)
+        else:
+            add_run(buffer, at, count, size, sums, j, limbs, LEAST, ahead)
+
+    return add
+
+
+@cache
+def _settle(codec: Codec, square: bool) -> Any:
+    """``settle(buffer, at, elements, wide, limbs)``: a norm in doubt, and rounded as the exact sum demands."""
+    magnitude = codec.magnitude
+
+    @inner
+    def exact_side(buffer: Any, at: int, elements: Any, total: int, border: float, limbs: Any) -> float:
+        for limb in range(LIMBS):
+            limbs[0, limb] = 0
+        for e in range(total + 1):  # one call to compile
+            x = magnitude(buffer, at + place(e, elements)) if e < total else border
+            limbs_add(limbs, 0, x, square, 1 if e < total else -1)
+        return float(limbs_sign(limbs, 0))
+
+    @inner
+    def settle(buffer: Any, at: int, elements: Any, wide: float, limbs: Any) -> Any:
+        if not np.isfinite(wide):
+            return wide, np.float32(wide)
+        below = np.float32(wide * (1 - MARGIN))
+        if below == np.float32(wide * (1 + MARGIN)):
+            return wide, below
+        total = 1
+        for d in range(elements.shape[1]):
+            total *= elements[0, d]
+        high, low, exact = 0.0, 0.0, True
+        for e in range(total):
+            x = magnitude(buffer, at + place(e, elements))
+            high, error = two_sum(high, x * x if square else x)
+            low += error
+            exact = exact and error == 0.0
+        border = midpoint_above(below)
+        side = (high - (border * border if square else border)) + low
+        if not exact and abs(side) <= high * 2.0**-60:
+            side = exact_side(buffer, at, elements, total, border, limbs)
+        bits = below.view(np.uint32)
+        if side > 0 or (side == 0 and bits & np.uint32(1)):
+            return wide, np.uint32(bits + np.uint32(1)).view(np.float32)
+        return wide, below
+
+    return settle
+
+
+@cache
+def _rescale(codec: Codec) -> Any:
+    """As `_settle`, for a norm by squares that left the range of float64: by squares of |x| / max |x|."""
+    magnitude = codec.magnitude
+
+    @inner
+    def rescale(buffer: Any, at: int, elements: Any, wide: float, limbs: Any) -> Any:
+        total = 1
+        for d in range(elements.shape[1]):
+            total *= elements[0, d]
+        top = 0.0
+        for e in range(total):
+            top = max(top, magnitude(buffer, at + place(e, elements)))
+        if top == 0.0 or np.isinf(top):
+            return top, top
+        high, low = 0.0, 0.0
+        for e in range(total):
+            x = magnitude(buffer, at + place(e, elements)) / top
+            high, error = two_sum(high, x * x)
+            low += error
+        wide = top * np.sqrt(high + low)
+        return wide, wide
+
+    return rescale
+
+
+# --- strips --------------------------------------------------------------------------------------
 
 
 @cache
@@ -270,7 +384,7 @@ def scale_kernel(layout: Layout) -> Any:
 def norm_kernel(layout: Layout, code: int) -> Any:
     """The kernel that writes the norms of blocks [i0, i1), dense; and in float64 if `wide` is not empty."""
     measure = _measure(layout, code)
-    strip = strip_blocks(layout)
+    strip, largest = strip_blocks(layout), code == INF
 
     @kernel
     def norms_of_blocks(
@@ -280,11 +394,12 @@ def norm_kernel(layout: Layout, code: int) -> Any:
         for i in range(i0, i1, strip):
             stop = min(i1, i + strip)
             measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)
-            for j in range(stop - i):
-                out[i - i0 + j] = norms[j]
+            copy(norms, stop - i, out, i - i0)
             if wide.size:
-                for j in range(stop - i):
-                    wide[i - i0 + j] = sums[j]
+                if largest:
+                    copy(norms, stop - i, wide, i - i0)
+                else:
+                    copy(sums, stop - i, wide, i - i0)
 
     return norms_of_blocks
 

@@ -10,11 +10,23 @@ import numpy as np
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.arithmetic import LIMBS
-from npscope.backends.numba_cpu.operands import BLOCK_WORKSPACE, PIECE_ELEMENTS, Competitors, competitors, ranges
-from npscope.tiling import Parts
+from npscope.backends.numba_cpu.operands import (
+    BLOCK_WORKSPACE,
+    PIECE_ELEMENTS,
+    STRIPS_ELEMENTS,
+    Competitors,
+    Layout,
+    Operand,
+    competitors,
+    ranges,
+)
+from npscope.tiling import Cut, Dim, Leaf, Part, Parts
 
 UNSURE_ROWS = 2048
 """Undecided norms that are summed exactly at a time."""
+
+_NOT_WIDE = np.empty(0)
+"""In the place of norms in float64, where none are asked for."""
 
 _CODES = {1.0: nk.ONE, 2.0: nk.TWO, math.inf: nk.INF}
 
@@ -33,10 +45,10 @@ class NormWork:
         self.precise = ord < 1 and part.norm.itemsize == 8
         self.code = code_of(ord, part.elements)
         self.lines: lines.NormBuffers | None = None
-        layout = part.leaves[0].layout if part.exact and not part.spans_leaves else None
-        if lines.can_sum(layout, self.code):
-            self.lines = lines.NormBuffers()
-            self.kernel = lines.norm_kernel(layout, self.code)
+        found = numbers_of(part, ord)
+        if found is not None:
+            layout, self.where = found
+            self.lines, self.kernel = lines.NormBuffers(dtype=part.norm), lines.norm_kernel(layout, self.code)
         self.chunk = nk.EXACT_CHUNK if part.exact else nk.WIDE_CHUNK
         self.hi, self.lo = np.empty(length), np.empty(length)
         self.norm = np.empty(length, dtype=part.norm)
@@ -53,7 +65,7 @@ class NormWork:
         count = i1 - i0
         hi, lo, norm = self.hi[:count], self.lo[:count], self.norm[:count]
         if self.lines is not None:
-            self.kernel(*self.part.leaves[0].where, i0, i1, norm, hi, *self.lines.all)
+            self.kernel(*self.where, i0, i1, norm, hi, *self.lines.all)
             return norm, hi
         if self.code == nk.POWER:
             self._scaled(i0, i1, hi, lo, self.top[:count], norm)
@@ -72,6 +84,13 @@ class NormWork:
                 self._scaled(i0, i1, wide, lo, top, again)
                 nk.take(self.unsure, risky, again, wide, norm, hi)
         return norm, hi
+
+    def fill_into(self, i0: int, i1: int, norm: np.ndarray) -> None:
+        """The norms of blocks [i0, i1) into a dense array."""
+        if self.lines is not None:
+            self.kernel(*self.where, i0, i1, norm, _NOT_WIDE, *self.lines.all)
+        else:
+            norm[:] = self.fill(i0, i1)[0]
 
     def _sums(self, code: int, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray) -> None:
         hi[:], lo[:] = 0.0, 0.0
@@ -99,6 +118,18 @@ class NormWork:
         nk.finish_unsure(self.limbs, chosen, chosen.size, square, norm)
 
 
+def code_of(ord: float, elements: int) -> int:
+    """How a norm is accumulated: that of one element is its magnitude, whatever the order."""
+    return nk.INF if elements == 1 else _CODES.get(ord, nk.POWER)
+
+
+def numbers_of(part: Competitors, ord: float) -> tuple[Layout, lines.Where] | None:
+    """How the blocks are measured line by line, if they can be, and the arguments for it."""
+    code = code_of(ord, part.elements)
+    found = None if part.spans_leaves else lines.numbers_of(part.leaves[0], code)
+    return found if found is not None and lines.can_sum(found[0], code, wide=True) else None
+
+
 def workspace_of(part: Competitors, ord: float) -> int:
     """Bytes of work arrays for the norm of a block, and what a caller adds to decide on it."""
     return BLOCK_WORKSPACE if part.elements == 1 or part.exact else 2 * BLOCK_WORKSPACE
@@ -124,25 +155,43 @@ def norm_ranges(
 def norms(parts: Parts, ord: float | None) -> np.ndarray:
     """Norm of every block: ``(S, n)`` in the norm's dtype."""
     measured = competitors(parts)
-    scopes, n = measured[0].cut.scopes, sum(part.blocks for part in measured)
-    result = np.empty((scopes, n), dtype=max(part.norm for part in measured))
+    result = np.empty((measured[0].cut.scopes, sum(part.blocks for part in measured)), max(p.norm for p in measured))
     start = 0
-    for part in measured:
-        norms_into(part, float(ord or 2), result[:, start : start + part.blocks])
-        start += part.blocks
+    for part, plain in zip(parts, measured, strict=True):
+        norms_into(part, plain, float(ord or 2), result[:, start : start + plain.blocks])
+        start += plain.blocks
     return result
 
 
-def norms_into(part: Competitors, ord: float, columns: np.ndarray) -> None:
-    """The norms of a part into its columns of a table."""
+def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) -> None:
+    """The norms of a part into its columns of a table. The blocks are walked in the order of memory."""
+    cut = plain.cut
+    loops = (*cut.scope, *cut.block)
+    # Every loop over blocks is one over the table, too.
+    steps = [math.prod(d.size for d in nest[i + 1 :]) for nest in (cut.scope, cut.block) for i in range(len(nest))]
+    places = [Dim(int(i >= len(cut.scope)), d.size, step) for i, (d, step) in enumerate(zip(loops, steps, strict=True))]
+    order = sorted(range(len(loops)), key=lambda i: -abs(loops[i].step * part[0].array.strides[loops[i].axis]))
+    if len(part) == 1 and order != sorted(order):
+        walked = Competitors((Leaf(part[0].array, Cut.of([loops[i] for i in order], (), cut.element)),))
+        places = [places[i] for i in order]
+    else:
+        walked = plain
+    table = Operand(Leaf(columns, Cut.of(places, (), ())))
+    dense = table.grid.shape[1] == 1 and table.grid[1, 0] == 1
 
-    def make_use(slots: int, length: int) -> Callable[..., None]:
-        def use(slot: int, i0: int, i1: int, norm: np.ndarray, wide: np.ndarray) -> None:
-            put(columns, i0, i1, norm)
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        works = [NormWork(walked, ord, length) for _ in range(slots)]
 
-        return use
+        def work(slot: int, i0: int, i1: int) -> None:
+            norm = table.buffer[table.origin + i0 : table.origin + i1] if dense else works[slot].norm[: i1 - i0]
+            works[slot].fill_into(i0, i1, norm)
+            if not dense:
+                nk.scatter(norm, i0, i1, table.buffer, table.origin, table.grid)
 
-    norm_ranges(part, ord, make_use)()
+        return work
+
+    piece = PIECE_ELEMENTS if numbers_of(walked, ord) is None else STRIPS_ELEMENTS
+    ranges(walked.total, walked.elements, make_work, workspace=workspace_of(walked, ord), piece=piece)()
 
 
 def put(columns: np.ndarray, i0: int, i1: int, values: np.ndarray) -> None:

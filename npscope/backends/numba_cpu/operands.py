@@ -231,7 +231,8 @@ def ranges(
 
     ``make_work(slots, length)`` allocates for that many threads and ranges up to that length, now,
     and returns ``work(slot, start, stop)``. So a writer has all its memory before it starts. `workspace`
-    is the bytes of work arrays for one item, `piece` the elements of a range; writers of blocks with several leaves are `shielded`.
+    is the bytes of work arrays for one item, `piece` the elements of a range; writers of blocks with several
+    leaves are `shielded`.
     """
     if total == 0:
         return lambda: None
