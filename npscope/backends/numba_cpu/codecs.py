@@ -41,7 +41,8 @@ class Codec:
     ``magnitude(buffer, i)`` is |x| as float64 (NaN if any part is), ``key32`` and ``key64`` are
     magnitudes as ordered integers (equal values, equal keys; NaN the largest), ``signed_key``
     orders signed values, ``clear`` writes +0.0, ``scale`` multiplies by a float64,
-    ``value`` reads a real number as float64.
+    ``value`` reads a real number as float64, ``soften(buffer, i, t)`` moves a real float towards
+    zero by t, to +0.0 at most (NaN stays, and all stay for t = 0; None where there is no such step).
     """
 
     unit: np.dtype
@@ -53,6 +54,7 @@ class Codec:
     signed_width: int
     clear: Function
     scale: Function
+    soften: Function | None = None
 
 
 # --- ordered integers ----------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def codec(kind: Kind, bytewise: bool, swapped: bool) -> Codec:
 
 
 def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:
-    decode, encode = _DECODE.get(kind.name, _same), _ENCODE.get(kind.name, _same)
+    decode = _DECODE.get(kind.name, _same)
     narrow = kind.norm == "float32"
     zero = np.dtype(_STORAGE.get(kind.name, kind.name)).type(0)
 
@@ -268,19 +270,23 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     def clear(buffer: Any, i: int) -> None:
         place(buffer, i, zero)
 
-    if kind.name in _ENCODE:
+    encode = _ENCODE.get(kind.name, np.float64 if kind.name == "float64" else np.float32)
+    number = np.float32 if narrow else np.float64
 
-        @inner
-        def scale(buffer: Any, i: int, factor: float) -> None:
-            place(buffer, i, encode(np.float32(np.float64(decode(fetch(buffer, i))) * factor)))
-    else:
-        number = np.dtype(kind.name).type if kind.name not in _STORAGE else np.float32
+    @inner
+    def scale(buffer: Any, i: int, factor: float) -> None:
+        place(buffer, i, encode(number(np.float64(decode(fetch(buffer, i))) * factor)))
 
-        @inner
-        def scale(buffer: Any, i: int, factor: float) -> None:
-            place(buffer, i, number(np.float64(fetch(buffer, i)) * factor))
+    @inner
+    def soften(buffer: Any, i: int, t: Real) -> None:
+        # Branch-free, so that LLVM makes vectors of it; it also sees that float32 need not be widened.
+        raw = fetch(buffer, i)
+        x, limit = np.float64(decode(raw)), np.float64(t)
+        moved = encode(number(x - limit if x > 0.0 else x + limit))
+        moved = zero if abs(x) <= limit else moved
+        place(buffer, i, raw if (x != x) | (limit == 0.0) else moved)
 
-    return Codec(unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, clear, scale)
+    return Codec(unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, clear, scale, soften)
 
 
 def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:

@@ -297,18 +297,6 @@ def repeat_each(few: Any, n: int, skip: int, out: Any) -> None:
 # --- shrinkage on dense norms --------------------------------------------------------------------
 
 
-@kernel
-def shrink_factors(norm: Any, wide: Any, t: Any, factors: Any) -> None:
-    """What each block is multiplied by: 1 - t / norm, 0 where the rounded norm is <= t, 1 where nothing changes."""
-    for i in range(norm.size):
-        if np.isnan(norm[i]) or t[i] == 0.0 or (np.isinf(norm[i]) and not np.isinf(t[i])):
-            factors[i] = 1.0
-        elif norm[i] <= t[i]:
-            factors[i] = 0.0
-        else:
-            factors[i] = (wide[i] - t[i]) / wide[i]
-
-
 SAFE_TOP, SAFE_UNIT = 2.0**450, 2.0**600
 """Numbers within [1 / SAFE_TOP, SAFE_TOP] may be squared and summed; SAFE_UNIT brings any other there."""
 

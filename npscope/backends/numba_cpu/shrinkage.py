@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
+from npscope.backends.numba_cpu import lines, proximal
 from npscope.backends.numba_cpu.norms import NormWork, norm_ranges
 from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, ranges
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
@@ -36,7 +37,28 @@ def shrink(
 
 
 def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> Callable[[], None]:
-    """The job that shrinks every block of `written` by its norm in `source`."""
+    """The job that shrinks every block of `written` by its norm in `source`, whose elements it has by then."""
+    limits = Operand(thresholds)
+    repeat = source.blocks if thresholds.cut.blocks == 1 else 1
+    where = (limits.buffer, limits.origin, limits.grid, repeat)
+    x = written.leaves[0]
+
+    def in_place(run: Callable[..., None], make_buffers: Callable[[], tuple[np.ndarray, ...]]) -> Callable[[], None]:
+        def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+            buffers = [make_buffers() for _ in range(slots)]
+            return lambda slot, i0, i1: run(*x.where, i0, i1, *where, *buffers[slot])
+
+        return ranges(source.total, source.elements, make_work, workspace=1)
+
+    def some_limits(length: int) -> np.ndarray:
+        return np.empty(length, dtype=thresholds.array.dtype)
+
+    if source.elements == 1 and x.codec is not None and x.codec.soften is not None:
+        run = proximal.soften_kernel(x.codec, x.layout is not None)
+        return in_place(run, lambda: (some_limits(proximal.STRIP),))
+    if not source.spans_leaves and source.exact and lines.can_sum(x.layout, nk.TWO):
+        run = proximal.shrink_kernel(x.layout)
+        return in_place(run, lambda: (some_limits(lines.STRIP_BLOCKS), *lines.NormBuffers().all))
 
     def make_use(slots: int, length: int) -> Callable[..., None]:
         limits = [Numbers(thresholds, source, np.float64, length) for _ in range(slots)]
@@ -44,7 +66,7 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
 
         def use(slot: int, i0: int, i1: int, norm: np.ndarray, wide: np.ndarray) -> None:
             factor = factors[slot, : i1 - i0]
-            nk.shrink_factors(norm, wide, limits[slot].fill(i0, i1), factor)
+            proximal.shrink_factors(norm, wide, limits[slot].fill(i0, i1), factor)
             rescale(written, i0, i1, factor)
 
         return use
