@@ -277,14 +277,16 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     def scale(buffer: Any, i: int, factor: float) -> None:
         place(buffer, i, encode(number(np.float64(decode(fetch(buffer, i))) * factor)))
 
+    nothing = number(0)
+
     @inner
     def soften(buffer: Any, i: int, t: Real) -> None:
-        # Branch-free, so that LLVM makes vectors of it; it also sees that float32 need not be widened.
+        # Free of branches and of float64, so that LLVM makes full vectors of it. float32 rounds the same.
         raw = fetch(buffer, i)
-        x, limit = np.float64(decode(raw)), np.float64(t)
-        moved = encode(number(x - limit if x > 0.0 else x + limit))
+        x, limit = number(decode(raw)), number(t)
+        moved = encode(x - limit if x > nothing else x + limit)
         moved = zero if abs(x) <= limit else moved
-        place(buffer, i, raw if (x != x) | (limit == 0.0) else moved)
+        place(buffer, i, raw if (x != x) | (limit == nothing) else moved)
 
     return Codec(unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, clear, scale, soften)
 

@@ -66,20 +66,24 @@ def soften_kernel(codec: Codec, adjacent: bool) -> Any:
 
 
 @inner
-def form_factors(norms: Any, wide: Any, t: Any, count: int, factors: Any) -> None:
-    """What each block is multiplied by: 1 - t / norm, 0 where the rounded norm is <= t, 1 where nothing changes."""
+def form_factors(norms: Any, wide: Any, t: Any, count: int) -> None:
+    """From norms (rounded, and in float64) to what blocks are multiplied by, in place of the latter.
+
+    1 - t / norm, 0 where the rounded norm is <= t, 1 where nothing changes.
+    """
     for k in range(count):
         j = np.uintp(k)
         norm, size, limit = norms[j], wide[j], t[j]
-        factor = 0.0 if norm <= limit else (size - limit) / size
+        factor = (size - limit) / size  # always, for a branch would keep LLVM from making vectors
+        factor = 0.0 if norm <= limit else factor
         same = (norm != norm) | (limit == 0.0) | ((norm == np.inf) & (limit != np.inf))
-        factors[j] = 1.0 if same else factor
+        wide[j] = 1.0 if same else factor
 
 
 @kernel
-def shrink_factors(norms: Any, wide: Any, t: Any, factors: Any) -> None:
+def shrink_factors(norms: Any, wide: Any, t: Any) -> None:
     """`form_factors` of all blocks whose norms are given."""
-    form_factors(norms, wide, t, norms.size, factors)
+    form_factors(norms, wide, t, norms.size)
 
 
 @cache
@@ -96,7 +100,7 @@ def shrink_kernel(layout: Layout) -> Any:
             stop = min(i1, i + strip)
             measure(x, origin, grid, elements, i, stop, sums, norms, limbs)
             read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
-            form_factors(norms, sums, limits, stop - i, sums)
+            form_factors(norms, sums, limits, stop - i)
             scale(x, origin, grid, elements, i, stop, sums)
 
     return shrink_blocks

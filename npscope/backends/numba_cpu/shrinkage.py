@@ -62,12 +62,10 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
 
     def make_use(slots: int, length: int) -> Callable[..., None]:
         limits = [Numbers(thresholds, source, np.float64, length) for _ in range(slots)]
-        factors = np.empty((slots, length))
 
         def use(slot: int, i0: int, i1: int, norm: np.ndarray, wide: np.ndarray) -> None:
-            factor = factors[slot, : i1 - i0]
-            proximal.shrink_factors(norm, wide, limits[slot].fill(i0, i1), factor)
-            rescale(written, i0, i1, factor)
+            proximal.shrink_factors(norm, wide, limits[slot].fill(i0, i1))
+            rescale(written, i0, i1, wide)
 
         return use
 
