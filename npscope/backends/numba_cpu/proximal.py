@@ -2,18 +2,26 @@
 
 A kernel takes a few thousand elements at a time, and reads the threshold of each block itself: one
 number for all of them, one a block, or one for the `repeat` blocks of a scope.
+
+Conditioned blocks are solved side by side: the elements of a strip of blocks are dealt into planes,
+the first elements of all blocks, the second ones, and so on, so that every step of the iteration is
+a loop over blocks, of which LLVM makes vectors.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from npscope.backends.numba_cpu.codecs import Codec
+from npscope.backends.numba_cpu import lanes
+from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
+from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.kernels import TWO, place
+from npscope.backends.numba_cpu.lanes import LANES
 from npscope.backends.numba_cpu.lines import _measure, _scale, strip_blocks
 from npscope.backends.numba_cpu.operands import Layout
 
@@ -42,24 +50,25 @@ def read_numbers(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop:
 
 
 @cache
-def soften_kernel(codec: Codec, adjacent: bool) -> Any:
-    """The kernel that moves the 1-element blocks [i0, i1) towards zero by their thresholds."""
-    soften = codec.soften
+def soften_kernel(codec: Codec, adjacent: bool, metric: Codec | None) -> Any:
+    """The kernel that takes the proximal step of 1-element blocks [i0, i1), without a metric or in one."""
+    soften, weight = codec.soften, None if metric is None else metric.value
 
     @kernel
     def soften_elements(
-        x: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int,
-        t: Any, t_origin: int, t_grid: Any, repeat: int, limits: Any,
+        x: Any, origin: int, grid: Any, elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
+        i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, limits: Any,
     ) -> None:  # fmt: skip
-        width = grid[0, -1]
-        step = 1 if adjacent else grid[1, -1]
+        width, h_width = grid[0, -1], h_grid[0, -1]
+        step, h_step = (1, 1) if adjacent else (grid[1, -1], h_grid[1, -1])
         i = i0
         while i < i1:
-            stop = min(i1, i + limits.size, i + width - i % width)
+            stop = min(i1, i + limits.size, i + width - i % width, i + h_width - i % h_width)
             read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
-            at = origin + place(i, grid)
+            at, h_at = origin + place(i, grid), h_origin + place(i, h_grid)
             for j in range(stop - i):
-                soften(x, np.uintp(at + j * step), limits[np.uintp(j)])
+                c = limits.dtype.type(1) if weight is None else weight(h, np.uintp(h_at + j * h_step))
+                soften(x, np.uintp(at + j * step), limits[np.uintp(j)], c)
             i = stop
 
     return soften_elements
@@ -104,3 +113,394 @@ def shrink_kernel(layout: Layout) -> Any:
             scale(x, origin, grid, elements, i, stop, sums)
 
     return shrink_blocks
+
+
+# --- conditioned: dealing ------------------------------------------------------------------------
+
+PLANES = 1 << 15
+"""Numbers in the planes of one operand at most, 256 KiB; larger blocks are dealt again for every step."""
+
+WIDTH = 256
+"""Most blocks of a strip."""
+
+STRIP_NUMBERS = 2048
+"""Numbers in the planes where that gives a strip of a few vectors of blocks: 32 KiB for both operands."""
+
+
+def strip_width(elements: int) -> int:
+    """Blocks of a strip, for blocks of that many elements."""
+    whole = STRIP_NUMBERS // elements // LANES * LANES
+    return max(1, min(WIDTH, max(whole, LANES), PLANES // elements))
+
+
+@cache
+def _dealer(read: Function, layout: Layout | None) -> Any:
+    """``deal(..., i, stop, e0, e1, planes, row, width)``: elements [e0, e1) of blocks [i, stop) into planes from `row`.
+
+    Numbers may lose their sign.
+    """
+    run, rows = (layout.run, layout.rows) if layout else (0, 0)
+    part = min(run, LANES)
+    vectors = layout is not None and layout.form.bits <= 32 and part in (1, 2, 4, 8, LANES) and run % part == 0
+    deal_runs = lanes.deal_runs(layout.form, part) if layout and vectors else None
+    distance = run if run > LANES else LANES
+
+    @inner
+    def deal(
+        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, e0: int, e1: int, whole: bool,
+        planes: Any, row: int, width: int,
+    ) -> None:  # fmt: skip
+        size, step = elements[0, -1], elements[1, -1]
+        columns, stride = grid[0, -1], grid[1, -1]
+        start = i
+        while i < stop:
+            after = min(stop, i + columns - i % columns)
+            at, b, count = origin + place(i, grid), i - start, after - i
+            done = 0
+            if vectors and whole:
+                done = count - count % LANES
+                for r in range(rows):
+                    source = at + place(r * run, elements)
+                    for c in range(0, run, part):
+                        target = (row + r * run + c) * width + b
+                        for j in range(0, done, LANES):
+                            deal_runs(buffer, source + j * run + c, planes, target + j, distance, width)
+            for j in range(done, count):
+                e = e0
+                while e < e1:
+                    run_stop = min(e1, e + size - e % size)
+                    first = at + j * stride + place(e, elements) - e * step
+                    target = (row - e0) * width + b + j
+                    for k in range(e, run_stop):
+                        planes[np.uintp(target + k * width)] = read(buffer, np.uintp(first + k * step))
+                    e = run_stop
+            i = after
+
+    return deal
+
+
+Pair = tuple[Codec, Layout | None, Codec, Layout | None]
+"""How the elements of a leaf and of its metric are read."""
+
+
+@cache
+def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
+    """``deal(leaves, i, stop, e0, e1, v, h, width)``: elements [e0, e1) of blocks that span these leaves."""
+    x_codec, x_layout, h_codec, h_layout = pairs[0]
+    deal_v, deal_h = _dealer(x_codec.magnitude, x_layout), _dealer(h_codec.value, h_layout)
+    deal_rest = _pairs_dealer(pairs[1:]) if len(pairs) > 1 else None
+
+    @inner
+    def deal(leaves: Any, i: int, stop: int, e0: int, e1: int, row: int, v: Any, h: Any, width: int) -> None:
+        x, x_origin, x_grid, x_elements, hh, h_origin, h_grid, h_elements, size = leaves[0]
+        first, last = max(e0, 0), min(e1, size)
+        if first < last:
+            whole = first == 0 and last == size
+            deal_v(x, x_origin, x_grid, x_elements, i, stop, first, last, whole, v, row, width)
+            deal_h(hh, h_origin, h_grid, h_elements, i, stop, first, last, whole, h, row, width)
+            row += last - first
+        if deal_rest is not None:
+            deal_rest(leaves[1:], i, stop, e0 - size, e1 - size, row, v, h, width)
+
+    return deal
+
+
+# --- conditioned: solving ------------------------------------------------------------------------
+
+SAFE_TOP, SAFE_UNIT = 2.0**450, 2.0**600
+"""Numbers within [1 / SAFE_TOP, SAFE_TOP] may be squared and summed; SAFE_UNIT brings any other there."""
+
+BEYOND = (2.0**128 - 2.0**103) ** 2
+"""Squares of norms from here on round to infinity in float32; exact in float64."""
+
+NEAR = 2.0**-20
+"""Norms so near their threshold, relatively, are compared by sums that are good for it."""
+
+ROWS = 13
+(UNIT, INVERSE, NORM, MEAN, LEAST, TAU, RATE, LOW, HIGH, ACTIVE, SQUARES, SLOPES, CUBES) = (
+    row * WIDTH for row in range(ROWS)
+)
+"""Where the numbers of a strip of blocks lie in one work array.
+
+One array at fixed distances, because LLVM gives up on a loop that it would have to check for more
+than a few arrays that may overlap. A block is v * UNIT, by a power of two; NORM = ||h v||, INVERSE its
+reciprocal, MEAN the mean of h weighted by (h v) ** 2, LEAST = ||h v|| / ||v||. The root RATE of
+``|| (h v / NORM) / (h * RATE + TAU) || = 1`` is in [LOW, HIGH].
+"""
+
+
+@inner
+def _safe_unit(top: float) -> float:
+    """A power of two that brings `top` where it may be squared; 1 where it already is."""
+    if top > SAFE_TOP:
+        return 1.0 / SAFE_UNIT
+    return SAFE_UNIT if 0.0 < top < 1.0 / SAFE_TOP else 1.0
+
+
+def near_enough(rtol: float) -> float:
+    """The relative size of the last Newton step for a relative accuracy of `rtol` after it.
+
+    A step from RATE to at most RATE * (1 + e) makes every h * RATE + TAU at most 1 + e times as large, so
+    that the slope of the (concave) norm falls by at most a factor (1 + e) ** -3: the step is short of the
+    root by at most 2 e ** 2, for e <= 0.05. Below the rounding of float64 nothing is to be gained.
+    """
+    return math.sqrt(min(max(rtol, 2.0**-53), 0.005) / 2)
+
+
+@inner
+def _measure_planes(v: Any, h: Any, rows: int, width: int, count: int, s: Any) -> None:
+    """Add (h v) ** 2, v ** 2 and (h v) ** 2 h of every block to SQUARES, SLOPES and CUBES."""
+    for e in range(rows):
+        for b in range(count):
+            j, k = np.uintp(b), np.uintp(e * width + b)
+            x, c = v[k], h[k]
+            y = c * x
+            y *= y
+            s[SQUARES + j] += y
+            s[SLOPES + j] += x * x
+            s[CUBES + j] += y * c
+
+
+@inner
+def _secular_sums(v: Any, h: Any, rows: int, width: int, count: int, s: Any) -> None:
+    """Add q ** 2 to SQUARES and q ** 2 * h * RATE / d to SLOPES, d = h * RATE + TAU and q = (h v / NORM) / d."""
+    for e in range(rows):
+        for b in range(count):
+            j, k = np.uintp(b), np.uintp(e * width + b)
+            c = h[k]
+            moved = c * s[RATE + j]
+            r = 1.0 / (moved + s[TAU + j])
+            q = c * (v[k] * s[UNIT + j] * s[INVERSE + j]) * r
+            q *= q
+            s[SQUARES + j] += q
+            s[SLOPES + j] += q * (moved * r)
+
+
+@inner
+def _classify(t: Any, count: int, largest: float, s: Any) -> int:
+    """Norms and means from plain sums, and what ACTIVE becomes; how many blocks need a closer look.
+
+    ACTIVE: 1 to be solved, 0 for the zero block (TAU = 1, RATE = 0) or the unchanged one (TAU = 0, RATE = 1),
+    -1 for a closer look.
+    """
+    careful = 0
+    for b in range(count):
+        j = np.uintp(b)
+        squares, plain, limit = s[SQUARES + j], s[SLOPES + j], np.float64(t[j])
+        norm = math.sqrt(squares)
+        ordinary = (
+            (1e-100 < squares) & (squares < 1e100) & (1e-100 < plain) & (plain < largest) & (limit < np.inf)
+            & (abs(norm - limit) > norm * NEAR)
+        )  # fmt: skip
+        same = (plain != plain) | (limit == 0.0)
+        state = (1.0 if norm > limit else 0.0) if ordinary else -1.0
+        state = 0.0 if same else state
+        careful += 1 if state < 0.0 else 0
+        s[ACTIVE + j] = state
+        s[TAU + j] = 0.0 if same else 1.0
+        s[RATE + j] = 1.0 if same else 0.0
+        s[UNIT + j] = 1.0
+        s[NORM + j] = norm
+        s[MEAN + j] = s[CUBES + j] / squares
+        s[LEAST + j] = math.sqrt(squares / plain)
+    return careful
+
+
+@inner
+def _open(t: Any, count: int, s: Any) -> int:
+    """The bracket of every active block, and where its iteration starts; how many there are.
+
+    The norm is a concave function of RATE, between MEAN * RATE + TAU (its tangent at 0) and
+    LEAST * RATE + TAU. The start is exact for one that is ``y - (1 - LEAST / MEAN) * (y - TAU) ** 2 / y``,
+    y = MEAN * RATE + TAU, which has the same tangent at 0 and the same slope at infinity.
+    """
+    opened = 0
+    for b in range(count):
+        j = np.uintp(b)
+        active = s[ACTIVE + j] > 0.0
+        norm, limit = s[NORM + j], np.float64(t[j]) * s[UNIT + j]
+        tau, rest = limit / norm, (norm - limit) / norm
+        ratio = s[LEAST + j] / s[MEAN + j]
+        root = math.sqrt(max(0.0, 1.0 - 4.0 * (1.0 - ratio) * tau * rest))
+        small = (1.0 - 2.0 * tau + root) / (2.0 * ratio)
+        large = 2.0 * tau * rest / (root + 2.0 * tau - 1.0)
+        low, high = rest / s[MEAN + j], rest / s[LEAST + j]
+        start = (small if tau < 0.5 else large) / s[MEAN + j]
+        start = start if start < high else high
+        start = start if start > low else low
+        s[INVERSE + j] = 1.0 / norm
+        s[LOW + j], s[HIGH + j] = low, high
+        s[TAU + j] = tau if active else s[TAU + j]
+        s[RATE + j] = start if active else s[RATE + j]
+        opened += 1 if active else 0
+    return opened
+
+
+@inner
+def _step(near: float, floor: float, count: int, s: Any) -> int:
+    """One safeguarded Newton step on the reciprocal norm for every active block; how many stay active."""
+    left = 0
+    for b in range(count):
+        j = np.uintp(b)
+        active = s[ACTIVE + j] > 0.0
+        at, squares = s[RATE + j], s[SQUARES + j]
+        norm = math.sqrt(squares)
+        low = at if norm >= 1.0 else s[LOW + j]
+        high = at if norm <= 1.0 else s[HIGH + j]
+        newton = at + at * ((norm - 1.0) * squares / s[SLOPES + j])
+        inside = newton if newton > low else low
+        inside = inside if inside < high else high
+        following = inside if abs(newton) < np.inf else math.sqrt(low) * math.sqrt(high)
+        moves = (following > at * (1.0 + near)) | (following < at * floor) | (not norm < np.inf)
+        s[LOW + j], s[HIGH + j] = low, high
+        s[RATE + j] = following if active else at
+        s[ACTIVE + j] = 1.0 if active & moves else 0.0
+        left += 1 if active & moves else 0
+    return left
+
+
+@cache
+def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
+    """The kernel that solves the blocks [i0, i1): an element becomes ``h * rate / (h * rate + tau)`` of itself.
+
+    Zero blocks get rate 0 and tau 1, unchanged ones rate 1 and tau 0. False where an iteration does not end.
+    """
+    deal = _pairs_dealer(pairs)
+    largest = 1e76 if narrow else 1e100
+
+    @inner
+    def look(leaves: Any, i: int, stop: int, b: int, total: int, chunk: int, limit: float, v: Any, h: Any, width: int,
+             s: Any) -> None:  # fmt: skip
+        """Decide on block b of a strip by sums that neither overflow nor round amiss."""
+        top, widest, unit, scale = 0.0, 0.0, 1.0, 1.0
+        hi, low, size, size_low, cubes = 0.0, 0.0, 0.0, 0.0, 0.0
+        for turn in range(3):
+            for e0 in range(0, total, chunk):
+                e1 = min(total, e0 + chunk)
+                if chunk < total:
+                    deal(leaves, i, stop, e0, e1, 0, v, h, width)
+                for k in range(b, (e1 - e0) * width, width):
+                    x, c = v[k] * unit, h[k]
+                    if turn == 0:
+                        top = max(top, abs(x))
+                    elif turn == 1:
+                        widest = max(widest, c * abs(x))
+                        size, error = two_sum(size, x * x)
+                        size_low += error
+                    else:
+                        w = c * x * scale
+                        w *= w
+                        hi, error = two_sum(hi, w)
+                        low += error
+                        cubes += w * c
+            if turn == 0:
+                unit = _safe_unit(top)
+                if top == 0.0 or np.isinf(top):
+                    break
+            elif turn == 1:
+                scale = _safe_unit(widest)
+        if narrow:
+            infinite = np.isinf(top) or (unit == 1.0 and (size - BEYOND) + size_low >= 0.0)
+        else:
+            infinite = np.isinf(top) or np.isinf(math.sqrt(size + size_low) / unit)
+        s[ACTIVE + b] = 0.0
+        if infinite:
+            s[TAU + b], s[RATE + b] = (1.0, 0.0) if np.isinf(limit) else (0.0, 1.0)
+            return
+        norm = math.sqrt(hi + low) / scale
+        rounded = np.float64(round_root(hi, low)) if exact and scale == 1.0 else norm
+        if narrow:
+            rounded = np.float64(np.float32(rounded))
+        if rounded > limit * unit:
+            s[ACTIVE + b] = 1.0
+            s[UNIT + b], s[NORM + b] = unit, norm
+            s[MEAN + b], s[LEAST + b] = cubes / (hi + low), norm / math.sqrt(size + size_low)
+
+    @kernel
+    def solve(
+        leaves: Any, i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, total: int,
+        max_iter: int, near: float, v: Any, h: Any, s: Any, limits: Any, rates: Any, taus: Any,
+    ) -> bool:  # fmt: skip
+        width = limits.size
+        chunk = min(total, v.size // width)
+        for i in range(i0, i1, width):
+            stop = min(i1, i + width)
+            count = stop - i
+            read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
+            s[SQUARES:] = 0.0
+            for e0 in range(0, total, chunk):
+                e1 = min(total, e0 + chunk)
+                deal(leaves, i, stop, e0, e1, 0, v, h, width)
+                _measure_planes(v, h, e1 - e0, width, count, s)
+            if _classify(limits, count, largest, s):
+                for b in range(count):
+                    if s[ACTIVE + b] < 0.0:
+                        look(leaves, i, stop, b, total, chunk, np.float64(limits[b]), v, h, width, s)
+            left = _open(limits, count, s)
+            steps = 0
+            while left:
+                if steps == max_iter:
+                    return False
+                s[SQUARES:CUBES] = 0.0
+                for e0 in range(0, total, chunk):
+                    e1 = min(total, e0 + chunk)
+                    if chunk < total:
+                        deal(leaves, i, stop, e0, e1, 0, v, h, width)
+                    _secular_sums(v, h, e1 - e0, width, count, s)
+                # Only the start may be right of the root; from the left every step rises, so that
+                # one which does not has reached the rounding of the norm.
+                left = _step(near, 1.0 - near if steps == 0 else 0.0, count, s)
+                steps += 1
+            for b in range(count):
+                rates[np.uintp(i + b)] = s[RATE + np.uintp(b)]
+                taus[np.uintp(i + b)] = s[TAU + np.uintp(b)]
+        return True
+
+    return solve
+
+
+# --- conditioned: writing ------------------------------------------------------------------------
+
+
+@cache
+def weigh_kernel(data: Codec, metric: Codec, run: int) -> Any:
+    """The kernel that multiplies every element by ``h * rate / (h * rate + tau)``, for blocks [i0, i1).
+
+    `run` is the adjacent elements of a block where the blocks of array and metric lie line by line, else 0.
+    """
+    scale, weight = data.scale, metric.value
+
+    @kernel
+    def weigh_lines(
+        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
+        i0: int, i1: int, total: int, rates: Any, taus: Any, rate: Any, tau: Any,
+    ) -> None:  # fmt: skip
+        x_width, h_width, size = x_grid[0, -1], h_grid[0, -1], rate.size
+        i = i0
+        while i < i1:
+            stop = min(i1, i + max(1, size // run), i + x_width - i % x_width, i + h_width - i % h_width)
+            x_at, h_at, length = x_origin + place(i, x_grid), h_origin + place(i, h_grid), (stop - i) * run
+            for b in range(stop - i):
+                for k in range(min(run, size)):
+                    rate[np.uintp(b * run + k)] = rates[i + b]
+                    tau[np.uintp(b * run + k)] = taus[i + b]
+            for e in range(0, total, run):
+                for c in range(0, length, size):
+                    x_first, h_first = x_at + place(e, x_elements) + c, h_at + place(e, h_elements) + c
+                    for k in range(min(size, length - c)):
+                        moved = weight(h, np.uintp(h_first + k)) * rate[np.uintp(k)]
+                        scale(x, np.uintp(x_first + k), moved / (moved + tau[np.uintp(k)]))
+            i = stop
+
+    @kernel
+    def weigh_blocks(
+        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
+        i0: int, i1: int, total: int, rates: Any, taus: Any, rate: Any, tau: Any,
+    ) -> None:  # fmt: skip
+        for i in range(i0, i1):
+            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
+            for e in range(total):
+                moved = weight(h, h_at + place(e, h_elements)) * rates[i]
+                scale(x, x_at + place(e, x_elements), moved / (moved + taus[i]))
+
+    return weigh_lines if run else weigh_blocks
