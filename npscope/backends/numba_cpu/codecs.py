@@ -179,14 +179,15 @@ _ENCODE = {"float16": _float32_to_half, "bfloat16": _float32_to_bfloat}
 @cache
 def _native(scalar: str) -> tuple[Function, Function]:
     """(fetch, place) of a scalar in an aligned buffer of native byte order."""
+    # Signed indices may count from the end, and that test keeps LLVM from making vectors of a loop.
 
     @inner
     def fetch(buffer: Any, i: int) -> Any:
-        return buffer[i]
+        return buffer[np.uintp(i)]
 
     @inner
     def place(buffer: Any, i: int, x: Any) -> None:
-        buffer[i] = x
+        buffer[np.uintp(i)] = x
 
     return fetch, place
 

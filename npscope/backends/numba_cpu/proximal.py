@@ -67,8 +67,8 @@ def soften_kernel(codec: Codec, adjacent: bool, metric: Codec | None) -> Any:
             read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
             at, h_at = origin + place(i, grid), h_origin + place(i, h_grid)
             for j in range(stop - i):
-                c = limits.dtype.type(1) if weight is None else weight(h, np.uintp(h_at + j * h_step))
-                soften(x, np.uintp(at + j * step), limits[np.uintp(j)], c)
+                c = limits.dtype.type(1) if weight is None else weight(h, h_at + j * h_step)
+                soften(x, at + j * step, limits[np.uintp(j)], c)
             i = stop
 
     return soften_elements
@@ -172,7 +172,7 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
                     first = at + j * stride + place(e, elements) - e * step
                     target = (row - e0) * width + b + j
                     for k in range(e, run_stop):
-                        planes[np.uintp(target + k * width)] = read(buffer, np.uintp(first + k * step))
+                        planes[np.uintp(target + k * width)] = read(buffer, first + k * step)
                     e = run_stop
             i = after
 
@@ -217,14 +217,14 @@ NEAR = 2.0**-20
 """Norms so near their threshold, relatively, are compared by sums that are good for it."""
 
 ROWS = 13
-(UNIT, INVERSE, NORM, MEAN, LEAST, TAU, RATE, LOW, HIGH, ACTIVE, SQUARES, SLOPES, CUBES) = (
+(UNIT, INVERSE, NORM, MEAN, SPREAD, TAU, RATE, LOW, HIGH, ACTIVE, SQUARES, SLOPES, BENDS) = (
     row * WIDTH for row in range(ROWS)
 )
 """Where the numbers of a strip of blocks lie in one work array.
 
 One array at fixed distances, because LLVM gives up on a loop that it would have to check for more
 than a few arrays that may overlap. A block is v * UNIT, by a power of two; NORM = ||h v||, INVERSE its
-reciprocal, MEAN the mean of h weighted by (h v) ** 2, LEAST = ||h v|| / ||v||. The root RATE of
+reciprocal, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE of
 ``|| (h v / NORM) / (h * RATE + TAU) || = 1`` is in [LOW, HIGH].
 """
 
@@ -237,43 +237,85 @@ def _safe_unit(top: float) -> float:
     return SAFE_UNIT if 0.0 < top < 1.0 / SAFE_TOP else 1.0
 
 
-def near_enough(rtol: float) -> float:
-    """The relative size of the last Newton step for a relative accuracy of `rtol` after it.
+BENDING = 2
+"""Steps by Halley's method, whose error is the cube of Newton's start; with ordinary metrics none follow."""
 
-    A step from RATE to at most RATE * (1 + e) makes every h * RATE + TAU at most 1 + e times as large, so
-    that the slope of the (concave) norm falls by at most a factor (1 + e) ** -3: the step is short of the
-    root by at most 2 e ** 2, for e <= 0.05. Below the rounding of float64 nothing is to be gained.
+
+def near_enough(rtol: float) -> tuple[float, float]:
+    """The relative size of the last step, by Newton or by Halley, for a relative accuracy of `rtol` after it.
+
+    A step from RATE by at most its e-th part changes no ``h * RATE + TAU`` by more, so that the derivatives
+    of the norm are known up to powers of 1 + e: a Newton step ends within 2 e ** 2 of the root, one of
+    Halley within 8 e ** 3, for e <= 0.01. Below the rounding of float64 nothing is to be gained.
     """
-    return math.sqrt(min(max(rtol, 2.0**-53), 0.005) / 2)
+    accuracy = max(rtol, 2.0**-53)
+    return min(math.sqrt(accuracy / 2), 0.01), min(math.cbrt(accuracy / 8), 0.01)
+
+
+@inner
+def _plain_terms(x: float, c: float) -> tuple[float, float, float]:
+    y = c * x
+    y *= y
+    return y, x * x, y * c
 
 
 @inner
 def _measure_planes(v: Any, h: Any, rows: int, width: int, count: int, s: Any) -> None:
-    """Add (h v) ** 2, v ** 2 and (h v) ** 2 h of every block to SQUARES, SLOPES and CUBES."""
-    for e in range(rows):
+    """Add (h v) ** 2, v ** 2 and (h v) ** 2 h of every block to SQUARES, SLOPES and BENDS."""
+    # Two planes at a time, as below: the sums are loaded and stored half as often.
+    for e in range(0, rows - 1, 2):
         for b in range(count):
             j, k = np.uintp(b), np.uintp(e * width + b)
-            x, c = v[k], h[k]
-            y = c * x
-            y *= y
-            s[SQUARES + j] += y
-            s[SLOPES + j] += x * x
-            s[CUBES + j] += y * c
+            squares, plain, cubes = _plain_terms(v[k], h[k])
+            k += np.uintp(width)
+            squares2, plain2, cubes2 = _plain_terms(v[k], h[k])
+            s[SQUARES + j] += squares + squares2
+            s[SLOPES + j] += plain + plain2
+            s[BENDS + j] += cubes + cubes2
+    if rows % 2:
+        for b in range(count):
+            j, k = np.uintp(b), np.uintp((rows - 1) * width + b)
+            squares, plain, cubes = _plain_terms(v[k], h[k])
+            s[SQUARES + j] += squares
+            s[SLOPES + j] += plain
+            s[BENDS + j] += cubes
+
+
+@inner
+def _secular_terms(x: float, c: float, rate: float, tau: float) -> tuple[float, float, float]:
+    moved = c * rate
+    r = 1.0 / (moved + tau)
+    q = c * x * r
+    q *= q
+    share = moved * r
+    slope = q * share
+    return q, slope, slope * share
 
 
 @inner
 def _secular_sums(v: Any, h: Any, rows: int, width: int, count: int, s: Any) -> None:
-    """Add q ** 2 to SQUARES and q ** 2 * h * RATE / d to SLOPES, d = h * RATE + TAU and q = (h v / NORM) / d."""
-    for e in range(rows):
+    """Add q ** 2, q ** 2 * p and q ** 2 * p ** 2 to SQUARES, SLOPES and BENDS.
+
+    q = (h v / NORM) / (h * RATE + TAU), p = h * RATE / (h * RATE + TAU).
+    """
+    for e in range(0, rows - 1, 2):
         for b in range(count):
             j, k = np.uintp(b), np.uintp(e * width + b)
-            c = h[k]
-            moved = c * s[RATE + j]
-            r = 1.0 / (moved + s[TAU + j])
-            q = c * (v[k] * s[UNIT + j] * s[INVERSE + j]) * r
-            q *= q
-            s[SQUARES + j] += q
-            s[SLOPES + j] += q * (moved * r)
+            unit, inverse, rate, tau = s[UNIT + j], s[INVERSE + j], s[RATE + j], s[TAU + j]
+            squares, slope, bend = _secular_terms(v[k] * unit * inverse, h[k], rate, tau)
+            k += np.uintp(width)
+            squares2, slope2, bend2 = _secular_terms(v[k] * unit * inverse, h[k], rate, tau)
+            s[SQUARES + j] += squares + squares2
+            s[SLOPES + j] += slope + slope2
+            s[BENDS + j] += bend + bend2
+    if rows % 2:
+        for b in range(count):
+            j, k = np.uintp(b), np.uintp((rows - 1) * width + b)
+            x = v[k] * s[UNIT + j] * s[INVERSE + j]
+            squares, slope, bend = _secular_terms(x, h[k], s[RATE + j], s[TAU + j])
+            s[SQUARES + j] += squares
+            s[SLOPES + j] += slope
+            s[BENDS + j] += bend
 
 
 @inner
@@ -288,6 +330,7 @@ def _classify(t: Any, count: int, largest: float, s: Any) -> int:
         j = np.uintp(b)
         squares, plain, limit = s[SQUARES + j], s[SLOPES + j], np.float64(t[j])
         norm = math.sqrt(squares)
+        inverse = 1.0 / norm
         ordinary = (
             (1e-100 < squares) & (squares < 1e100) & (1e-100 < plain) & (plain < largest) & (limit < np.inf)
             & (abs(norm - limit) > norm * NEAR)
@@ -300,9 +343,9 @@ def _classify(t: Any, count: int, largest: float, s: Any) -> int:
         s[TAU + j] = 0.0 if same else 1.0
         s[RATE + j] = 1.0 if same else 0.0
         s[UNIT + j] = 1.0
-        s[NORM + j] = norm
-        s[MEAN + j] = s[CUBES + j] / squares
-        s[LEAST + j] = math.sqrt(squares / plain)
+        s[NORM + j], s[INVERSE + j] = norm, inverse
+        s[MEAN + j] = s[BENDS + j] * inverse * inverse
+        s[SPREAD + j] = math.sqrt(plain) * inverse
     return careful
 
 
@@ -311,24 +354,23 @@ def _open(t: Any, count: int, s: Any) -> int:
     """The bracket of every active block, and where its iteration starts; how many there are.
 
     The norm is a concave function of RATE, between MEAN * RATE + TAU (its tangent at 0) and
-    LEAST * RATE + TAU. The start is exact for one that is ``y - (1 - LEAST / MEAN) * (y - TAU) ** 2 / y``,
+    RATE / SPREAD + TAU. The start is exact for one that is ``y - (1 - 1 / (MEAN * SPREAD)) * (y - TAU) ** 2 / y``,
     y = MEAN * RATE + TAU, which has the same tangent at 0 and the same slope at infinity.
     """
     opened = 0
     for b in range(count):
         j = np.uintp(b)
         active = s[ACTIVE + j] > 0.0
-        norm, limit = s[NORM + j], np.float64(t[j]) * s[UNIT + j]
-        tau, rest = limit / norm, (norm - limit) / norm
-        ratio = s[LEAST + j] / s[MEAN + j]
-        root = math.sqrt(max(0.0, 1.0 - 4.0 * (1.0 - ratio) * tau * rest))
-        small = (1.0 - 2.0 * tau + root) / (2.0 * ratio)
-        large = 2.0 * tau * rest / (root + 2.0 * tau - 1.0)
-        low, high = rest / s[MEAN + j], rest / s[LEAST + j]
-        start = (small if tau < 0.5 else large) / s[MEAN + j]
+        norm, inverse, mean, spread = s[NORM + j], s[INVERSE + j], s[MEAN + j], s[SPREAD + j]
+        limit = np.float64(t[j]) * s[UNIT + j]
+        tau, rest, reciprocal = limit * inverse, (norm - limit) * inverse, 1.0 / mean
+        root = math.sqrt(max(0.0, 1.0 - 4.0 * (1.0 - reciprocal / spread) * tau * rest))
+        small = (1.0 - 2.0 * tau + root) * 0.5 * spread
+        large = 2.0 * tau * rest / (root + 2.0 * tau - 1.0) * reciprocal
+        low, high = rest * reciprocal, rest * spread
+        start = small if tau < 0.5 else large
         start = start if start < high else high
         start = start if start > low else low
-        s[INVERSE + j] = 1.0 / norm
         s[LOW + j], s[HIGH + j] = low, high
         s[TAU + j] = tau if active else s[TAU + j]
         s[RATE + j] = start if active else s[RATE + j]
@@ -337,25 +379,38 @@ def _open(t: Any, count: int, s: Any) -> int:
 
 
 @inner
-def _step(near: float, floor: float, count: int, s: Any) -> int:
-    """One safeguarded Newton step on the reciprocal norm for every active block; how many stay active."""
-    left = 0
+def _step(bends: bool, falls: bool, near: float, count: int, s: Any) -> int:
+    """One safeguarded step to the root for every active block, by Halley if it `bends`; how many stay active.
+
+    Newton steps rise to the root of a concave function from its left, so that one which does not has
+    reached the rounding of the norm, unless it comes from a start or a Halley step: it still `falls`.
+    """
+    left, stuck = 0, 0
+    floor = 1.0 - near if falls else 0.0
     for b in range(count):
         j = np.uintp(b)
         active = s[ACTIVE + j] > 0.0
-        at, squares = s[RATE + j], s[SQUARES + j]
+        at, squares, inverse = s[RATE + j], s[SQUARES + j], 1.0 / s[SLOPES + j]
         norm = math.sqrt(squares)
         low = at if norm >= 1.0 else s[LOW + j]
         high = at if norm <= 1.0 else s[HIGH + j]
-        newton = at + at * ((norm - 1.0) * squares / s[SLOPES + j])
-        inside = newton if newton > low else low
-        inside = inside if inside < high else high
-        following = inside if abs(newton) < np.inf else math.sqrt(low) * math.sqrt(high)
-        moves = (following > at * (1.0 + near)) | (following < at * floor) | (not norm < np.inf)
+        newton = (norm - 1.0) * squares * inverse
+        bend = 1.5 * (norm - 1.0) * (s[BENDS + j] * inverse * (squares * inverse) - 1.0) if bends else 0.0
+        bend = bend if bend < 0.5 else 0.5
+        following = at + at * (newton / (1.0 - bend))
+        finite = abs(following) < np.inf
+        following = following if following > low else low
+        following = following if following < high else high
+        moves = active & (((following > at * (1.0 + near)) | (following < at * floor)) | (not finite))
+        stuck += 1 if active & (not finite) else 0
         s[LOW + j], s[HIGH + j] = low, high
         s[RATE + j] = following if active else at
-        s[ACTIVE + j] = 1.0 if active & moves else 0.0
-        left += 1 if active & moves else 0
+        s[ACTIVE + j] = 1.0 if moves else 0.0
+        left += 1 if moves else 0
+    if stuck:  # the norm overflows: the bracket is halved instead
+        for b in range(count):
+            if s[ACTIVE + b] > 0.0 and not s[SQUARES + b] < np.inf:
+                s[RATE + b] = math.sqrt(s[LOW + b]) * math.sqrt(s[HIGH + b])
     return left
 
 
@@ -414,12 +469,13 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
         if rounded > limit * unit:
             s[ACTIVE + b] = 1.0
             s[UNIT + b], s[NORM + b] = unit, norm
-            s[MEAN + b], s[LEAST + b] = cubes / (hi + low), norm / math.sqrt(size + size_low)
+            s[INVERSE + b] = 1.0 / norm
+            s[MEAN + b], s[SPREAD + b] = cubes / (hi + low), math.sqrt(size + size_low) / norm
 
     @kernel
     def solve(
         leaves: Any, i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, total: int,
-        max_iter: int, near: float, v: Any, h: Any, s: Any, limits: Any, rates: Any, taus: Any,
+        max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, rates: Any, taus: Any,
     ) -> bool:  # fmt: skip
         width = limits.size
         chunk = min(total, v.size // width)
@@ -441,15 +497,14 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
             while left:
                 if steps == max_iter:
                     return False
-                s[SQUARES:CUBES] = 0.0
+                s[SQUARES:] = 0.0
                 for e0 in range(0, total, chunk):
                     e1 = min(total, e0 + chunk)
                     if chunk < total:
                         deal(leaves, i, stop, e0, e1, 0, v, h, width)
                     _secular_sums(v, h, e1 - e0, width, count, s)
-                # Only the start may be right of the root; from the left every step rises, so that
-                # one which does not has reached the rounding of the norm.
-                left = _step(near, 1.0 - near if steps == 0 else 0.0, count, s)
+                bends = steps < BENDING
+                left = _step(bends, steps <= BENDING, near_halley if bends else near, count, s)
                 steps += 1
             for b in range(count):
                 rates[np.uintp(i + b)] = s[RATE + np.uintp(b)]
@@ -488,8 +543,8 @@ def weigh_kernel(data: Codec, metric: Codec, run: int) -> Any:
                 for c in range(0, length, size):
                     x_first, h_first = x_at + place(e, x_elements) + c, h_at + place(e, h_elements) + c
                     for k in range(min(size, length - c)):
-                        moved = weight(h, np.uintp(h_first + k)) * rate[np.uintp(k)]
-                        scale(x, np.uintp(x_first + k), moved / (moved + tau[np.uintp(k)]))
+                        moved = weight(h, h_first + k) * rate[np.uintp(k)]
+                        scale(x, x_first + k, moved / (moved + tau[np.uintp(k)]))
             i = stop
 
     @kernel

@@ -113,7 +113,7 @@ def conditioned_job(
     t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
-        if not solve(leaves, i0, i1, *t, elements, max_iter, near, v, h, s, limits, rates, taus):
+        if not solve(leaves, i0, i1, *t, elements, max_iter, *near, v, h, s, limits, rates, taus):
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
             )
