@@ -128,9 +128,8 @@ STRIP_NUMBERS = 2048
 
 
 def strip_width(elements: int) -> int:
-    """Blocks of a strip, for blocks of that many elements."""
-    whole = STRIP_NUMBERS // elements // LANES * LANES
-    return max(1, min(WIDTH, max(whole, LANES), PLANES // elements))
+    """Blocks of a strip, for blocks of that many elements: a multiple of `LANES`."""
+    return min(WIDTH, max(LANES, STRIP_NUMBERS // elements // LANES * LANES))
 
 
 @cache
@@ -216,16 +215,16 @@ BEYOND = (2.0**128 - 2.0**103) ** 2
 NEAR = 2.0**-20
 """Norms so near their threshold, relatively, are compared by sums that are good for it."""
 
-ROWS = 13
-(UNIT, INVERSE, NORM, MEAN, SPREAD, TAU, RATE, LOW, HIGH, ACTIVE, SQUARES, SLOPES, BENDS) = (
+ROWS = 12
+(UNIT, LIMIT, RATE, SQUARES, SLOPES, BENDS, NORM, MEAN, SPREAD, LOW, HIGH, ACTIVE) = (
     row * WIDTH for row in range(ROWS)
 )
 """Where the numbers of a strip of blocks lie in one work array.
 
 One array at fixed distances, because LLVM gives up on a loop that it would have to check for more
-than a few arrays that may overlap. A block is v * UNIT, by a power of two; NORM = ||h v||, INVERSE its
-reciprocal, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE of
-``|| (h v / NORM) / (h * RATE + TAU) || = 1`` is in [LOW, HIGH].
+than a few arrays that may overlap. A block is v * UNIT, by a power of two, and LIMIT its threshold;
+NORM = ||h v||, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE of
+``|| h v / (h * RATE + LIMIT) || = 1`` is in [LOW, HIGH].
 """
 
 
@@ -253,77 +252,11 @@ def near_enough(rtol: float) -> tuple[float, float]:
 
 
 @inner
-def _plain_terms(x: float, c: float) -> tuple[float, float, float]:
-    y = c * x
-    y *= y
-    return y, x * x, y * c
-
-
-@inner
-def _measure_planes(v: Any, h: Any, rows: int, width: int, count: int, s: Any) -> None:
-    """Add (h v) ** 2, v ** 2 and (h v) ** 2 h of every block to SQUARES, SLOPES and BENDS."""
-    # Two planes at a time, as below: the sums are loaded and stored half as often.
-    for e in range(0, rows - 1, 2):
-        for b in range(count):
-            j, k = np.uintp(b), np.uintp(e * width + b)
-            squares, plain, cubes = _plain_terms(v[k], h[k])
-            k += np.uintp(width)
-            squares2, plain2, cubes2 = _plain_terms(v[k], h[k])
-            s[SQUARES + j] += squares + squares2
-            s[SLOPES + j] += plain + plain2
-            s[BENDS + j] += cubes + cubes2
-    if rows % 2:
-        for b in range(count):
-            j, k = np.uintp(b), np.uintp((rows - 1) * width + b)
-            squares, plain, cubes = _plain_terms(v[k], h[k])
-            s[SQUARES + j] += squares
-            s[SLOPES + j] += plain
-            s[BENDS + j] += cubes
-
-
-@inner
-def _secular_terms(x: float, c: float, rate: float, tau: float) -> tuple[float, float, float]:
-    moved = c * rate
-    r = 1.0 / (moved + tau)
-    q = c * x * r
-    q *= q
-    share = moved * r
-    slope = q * share
-    return q, slope, slope * share
-
-
-@inner
-def _secular_sums(v: Any, h: Any, rows: int, width: int, count: int, s: Any) -> None:
-    """Add q ** 2, q ** 2 * p and q ** 2 * p ** 2 to SQUARES, SLOPES and BENDS.
-
-    q = (h v / NORM) / (h * RATE + TAU), p = h * RATE / (h * RATE + TAU).
-    """
-    for e in range(0, rows - 1, 2):
-        for b in range(count):
-            j, k = np.uintp(b), np.uintp(e * width + b)
-            unit, inverse, rate, tau = s[UNIT + j], s[INVERSE + j], s[RATE + j], s[TAU + j]
-            squares, slope, bend = _secular_terms(v[k] * unit * inverse, h[k], rate, tau)
-            k += np.uintp(width)
-            squares2, slope2, bend2 = _secular_terms(v[k] * unit * inverse, h[k], rate, tau)
-            s[SQUARES + j] += squares + squares2
-            s[SLOPES + j] += slope + slope2
-            s[BENDS + j] += bend + bend2
-    if rows % 2:
-        for b in range(count):
-            j, k = np.uintp(b), np.uintp((rows - 1) * width + b)
-            x = v[k] * s[UNIT + j] * s[INVERSE + j]
-            squares, slope, bend = _secular_terms(x, h[k], s[RATE + j], s[TAU + j])
-            s[SQUARES + j] += squares
-            s[SLOPES + j] += slope
-            s[BENDS + j] += bend
-
-
-@inner
 def _classify(t: Any, count: int, largest: float, s: Any) -> int:
     """Norms and means from plain sums, and what ACTIVE becomes; how many blocks need a closer look.
 
-    ACTIVE: 1 to be solved, 0 for the zero block (TAU = 1, RATE = 0) or the unchanged one (TAU = 0, RATE = 1),
-    -1 for a closer look.
+    ACTIVE: 1 to be solved, 0 for the zero block (LIMIT = 1, RATE = 0) or the unchanged one (LIMIT = 0,
+    RATE = 1), -1 for a closer look.
     """
     careful = 0
     for b in range(count):
@@ -340,10 +273,10 @@ def _classify(t: Any, count: int, largest: float, s: Any) -> int:
         state = 0.0 if same else state
         careful += 1 if state < 0.0 else 0
         s[ACTIVE + j] = state
-        s[TAU + j] = 0.0 if same else 1.0
+        s[LIMIT + j] = 0.0 if same else 1.0
         s[RATE + j] = 1.0 if same else 0.0
         s[UNIT + j] = 1.0
-        s[NORM + j], s[INVERSE + j] = norm, inverse
+        s[NORM + j] = norm
         s[MEAN + j] = s[BENDS + j] * inverse * inverse
         s[SPREAD + j] = math.sqrt(plain) * inverse
     return careful
@@ -353,26 +286,28 @@ def _classify(t: Any, count: int, largest: float, s: Any) -> int:
 def _open(t: Any, count: int, s: Any) -> int:
     """The bracket of every active block, and where its iteration starts; how many there are.
 
-    The norm is a concave function of RATE, between MEAN * RATE + TAU (its tangent at 0) and
-    RATE / SPREAD + TAU. The start is exact for one that is ``y - (1 - 1 / (MEAN * SPREAD)) * (y - TAU) ** 2 / y``,
-    y = MEAN * RATE + TAU, which has the same tangent at 0 and the same slope at infinity.
+    The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
+    MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM. The start
+    is exact for z - (1 - 1 / (MEAN * SPREAD)) * (z - tau) ** 2 / z, where z is the tangent: the same slope at
+    infinity.
     """
     opened = 0
     for b in range(count):
         j = np.uintp(b)
         active = s[ACTIVE + j] > 0.0
-        norm, inverse, mean, spread = s[NORM + j], s[INVERSE + j], s[MEAN + j], s[SPREAD + j]
+        norm, spread, reciprocal = s[NORM + j], s[SPREAD + j], 1.0 / s[MEAN + j]
         limit = np.float64(t[j]) * s[UNIT + j]
-        tau, rest, reciprocal = limit * inverse, (norm - limit) * inverse, 1.0 / mean
-        root = math.sqrt(max(0.0, 1.0 - 4.0 * (1.0 - reciprocal / spread) * tau * rest))
-        small = (1.0 - 2.0 * tau + root) * 0.5 * spread
-        large = 2.0 * tau * rest / (root + 2.0 * tau - 1.0) * reciprocal
-        low, high = rest * reciprocal, rest * spread
+        inverse, gap = 1.0 / norm, norm - limit
+        tau = limit * inverse
+        root = math.sqrt(max(0.0, 1.0 - 4.0 * (1.0 - reciprocal / spread) * tau * (gap * inverse)))
+        small = (1.0 - 2.0 * tau + root) * 0.5 * spread * norm
+        large = 2.0 * tau * gap / (root + 2.0 * tau - 1.0) * reciprocal
+        low, high = gap * reciprocal, gap * spread
         start = small if tau < 0.5 else large
         start = start if start < high else high
         start = start if start > low else low
         s[LOW + j], s[HIGH + j] = low, high
-        s[TAU + j] = tau if active else s[TAU + j]
+        s[LIMIT + j] = limit if active else s[LIMIT + j]
         s[RATE + j] = start if active else s[RATE + j]
         opened += 1 if active else 0
     return opened
@@ -416,11 +351,11 @@ def _step(bends: bool, falls: bool, near: float, count: int, s: Any) -> int:
 
 @cache
 def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
-    """The kernel that solves the blocks [i0, i1): an element becomes ``h * rate / (h * rate + tau)`` of itself.
+    """The kernel that solves the blocks [i0, i1): an element becomes ``h / (h + mu)`` of itself.
 
-    Zero blocks get rate 0 and tau 1, unchanged ones rate 1 and tau 0. False where an iteration does not end.
+    Zero blocks get an infinite mu, unchanged ones 0. False where an iteration does not end.
     """
-    deal = _pairs_dealer(pairs)
+    deal, measure_planes, secular_sums = _pairs_dealer(pairs), lanes.measure_planes(), lanes.secular_sums()
     largest = 1e76 if narrow else 1e100
 
     @inner
@@ -460,7 +395,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
             infinite = np.isinf(top) or np.isinf(math.sqrt(size + size_low) / unit)
         s[ACTIVE + b] = 0.0
         if infinite:
-            s[TAU + b], s[RATE + b] = (1.0, 0.0) if np.isinf(limit) else (0.0, 1.0)
+            s[LIMIT + b], s[RATE + b] = (1.0, 0.0) if np.isinf(limit) else (0.0, 1.0)
             return
         norm = math.sqrt(hi + low) / scale
         rounded = np.float64(round_root(hi, low)) if exact and scale == 1.0 else norm
@@ -469,13 +404,12 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
         if rounded > limit * unit:
             s[ACTIVE + b] = 1.0
             s[UNIT + b], s[NORM + b] = unit, norm
-            s[INVERSE + b] = 1.0 / norm
             s[MEAN + b], s[SPREAD + b] = cubes / (hi + low), math.sqrt(size + size_low) / norm
 
     @kernel
     def solve(
         leaves: Any, i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, total: int,
-        max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, rates: Any, taus: Any,
+        max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
     ) -> bool:  # fmt: skip
         width = limits.size
         chunk = min(total, v.size // width)
@@ -483,11 +417,12 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
             stop = min(i1, i + width)
             count = stop - i
             read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
-            s[SQUARES:] = 0.0
+            s[SQUARES:NORM] = 0.0
             for e0 in range(0, total, chunk):
                 e1 = min(total, e0 + chunk)
                 deal(leaves, i, stop, e0, e1, 0, v, h, width)
-                _measure_planes(v, h, e1 - e0, width, count, s)
+                for b in range(0, count, LANES):
+                    measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, WIDTH)
             if _classify(limits, count, largest, s):
                 for b in range(count):
                     if s[ACTIVE + b] < 0.0:
@@ -497,18 +432,18 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
             while left:
                 if steps == max_iter:
                     return False
-                s[SQUARES:] = 0.0
+                s[SQUARES:NORM] = 0.0
                 for e0 in range(0, total, chunk):
                     e1 = min(total, e0 + chunk)
                     if chunk < total:
                         deal(leaves, i, stop, e0, e1, 0, v, h, width)
-                    _secular_sums(v, h, e1 - e0, width, count, s)
+                    for b in range(0, count, LANES):
+                        secular_sums(v, b, h, b, s, UNIT + b, s, SQUARES + b, e1 - e0, width, WIDTH)
                 bends = steps < BENDING
                 left = _step(bends, steps <= BENDING, near_halley if bends else near, count, s)
                 steps += 1
             for b in range(count):
-                rates[np.uintp(i + b)] = s[RATE + np.uintp(b)]
-                taus[np.uintp(i + b)] = s[TAU + np.uintp(b)]
+                mus[np.uintp(i + b)] = s[LIMIT + np.uintp(b)] / s[RATE + np.uintp(b)]
         return True
 
     return solve
@@ -519,7 +454,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
 
 @cache
 def weigh_kernel(data: Codec, metric: Codec, run: int) -> Any:
-    """The kernel that multiplies every element by ``h * rate / (h * rate + tau)``, for blocks [i0, i1).
+    """The kernel that multiplies every element by ``h / (h + mu)``, for blocks [i0, i1).
 
     `run` is the adjacent elements of a block where the blocks of array and metric lie line by line, else 0.
     """
@@ -528,34 +463,33 @@ def weigh_kernel(data: Codec, metric: Codec, run: int) -> Any:
     @kernel
     def weigh_lines(
         x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, total: int, rates: Any, taus: Any, rate: Any, tau: Any,
+        i0: int, i1: int, total: int, mus: Any, mu: Any,
     ) -> None:  # fmt: skip
-        x_width, h_width, size = x_grid[0, -1], h_grid[0, -1], rate.size
+        x_width, h_width, size = x_grid[0, -1], h_grid[0, -1], mu.size
         i = i0
         while i < i1:
             stop = min(i1, i + max(1, size // run), i + x_width - i % x_width, i + h_width - i % h_width)
             x_at, h_at, length = x_origin + place(i, x_grid), h_origin + place(i, h_grid), (stop - i) * run
             for b in range(stop - i):
                 for k in range(min(run, size)):
-                    rate[np.uintp(b * run + k)] = rates[i + b]
-                    tau[np.uintp(b * run + k)] = taus[i + b]
+                    mu[np.uintp(b * run + k)] = mus[i + b]
             for e in range(0, total, run):
                 for c in range(0, length, size):
                     x_first, h_first = x_at + place(e, x_elements) + c, h_at + place(e, h_elements) + c
                     for k in range(min(size, length - c)):
-                        moved = weight(h, h_first + k) * rate[np.uintp(k)]
-                        scale(x, x_first + k, moved / (moved + tau[np.uintp(k)]))
+                        c = weight(h, h_first + k)
+                        scale(x, x_first + k, c / (c + mu[np.uintp(k)]))
             i = stop
 
     @kernel
     def weigh_blocks(
         x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, total: int, rates: Any, taus: Any, rate: Any, tau: Any,
+        i0: int, i1: int, total: int, mus: Any, mu: Any,
     ) -> None:  # fmt: skip
         for i in range(i0, i1):
             x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
             for e in range(total):
-                moved = weight(h, h_at + place(e, h_elements)) * rates[i]
-                scale(x, x_at + place(e, x_elements), moved / (moved + taus[i]))
+                c = weight(h, h_at + place(e, h_elements))
+                scale(x, x_at + place(e, x_elements), c / (c + mus[i]))
 
     return weigh_lines if run else weigh_blocks

@@ -106,14 +106,14 @@ def conditioned_job(
 ) -> Callable[[], None]:
     """Solve every block now, before anything is written; the job then writes."""
     total, elements = source.total, source.elements
-    rates, taus = np.empty(total), np.empty(total)
+    mus = np.empty(total)
     pairs = tuple((x.codec, x.layout, h.codec, h.layout) for x, h in zip(source.leaves, metric, strict=True))
     leaves = tuple((*x.where, *h.where, x.size) for x, h in zip(source.leaves, metric, strict=True))
     solve = proximal.solve_kernel(pairs, source.exact, source.norm.itemsize == 4)
     t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
-        if not solve(leaves, i0, i1, *t, elements, max_iter, *near, v, h, s, limits, rates, taus):
+        if not solve(leaves, i0, i1, *t, elements, max_iter, *near, v, h, s, limits, mus):
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
             )
@@ -132,14 +132,11 @@ def conditioned_job(
 
     weighs = [_weigh(x, h) for x, h in zip(written, metric, strict=True)]
 
-    def write(i0: int, i1: int, rate: np.ndarray, tau: np.ndarray) -> None:
+    def write(i0: int, i1: int, mu: np.ndarray) -> None:
         for weigh in weighs:
-            weigh(i0, i1, rates, taus, rate, tau)
+            weigh(i0, i1, mus, mu)
 
-    def expanded() -> np.ndarray:
-        return np.empty(proximal.STRIP)
-
-    return in_place(source, write, expanded, expanded, shielded=source.spans_leaves)
+    return in_place(source, write, lambda: np.empty(proximal.STRIP), shielded=source.spans_leaves)
 
 
 def _weigh(x: Operand, h: Operand) -> Callable[..., None]:
