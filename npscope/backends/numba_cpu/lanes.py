@@ -409,23 +409,24 @@ def _round(b: Builder, wide: Value, sums: Value, norms: Value, square: bool) -> 
 
 @cache
 def deal_runs(form: Format, run: int) -> Any:
-    """``(source, i, planes, j, distance, width)``: `run` elements of `LANES` blocks as `run` rows of float64.
+    """``(source, i, planes, j, distance, width, ahead)``: `run` elements of `LANES` blocks as `run` rows of float64.
 
     The rows lie `width` apart in `planes`. `run` is a power of two up to `LANES`, and the memory is read
     as `run` vectors that lie `distance` apart. Numbers keep their sign or lose it, whatever is cheaper.
     """
     read, double = _read_single(form, True), ir.VectorType(ir.DoubleType(), LANES)
 
-    def emit(b: Builder, source: Value, planes: Value, distance: Value, width: Value) -> None:
+    def emit(b: Builder, source: Value, planes: Value, distance: Value, width: Value, ahead: Value) -> None:
         vectors = []
         for _ in range(run):
+            _prefetch(b, source, LANES * form.bits // 8, ahead)
             vectors.append(read(b, source, 0, LANES))
             source = b.gep(source, [distance])
         for plane in _planes(b, vectors):
             b.store(b.fpext(plane, double), b.bitcast(planes, double.as_pointer()), align=8)
             planes = b.gep(planes, [width])
 
-    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 6))
+    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 7))
 
 
 # --- secular sums --------------------------------------------------------------------------------
@@ -552,7 +553,6 @@ def _with_arguments(typing: Any, count: int) -> Any:
         3: lambda context, a, b, c: typing(context, a, b, c),
         4: lambda context, a, b, c, d: typing(context, a, b, c, d),
         5: lambda context, a, b, c, d, e: typing(context, a, b, c, d, e),
-        6: lambda context, a, b, c, d, e, f: typing(context, a, b, c, d, e, f),
         7: lambda context, a, b, c, d, e, f, g: typing(context, a, b, c, d, e, f, g),
         9: lambda context, a, b, c, d, e, f, g, h, i: typing(context, a, b, c, d, e, f, g, h, i),
         11: lambda context, a, b, c, d, e, f, g, h, i, j, k: typing(context, a, b, c, d, e, f, g, h, i, j, k),

@@ -120,8 +120,8 @@ def shrink_kernel(layout: Layout) -> Any:
 PLANES = 1 << 15
 """Numbers in the planes of one operand at most, 256 KiB; larger blocks are dealt again for every step."""
 
-WIDTH = 256
-"""Most blocks of a strip."""
+WIDTH = 128
+"""Most blocks of a strip: a multiple of `LANES`."""
 
 STRIP_NUMBERS = 2048
 """Numbers in the planes where that gives a strip of a few vectors of blocks: 32 KiB for both operands."""
@@ -151,9 +151,10 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
     ) -> None:  # fmt: skip
         size, step = elements[0, -1], elements[1, -1]
         columns, stride = grid[0, -1], grid[1, -1]
-        start = i
+        start, length = i, stop - i
         while i < stop:
             after = min(stop, i + columns - i % columns)
+            ahead = place(i + length, grid) - place(i, grid)
             at, b, count = origin + place(i, grid), i - start, after - i
             done = 0
             if vectors and whole:
@@ -163,7 +164,7 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
                     for c in range(0, run, part):
                         target = (row + r * run + c) * width + b
                         for j in range(0, done, LANES):
-                            deal_runs(buffer, source + j * run + c, planes, target + j, distance, width)
+                            deal_runs(buffer, source + j * run + c, planes, target + j, distance, width, ahead)
             for j in range(done, count):
                 e = e0
                 while e < e1:
@@ -215,9 +216,9 @@ BEYOND = (2.0**128 - 2.0**103) ** 2
 NEAR = 2.0**-20
 """Norms so near their threshold, relatively, are compared by sums that are good for it."""
 
-ROWS = 12
+ROWS, DISTANCE = 12, WIDTH + 8
 (UNIT, LIMIT, RATE, SQUARES, SLOPES, BENDS, NORM, MEAN, SPREAD, LOW, HIGH, ACTIVE) = (
-    row * WIDTH for row in range(ROWS)
+    row * DISTANCE for row in range(ROWS)
 )
 """Where the numbers of a strip of blocks lie in one work array.
 
@@ -422,7 +423,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
                 e1 = min(total, e0 + chunk)
                 deal(leaves, i, stop, e0, e1, 0, v, h, width)
                 for b in range(0, count, LANES):
-                    measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, WIDTH)
+                    measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, DISTANCE)
             if _classify(limits, count, largest, s):
                 for b in range(count):
                     if s[ACTIVE + b] < 0.0:
@@ -438,7 +439,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
                     if chunk < total:
                         deal(leaves, i, stop, e0, e1, 0, v, h, width)
                     for b in range(0, count, LANES):
-                        secular_sums(v, b, h, b, s, UNIT + b, s, SQUARES + b, e1 - e0, width, WIDTH)
+                        secular_sums(v, b, h, b, s, UNIT + b, s, SQUARES + b, e1 - e0, width, DISTANCE)
                 bends = steps < BENDING
                 left = _step(bends, steps <= BENDING, near_halley if bends else near, count, s)
                 steps += 1

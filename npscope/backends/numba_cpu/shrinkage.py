@@ -126,7 +126,7 @@ def conditioned_job(
         solve_range,
         planes,
         planes,
-        lambda: np.empty(proximal.ROWS * proximal.WIDTH),
+        lambda: np.empty(proximal.ROWS * proximal.DISTANCE),
         lambda: np.empty(width, dtype=thresholds.array.dtype),
     )()
 
