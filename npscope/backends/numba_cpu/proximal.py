@@ -74,6 +74,28 @@ def soften_kernel(codec: Codec, adjacent: bool, metric: Codec | None) -> Any:
     return soften_elements
 
 
+@cache
+def outside_kernel(codec: Codec, adjacent: bool) -> Any:
+    """The kernel that counts the numbers [i0, i1) that are not in [low, high]."""
+    value = codec.value
+
+    @kernel
+    def count_outside(buffer: Any, origin: int, grid: Any, i0: int, i1: int, low: float, high: float) -> int:
+        width, step = grid[0, -1], 1 if adjacent else grid[1, -1]
+        found = 0
+        i = i0
+        while i < i1:
+            stop = min(i1, i + width - i % width)
+            at = origin + place(i, grid)
+            for j in range(stop - i):
+                x = value(buffer, at + j * step)
+                found += 0 if (low <= x) & (x <= high) else 1
+            i = stop
+        return found
+
+    return count_outside
+
+
 @inner
 def form_factors(norms: Any, wide: Any, t: Any, count: int) -> None:
     """From norms (rounded, and in float64) to what blocks are multiplied by, in place of the latter.

@@ -7,19 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from npscope.backends import CONDITIONER_RANGE, conditioner_error
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, proximal
 from npscope.backends.numba_cpu.norms import norm_ranges
 from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, ranges
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
 from npscope.errors import ConvergenceError
-from npscope.tiling import Leaf, Parts
+from npscope.tiling import Leaf, Parts, axis_cut
 
 
 def shrink(
     target: Parts, thresholds: Sequence[Leaf], conditioners: Parts | None, max_iter: int, rtol: float
 ) -> Sequence[np.ndarray]:
     """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
+    for leaf in (leaf for metric in conditioners or () for leaf in metric):
+        require_conditioner(leaf.array)
     # Norms are read where the elements are now, which for a target with an origin is there.
     read = [tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in part) for part in target]
     jobs = []
@@ -38,6 +41,21 @@ def shrink(
     for run in jobs:
         run()
     return arrays(target)
+
+
+def require_conditioner(h: np.ndarray) -> None:
+    """SpecError unless every entry of `h` is in `CONDITIONER_RANGE`."""
+    numbers = Operand(Leaf(h, axis_cut(h.shape, None)))
+    count_outside = proximal.outside_kernel(numbers.codec, numbers.layout is not None)
+    found: list[int] = []
+
+    def count(slot: int, i0: int, i1: int) -> None:
+        found.append(count_outside(numbers.buffer, numbers.origin, numbers.grid, i0, i1, *CONDITIONER_RANGE))
+
+    ranges(h.size, 1, lambda slots, length: count, workspace=1)()
+    if any(found):
+        with np.errstate(invalid="ignore"):
+            raise conditioner_error(float(h.min()), float(h.max()))
 
 
 def _thresholds(thresholds: Leaf, part: Competitors) -> tuple[Any, ...]:
