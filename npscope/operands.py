@@ -21,6 +21,7 @@ from npscope.tiling import Leaf, as_int, grid_cut
 
 Array = Any
 
+
 def is_numpy(array: Any) -> bool:
     """Whether `array` is a NumPy array that is nothing more than an array (or a memory map)."""
     return isinstance(array, np.ndarray) and not isinstance(array, np.matrix | np.ma.MaskedArray)

@@ -432,7 +432,9 @@ def deal_runs(form: Format, run: int) -> Any:
 # --- secular sums --------------------------------------------------------------------------------
 
 
-def _sum_planes(b: Builder, planes: Sequence[Value], rows: Value, width: Value, terms: Callable[..., Any]) -> list[Value]:
+def _sum_planes(
+    b: Builder, planes: Sequence[Value], rows: Value, width: Value, terms: Callable[..., Any]
+) -> list[Value]:
     """Three sums of ``terms(sums so far, number of each plane)`` over rows of `LANES` numbers, kept in registers."""
     double = ir.VectorType(ir.DoubleType(), LANES)
     sums = [cgutils.alloca_once_value(b, _splat(double, 0.0)) for _ in range(3)]

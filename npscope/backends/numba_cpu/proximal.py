@@ -163,7 +163,7 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
     run, rows = (layout.run, layout.rows) if layout else (0, 0)
     part = min(run, LANES)
     vectors = layout is not None and layout.form.bits <= 32 and part in (1, 2, 4, 8, LANES) and run % part == 0
-    deal_runs = lanes.deal_runs(layout.form, part) if layout and vectors else None
+    deal_runs: Any = lanes.deal_runs(layout.form, part) if layout and vectors else None
     distance = run if run > LANES else LANES
 
     @inner
@@ -209,7 +209,7 @@ Pair = tuple[Codec, Layout | None, Codec, Layout | None]
 def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
     """``deal(leaves, i, stop, e0, e1, v, h, width)``: elements [e0, e1) of blocks that span these leaves."""
     x_codec, x_layout, h_codec, h_layout = pairs[0]
-    deal_v, deal_h = _dealer(x_codec.magnitude, x_layout), _dealer(h_codec.value, h_layout)
+    deal_v, deal_h = _dealer(x_codec.value, x_layout), _dealer(h_codec.value, h_layout)
     deal_rest = _pairs_dealer(pairs[1:]) if len(pairs) > 1 else None
 
     @inner
@@ -275,20 +275,20 @@ def near_enough(rtol: float) -> tuple[float, float]:
 
 
 @inner
-def _classify(t: Any, count: int, largest: float, s: Any) -> int:
+def _classify(t: Any, largest: float, s: Any) -> int:
     """Norms and means from plain sums, and what ACTIVE becomes; how many blocks need a closer look.
 
     ACTIVE: 1 to be solved, 0 for the zero block (LIMIT = 1, RATE = 0) or the unchanged one (LIMIT = 0,
     RATE = 1), -1 for a closer look.
     """
     careful = 0
-    for b in range(count):
+    for b in range(WIDTH):
         j = np.uintp(b)
         squares, plain, limit = s[SQUARES + j], s[SLOPES + j], np.float64(t[j])
         norm = math.sqrt(squares)
         inverse = 1.0 / norm
         ordinary = (
-            (1e-100 < squares) & (squares < 1e100) & (1e-100 < plain) & (plain < largest) & (limit < np.inf)
+            (squares > 1e-100) & (squares < 1e100) & (plain > 1e-100) & (plain < largest) & (limit < np.inf)
             & (abs(norm - limit) > norm * NEAR)
         )  # fmt: skip
         same = (plain != plain) | (limit == 0.0)
@@ -306,7 +306,7 @@ def _classify(t: Any, count: int, largest: float, s: Any) -> int:
 
 
 @inner
-def _open(t: Any, count: int, s: Any) -> int:
+def _open(t: Any, s: Any) -> int:
     """The bracket of every active block, and where its iteration starts; how many there are.
 
     The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
@@ -315,7 +315,7 @@ def _open(t: Any, count: int, s: Any) -> int:
     infinity.
     """
     opened = 0
-    for b in range(count):
+    for b in range(WIDTH):
         j = np.uintp(b)
         active = s[ACTIVE + j] > 0.0
         norm, spread, reciprocal = s[NORM + j], s[SPREAD + j], 1.0 / s[MEAN + j]
@@ -337,7 +337,7 @@ def _open(t: Any, count: int, s: Any) -> int:
 
 
 @inner
-def _step(bends: bool, falls: bool, near: float, count: int, s: Any) -> int:
+def _step(bends: bool, falls: bool, near: float, s: Any) -> int:
     """One safeguarded step to the root for every active block, by Halley if it `bends`; how many stay active.
 
     Newton steps rise to the root of a concave function from its left, so that one which does not has
@@ -345,7 +345,7 @@ def _step(bends: bool, falls: bool, near: float, count: int, s: Any) -> int:
     """
     left, stuck = 0, 0
     floor = 1.0 - near if falls else 0.0
-    for b in range(count):
+    for b in range(WIDTH):
         j = np.uintp(b)
         active = s[ACTIVE + j] > 0.0
         at, squares, inverse = s[RATE + j], s[SQUARES + j], 1.0 / s[SLOPES + j]
@@ -366,7 +366,7 @@ def _step(bends: bool, falls: bool, near: float, count: int, s: Any) -> int:
         s[ACTIVE + j] = 1.0 if moves else 0.0
         left += 1 if moves else 0
     if stuck:  # the norm overflows: the bracket is halved instead
-        for b in range(count):
+        for b in range(WIDTH):
             if s[ACTIVE + b] > 0.0 and not s[SQUARES + b] < np.inf:
                 s[RATE + b] = math.sqrt(s[LOW + b]) * math.sqrt(s[HIGH + b])
     return left
@@ -432,25 +432,25 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
     @kernel
     def solve(
         leaves: Any, i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, total: int,
-        max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
+        width: int, max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
     ) -> bool:  # fmt: skip
-        width = limits.size
         chunk = min(total, v.size // width)
         for i in range(i0, i1, width):
             stop = min(i1, i + width)
             count = stop - i
             read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
+            limits[count:] = 0  # blocks that are not there are not open
             s[SQUARES:NORM] = 0.0
             for e0 in range(0, total, chunk):
                 e1 = min(total, e0 + chunk)
                 deal(leaves, i, stop, e0, e1, 0, v, h, width)
                 for b in range(0, count, LANES):
                     measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, DISTANCE)
-            if _classify(limits, count, largest, s):
+            if _classify(limits, largest, s):
                 for b in range(count):
                     if s[ACTIVE + b] < 0.0:
                         look(leaves, i, stop, b, total, chunk, np.float64(limits[b]), v, h, width, s)
-            left = _open(limits, count, s)
+            left = _open(limits, s)
             steps = 0
             while left:
                 if steps == max_iter:
@@ -463,7 +463,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
                     for b in range(0, count, LANES):
                         secular_sums(v, b, h, b, s, UNIT + b, s, SQUARES + b, e1 - e0, width, DISTANCE)
                 bends = steps < BENDING
-                left = _step(bends, steps <= BENDING, near_halley if bends else near, count, s)
+                left = _step(bends, steps <= BENDING, near_halley if bends else near, s)
                 steps += 1
             for b in range(count):
                 mus[np.uintp(i + b)] = s[LIMIT + np.uintp(b)] / s[RATE + np.uintp(b)]
@@ -488,7 +488,7 @@ def weigh_kernel(data: Codec, metric: Codec, run: int) -> Any:
         x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
         i0: int, i1: int, total: int, mus: Any, mu: Any,
     ) -> None:  # fmt: skip
-        x_width, h_width, size = x_grid[0, -1], h_grid[0, -1], mu.size
+        x_width, h_width, size = x_grid[0, -1], h_grid[0, -1], STRIP
         i = i0
         while i < i1:
             stop = min(i1, i + max(1, size // run), i + x_width - i % x_width, i + h_width - i % h_width)

@@ -76,9 +76,7 @@ def in_place(
     return ranges(part.total, part.elements, make_work, workspace=1, shielded=shielded)
 
 
-def soften_job(
-    part: Competitors, thresholds: Leaf, x: Operand, metric: Operand | None
-) -> Callable[[], None]:
+def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand | None) -> Callable[[], None]:
     """The job that shrinks blocks of one element, which needs no memory for each of them, and cannot fail."""
     adjacent = x.layout is not None and (metric is None or metric.layout is not None)
     soften = proximal.soften_kernel(x.codec, adjacent, None if metric is None else metric.codec)
@@ -131,7 +129,7 @@ def conditioned_job(
     t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
-        if not solve(leaves, i0, i1, *t, elements, max_iter, *near, v, h, s, limits, mus):
+        if not solve(leaves, i0, i1, *t, elements, width, max_iter, *near, v, h, s, limits, mus):
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
             )
@@ -145,7 +143,7 @@ def conditioned_job(
         planes,
         planes,
         lambda: np.empty(proximal.ROWS * proximal.DISTANCE),
-        lambda: np.empty(width, dtype=thresholds.array.dtype),
+        lambda: np.empty(proximal.WIDTH, dtype=thresholds.array.dtype),
     )()
 
     weighs = [_weigh(x, h) for x, h in zip(written, metric, strict=True)]
