@@ -266,7 +266,7 @@ BENDING = 2
 def near_enough(rtol: float) -> tuple[float, float]:
     """The relative size of the last step, by Newton or by Halley, for a relative accuracy of `rtol` after it.
 
-    A step from RATE by at most its e-th part changes no ``h * RATE + TAU`` by more, so that the derivatives
+    A step from RATE by at most its e-th part changes no ``h * RATE + LIMIT`` by more, so that the derivatives
     of the norm are known up to powers of 1 + e: a Newton step ends within 2 e ** 2 of the root, one of
     Halley within 8 e ** 3, for e <= 0.01. Below the rounding of float64 nothing is to be gained.
     """
