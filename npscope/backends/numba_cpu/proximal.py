@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from npscope.backends.numba_cpu import lanes
+from npscope.backends.numba_cpu import planes
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import inner, kernel
@@ -156,20 +156,20 @@ def strip_width(elements: int) -> int:
 
 @cache
 def _dealer(read: Function, layout: Layout | None) -> Any:
-    """``deal(..., i, stop, e0, e1, planes, row, width)``: elements [e0, e1) of blocks [i, stop) into planes from `row`.
+    """``deal(..., i, stop, e0, e1, whole, out, row, width)``: elements [e0, e1) of blocks [i, stop) into planes from `row`.
 
     Numbers may lose their sign.
     """
     run, rows = (layout.run, layout.rows) if layout else (0, 0)
     part = min(run, LANES)
     vectors = layout is not None and layout.form.bits <= 32 and part in (1, 2, 4, 8, LANES) and run % part == 0
-    deal_runs: Any = lanes.deal_runs(layout.form, part) if layout and vectors else None
+    deal_runs: Any = planes.deal_runs(layout.form, part) if layout and vectors else None
     distance = run if run > LANES else LANES
 
     @inner
     def deal(
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, e0: int, e1: int, whole: bool,
-        planes: Any, row: int, width: int,
+        out: Any, row: int, width: int,
     ) -> None:  # fmt: skip
         size, step = elements[0, -1], elements[1, -1]
         columns, stride = grid[0, -1], grid[1, -1]
@@ -186,7 +186,7 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
                     for c in range(0, run, part):
                         target = (row + r * run + c) * width + b
                         for j in range(0, done, LANES):
-                            deal_runs(buffer, source + j * run + c, planes, target + j, distance, width, ahead)
+                            deal_runs(buffer, source + j * run + c, out, target + j, distance, width, ahead)
             for j in range(done, count):
                 e = e0
                 while e < e1:
@@ -194,7 +194,7 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
                     first = at + j * stride + place(e, elements) - e * step
                     target = (row - e0) * width + b + j
                     for k in range(e, run_stop):
-                        planes[np.uintp(target + k * width)] = read(buffer, first + k * step)
+                        out[np.uintp(target + k * width)] = read(buffer, first + k * step)
                     e = run_stop
             i = after
 
@@ -378,7 +378,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
 
     Zero blocks get an infinite mu, unchanged ones 0. False where an iteration does not end.
     """
-    deal, measure_planes, secular_sums = _pairs_dealer(pairs), lanes.measure_planes(), lanes.secular_sums()
+    deal, measure_planes, secular_sums = _pairs_dealer(pairs), planes.measure_planes(), planes.secular_sums()
     largest = 1e76 if narrow else 1e100
 
     @inner
