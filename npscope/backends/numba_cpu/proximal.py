@@ -156,7 +156,7 @@ def strip_width(elements: int) -> int:
 
 @cache
 def _dealer(read: Function, layout: Layout | None) -> Any:
-    """``deal(..., i, stop, e0, e1, whole, out, row, width)``: elements [e0, e1) of blocks [i, stop) into planes from `row`.
+    """``deal(..., i, stop, e0, e1, whole, out, row, width)``: elements [e0, e1) of blocks into planes from `row` on.
 
     Numbers may lose their sign.
     """
