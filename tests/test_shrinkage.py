@@ -283,3 +283,100 @@ def test_conditioners_of_other_dtypes(xp, rng, metric):
     x = rng.standard_normal((6, 4)).astype(np.float32)
     h = rng.integers(1, 9, x.shape).astype(dtype(metric))
     assert_shrunk(xp.call(npscope.soft_threshold, x, 1.0, (1, 4), conditioner=h), x, (1, 4), 1.0, h)
+
+
+# --- single elements, and strips of blocks -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_single_elements_move_in_one_rounding(xp, rng, name, conditioned):
+    """x - t / h or x + t / h, rounded once: no factor comes between, so that every backend has the same bits."""
+    x = rng.standard_normal((7, 5000)).astype(name)
+    x[0, :9] = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, np.finfo(name).tiny, -np.finfo(name).max]
+    h = rng.choice([0.5, 1.0, 3.0], x.shape) if conditioned else np.ones(x.shape)
+    t = rng.choice([0.0, 0.25, 1.0, np.inf], (7, 1)).astype(name)
+    t[0] = 1.0
+    got = xp.call(npscope.soft_threshold, x, t, (1, 1), **({"conditioner": h} if conditioned else {}))
+    wide = x.astype(np.float64)
+    with np.errstate(all="ignore"):
+        shift = t.astype(np.float64) / h
+        moved = np.where(wide > 0, wide - shift, wide + shift).astype(name)
+        zero = (h * np.abs(wide)).astype(name) <= t
+    expected = np.where(np.isnan(x) | (t == 0), x, np.where(zero, np.zeros_like(x), moved))
+    assert same_bits(got, expected)
+
+
+@pytest.mark.parametrize("block", [(4, 4), (1, 16), (1, 1), (3, 5)])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_thresholds_over_scopes_are_those_of_their_blocks(backend, rng, block, conditioned):
+    """However thresholds lie (one for all, one a scope, one a block, strided), strips read the same numbers."""
+    x = rng.standard_normal((4 * block[0], 1500 * block[1])).astype(np.float32)
+    h = {"conditioners": np.full(x.shape, 2.0, dtype=np.float32)} if conditioned else {}
+    grid = (4, 1500)
+    few = rng.uniform(0.1, 4, (2, 3))
+    many = np.repeat(np.repeat(few, 2, axis=0), 500, axis=1)
+    strided = np.repeat(many, 3, axis=1)[:, ::3]
+    results = []
+    for t in (few, many, strided, np.asfortranarray(many)):
+        y = x.copy()
+        spec = npscope.BlockSpec(y, block)
+        if t is few:
+            npscope.ScopeSpec(spec, (2, 500)).soft_threshold(t, **h)
+        else:
+            assert t.shape == grid
+            spec.soft_threshold(t, **h)
+        results.append(y)
+    for other in results[1:]:
+        assert same_bits(results[0], other)
+
+
+@pytest.mark.parametrize(
+    "block", [(1, 2), (1, 3), (4, 4), (2, 8), (1, 16), (3, 16), (1, 48), (16, 1), (7, 9), (6, 500), (6, 1440)]
+)
+@pytest.mark.parametrize("layout", ["C", "F", "strided"])
+def test_conditioned_blocks_of_every_shape(rng, block, layout):
+    """Vectors of blocks, what is left over of them, blocks beyond the planes: all as the reference has it."""
+    shape = (block[0] * (42 // block[0]), block[1] * max(1, 1440 // block[1]))
+    x, h = rng.standard_normal(shape).astype(np.float32), rng.uniform(0.5, 2, shape).astype(np.float32)
+    if layout == "F":
+        x, h = np.asfortranarray(x), np.ascontiguousarray(h)
+    elif layout == "strided":
+        x, h = np.repeat(x, 2, axis=1)[:, ::2], np.repeat(h, 2, axis=0)[::2]
+    grid = (shape[0] // block[0], shape[1] // block[1])
+    t = rng.uniform(0, 2.2, grid) * math.sqrt(block[0] * block[1])
+    t[0, 0] = 0
+    results = []
+    for backend in ("reference", "numba"):
+        with npscope.use_backend(backend):
+            results.append(npscope.soft_threshold(x, t, block, conditioner=h))
+    assert np.array_equal(results[0] == 0, results[1] == 0)
+    np.testing.assert_array_max_ulp(*results, maxulp=1)
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_strips_with_odd_blocks(xp, rng, name):
+    """Zero, NaN, infinite, tiny, huge, unchanged and barely shrunk blocks side by side with ordinary ones."""
+    x = rng.standard_normal((64, 4)).astype(name)
+    info = np.finfo(name)
+    x[0], x[3, 1], x[5, 2] = 0, np.nan, -np.inf
+    x[7], x[9] = info.tiny * 4, info.max / 8
+    h = rng.uniform(0.5, 2, x.shape)
+    with np.errstate(over="ignore"):
+        size = np.sqrt(((h * x.astype(np.longdouble)) ** 2).sum(1))
+    t = rng.uniform(0, 1.1, 64)
+    for row, share in ((7, 0.5), (9, 0.25), (11, 1.0), (13, 1 - 1e-6), (15, 1 + 1e-6), (17, 1 - 1e-9), (19, 0.0)):
+        t[row] = float(size[row]) * share
+    t = np.where(np.isfinite(t), t, 1.0)[:, None].astype(name)
+    got = xp.call(npscope.soft_threshold, x, t, (1, 4), conditioner=h)
+    assert_shrunk(got, x, (1, 4), t, h)
+
+
+@pytest.mark.parametrize("rtol", [1e-15, 1e-9, 1e-6, 1e-3])
+def test_the_iteration_ends_within_its_tolerance(xp, rng, rtol):
+    """The last step tells how far the root is, so that no step is spent to see the next one vanish."""
+    x, h = rng.standard_normal((500, 6)), 10 ** rng.uniform(-2, 2, (500, 6))
+    t = rng.uniform(0.05, 0.95, (500, 1)) * np.sqrt(((h * x) ** 2).sum(1, keepdims=True))
+    exact = xp.call(npscope.soft_threshold, x, t, (1, -1), conditioner=h, rtol=1e-16, max_iter=60)
+    got = xp.call(npscope.soft_threshold, x, t, (1, -1), conditioner=h, rtol=rtol, max_iter=60)
+    np.testing.assert_allclose(got, exact, rtol=max(rtol, 1e-12))

@@ -26,10 +26,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from npscope.errors import SpecError
 from npscope.tiling import Leaf, Parts
 
 Ord = float | None
 Array = Any
+
+
+CONDITIONER_RANGE = (1e-150, 1e150)
+"""Diagonal metrics outside this range would over- or underflow when squared."""
+
+
+def conditioner_error(least: float, most: float) -> SpecError:
+    """The error of `Backend.shrink` for a metric with entries from `least` to `most`, or with NaN."""
+    low, high = CONDITIONER_RANGE
+    return SpecError(f"a conditioner spans [{least}, {most}]; every entry must be in [{low}, {high}] and not NaN")
 
 
 class Backend(Protocol):
@@ -70,6 +81,8 @@ class Backend(Protocol):
 
         Without: ``x * (1 - t / ||x||)`` or 0 where the rounded norm is <= t. With H = diag(h):
         argmin ``1/2 (x - v)' H (x - v) + t ||x||``, 0 where the rounded ``||H v||`` is <= t.
+        SpecError for an entry of the conditioners outside `CONDITIONER_RANGE`, ConvergenceError where
+        `max_iter` steps do not reach `rtol`; single real elements move by t, or t / h, in one rounding.
         t = 0 keeps the bits; NaN blocks stay as they are; a block of infinite norm is unchanged
         for finite t and zero for infinite t.
         """

@@ -20,6 +20,7 @@ import array_api_compat
 import numpy as np
 
 from npscope.axes import regroup
+from npscope.backends import CONDITIONER_RANGE, conditioner_error
 from npscope.dtypes import Kind, common_norm, kind_of
 from npscope.errors import ConvergenceError
 from npscope.tiling import Cut, Leaf, Part, Parts
@@ -367,21 +368,55 @@ def shrink(
     target: Parts, thresholds: Sequence[Leaf], conditioners: Parts | None, max_iter: int, rtol: float
 ) -> Sequence[Array]:
     """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
-    metrics: Sequence[Part | None] = [None] * len(target) if conditioners is None else conditioners
+    metrics: Sequence[Part] = [()] * len(target) if conditioners is None else conditioners
+    for leaf in (leaf for metric in metrics for leaf in metric):
+        _require_conditioner(leaf.array)
+    results = []
     with np.errstate(all="ignore"):
         factors = [
-            _shrink_factors(part, t) if metric is None else _conditioned_factors(part, t, metric, max_iter, rtol)
+            None
+            if _is_single(part)
+            else _conditioned_factors(part, t, metric, max_iter, rtol)
+            if metric
+            else _shrink_factors(part, t)
             for part, t, metric in zip(target, thresholds, metrics, strict=True)
         ]
-    results = []
-    for part, table in zip(target, factors, strict=True):
+    for part, t, metric, table in zip(target, thresholds, metrics, factors, strict=True):
         start = 0
+        if table is None:
+            results.append(_softened(part, t, metric))
+            continue
         for leaf in part:
             stop = start + leaf.cut.elements
             columns = table if table.shape[-1] == 1 else table[:, :, start:stop]
             results.append(fold(_times(unfold(leaf), columns), leaf))
             start = stop
     return results
+
+
+def _require_conditioner(h: Array) -> None:
+    """SpecError unless every entry of `h` is in `CONDITIONER_RANGE`."""
+    xp, (low, high) = _namespace_of(h), CONDITIONER_RANGE
+    if math.prod(h.shape) and not (float(xp.min(h)) >= low and float(xp.max(h)) <= high):
+        raise conditioner_error(float(xp.min(h)), float(xp.max(h)))
+
+
+def _is_single(part: Part) -> bool:
+    """Whether the blocks are single real numbers."""
+    return len(part) == 1 and part[0].cut.elements == 1 and not _kinds(part)[0].is_complex
+
+
+def _softened(part: Part, thresholds: Leaf, metric: Part) -> Array:
+    """Blocks of one real number, moved by t / h towards zero: the exact step, in one rounding."""
+    x = unfold(part[0])
+    xp, wide = _namespace_of(x), _widened(x)
+    t = _float64(xp, _rows(thresholds, x))[:, :, None]
+    h = _float64(xp, unfold(metric[0])) if metric else xp.ones_like(wide)
+    with np.errstate(all="ignore"):
+        moved = xp.astype(xp.where(wide > 0, wide - t / h, wide + t / h), x.dtype)
+        norm = _float64(xp, xp.astype(h * xp.abs(wide), getattr(xp, common_norm(_kinds(part)))))
+    same = xp.isnan(wide) | (t == 0)
+    return fold(xp.where(same, x, xp.where(norm <= t, xp.zeros_like(x), moved)), part[0])
 
 
 def _shrink_factors(part: Part, thresholds: Leaf) -> Array:

@@ -40,9 +40,11 @@ class Codec:
     `unit` is the buffer's dtype.
     ``magnitude(buffer, i)`` is |x| as float64 (NaN if any part is), ``key32`` and ``key64`` are
     magnitudes as ordered integers (equal values, equal keys; NaN the largest), ``signed_key``
-    orders signed values, ``clear`` writes +0.0, ``scale`` multiplies by a float64,
-    ``value`` reads a real number as float64. ``narrow_key`` is the magnitude of a float of 16 or 8 bits
-    as an ordered integer of that width, which is no number's bits but sorts twice as many at a time.
+    orders signed values, ``clear`` writes +0.0, ``scale`` multiplies by a float64 (0 writes +0.0,
+    1 keeps the bits), ``value`` reads a real number as float64, ``soften(buffer, i, t, h)`` is the
+    proximal step of t * |x| in the metric h: towards zero by t / h, +0.0 where h * |x| is <= t as
+    rounded to the norm's dtype; NaN stays, and everything for t = 0. ``narrow_key`` is
+    the magnitude of a float of 16 or 8 bits as an ordered integer of that width: more of them fit a vector.
     """
 
     unit: np.dtype
@@ -54,6 +56,7 @@ class Codec:
     signed_width: int
     clear: Function
     scale: Function
+    soften: Function
     narrow_key: Function | None = None
 
 
@@ -236,7 +239,7 @@ def codec(kind: Kind, bytewise: bool, swapped: bool) -> Codec:
 
 
 def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:
-    decode, encode = _DECODE.get(kind.name, _same), _ENCODE.get(kind.name, _same)
+    decode = _DECODE.get(kind.name, _same)
     narrow = kind.norm == "float32"
     zero = np.dtype(_STORAGE.get(kind.name, kind.name)).type(0)
 
@@ -271,21 +274,30 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     def clear(buffer: Any, i: int) -> None:
         place(buffer, i, zero)
 
-    if kind.name in _ENCODE:
+    encode = _ENCODE.get(kind.name, np.float64 if kind.name == "float64" else np.float32)
+    number = np.float32 if narrow else np.float64
 
-        @inner
-        def scale(buffer: Any, i: int, factor: float) -> None:
-            place(buffer, i, encode(np.float32(np.float64(decode(fetch(buffer, i))) * factor)))
-    else:
-        number = np.dtype(kind.name).type if kind.name not in _STORAGE else np.float32
+    # Both choose by select and never branch, so that LLVM makes vectors of them.
 
-        @inner
-        def scale(buffer: Any, i: int, factor: float) -> None:
-            place(buffer, i, number(np.float64(fetch(buffer, i)) * factor))
+    @inner
+    def scale(buffer: Any, i: int, factor: float) -> None:
+        raw = fetch(buffer, i)
+        product = encode(number(np.float64(decode(raw)) * factor))
+        product = zero if factor == 0.0 else product
+        place(buffer, i, raw if factor == 1.0 else product)
+
+    @inner
+    def soften(buffer: Any, i: int, t: Real, h: Real) -> None:
+        raw = fetch(buffer, i)
+        x, limit = number(decode(raw)), number(t)
+        shift = limit / h
+        moved = encode(number(x - shift if x > number(0) else x + shift))
+        moved = zero if number(h * abs(x)) <= limit else moved
+        place(buffer, i, raw if (x != x) | (limit == number(0)) else moved)
 
     narrow_key = _narrow_key(kind.name, fetch) if kind.name in _STORAGE else None
     return Codec(
-        unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, clear, scale, narrow_key
+        unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, clear, scale, soften, narrow_key
     )  # fmt: skip
 
 
@@ -352,13 +364,18 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
     def scale(buffer: Any, i: int, factor: float) -> None:
         pass  # integers are never scaled: refused before any backend is called
 
+    @inner
+    def soften(buffer: Any, i: int, t: Real, h: Real) -> None:
+        pass
+
     key64 = exact_key64 if wide else float_key64
-    return Codec(unit, magnitude, value, key32, key64, signed_key, 64, clear, scale)
+    return Codec(unit, magnitude, value, key32, key64, signed_key, 64, clear, scale, soften)
 
 
 def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, kind: Kind) -> Codec:
     scalar = np.dtype(_COMPLEX[kind.name]).type
     zero = scalar(0)
+    number = np.float32 if kind.norm == "float32" else np.float64
     narrow = kind.norm == "float32"
 
     @inner
@@ -383,7 +400,18 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
 
     @inner
     def scale(buffer: Any, i: int, factor: float) -> None:
-        place(buffer, i, scalar(np.float64(fetch(buffer, i)) * factor))
-        place(buffer, i + step, scalar(np.float64(fetch(buffer, i + step)) * factor))
+        for part in (i, i + step):
+            raw = fetch(buffer, part)
+            product = scalar(np.float64(raw) * factor)
+            product = zero if factor == 0.0 else product
+            place(buffer, part, raw if factor == 1.0 else product)
 
-    return Codec(unit, magnitude, magnitude, key32, key64, key64, 64, clear, scale)
+    @inner
+    def soften(buffer: Any, i: int, t: Real, h: Real) -> None:
+        size, limit = magnitude(buffer, i), np.float64(t)
+        norm, weighted = number(size), number(size * h)
+        if np.isnan(norm) or limit == 0.0 or (np.isinf(norm) and not np.isinf(limit)):
+            return
+        scale(buffer, i, 0.0 if weighted <= limit else (size - limit / h) / size)
+
+    return Codec(unit, magnitude, magnitude, key32, key64, key64, 64, clear, scale, soften)

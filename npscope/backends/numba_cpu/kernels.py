@@ -4,7 +4,7 @@ A range [i0, i1) counts blocks in row-major order of the grid (scopes outside, b
 scope inside). `grid` and `elements` are int64 tables of (sizes, strides), outermost loop
 first; results are dense, entry 0 for block i0. Block i lies at ``origin + place(i, grid)``.
 
-Kernels that touch array memory are made for a codec (`kernels`, `pair_kernels`);
+Kernels that touch array memory are made for a codec (`kernels`);
 those that only see dense work arrays are plain functions.
 """
 
@@ -26,7 +26,6 @@ from npscope.backends.numba_cpu.arithmetic import (
     limbs_add,
     limbs_sign,
     midpoint_above,
-    round_root,
     two_sum,
 )
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
@@ -315,96 +314,6 @@ def repeat_each(few: Any, n: int, skip: int, out: Any) -> None:
         out[i] = few[(i + skip) // n]
 
 
-# --- shrinkage on dense norms --------------------------------------------------------------------
-
-
-@kernel
-def shrink_factors(norm: Any, wide: Any, t: Any, factors: Any) -> None:
-    """What each block is multiplied by: 1 - t / norm, 0 where the rounded norm is <= t, 1 where nothing changes."""
-    for i in range(norm.size):
-        if np.isnan(norm[i]) or t[i] == 0.0 or (np.isinf(norm[i]) and not np.isinf(t[i])):
-            factors[i] = 1.0
-        elif norm[i] <= t[i]:
-            factors[i] = 0.0
-        else:
-            factors[i] = (wide[i] - t[i]) / wide[i]
-
-
-SAFE_TOP, SAFE_UNIT = 2.0**450, 2.0**600
-"""Numbers within [1 / SAFE_TOP, SAFE_TOP] may be squared and summed; SAFE_UNIT brings any other there."""
-
-
-@kernel
-def safe_units(top: Any, unit: Any) -> None:
-    """Powers of two that bring each `top` where it may be squared; 1 where it already is."""
-    for i in range(top.size):
-        unit[i] = 1.0
-        if top[i] > SAFE_TOP:
-            unit[i] = 1.0 / SAFE_UNIT
-        elif 0.0 < top[i] < 1.0 / SAFE_TOP:
-            unit[i] = SAFE_UNIT
-
-
-@kernel
-def open_conditioned(
-    top: Any, unit: Any, hi: Any, lo: Any, scale: Any, t: Any, exact: bool, narrow: bool, hmin: Any, hmax: Any,
-    n: Any, tau: Any, sigma: Any, low: Any, high: Any, active: Any,
-) -> None:  # fmt: skip
-    """Start of the secular iteration for blocks that are neither zero nor unchanged.
-
-    In: top = ||v|| as rounded, sums hi + lo of (scale * h * unit * v) ** 2, thresholds t. Out: the bracket
-    [low, high] of sigma for ``|| (hv / n) / (h / hmax * sigma + tau) || = 1``. Closed blocks get
-    sigma = 0 (the block becomes zero) or tau = 0 (it stays).
-    """
-    for i in range(t.size):
-        active[i] = False
-        sigma[i], tau[i] = 1.0, 0.0
-        if np.isnan(top[i]) or t[i] == 0.0:
-            continue
-        if np.isinf(top[i]):
-            if np.isinf(t[i]):
-                sigma[i], tau[i] = 0.0, 1.0
-            continue
-        limit = t[i] * unit[i]
-        n[i] = math.sqrt(hi[i] + lo[i]) / scale[i]
-        rounded = np.float64(round_root(hi[i], lo[i])) if exact and scale[i] == 1.0 else n[i]
-        if narrow:
-            rounded = np.float64(np.float32(rounded))
-        if rounded <= limit:
-            sigma[i], tau[i] = 0.0, 1.0
-            continue
-        tau[i] = limit / n[i]
-        low[i] = (n[i] - limit) / n[i]
-        high[i] = low[i] * (hmax[i] / hmin[i])
-        sigma[i] = low[i]
-        active[i] = True
-
-
-@kernel
-def newton_step(squares: Any, slopes: Any, sigma: Any, low: Any, high: Any, active: Any, rtol: float) -> int:
-    """One safeguarded Newton step on the reciprocal norm for every active block; how many stay active."""
-    left = 0
-    for i in range(sigma.size):
-        if not active[i]:
-            continue
-        at = sigma[i]
-        norm = math.sqrt(squares[i])
-        if norm >= 1.0:
-            low[i] = at
-        if norm <= 1.0:
-            high[i] = at
-        following = at + (norm - 1.0) * squares[i] / slopes[i]
-        if np.isfinite(following):
-            following = min(max(following, low[i]), high[i])
-        else:
-            following = math.sqrt(low[i]) * math.sqrt(high[i])
-        sigma[i] = following
-        # From the left every step rises; one that does not has reached the rounding of the norm.
-        active[i] = following > at * (1.0 + rtol) or not np.isfinite(norm)
-        left += active[i]
-    return left
-
-
 # --- kernels on array memory ---------------------------------------------------------------------
 
 
@@ -537,10 +446,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
             for e in range(0, total, run):
                 first = at + place(e, elements)
                 for r in range(run):
-                    if factor == 0.0:
-                        clear(buffer, first + r * step)
-                    else:
-                        rescale_one(buffer, first + r * step, factor)
+                    rescale_one(buffer, first + r * step, factor)
 
     @kernel
     def count_above(
@@ -582,85 +488,3 @@ def _key_kernel(key: Function) -> Function:
             i = stop
 
     return keys_of_elements
-
-
-@cache
-def pair_kernels(data: Codec, metric: Codec) -> SimpleNamespace:
-    """The kernels of the conditioned shrink, which read an array and its diagonal metric side by side."""
-    magnitude, weight, rescale_one, clear = data.magnitude, metric.value, data.scale, data.clear
-
-    @kernel
-    def widest(
-        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, total: int, unit: Any, largest: Any, hmin: Any, hmax: Any,
-    ) -> None:  # fmt: skip
-        """Per block: the largest h * unit * |v|, and the range of h."""
-        for i in range(i0, i1):
-            b = i - i0
-            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
-            for e in range(total):
-                hh = weight(h, h_at + place(e, h_elements))
-                v = magnitude(x, x_at + place(e, x_elements))
-                largest[b] = max(largest[b], hh * (v * unit[b]))
-                hmin[b], hmax[b] = min(hmin[b], hh), max(hmax[b], hh)
-
-    @kernel
-    def weighted_squares(
-        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, total: int, unit: Any, scale: Any, hi: Any, lo: Any,
-    ) -> None:  # fmt: skip
-        """Per block: the sum hi + lo of (scale * h * unit * |v|) ** 2, compensated element by element."""
-        for i in range(i0, i1):
-            b = i - i0
-            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
-            for e in range(total):
-                hh = weight(h, h_at + place(e, h_elements))
-                w = hh * (magnitude(x, x_at + place(e, x_elements)) * unit[b]) * scale[b]
-                hi[b], error = two_sum(hi[b], w * w)
-                lo[b] += error
-
-    @kernel
-    def secular_sums(
-        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, total: int, unit: Any, n: Any, hmax: Any, tau: Any, sigma: Any, active: Any,
-        squares: Any, slopes: Any,
-    ) -> None:  # fmt: skip
-        """Per active block: sums of q ** 2 and q ** 2 * g / (g * sigma + tau), q = (hv / n) / (g * sigma + tau)."""
-        for i in range(i0, i1):
-            b = i - i0
-            if not active[b]:
-                continue
-            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
-            for e in range(total):
-                hh = weight(h, h_at + place(e, h_elements))
-                w = hh * (magnitude(x, x_at + place(e, x_elements)) * unit[b]) / n[b]
-                g = hh / hmax[b]
-                q = w / (g * sigma[b] + tau[b])
-                squares[b] += q * q
-                slopes[b] += q * q * (g / (g * sigma[b] + tau[b]))
-
-    @kernel
-    def rescale_conditioned(
-        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, total: int, hmax: Any, tau: Any, sigma: Any,
-    ) -> None:  # fmt: skip
-        """Multiply every element by g * sigma / (g * sigma + tau), g = h / hmax; tau = 0 touches nothing."""
-        for i in range(i0, i1):
-            b = i - i0
-            if tau[b] == 0.0:
-                continue
-            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
-            for e in range(total):
-                at = x_at + place(e, x_elements)
-                if sigma[b] == 0.0:
-                    clear(x, at)
-                else:
-                    gs = weight(h, h_at + place(e, h_elements)) / hmax[b] * sigma[b]
-                    rescale_one(x, at, gs / (gs + tau[b]))
-
-    return SimpleNamespace(
-        widest=widest,
-        weighted_squares=weighted_squares,
-        secular_sums=secular_sums,
-        rescale_conditioned=rescale_conditioned,
-    )

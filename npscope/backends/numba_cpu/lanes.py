@@ -650,6 +650,7 @@ def scale_runs(form: Format, run: int, blocks: int) -> Any:
     def emit(b: Builder, target: Value, factors: Value) -> None:
         few = b.load(b.bitcast(factors, ir.VectorType(ir.DoubleType(), blocks).as_pointer()), align=8)
         factor = _shuffle(b, few, [i // run for i in range(count)])
+        _prefetch(b, target, count * 4)
         bits = _load(b, target, _vector(32, count))
         product = b.fptrunc(b.fmul(b.fpext(b.bitcast(bits, single), double), factor), single)
         scaled = b.select(b.fcmp_ordered("==", factor, _splat(double, 1.0)), bits, b.bitcast(product, bits.type))

@@ -333,7 +333,6 @@ def _scale(layout: Layout) -> Any:
     vectors = form.name == "float32" and run <= lanes.CHUNK
     together = lanes.runs_per_line(form, run) if vectors else 1
     many, one = (lanes.scale_runs(form, run if vectors else 1, blocks) for blocks in (together, 1))
-    clear = layout.codec.clear
 
     @inner
     def scale_run(buffer: Any, at: int, count: int, factors: Any, j: int) -> None:
@@ -347,10 +346,7 @@ def _scale(layout: Layout) -> Any:
                 one(buffer, at, factors, j)
             elif factors[j] != 1.0:
                 for e in range(run):
-                    if factors[j] == 0.0:
-                        clear(buffer, at + e)
-                    else:
-                        scale_one(buffer, at + e, factors[j])
+                    scale_one(buffer, at + e, factors[j])
             at += run
             j += 1
 

@@ -7,27 +7,35 @@ from typing import Any
 
 import numpy as np
 
+from npscope.backends import CONDITIONER_RANGE, conditioner_error
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu.norms import NormWork, norm_ranges
+from npscope.backends.numba_cpu import lines, proximal
+from npscope.backends.numba_cpu.norms import norm_ranges
 from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, ranges
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
 from npscope.errors import ConvergenceError
-from npscope.tiling import Leaf, Parts
+from npscope.tiling import Leaf, Parts, axis_cut
 
 
 def shrink(
     target: Parts, thresholds: Sequence[Leaf], conditioners: Parts | None, max_iter: int, rtol: float
 ) -> Sequence[np.ndarray]:
     """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
+    for leaf in (leaf for metric in conditioners or () for leaf in metric):
+        require_conditioner(leaf.array)
     # Norms are read where the elements are now, which for a target with an origin is there.
     read = [tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in part) for part in target]
     jobs = []
     for p, (source, part) in enumerate(zip(competitors(read), target, strict=True)):
-        if conditioners is None:
+        written = [Operand(leaf, like) for leaf, like in zip(part, source.leaves, strict=True)]
+        metric = None if conditioners is None else [
+            Operand(h, like) for h, like in zip(conditioners[p], source.leaves, strict=True)
+        ]  # fmt: skip
+        if source.elements == 1:
+            jobs.append(soften_job(source, thresholds[p], written[0], metric[0] if metric else None))
+        elif metric is None:
             jobs.append(shrink_job(source, Competitors(part), thresholds[p]))
         else:
-            written = [Operand(leaf, like) for leaf, like in zip(part, source.leaves, strict=True)]
-            metric = [Operand(h, like) for h, like in zip(conditioners[p], source.leaves, strict=True)]
             jobs.append(conditioned_job(source, written, thresholds[p], metric, max_iter, rtol))
     fill(target)
     for run in jobs:
@@ -35,78 +43,73 @@ def shrink(
     return arrays(target)
 
 
+def require_conditioner(h: np.ndarray) -> None:
+    """SpecError unless every entry of `h` is in `CONDITIONER_RANGE`."""
+    numbers = Operand(Leaf(h, axis_cut(h.shape, None)))
+    count_outside = proximal.outside_kernel(numbers.codec, numbers.layout is not None)
+    found: list[int] = []
+
+    def count(slot: int, i0: int, i1: int) -> None:
+        found.append(count_outside(numbers.buffer, numbers.origin, numbers.grid, i0, i1, *CONDITIONER_RANGE))
+
+    ranges(h.size, 1, lambda slots, length: count, workspace=1)()
+    if any(found):
+        with np.errstate(invalid="ignore"):
+            raise conditioner_error(float(h.min()), float(h.max()))
+
+
+def _thresholds(thresholds: Leaf, part: Competitors) -> tuple[Any, ...]:
+    """Thresholds over blocks or scopes as kernels read them."""
+    read = Operand(thresholds)
+    return read.buffer, read.origin, read.grid, part.blocks if thresholds.cut.blocks == 1 else 1
+
+
+def in_place(
+    part: Competitors, run: Callable[..., None], *make_buffers: Callable[[], Any], shielded: bool = False
+) -> Callable[[], None]:
+    """The job of ``run(i0, i1, *buffers)`` on all blocks, each thread with its own buffers."""
+
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        buffers = [[make() for make in make_buffers] for _ in range(slots)]
+        return lambda slot, i0, i1: run(i0, i1, *buffers[slot])
+
+    return ranges(part.total, part.elements, make_work, workspace=1, shielded=shielded)
+
+
+def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand | None) -> Callable[[], None]:
+    """The job that shrinks blocks of one element, which needs no memory for each of them, and cannot fail."""
+    adjacent = x.layout is not None and (metric is None or metric.layout is not None)
+    soften = proximal.soften_kernel(x.codec, adjacent, None if metric is None else metric.codec)
+    where, t = (*x.where, *(x if metric is None else metric).where), _thresholds(thresholds, part)
+    return in_place(
+        part,
+        lambda i0, i1, limits: soften(*where, i0, i1, *t, limits),
+        lambda: np.empty(proximal.STRIP, dtype=thresholds.array.dtype),
+    )
+
+
 def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> Callable[[], None]:
-    """The job that shrinks every block of `written` by its norm in `source`."""
+    """The job that shrinks every block of `written` by its norm in `source`, whose elements it has by then."""
+    x = written.leaves[0]
+    if not source.spans_leaves and source.exact and lines.can_sum(x.layout, nk.TWO):
+        shrink, t = proximal.shrink_kernel(x.layout), _thresholds(thresholds, written)
+        return in_place(
+            written,
+            lambda i0, i1, limits, norms: shrink(*x.where, i0, i1, *t, limits, *norms.all),
+            lambda: np.empty(lines.STRIP_BLOCKS, dtype=thresholds.array.dtype),
+            lines.NormBuffers,
+        )
 
     def make_use(slots: int, length: int) -> Callable[..., None]:
         limits = [Numbers(thresholds, source, np.float64, length) for _ in range(slots)]
-        factors = np.empty((slots, length))
 
         def use(slot: int, i0: int, i1: int, norm: np.ndarray, wide: np.ndarray) -> None:
-            factor = factors[slot, : i1 - i0]
-            nk.shrink_factors(norm, wide, limits[slot].fill(i0, i1), factor)
-            rescale(written, i0, i1, factor)
+            proximal.shrink_factors(norm, wide, limits[slot].fill(i0, i1))
+            rescale(written, i0, i1, wide)
 
         return use
 
     return norm_ranges(source, 2.0, make_use, shielded=written.spans_leaves)
-
-
-CONDITIONED_WORKSPACE = 192
-"""Bytes of work arrays for one block of the conditioned shrink."""
-
-
-class ConditionedWork:
-    """Work arrays of one thread to solve the conditioned shrink of up to `length` blocks."""
-
-    def __init__(
-        self, part: Competitors, metric: list[Operand], thresholds: Leaf, max_iter: int, rtol: float, length: int
-    ) -> None:
-        self.part, self.metric = part, metric
-        self.max_iter, self.rtol = max_iter, rtol
-        self.limits = Numbers(thresholds, part, np.float64, length)
-        self.arrays = np.empty((11, length))
-        self.active = np.empty(length, dtype=np.bool_)
-        self.norms = NormWork(part, 2.0, length)
-
-    def _pairs(self, i0: int, i1: int) -> list[tuple[Any, tuple[Any, ...]]]:
-        """(kernels, their leading arguments) of every leaf and its metric."""
-        return [
-            (nk.pair_kernels(x.codec, h.codec), (*x.where, *h.where, i0, i1, x.size))
-            for x, h in zip(self.part.leaves, self.metric, strict=True)
-        ]
-
-    def solve(self, i0: int, i1: int, hmax: np.ndarray, tau: np.ndarray, sigma: np.ndarray) -> None:
-        """The root sigma of every block; ConvergenceError if one is not reached."""
-        hi, lo, top, unit, scale_, hmin, n, low, high, squares, slopes = self.arrays[:, : i1 - i0]
-        active = self.active[: i1 - i0]
-        pairs = self._pairs(i0, i1)
-        with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN
-            top[:] = self.norms.fill(i0, i1)[0]
-        nk.safe_units(top, unit)
-        squares[:], hmin[:], hmax[:] = 0.0, np.inf, 0.0
-        for made, where in pairs:
-            made.widest(*where, unit, squares, hmin, hmax)
-        nk.safe_units(squares, scale_)
-        hi[:], lo[:] = 0.0, 0.0
-        for made, where in pairs:
-            made.weighted_squares(*where, unit, scale_, hi, lo)
-        t = self.limits.fill(i0, i1)
-        nk.open_conditioned(
-            top, unit, hi, lo, scale_, t, self.part.exact, self.part.norm.itemsize == 4,
-            hmin, hmax, n, tau, sigma, low, high, active,
-        )  # fmt: skip
-        if not active.any():
-            return
-        for _ in range(self.max_iter):
-            squares[:], slopes[:] = 0.0, 0.0
-            for made, where in pairs:
-                made.secular_sums(*where, unit, n, hmax, tau, sigma, active, squares, slopes)
-            if not nk.newton_step(squares, slopes, sigma, low, high, active, self.rtol):
-                return
-        raise ConvergenceError(
-            f"the conditioned shrink did not reach rtol = {self.rtol} within max_iter = {self.max_iter} steps"
-        )
 
 
 def conditioned_job(
@@ -117,44 +120,42 @@ def conditioned_job(
     max_iter: int,
     rtol: float,
 ) -> Callable[[], None]:
-    """Solve every block now, before anything is written; the job then writes.
+    """Solve every block now, before anything is written; the job then writes."""
+    total, elements = source.total, source.elements
+    mus = np.empty(total)
+    pairs = tuple((x.codec, x.layout, h.codec, h.layout) for x, h in zip(source.leaves, metric, strict=True))
+    leaves = tuple((*x.where, *h.where, x.size) for x, h in zip(source.leaves, metric, strict=True))
+    solve = proximal.solve_kernel(pairs, source.exact, source.norm.itemsize == 4)
+    t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
 
-    A 1-element block cannot fail (its bracket is a point), so those are solved as they are written,
-    which needs no memory for each of them.
-    """
+    def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
+        if not solve(leaves, i0, i1, *t, elements, width, max_iter, *near, v, h, s, limits, mus):
+            raise ConvergenceError(
+                f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
+            )
 
-    def write(i0: int, i1: int, hmax: np.ndarray, tau: np.ndarray, sigma: np.ndarray) -> None:
-        for x, h in zip(written, metric, strict=True):
-            made = nk.pair_kernels(x.codec, h.codec)
-            made.rescale_conditioned(*x.where, *h.where, i0, i1, x.size, hmax, tau, sigma)
+    def planes() -> np.ndarray:
+        return np.empty(min(elements * width, proximal.PLANES))
 
-    def make_works(slots: int, length: int) -> list[ConditionedWork]:
-        return [ConditionedWork(source, metric, thresholds, max_iter, rtol, length) for _ in range(slots)]
+    in_place(
+        source,
+        solve_range,
+        planes,
+        planes,
+        lambda: np.empty(proximal.ROWS * proximal.DISTANCE),
+        lambda: np.empty(proximal.WIDTH, dtype=thresholds.array.dtype),
+    )()
 
-    if source.elements == 1:
+    weighs = [_weigh(x, h) for x, h in zip(written, metric, strict=True)]
 
-        def make_both(slots: int, length: int) -> Callable[[int, int, int], None]:
-            works, roots = make_works(slots, length), np.empty((slots, 3, length))
+    def write(i0: int, i1: int, mu: np.ndarray) -> None:
+        for weigh in weighs:
+            weigh(i0, i1, mus, mu)
 
-            def work(slot: int, i0: int, i1: int) -> None:
-                solution = roots[slot, :, : i1 - i0]
-                works[slot].solve(i0, i1, *solution)
-                write(i0, i1, *solution)
+    return in_place(source, write, lambda: np.empty(proximal.STRIP), shielded=source.spans_leaves)
 
-            return work
 
-        return ranges(source.total, 1, make_both, workspace=CONDITIONED_WORKSPACE)
-
-    solutions = np.empty((3, source.total))
-
-    def make_solve(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = make_works(slots, length)
-        return lambda slot, i0, i1: works[slot].solve(i0, i1, *solutions[:, i0:i1])
-
-    ranges(source.total, source.elements, make_solve, workspace=CONDITIONED_WORKSPACE)()
-    return ranges(
-        source.total,
-        source.elements,
-        lambda slots, length: lambda slot, i0, i1: write(i0, i1, *solutions[:, i0:i1]),
-        shielded=source.spans_leaves,
-    )
+def _weigh(x: Operand, h: Operand) -> Callable[..., None]:
+    run = x.layout.run if x.layout is not None and h.layout is not None and x.layout.run == h.layout.run else 0
+    weigh = proximal.weigh_kernel(x.codec, h.codec, run)
+    return lambda i0, i1, *numbers: weigh(*x.where, *h.where, i0, i1, x.size, *numbers)
