@@ -17,7 +17,7 @@ from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
 from npscope.backends.numba_cpu.operands import Competitors, competitors, ranges
-from npscope.backends.numba_cpu.selection import Ranking, kth, mask, select_blocks
+from npscope.backends.numba_cpu.selection import Ranking, kth, mask, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink
 from npscope.backends.numba_cpu.writing import DropSink, Numbers, arrays, drop, fill, rescale, with_numbers
 from npscope.tiling import Leaf, Parts
@@ -59,6 +59,10 @@ def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None)
     """Zero the blocks of `target` whose norm in `source` is below their threshold."""
 
     def job(measured: Competitors, written: Competitors) -> Callable[[], None]:
+        quick = strips_of_thresholds(measured, written, thresholds, float(ord or 2))
+        if quick is not None:
+            return quick
+
         def make_use(slots: int, length: int) -> Callable[..., None]:
             limits = [Numbers(thresholds, measured, thresholds.array.dtype, length) for _ in range(slots)]
             masks = np.empty((slots, length), dtype=np.bool_)

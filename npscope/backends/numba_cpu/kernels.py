@@ -274,19 +274,30 @@ def not_below(norm: Any, thresholds: Any, mask: Any) -> None:
         mask[i] = not (norm[i] < thresholds[i])
 
 
+@inner
+def read_numbers(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop: int, out: Any) -> None:
+    """The numbers of blocks [i, stop), dense."""
+    width, step = grid[0, -1], grid[1, -1]
+    start = i
+    while i < stop:
+        entry = i // repeat
+        at = origin + place(entry, grid)
+        if repeat > 1 or step == 0:  # one number for several blocks
+            after = min(stop, (entry + 1) * repeat if repeat > 1 else i + width - i % width)
+            value = buffer[at]
+            for j in range(after - i):
+                out[np.uintp(i - start + j)] = value
+        else:
+            after = min(stop, i + width - i % width)
+            for j in range(after - i):
+                out[np.uintp(i - start + j)] = buffer[at + j * step]
+        i = after
+
+
 @kernel
-def gather(buffer: Any, origin: int, grid: Any, i0: int, i1: int, out: Any) -> None:
-    """Entries [i0, i1) of a strided grid of numbers, dense."""
-    run = grid[0, -1]
-    step = grid[1, -1]
-    i = i0
-    while i < i1:
-        inner = i % run
-        stop = min(i1, i + run - inner)
-        at = origin + place(i, grid)
-        for j in range(i, stop):
-            out[j - i0] = buffer[at + (j - i) * step]
-        i = stop
+def gather(buffer: Any, origin: int, grid: Any, repeat: int, i0: int, i1: int, out: Any) -> None:
+    """The numbers of blocks [i0, i1), of a grid in which each serves `repeat` blocks in a row, dense."""
+    read_numbers(buffer, origin, grid, repeat, i0, i1, out)
 
 
 @kernel
@@ -305,13 +316,6 @@ def scatter(numbers: Any, i0: int, i1: int, buffer: Any, origin: int, grid: Any)
             for r in range(np.uintp(rows)):
                 buffer[at + j * step + r * across] = numbers[first + j + r * np.uintp(run)]
         i += count * rows
-
-
-@kernel
-def repeat_each(few: Any, n: int, skip: int, out: Any) -> None:
-    """Each entry of `few` n times, without the first `skip`."""
-    for i in range(out.size):
-        out[i] = few[(i + skip) // n]
 
 
 # --- kernels on array memory ---------------------------------------------------------------------

@@ -118,11 +118,6 @@ class NormWork:
         nk.finish_unsure(self.limbs, chosen, chosen.size, square, norm)
 
 
-def code_of(ord: float, elements: int) -> int:
-    """How a norm is accumulated: that of one element is its magnitude, whatever the order."""
-    return nk.INF if elements == 1 else _CODES.get(ord, nk.POWER)
-
-
 def numbers_of(part: Competitors, ord: float) -> tuple[Layout, lines.Where] | None:
     """How the blocks are measured line by line, if they can be, and the arguments for it."""
     code = code_of(ord, part.elements)

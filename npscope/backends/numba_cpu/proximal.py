@@ -20,33 +20,13 @@ from npscope.backends.numba_cpu import planes
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import inner, kernel
-from npscope.backends.numba_cpu.kernels import TWO, place
+from npscope.backends.numba_cpu.kernels import TWO, place, read_numbers
 from npscope.backends.numba_cpu.lanes import LANES
 from npscope.backends.numba_cpu.lines import _measure, _scale, strip_blocks
 from npscope.backends.numba_cpu.operands import Layout
 
 STRIP = 2048
 """Elements whose thresholds are read at a time where a block is one element."""
-
-
-@inner
-def read_numbers(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop: int, out: Any) -> None:
-    """The numbers of blocks [i, stop), dense."""
-    width, step = grid[0, -1], grid[1, -1]
-    start = i
-    while i < stop:
-        entry = i // repeat
-        at = origin + place(entry, grid)
-        if repeat > 1 or step == 0:  # one number for several blocks
-            after = min(stop, (entry + 1) * repeat if repeat > 1 else i + width - i % width)
-            value = buffer[at]
-            for j in range(after - i):
-                out[np.uintp(i - start + j)] = value
-        else:
-            after = min(stop, i + width - i % width)
-            for j in range(after - i):
-                out[np.uintp(i - start + j)] = buffer[at + j * step]
-        i = after
 
 
 @cache

@@ -32,7 +32,7 @@ FIRST_GUESS, FIRST_SPACING = np.uint64(1 << 30), 65536.0
 
 
 @inner
-def count_from(keys: Any, start: int, n: int, limit: Any) -> int:
+def count_from(keys: Any, start: int, n: int, limit: Any) -> Any:
     """How many of n keys are at least `limit`."""
     least = keys.dtype.type(limit)
     count = np.uint32(0)  # half as wide as an int64, so twice as many in a vector
@@ -102,7 +102,7 @@ def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) 
 
 
 @inner
-def mark(keys: Any, start: int, n: int, limit: Any, ties: int, mask: Any, at: int) -> int:
+def mark(keys: Any, start: int, n: int, limit: Any, ties: Any, mask: Any, at: int) -> Any:
     """Mask of n keys: above `limit`, or among the first `ties` equal to it; how many ties are left."""
     least = keys.dtype.type(limit)
     for c in range(0, n, CHUNK):

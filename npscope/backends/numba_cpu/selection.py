@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from npscope.backends.numba_cpu.operands import (
 )
 from npscope.backends.numba_cpu.search import group_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
+from npscope.backends.numba_cpu.writing import DropSink
 from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, Parts
 
@@ -56,6 +57,23 @@ class Source:
     strip: int
 
 
+def source_of(part: Competitors, ord: float | None, width: int, exact_integers: bool) -> Source | None:
+    """How a kernel reads the keys of a part by itself; None where norms are computed pass by pass."""
+    leaf = part.leaves[0]
+    if part.spans_leaves or leaf.codec is None:
+        return None
+    if ord is None:
+        return Source(strips.element_reader(leaf.codec.signed_key), leaf.where, STRIP_ELEMENTS)
+    if part.elements == 1 and (exact_integers or not part.wide_integers):
+        key = {32: leaf.codec.key32, 64: leaf.codec.key64}.get(width) or leaf.codec.narrow_key
+        return Source(strips.element_reader(key), leaf.where, STRIP_ELEMENTS)
+    code = code_of(ord, part.elements)
+    if leaf.layout is not None and lines.can_sum(leaf.layout, code):
+        read = strips.norm_reader(leaf.layout, code, width == 64)
+        return Source(read, leaf.where, lines.strip_blocks(leaf.layout))
+    return None
+
+
 class Ranking:
     """The blocks of all parts as ordered integers, and the choice of the first-ranked of every scope."""
 
@@ -82,23 +100,7 @@ class Ranking:
         starts = itertools.accumulate((part.blocks for part in self.parts), initial=0)
         self.columns = [slice(a, b) for a, b in itertools.pairwise(starts)]
         self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
-        self.sources = [self._source(part) for part in self.parts]
-
-    def _source(self, part: Competitors) -> Source | None:
-        """How a kernel reads the keys of a part by itself; None where norms are computed pass by pass."""
-        leaf = part.leaves[0]
-        if part.spans_leaves or leaf.codec is None:
-            return None
-        if self.ord is None:
-            return Source(strips.element_reader(leaf.codec.signed_key), leaf.where, STRIP_ELEMENTS)
-        if part.elements == 1 and (self.exact_integers or not part.wide_integers):
-            key = {32: leaf.codec.key32, 64: leaf.codec.key64}.get(self.width) or leaf.codec.narrow_key
-            return Source(strips.element_reader(key), leaf.where, STRIP_ELEMENTS)
-        code = code_of(self.ord, part.elements)
-        if leaf.layout is not None and lines.can_sum(leaf.layout, code):
-            read = strips.norm_reader(leaf.layout, code, self.width == 64)
-            return Source(read, leaf.where, lines.strip_blocks(leaf.layout))
-        return None
+        self.sources = [source_of(part, ord, width, self.exact_integers) for part in self.parts]
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
@@ -213,7 +215,7 @@ def select_blocks(
     counts = Operand(keep)
     if not ranking.fits_a_piece:
         keeps = np.empty(ranking.scopes, dtype=np.int64)
-        nk.gather(counts.buffer, counts.origin, counts.grid, 0, ranking.scopes, keeps)
+        nk.gather(counts.buffer, counts.origin, counts.grid, 1, 0, ranking.scopes, keeps)
         selection = LargeScopes(ranking)
         ready()
         for scope, k in enumerate(keeps.tolist()):
@@ -249,6 +251,33 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Functi
         return work
 
     return ranges(ranking.scopes, ranking.elements, make_work, workspace=0, piece=STRIPS_ELEMENTS)
+
+
+def strips_of_thresholds(
+    measured: Competitors, written: Competitors, thresholds: Leaf, ord: float
+) -> Callable[[], None] | None:
+    """The job in which one kernel measures, compares and writes; None where no kernel can."""
+    source = source_of(measured, ord, 8 * measured.norm.itemsize, exact_integers=False)
+    sink = DropSink(written)
+    if source is None or sink.write is None:
+        return None
+    kernel = strips.threshold_kernel(source.read, sink.write, measured.norm.itemsize == 8)
+    read = Operand(thresholds)
+    limits, repeat = (read.buffer, read.origin, read.grid), measured.blocks if thresholds.cut.blocks == 1 else 1
+    write, key = sink.where, np.dtype(f"u{measured.norm.itemsize}")
+
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        works = [
+            (np.empty(source.strip, dtype=thresholds.array.dtype), Scratch(source.strip, 0, key).all)
+            for _ in range(slots)
+        ]
+
+        def work(slot: int, i0: int, i1: int) -> None:
+            kernel(source.where, write, limits, repeat, i0, i1, source.strip, *works[slot])
+
+        return work
+
+    return ranges(measured.total, measured.elements, make_work, workspace=0, piece=STRIPS_ELEMENTS)
 
 
 # --- large scopes --------------------------------------------------------------------------------
@@ -363,7 +392,9 @@ class LargeScopes:
             share.sort()
 
         self._each(len(self.samples), use)
-        return np.sort(np.concatenate([share for _, _, share in self.samples]), kind="stable")
+        sample: np.ndarray = np.concatenate([share for _, _, share in self.samples])
+        sample.sort(kind="stable")  # which merges sorted shares
+        return sample
 
     def _survey(self, scope: int, low: int, high: int) -> None:
         """Count the keys of every piece above and inside [low, high], and collect the latter."""
@@ -426,7 +457,7 @@ class LargeScopes:
         limit = np.partition(keys, keys.size - k)[keys.size - k]
         for i, found in enumerate(pieces):
             self.left[i] = np.count_nonzero(found == limit)
-        return int(limit), k - np.count_nonzero(keys > limit)
+        return int(limit), k - int(np.count_nonzero(keys > limit))
 
     def select(self, scope: int, k: int, sinks: Sequence[Sink], shielded: bool) -> None:
         """Hand each part's sink the mask of its blocks among the k first-ranked of a scope."""
@@ -470,7 +501,7 @@ class LargeScopes:
 
 
 def _ends(sample: np.ndarray, bracket: _Bracket, k: int, crowded: bool, *, halve: bool) -> tuple[int, int]:
-    """Two keys within the bracket that should enclose the k-th, from sorted keys; one key twice where many are equal."""
+    """Two keys of the bracket that should enclose the k-th, from sorted keys; one twice where many are equal."""
     inside = sample[
         np.searchsorted(sample, bracket.low, side="left") : np.searchsorted(sample, bracket.high, side="right")
     ]

@@ -19,7 +19,7 @@ import numpy as np
 from npscope.backends.numba_cpu import lanes, lines, search
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import inner, kernel
-from npscope.backends.numba_cpu.kernels import place
+from npscope.backends.numba_cpu.kernels import place, read_numbers
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.search import count_from, kth_key, mark, selector
 
@@ -27,6 +27,10 @@ STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
+"""Buffer, origin, grid and elements of an operand."""
+
+Numbers = tuple[Any, int, Any]
+"""Buffer, origin and grid of numbers over scopes or blocks."""
 
 
 class Scratch:
@@ -151,18 +155,6 @@ def write_kernel(write: Function) -> Function:
 # --- scopes that fit in cache ----------------------------------------------------------------------
 
 
-@inner
-def _numbers(buffer: Any, origin: int, grid: Any, i: int, stop: int, out: Any) -> None:
-    width, stride = grid[0, -1], grid[1, -1]
-    start = i
-    while i < stop:
-        after = min(stop, i + width - i % width)
-        at = origin + place(i, grid)
-        for j in range(after - i):
-            out[np.uintp(i - start + j)] = buffer[np.uintp(at + j * stride)]
-        i = after
-
-
 @cache
 def scopes_kernel(read: Function, write: Function, group: int, width: int) -> Function:
     """The kernel that keeps the first-ranked blocks of scopes [s0, s1), in strips of `rows` scopes of n blocks."""
@@ -170,13 +162,13 @@ def scopes_kernel(read: Function, write: Function, group: int, width: int) -> Fu
 
     @kernel
     def keep_in_scopes(
-        source: Any, target: Any, counts: Any, s0: int, s1: int, n: int, rows: int, scratch: Any
+        source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, scratch: Any
     ) -> None:
         keys, mask, keep, sums, norms, limbs = scratch
         guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
         for s in range(s0, s1, rows):
             stop = min(s1, s + rows)
-            _numbers(*counts, s, stop, keep)
+            read_numbers(*counts, 1, s, stop, keep)
             read(*source, s * n, stop * n, keys, sums, norms, limbs)
             guess, spacing = select(keys, stop - s, n, keep, mask, guess, spacing)
             write(*target, s * n, stop * n, mask)
@@ -189,12 +181,14 @@ def kth_kernel(read: Function) -> Function:
     """The kernel that finds the k-th largest key of scopes [s0, s1)."""
 
     @kernel
-    def kth_of_scopes(source: Any, counts: Any, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any) -> None:
-        keys, mask, keep, sums, norms, limbs = scratch
+    def kth_of_scopes(
+        source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any
+    ) -> None:
+        keys, _mask, keep, sums, norms, limbs = scratch
         guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
         for s in range(s0, s1, rows):
             stop = min(s1, s + rows)
-            _numbers(*counts, s, stop, keep)
+            read_numbers(*counts, 1, s, stop, keep)
             read(*source, s * n, stop * n, keys, sums, norms, limbs)
             for r in range(stop - s):
                 guess, spacing = kth_key(keys, r * n, n, keep[r], guess, spacing)
@@ -219,7 +213,7 @@ def survey_kernel(read: Function, width: int) -> Function:
     def survey(
         source: Any, i0: int, i1: int, low: Any, high: Any, found: Any, start: int, scratch: Any
     ) -> tuple[int, int, int]:
-        keys, mask, keep, sums, norms, limbs = scratch
+        keys, _mask, _keep, sums, norms, limbs = scratch
         least, span = keys.dtype.type(low), keys.dtype.type(high - low)
         above, inside, end = 0, 0, start
         for i in range(i0, i1, STRIP_ELEMENTS):
@@ -250,7 +244,7 @@ def sample_kernel(read: Function) -> Function:
 
     @kernel
     def sample(source: Any, i0: int, i1: int, length: int, seed: int, out: Any, scratch: Any) -> None:
-        keys, mask, keep, sums, norms, limbs = scratch
+        keys, _mask, _keep, sums, norms, limbs = scratch
         state = np.uint64(i1 - i0) + np.uint64(seed)
         room = np.uint64(i1 - i0 - length + 1)
         for e in range(0, out.size, length):
@@ -269,7 +263,7 @@ def read_kernel(read: Function) -> Function:
 
     @kernel
     def read_blocks(source: Any, i0: int, i1: int, strip: int, out: Any, scratch: Any) -> None:
-        keys, mask, keep, sums, norms, limbs = scratch
+        keys, _mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
             stop = min(i1, i + strip)
             read(*source, i, stop, keys, sums, norms, limbs)
@@ -287,7 +281,7 @@ def cut_kernel(read: Function, write: Function) -> Function:
     def cut(
         source: Any, start: int, target: Any, i0: int, i1: int, strip: int, limit: Any, ties: int, scratch: Any
     ) -> None:
-        keys, mask, keep, sums, norms, limbs = scratch
+        keys, mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
             stop = min(i1, i + strip)
             read(*source, start + i - i0, start + stop - i0, keys, sums, norms, limbs)
@@ -310,17 +304,24 @@ def threshold_kernel(read: Function, write: Function, wide: bool) -> Function:
 
     @kernel
     def keep_not_below(
-        source: Any, target: Any, thresholds: Any, repeat: int, i0: int, i1: int, strip: int, limits: Any, scratch: Any
+        source: Any,
+        target: Any,
+        thresholds: Numbers,
+        repeat: int,
+        i0: int,
+        i1: int,
+        strip: int,
+        limits: Any,
+        scratch: Any,
     ) -> None:
-        keys, mask, keep, sums, norms, limbs = scratch
+        keys, mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
             stop = min(i1, i + strip)
-            first = i // repeat
-            _numbers(*thresholds, first, -(-stop // repeat), limits)
+            read_numbers(*thresholds, repeat, i, stop, limits)
             read(*source, i, stop, keys, sums, norms, limbs)
             for j in range(stop - i):
-                limit = limits[(i + j) // repeat - first] if repeat > 1 else limits[np.uintp(j)]
-                mask[np.uintp(j)] = not (limit > 0.0 and keys[np.uintp(j)] < key(limit))
+                limit = limits[np.uintp(j)]
+                mask[np.uintp(j)] = not ((limit > 0) & (keys[np.uintp(j)] < key(limit)))
             write(*target, i, stop, mask)
 
     return keep_not_below

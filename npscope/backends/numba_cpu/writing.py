@@ -61,18 +61,11 @@ class Numbers:
         self.operand = Operand(leaf)
         self.repeat = part.blocks if leaf.cut.blocks == 1 else 1
         self.dense = np.empty(length, dtype=dtype)
-        self.few = np.empty(length // self.repeat + 2, dtype=dtype) if self.repeat > 1 else self.dense
 
     def fill(self, i0: int, i1: int) -> np.ndarray:
         """The numbers of blocks [i0, i1); a view that the next call overwrites."""
-        read, n = self.operand, self.repeat
-        dense = self.dense[: i1 - i0]
-        if n == 1:
-            nk.gather(read.buffer, read.origin, read.grid, i0, i1, dense)
-            return dense
-        s0, s1 = i0 // n, -(-i1 // n)
-        nk.gather(read.buffer, read.origin, read.grid, s0, s1, self.few)
-        nk.repeat_each(self.few, n, i0 - s0 * n, dense)
+        read, dense = self.operand, self.dense[: i1 - i0]
+        nk.gather(read.buffer, read.origin, read.grid, self.repeat, i0, i1, dense)
         return dense
 
 
