@@ -28,7 +28,7 @@ from npscope.backends.numba_cpu.arithmetic import (
     midpoint_above,
     two_sum,
 )
-from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
+from npscope.backends.numba_cpu.codecs import Codec, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import inner, inner_any_order, kernel
 from npscope.backends.numba_cpu.lanes import INF as INF
 from npscope.backends.numba_cpu.lanes import ONE as ONE
@@ -42,9 +42,6 @@ EXACT_CHUNK = 1024
 
 WIDE_CHUNK = 8
 """The same for float64 terms: 7 roundings, which keeps the norm within 4 ulp."""
-
-DIGIT_BITS = 16
-"""Bits that one radix pass over a large scope resolves."""
 
 
 # --- addresses -----------------------------------------------------------------------------------
@@ -182,89 +179,7 @@ def keys_of_norms(norm: Any, keys: Any) -> None:
             keys[i] = key_of_float64(np.float64(norm[i]))
 
 
-# --- selection on dense keys ---------------------------------------------------------------------
-
-
-@kernel
-def digit_counts(keys: Any, start: int, stop: int, prefix: Any, known: Any, shift: Any, counts: Any) -> None:
-    """Add to `counts` how often each digit at `shift` occurs among the keys that match `prefix`."""
-    digit = np.uint64(counts.size - 1)
-    for i in range(start, stop):
-        key = np.uint64(keys[i])
-        if (key & known) == prefix:
-            counts[(key >> shift) & digit] += 1
-
-
-@kernel
-def nth_key(keys: Any, start: int, n: int, k: int, counts: Any) -> tuple[Any, int]:
-    """(k-th largest of n keys, how many keys equal to it are among the k largest), by radix."""
-    prefix, known = np.uint64(0), np.uint64(0)
-    shift = np.uint64(8 * keys.itemsize)
-    while shift > np.uint64(0):
-        shift -= np.uint64(8)
-        counts[:] = 0
-        digit_counts(keys, start, start + n, prefix, known, shift, counts)
-        digit = counts.size - 1
-        while counts[digit] < k:
-            k -= counts[digit]
-            digit -= 1
-        prefix |= np.uint64(digit) << shift
-        known |= np.uint64(255) << shift
-    return prefix, k
-
-
-@kernel
-def mark(keys: Any, start: int, stop: int, limit: Any, ties: int, mask: Any) -> int:
-    """Mask of keys above `limit`, and of the first `ties` keys equal to it; the ties left over."""
-    for i in range(start, stop):
-        key = np.uint64(keys[i])
-        kept = key > limit
-        if key == limit and ties > 0:
-            ties -= 1
-            kept = True
-        mask[i] = kept
-    return ties
-
-
-RANKED_BY_COUNTING = 16
-"""Up to this many blocks a scope, comparing all pairs beats a radix pass with its 256 counters."""
-
-
-@kernel
-def select_rows(keys: Any, rows: int, n: int, keep: Any, mask: Any, counts: Any) -> None:
-    """Mask of the `keep` first-ranked keys of every row of n: larger first, ties by position."""
-    for r in range(rows):
-        start, k = r * n, keep[r]
-        if k <= 0 or k >= n:
-            mask[start : start + n] = k > 0
-        elif n <= RANKED_BY_COUNTING:
-            for i in range(start, start + n):
-                rank = 0
-                for j in range(start, i):
-                    rank += keys[j] >= keys[i]
-                for j in range(i + 1, start + n):
-                    rank += keys[j] > keys[i]
-                mask[i] = rank < k
-        else:
-            limit, ties = nth_key(keys, start, n, k, counts)
-            mark(keys, start, start + n, limit, ties, mask)
-
-
-@kernel
-def kth_rows(keys: Any, rows: int, n: int, k: Any, found: Any, counts: Any) -> None:
-    """The k-th largest key of every row of n."""
-    for r in range(rows):
-        limit, _ = nth_key(keys, r * n, n, k[r], counts)
-        found[r] = limit
-
-
-@kernel
-def count_equal(keys: Any, stop: int, limit: Any) -> int:
-    """How many keys equal `limit`."""
-    total = 0
-    for i in range(stop):
-        total += np.uint64(keys[i]) == limit
-    return total
+# --- numbers over blocks ---------------------------------------------------------------------------
 
 
 @kernel
@@ -324,8 +239,7 @@ def scatter(numbers: Any, i0: int, i1: int, buffer: Any, origin: int, grid: Any)
 @cache
 def kernels(codec: Codec) -> SimpleNamespace:
     """The kernels that read or write one array, for its codec."""
-    magnitude, clear, rescale_one = codec.magnitude, codec.clear, codec.scale
-    keys32, keys64, keys_signed = (_key_kernel(key) for key in (codec.key32, codec.key64, codec.signed_key))
+    magnitude, rescale_one = codec.magnitude, codec.scale
 
     @inner_any_order
     def run_sum(buffer: Any, at: int, step: int, count: int, square: bool) -> float:
@@ -417,28 +331,6 @@ def kernels(codec: Codec) -> SimpleNamespace:
                     limbs_sign(limbs, row)
 
     @kernel
-    def drop(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, mask: Any) -> None:
-        """Write +0.0 to every element of the blocks whose mask is False."""
-        run, step = elements[0, -1], elements[1, -1]
-        width, stride = grid[0, -1], grid[1, -1]
-        i = i0
-        while i < i1:
-            stop = min(i1, i + width - i % width)
-            at = origin + place(i, grid)
-            if total == 1:
-                for j in range(stop - i):
-                    if not mask[i - i0 + j]:
-                        clear(buffer, at + j * stride)
-            else:
-                for j in range(stop - i):
-                    if not mask[i - i0 + j]:
-                        for e in range(0, total, run):
-                            first = at + j * stride + place(e, elements)
-                            for r in range(run):
-                                clear(buffer, first + r * step)
-            i = stop
-
-    @kernel
     def rescale(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, factors: Any) -> None:
         """Multiply every element of a block by its factor; 0 writes +0.0, 1 touches nothing."""
         run, step = elements[0, -1], elements[1, -1]
@@ -465,30 +357,9 @@ def kernels(codec: Codec) -> SimpleNamespace:
         return found
 
     return SimpleNamespace(
-        keys32=keys32,
-        keys64=keys64,
-        keys_signed=keys_signed,
         accumulate=accumulate,
         accumulate_scaled=accumulate_scaled,
         accumulate_limbs=accumulate_limbs,
-        drop=drop,
         rescale=rescale,
         count_above=count_above,
     )
-
-
-def _key_kernel(key: Function) -> Function:
-    """The kernel that reads 1-element blocks [i0, i1) as ordered integers."""
-
-    @kernel
-    def keys_of_elements(buffer: Any, origin: int, grid: Any, i0: int, i1: int, out: Any) -> None:
-        width, stride = grid[0, -1], grid[1, -1]
-        i = i0
-        while i < i1:
-            stop = min(i1, i + width - i % width)
-            at = origin + place(i, grid)
-            for j in range(stop - i):
-                out[i - i0 + j] = key(buffer, at + j * stride)
-            i = stop
-
-    return keys_of_elements

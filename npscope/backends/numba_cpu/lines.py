@@ -400,18 +400,6 @@ def norm_kernel(layout: Layout, code: int) -> Any:
     return norms_of_blocks
 
 
-@cache
-def drop_kernel(layout: Layout) -> Any:
-    """The kernel that zeroes the blocks [i0, i1) whose mask is False."""
-    drop = _drop(layout)
-
-    @kernel
-    def drop_blocks(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, mask: Any) -> None:
-        drop(buffer, origin, grid, elements, i0, i1, mask)
-
-    return drop_blocks
-
-
 # --- selection among single elements ---------------------------------------------------------------
 
 

@@ -417,7 +417,8 @@ class LargeScopes:
     def _collected(self, i: int) -> np.ndarray:
         """The keys of piece i that the last survey collected."""
         start = self.start[i]
-        return self.found[self.slot[i]][start : start + self.stored[i]]
+        keys: np.ndarray = self.found[self.slot[i]][start : start + self.stored[i]]
+        return keys
 
     def nth(self, scope: int, k: int) -> tuple[int, int]:
         """(k-th largest key of a scope, how many keys equal to it are among the k largest).
