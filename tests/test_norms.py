@@ -16,6 +16,16 @@ from strategies import ALL_DTYPES, EXACT_DTYPES, FINITE, ORDS, dtype, hostile, p
 import npscope
 
 
+@pytest.fixture(autouse=True)
+def _kernels_of_their_own(monkeypatch):
+    """Small arrays, too, are measured line by line here, as large ones are everywhere."""
+    operands = pytest.importorskip("npscope.backends.numba_cpu.operands")
+    monkeypatch.setattr(operands, "LAYOUT_ELEMENTS", 0)
+    operands.placement.cache_clear()
+    yield
+    operands.placement.cache_clear()
+
+
 def assert_within(got: np.ndarray, x: np.ndarray, block: tuple[int, ...], ord: float, limit: float) -> None:
     part = o.one(x, block)[0]
     assert got.shape == o.block_grid(part)

@@ -83,7 +83,7 @@ def numbers_of(operand: Operand, code: int) -> tuple[Layout, Where] | None:
         return operand.layout, operand.where
     kind = operand.kind
     form = None if kind is None or operand.bytewise else lanes.number_format(kind)
-    if kind is None or form is None or operand.codec is None or operand.size == 0:
+    if kind is None or form is None or operand.codec is None or operand.size == 0 or operand.few:
         return None
     elements, reader = operand.elements, operand.codec
     if kind.is_complex:
