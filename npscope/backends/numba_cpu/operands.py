@@ -142,8 +142,8 @@ class Operand:
     """
 
     __slots__ = (
-        "_buffer", "array", "bytewise", "codec", "cut", "elements", "few", "grid", "is_one_number", "kind", "layout", "order",
-        "origin", "place", "size", "steps",
+        "_buffer", "array", "bytewise", "codec", "cut", "elements", "few", "grid", "is_one_number", "kind", "layout",
+        "order", "origin", "place", "size", "steps",
     )  # fmt: skip
 
     def __init__(self, leaf: Leaf, like: Operand | None = None) -> None:
