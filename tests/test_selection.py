@@ -330,3 +330,35 @@ def test_nnz_from_sparsity_means_the_decimal_it_shows(n):
         s = hundredths / 100
         for given_ in (s, str(s), np.float64(s), o.Fraction(hundredths, 100), np.float32(s), np.float16(s)):
             assert npscope.nnz_from_sparsity(given_, n) == expected
+
+
+# --- scopes larger than a piece --------------------------------------------------------------------
+
+CROWDED = {
+    "NaN first": lambda x: np.where(np.arange(x.size) < x.size // 3, np.nan, x),
+    "all NaN": lambda x: np.full_like(x, np.nan),
+    "inf and NaN": lambda x: np.where(x > 0, np.inf, np.nan),
+    "constant": np.ones_like,
+    "two values": lambda x: np.where(x > 0, 1, -2),
+    "mostly zero": lambda x: np.where(x > 2.5, x, 0),
+    "few values": lambda x: np.round(4 * x),
+    "sorted": np.sort,
+    "heavy tails": lambda x: x**15,
+}
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "int8", "int64"])
+@pytest.mark.parametrize("data", CROWDED)
+def test_large_scopes_of_crowded_keys(backend, data, name):
+    """Brackets from samples end in the right key, whatever share of the keys is the same one."""
+    values = CROWDED[data](np.random.default_rng(5).standard_normal(1 << 18))
+    with np.errstate(all="ignore"):
+        x = (50 * np.nan_to_num(values, posinf=2, neginf=2)).clip(-127, 127) if name.startswith("int") else values
+        x = np.asarray(x).astype(name)
+    size = np.abs(x.astype(np.float64))
+    order = np.lexsort((np.arange(x.size), -np.where(np.isnan(size), np.inf, size), ~np.isnan(size)))
+    for nnz in (1, 1000, x.size // 3 + 7, x.size // 2, x.size - 1):
+        expected = np.zeros(x.size, dtype=bool)
+        expected[order[:nnz]] = True
+        assert same_bits(npscope.block_mask(x, nnz, (1,), (-1,)), expected)
+        assert same_bits(npscope.keep_largest(x, nnz, (1,), (-1,)), np.where(expected, x, x.dtype.type(0)))

@@ -45,7 +45,7 @@ MARGIN = 6.0
 """Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
 
 MAX_GUESSES = 8
-"""Brackets taken from samples before the range of keys is also halved, which ends after 64 times."""
+"""Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
 
 
 @dataclass(frozen=True)
@@ -430,7 +430,7 @@ class LargeScopes:
         sample = self._sample(scope)
         bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, self.ranking.blocks)
         crowded = False
-        for guesses in itertools.count():
+        for guesses in range(MAX_GUESSES + 2 * self.ranking.width):
             low, high = _ends(sample, bracket, k, crowded, halve=guesses >= MAX_GUESSES)
             self._survey(scope, low, high)
             above, inside = int(self.above.sum()), int(self.inside.sum())

@@ -215,12 +215,13 @@ def survey_kernel(read: Function, width: int) -> Function:
     ) -> tuple[int, int, int]:
         keys, _mask, _keep, sums, norms, limbs = scratch
         least, span = keys.dtype.type(low), keys.dtype.type(high - low)
+        most, ones = np.uint64(high), np.uint64(keys.dtype.type(~np.uint64(0)))
         above, inside, end = 0, 0, start
         for i in range(i0, i1, STRIP_ELEMENTS):
             stop = min(i1, i + STRIP_ELEMENTS)
             count = stop - i
             read(*source, i, stop, keys, sums, norms, limbs)
-            over = 0 if high == ~(high & ~high) else count_from(keys, 0, count, high + np.uint64(1))
+            over = 0 if most == ones else count_from(keys, 0, count, most + np.uint64(1))
             above += over
             if end + count + search.SLACK > found.size or low == high:
                 inside += count_from(keys, 0, count, low) - over
