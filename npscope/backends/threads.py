@@ -93,6 +93,8 @@ class _Job:
 
     def fail(self, error: BaseException) -> None:
         """Stop every thread at its next piece."""
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
+            error = error.__context__  # it came while a condition had let go of its lock, whose release then fails
         self.failure = self.failure or error
 
     def close(self) -> None:

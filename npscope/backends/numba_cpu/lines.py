@@ -21,7 +21,7 @@ from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.kernels import place
 from npscope.backends.numba_cpu.lanes import INF, LANES, LINE, ONE, PARTIAL, TWO, Format
-from npscope.backends.numba_cpu.operands import Layout, Operand
+from npscope.backends.numba_cpu.operands import Layout, Operand, layout_of
 from npscope.dtypes import kind_of
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
@@ -103,7 +103,7 @@ def numbers_of(operand: Operand, code: int) -> tuple[Layout, Where] | None:
     width, step = operand.grid[:, -1].tolist()
     if step != run and width > 1:
         return None
-    layout = Layout(form, reader, run, math.prod(sizes) // run)
+    layout = layout_of(form, reader, run, math.prod(sizes) // run)
     return layout, (operand.buffer, operand.origin, operand.grid, elements)
 
 

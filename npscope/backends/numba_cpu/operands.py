@@ -79,7 +79,7 @@ class Layout:
         return self.rows * -(-self.run // CHUNK)
 
 
-_layout = cache(Layout)
+layout_of = cache(Layout)
 """One object for one layout, because kernels are found by it; each stands for kernels that are kept as well."""
 
 
@@ -128,7 +128,7 @@ class Placement:
         sizes, strides = self.elements
         run = int(sizes[-1]) if strides[-1] == 1 and sizes[-1] > 1 else 1
         width, step = int(self.grid[0, -1]), int(self.grid[1, -1])
-        return _layout(form, self.codec, run, self.cut.elements // run) if step == run or width == 1 else None
+        return layout_of(form, self.codec, run, self.cut.elements // run) if step == run or width == 1 else None
 
 
 placement = lru_cache(maxsize=2048)(Placement)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -139,8 +139,12 @@ class Sink(Protocol):
 _FLAT = np.asarray([[1], [0]], dtype=np.int64)
 
 
+_LINE = np.asarray([[1 << 62], [1]], dtype=np.int64)
+
+
 def _dense(array: np.ndarray, origin: int = 0) -> Where:
-    return array, origin, np.asarray([[max(1, array.size)], [1]], dtype=np.int64), _FLAT
+    """A flat array whose entry 0 is block `-origin`, as kernels take an operand."""
+    return array, origin, _LINE, _FLAT
 
 
 class TableSink:
@@ -216,10 +220,9 @@ def select_blocks(
     if not ranking.fits_a_piece:
         keeps = np.empty(ranking.scopes, dtype=np.int64)
         nk.gather(counts.buffer, counts.origin, counts.grid, 1, 0, ranking.scopes, keeps)
-        selection = LargeScopes(ranking)
+        cut = LargeScopes(ranking).cut_job(keeps.tolist(), sinks, shielded=shielded)
         ready()
-        for scope, k in enumerate(keeps.tolist()):
-            selection.select(scope, k, sinks, shielded)
+        cut()
         return
     source, sink = ranking.sources[0], sinks[0]
     if len(sinks) == 1 and source is not None and sink.write is not None:
@@ -283,14 +286,12 @@ def strips_of_thresholds(
 # --- large scopes --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Blocks [b0, b1) of a scope of part `part`, `at` positions into the scope."""
+class _Piece(NamedTuple):
+    """Blocks [b0, b1) of a scope of part `part`."""
 
     part: int
     b0: int
     b1: int
-    at: int
 
 
 @dataclass
@@ -321,16 +322,14 @@ class LargeScopes:
             for source, part in zip(ranking.sources, ranking.parts, strict=True)
         ]
         self.lasting = [i for i, direct in enumerate(read_blocks) if not direct]
-        self.norm_keys = np.empty(ranking.blocks if self.lasting else 0, dtype=ranking.key)
-        self.lengths = [
-            piece_length(part.blocks, part.elements, self.workers, BLOCK_WORKSPACE) for part in ranking.parts
-        ]
+        self.norm_keys = np.empty(ranking.scopes * ranking.blocks if self.lasting else 0, dtype=ranking.key)
         self.pieces = [
-            _Piece(p, b0, min(part.blocks, b0 + STRIPS_ELEMENTS), columns.start + b0)
-            for p, (part, columns) in enumerate(zip(ranking.parts, ranking.columns, strict=True))
-            for b0 in range(0, part.blocks, STRIPS_ELEMENTS)
+            _Piece(p, b0, min(part.blocks, b0 + length))
+            for p, part in enumerate(ranking.parts)
+            for length in [max(STRIP_ELEMENTS, STRIPS_ELEMENTS // part.elements)]
+            for b0 in range(0, part.blocks, length)
         ]
-        # The keys of a part, and the number of its first block in a scope for a kernel that reads them.
+        # The keys of a part: those kept in `norm_keys`, or as a kernel reads them from the array.
         self.reads = [
             strips.dense_reader() if p in self.lasting or source is None else source.read
             for p, source in enumerate(ranking.sources)
@@ -342,7 +341,6 @@ class LargeScopes:
         room = min(ranking.blocks + 2 * STRIP_ELEMENTS, FOUND_BYTES // ranking.key.itemsize)
         self.found = [np.empty(room, dtype=ranking.key) for _ in range(self.workers)]
         self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key).all for _ in range(self.workers)]
-        self.mask = np.empty((self.workers, max(self.lengths)), dtype=np.bool_)
         runs = max(1, min(SAMPLE_RUNS, ranking.blocks // 64 // SAMPLE_RUN))
         self.samples = [
             (
@@ -357,29 +355,36 @@ class LargeScopes:
             for seed in range(SAMPLE_SHARES)
         ]
         # By piece: keys above the bracket and inside it, and where those inside were stored.
-        self.above, self.inside, self.stored, self.slot, self.start, self.left = np.zeros(
+        self.above, self.inside, self.stored, self.slot, self.start, self.equal = np.zeros(
             (6, len(self.pieces)), dtype=np.int64
         )
+        self._keep_norms()
 
     def _each(self, pieces: int, use: Callable[[int, int], None], *, shielded: bool = False) -> None:
         threads.run(pieces, use, self.workers, shielded=shielded)
 
     def _first(self, p: int, scope: int) -> int:
         """The number of the first block of a scope, for the reader of part p."""
-        return 0 if p in self.lasting else scope * self.ranking.parts[p].blocks
+        return scope * (self.ranking.blocks if p in self.lasting else self.ranking.parts[p].blocks)
 
-    def _compute_norms(self, scope: int) -> None:
-        """The keys of all blocks of a scope whose norms take more than a look."""
-        jobs = [(p, b0) for p in self.lasting for b0 in range(0, self.ranking.parts[p].blocks, self.lengths[p])]
-        works = [{p: KeyWork(self.ranking, p, self.lengths[p]) for p in self.lasting} for _ in range(self.workers)]
+    def _keep_norms(self) -> None:
+        """The keys of all blocks whose norms take more than a look."""
+        ranking = self.ranking
+        for p in self.lasting:
+            part, columns = ranking.parts[p], ranking.columns[p]
+            table = self.norm_keys.reshape(ranking.scopes, ranking.blocks)[:, columns]
 
-        def use(slot: int, j: int) -> None:
-            p, b0 = jobs[j]
-            b1 = min(self.ranking.parts[p].blocks, b0 + self.lengths[p])
-            first, at = scope * self.ranking.parts[p].blocks, self.ranking.columns[p].start
-            works[slot][p].fill(first + b0, first + b1, self.norm_keys[at + b0 : at + b1])
+            def make_work(slots: int, length: int, p: int = p, table: np.ndarray = table) -> Callable[..., None]:
+                works = [KeyWork(ranking, p, length) for _ in range(slots)]
+                keys = np.empty((slots, length), dtype=ranking.key)
 
-        self._each(len(jobs), use)
+                def work(slot: int, i0: int, i1: int) -> None:
+                    works[slot].fill(i0, i1, keys[slot, : i1 - i0])
+                    put(table, i0, i1, keys[slot, : i1 - i0])
+
+                return work
+
+            ranges(part.total, part.elements, make_work)()
 
     def _sample(self, scope: int) -> np.ndarray:
         """Some keys of a scope, sorted."""
@@ -423,10 +428,8 @@ class LargeScopes:
     def nth(self, scope: int, k: int) -> tuple[int, int]:
         """(k-th largest key of a scope, how many keys equal to it are among the k largest).
 
-        Leaves in `left` how many keys of each piece equal it.
+        Leaves in `equal` how many keys of each piece equal it.
         """
-        if self.lasting:
-            self._compute_norms(scope)
         sample = self._sample(scope)
         bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, self.ranking.blocks)
         crowded = False
@@ -442,7 +445,7 @@ class LargeScopes:
                     bracket.low, low - 1, above + inside, bracket.above + bracket.inside - above - inside
                 )
             elif low == high:
-                self.left[:] = self.inside
+                self.equal[:] = self.inside
                 return low, k - above
             elif int(self.stored.sum()) == inside:
                 return self._look_up(k - above)
@@ -457,48 +460,53 @@ class LargeScopes:
         keys = np.concatenate(pieces)
         limit = np.partition(keys, keys.size - k)[keys.size - k]
         for i, found in enumerate(pieces):
-            self.left[i] = np.count_nonzero(found == limit)
+            self.equal[i] = np.count_nonzero(found == limit)
         return int(limit), k - int(np.count_nonzero(keys > limit))
-
-    def select(self, scope: int, k: int, sinks: Sequence[Sink], shielded: bool) -> None:
-        """Hand each part's sink the mask of its blocks among the k first-ranked of a scope."""
-        limit, ties = self._limit(scope, k)
-        # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
-        before = np.cumsum(self.left) - self.left
-        quota = np.maximum(ties - before, 0)
-        kernels = [
-            strips.cut_kernel(read, strips.store_mask if sink.write is None else sink.write)
-            for read, sink in zip(self.reads, sinks, strict=True)
-        ]
-
-        def use(slot: int, i: int) -> None:
-            piece = self.pieces[i]
-            sink, p = sinks[piece.part], piece.part
-            first, start = scope * self.ranking.parts[p].blocks, self._first(p, scope)
-            left = int(quota[i])
-            # What a kernel cannot write by itself goes piecewise through a mask.
-            step = STRIPS_ELEMENTS if sink.write is not None else self.lengths[p]
-            for b0 in range(piece.b0, piece.b1, step):
-                b1 = min(piece.b1, b0 + step)
-                mask = self.mask[slot, : b1 - b0]
-                target = _dense(mask, -first - b0) if sink.write is None else sink.where
-                left = kernels[p](
-                    self.wheres[p], start + b0, target, first + b0, first + b1, STRIP_ELEMENTS,
-                    np.uint64(limit), left, self.works[slot],
-                )  # fmt: skip
-                if sink.write is None:
-                    sink.put(first + b0, first + b1, mask)
-
-        self._each(len(self.pieces), use, shielded=shielded)
 
     def _limit(self, scope: int, k: int) -> tuple[int, int]:
         """`nth`, for any k; 0 blocks are above the largest key, and all above key 0 or equal to it."""
         if 0 < k < self.ranking.blocks:
             return self.nth(scope, k)
-        self.left[:] = 0
-        if self.lasting:
-            self._compute_norms(scope)
+        self.equal[:] = 0
         return (0, self.ranking.blocks) if k > 0 else ((1 << self.ranking.width) - 1, 0)
+
+    def cut_job(self, keeps: Sequence[int], sinks: Sequence[Sink], *, shielded: bool) -> Callable[[], None]:
+        """The job that hands each part's sink the mask of its kept blocks; all is decided and allocated now."""
+        pieces, ranking = len(self.pieces), self.ranking
+        limits = np.empty(ranking.scopes, dtype=np.uint64)
+        quotas = np.empty((ranking.scopes, pieces), dtype=np.int64)
+        for scope, k in enumerate(keeps):
+            limits[scope], ties = self._limit(scope, k)
+            # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
+            quotas[scope] = np.maximum(ties - np.cumsum(self.equal) + self.equal, 0)
+        kernels = [
+            strips.cut_kernel(read, strips.store_mask if sink.write is None else sink.write)
+            for read, sink in zip(self.reads, sinks, strict=True)
+        ]
+        # What a kernel cannot write by itself goes through a mask, as much of it as other work arrays take.
+        steps = [
+            STRIPS_ELEMENTS if sink.write is not None else piece_length(part.blocks, part.elements, 1, BLOCK_WORKSPACE)
+            for part, sink in zip(ranking.parts, sinks, strict=True)
+        ]
+        length = max((step for step, sink in zip(steps, sinks, strict=True) if sink.write is None), default=0)
+        masks = np.empty((self.workers, length), dtype=np.bool_)
+
+        def use(slot: int, i: int) -> None:
+            scope, place = divmod(i, pieces)
+            p, start, stop = self.pieces[place]
+            sink, first, read_first = sinks[p], scope * ranking.parts[p].blocks, self._first(p, scope)
+            left = int(quotas[scope, place])
+            for b0 in range(start, stop, steps[p]):
+                b1 = min(stop, b0 + steps[p])
+                target = _dense(masks[slot], -first - b0) if sink.write is None else sink.where
+                left = kernels[p](
+                    self.wheres[p], read_first + b0, target, first + b0, first + b1, STRIP_ELEMENTS,
+                    limits[scope], left, self.works[slot],
+                )  # fmt: skip
+                if sink.write is None:
+                    sink.put(first + b0, first + b1, masks[slot, : b1 - b0])
+
+        return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)
 
 
 def _ends(sample: np.ndarray, bracket: _Bracket, k: int, crowded: bool, *, halve: bool) -> tuple[int, int]:

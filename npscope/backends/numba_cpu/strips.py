@@ -276,18 +276,22 @@ def read_kernel(read: Function) -> Function:
 
 @cache
 def cut_kernel(read: Function, write: Function) -> Function:
-    """The kernel that keeps, of blocks [i0, i1), those above `limit` and the first `ties` equal to it."""
+    """The kernel that keeps, of blocks [i0, i1), those above `limit` and the first `ties` equal to it.
+
+    Returns how many ties are left.
+    """
 
     @kernel
     def cut(
         source: Any, start: int, target: Any, i0: int, i1: int, strip: int, limit: Any, ties: int, scratch: Any
-    ) -> None:
+    ) -> Any:
         keys, mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
             stop = min(i1, i + strip)
             read(*source, start + i - i0, start + stop - i0, keys, sums, norms, limbs)
             ties = mark(keys, 0, stop - i, limit, ties, mask, 0)
             write(*target, i, stop, mask)
+        return ties
 
     return cut
 
