@@ -170,3 +170,18 @@ def test_repeated_calls_give_the_same_bits(rng):
         first = npscope.soft_threshold(x, 0.7, (3, 4))
         for _ in range(3):
             assert same_bits(npscope.soft_threshold(x, 0.7, (3, 4)), first)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64", "int8"])
+@pytest.mark.parametrize("n", range(2, 18))
+def test_scopes_ranked_inside_vectors(name, n):
+    """Scopes of every size that fits a vector, beside others and at the end of a row that no vector fills."""
+    x = hostile("two_valued" if n % 3 == 0 else "normal", (7, 64 * n), name, n)
+    x[0, 0] = x[1, n : 2 * n] = 0
+    for block in ((1, 1), (1, 2)):
+        counts = np.random.default_rng(n).integers(0, n + 1, (7, 64 // block[1]))
+        for nnz in (n // 2, counts):
+            with npscope.use_backend("reference"):
+                expected = npscope.keep_largest(x, nnz, block, (1, n))
+            with npscope.use_backend("numba"):
+                assert same_bits(npscope.keep_largest(x, nnz, block, (1, n)), expected)

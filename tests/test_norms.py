@@ -20,7 +20,7 @@ import npscope
 def _kernels_of_their_own(monkeypatch):
     """Small arrays, too, are measured line by line here, as large ones are everywhere."""
     operands = pytest.importorskip("npscope.backends.numba_cpu.operands")
-    monkeypatch.setattr(operands, "LAYOUT_ELEMENTS", 0)
+    monkeypatch.setattr(operands, "SHAPED_ELEMENTS", 0)
     operands.placement.cache_clear()
     yield
     operands.placement.cache_clear()

@@ -25,7 +25,7 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
     origin = written if leaf.origin is None else Operand(Leaf(read, leaf.cut))
     form = None if written.kind is None else format_of(written.kind)
     adjacent = all(x.layout is not None and x.grid[0, -1] % n == 0 for x in (written, origin))
-    if form is None or not adjacent or not counts.is_one_number:
+    if form is None or not adjacent or not counts.is_one_number or written.few:
         return None
     kernel = lines.prune_groups_kernel(form, n)
     k = int(keep.array.reshape(-1)[0]) if keep.array.size else 0

@@ -30,8 +30,8 @@ SCOPE_BLOCKS, SCOPE_ELEMENTS = 1 << 17, 1 << 22
 STRIPS_ELEMENTS = 1 << 20
 """Elements of a piece that one kernel works off strip by strip: 0.1 ms and more, so that pieces cost little."""
 
-LAYOUT_ELEMENTS = 1 << 10
-"""Elements from which kernels made for one shape of block pay: compiling them takes half a second and more."""
+SHAPED_ELEMENTS = 1 << 10
+"""Elements from which kernels made for one shape of block or scope pay: compiling one takes half a second or more."""
 
 SERIAL_ELEMENTS = 1 << 16
 """Below this many elements a call is about 0.1 ms of work and runs in the calling thread."""
@@ -116,14 +116,14 @@ class Placement:
         self.elements = _nest(self.order, self.steps)
         self.grid = _nest((*cut.scope, *cut.block), self.steps)
         self.is_one_number = not self.grid[1].any()
-        self.few = cut.elements > 1 and cut.scopes * cut.blocks * cut.elements < LAYOUT_ELEMENTS
+        self.few = cut.scopes * cut.blocks * cut.elements < SHAPED_ELEMENTS
         self.layout = self._layout()
 
     def _layout(self) -> Layout | None:
         form = None if self.kind is None or self.bytewise else format_of(self.kind)
         if form is None or self.codec is None or self.cut.elements == 0:
             return None
-        if self.few:
+        if self.few and self.cut.elements > 1:
             return None
         sizes, strides = self.elements
         run = int(sizes[-1]) if strides[-1] == 1 and sizes[-1] > 1 else 1

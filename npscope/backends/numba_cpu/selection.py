@@ -99,6 +99,8 @@ class Ranking:
         # Where each part's blocks stand among the blocks of a scope.
         starts = itertools.accumulate((part.blocks for part in self.parts), initial=0)
         self.columns = [slice(a, b) for a, b in itertools.pairwise(starts)]
+        few = all(leaf.few for part in self.parts for leaf in part.leaves)
+        self.group = 0 if few else group_of(self.blocks)
         self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
         self.sources = [source_of(part, ord, width, self.exact_integers) for part in self.parts]
 
@@ -175,9 +177,7 @@ class ScopeWork:
         self.columns = np.empty(longest, dtype=np.bool_)
         self.rows = ranking.scopes_of_a_strip(STRIP_ELEMENTS)
         self.scratch = Scratch(self.rows * ranking.blocks, self.rows, ranking.key).all
-        self.select = strips.scopes_kernel(
-            strips.dense_reader(), strips.store_mask, group_of(ranking.blocks), ranking.width
-        )
+        self.select = strips.scopes_kernel(strips.dense_reader(), strips.store_mask, ranking.group, ranking.width)
 
     def load(self, s0: int, s1: int) -> Where:
         """The keys of scopes [s0, s1), as a kernel reads them by scope number."""
@@ -241,7 +241,7 @@ def select_blocks(
 
 def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Function, where: Where) -> Callable[[], None]:
     """The job in which one kernel reads, decides and writes."""
-    kernel = strips.scopes_kernel(source.read, write, group_of(ranking.blocks), ranking.width)
+    kernel = strips.scopes_kernel(source.read, write, ranking.group, ranking.width)
     rows = ranking.scopes_of_a_strip(source.strip)
     limits = counts.buffer, counts.origin, counts.grid
 
