@@ -237,6 +237,23 @@ def prune_groups(form: Format, n: int) -> Any:
     return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 5))
 
 
+@cache
+def keep_from(form: Format) -> Any:
+    """``(source, i, target, j, limit)``: write a line of numbers, +0.0 for those whose magnitude's key is below it."""
+
+    def emit(b: Builder, source: Value, target: Value, limit: Value) -> None:
+        _prefetch(b, source, LINE)
+        bits = _load(b, source, _vector(form.bits, form.lanes))
+        word = bits.type.element
+        least = limit if form.bits == 64 else b.trunc(limit, word)
+        nan = word(form.inf + 1)  # every key above infinity is that of NaN
+        least = b.select(b.icmp_unsigned("<", least, nan), least, nan)
+        kept = b.icmp_unsigned(">=", _keys(b, bits, form), _broadcast(b, least, form.lanes))
+        _store(b, b.select(kept, bits, _splat(bits.type, 0)), target)
+
+    return intrinsic(_with_arguments(_emitter(lambda *args: types.void(*args), emit), 5))
+
+
 def groups_per_line(width: int, n: int) -> int:
     """Groups of n numbers of `width` bits that a vector holds."""
     return max(1, 8 * LINE // width // n)

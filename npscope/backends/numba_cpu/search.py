@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import lanes
+from npscope.backends.numba_cpu.codecs import signed_key_of_float32, signed_key_of_float64
 from npscope.backends.numba_cpu.jit import inner
 
 QUICK_PROBES = 6
@@ -26,6 +27,8 @@ CHUNK = 64
 
 SLACK = 64
 """Entries that work arrays have beyond what is used, so that vectors need no remainder."""
+
+_SIGN32, _SIGN64 = np.uint32(1 << 31), np.uint64(1 << 63)
 
 FIRST_GUESS, FIRST_SPACING = np.uint64(1 << 30), 65536.0
 """Where a search starts that has no scope before it."""
@@ -56,11 +59,36 @@ def neighbours_of(keys: Any, start: int, n: int, limit: Any) -> tuple[Any, Any]:
 
 
 @inner
-def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, int, float]:
+def real_of(key: Any, itemsize: int, signed: bool) -> float:
+    """A number along which keys are spread evenly enough to interpolate: the key, or the float of a `signed` one.
+
+    Signed keys crowd around zero, by their exponents; there 14 guesses are needed and not 6.
+    """
+    if not signed:
+        return np.float64(key)
+    if itemsize == 4:
+        bits = np.uint32(key)
+        return np.float64(np.uint32(bits ^ _SIGN32 if bits >= _SIGN32 else ~bits).view(np.float32))
+    wide = np.uint64(key)
+    return np.uint64(wide ^ _SIGN64 if wide >= _SIGN64 else ~wide).view(np.float64)
+
+
+@inner
+def key_near(real: float, itemsize: int, signed: bool) -> Any:
+    """A key near a number of `real_of`."""
+    if not signed:
+        return np.uint64(real)
+    if itemsize == 4:
+        return np.uint64(signed_key_of_float32(np.float32(real)))
+    return signed_key_of_float64(real)
+
+
+@inner
+def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float, signed: bool) -> tuple[Any, int, float]:
     """(limit, ties, spacing): the first-ranked k of n keys are those above `limit` and the first `ties` equal to it.
 
     0 < k < n. Where `ties` is n, exactly k keys are at least `limit`, which need not be one of them. `spacing`
-    says how far apart keys lie near there, for the next guess.
+    says how far apart keys lie near there, for the next guess. `signed`: keys of signed floats.
 
     Invariant: more than k keys are at least `low`, fewer than k are above `high`.
     """
@@ -78,7 +106,9 @@ def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) 
         stuck = count == last  # between two guesses lies no key, so keys are few and many are equal
         last = count
         if guessed_low and guessed_high:
-            spacing = np.float64(high - low) / np.float64(count_low - count_high)
+            distance = real_of(high, keys.itemsize, signed) - real_of(low, keys.itemsize, signed)
+            if distance < np.inf:
+                spacing = distance / np.float64(count_low - count_high)
         if count == k:
             return p, n, spacing
         above, below = p, p - one
@@ -91,13 +121,17 @@ def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) 
         width = high - low
         if probes > QUICK_PROBES and probes & 1:
             p = low + (width >> one)
-        elif guessed_low and guessed_high:
-            share = np.float64(count_low - k) / np.float64(count_low - count_high)
-            p = low + np.uint64(np.float64(width) * share)
         else:
-            step = np.uint64(min(1.0 + spacing * np.float64(abs(count - k)), 0.9 * np.float64(width)))
-            p = low + step if count > k else high - step
-            spacing *= 2.0  # a guess far off: the next step is bolder
+            bottom, top = real_of(low, keys.itemsize, signed), real_of(high, keys.itemsize, signed)
+            if guessed_low and guessed_high:
+                real = bottom + (top - bottom) * (np.float64(count_low - k) / np.float64(count_low - count_high))
+            else:
+                step = spacing * np.float64(abs(count - k))
+                real = bottom + step if count > k else top - step
+                spacing *= 2.0  # a guess far off: the next step is bolder
+            p = low + (width >> one)
+            if (signed and np.isfinite(real)) or (not signed and 0.0 <= real < 1.8e19):
+                p = key_near(real, keys.itemsize, signed)
     return low, k - count_high, spacing
 
 
@@ -124,11 +158,22 @@ def mark(keys: Any, start: int, n: int, limit: Any, ties: Any, mask: Any, at: in
 
 
 @inner
-def kth_key(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, float]:
+def limit_of(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, Any, Any, float]:
+    """`separate` for any k, with where to start the next search: (limit, ties, guess, spacing)."""
+    if k <= 0:
+        return ~np.uint64(0), 0, guess, spacing
+    if k >= n:
+        return np.uint64(0), n, guess, spacing
+    limit, ties, spacing = separate(keys, start, n, k, guess, spacing, False)
+    return limit, ties, limit, spacing
+
+
+@inner
+def kth_key(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float, signed: bool) -> tuple[Any, float]:
     """(k-th largest of n keys, spacing); 1 <= k <= n."""
     limit, ties = np.uint64(0), n
     if k < n:
-        limit, ties, spacing = separate(keys, start, n, k, guess, spacing)
+        limit, ties, spacing = separate(keys, start, n, k, guess, spacing, signed)
     if ties == n:
         limit, _ = neighbours_of(keys, start, n, limit)
     return limit, spacing
@@ -151,13 +196,7 @@ def selector(group: int, width: int) -> Any:
         @inner
         def select(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float) -> tuple[Any, float]:
             for r in range(rows):
-                k = keep[r]
-                limit, ties = np.uint64(0), n
-                if k <= 0:
-                    limit, ties = ~limit, 0
-                elif k < n:
-                    limit, ties, spacing = separate(keys, r * n, n, k, guess, spacing)
-                    guess = limit
+                limit, ties, guess, spacing = limit_of(keys, r * n, n, keep[r], guess, spacing)
                 mark(keys, r * n, n, limit, ties, mask, r * n)
             return guess, spacing
 

@@ -35,7 +35,7 @@ from npscope.tiling import Leaf, Parts
 FOUND_BYTES = 6 << 20
 """Work array of a thread for the keys between two limits; 1 % of a scope lies there as a rule."""
 
-SAMPLE_RUNS, SAMPLE_RUN = 1 << 14, 16
+SAMPLE_RUNS, SAMPLE_RUN = 1 << 13, 16
 """Places of a scope that are sampled, and keys read at each: as many as a cache line of float32 holds."""
 
 SAMPLE_SHARES = 8
@@ -92,6 +92,8 @@ class Ranking:
             if narrow and len(self.parts) == 1 and first.elements == 1 and not values:
                 width = 8 * parts[0][0].array.dtype.itemsize
         self.width = width
+        kind = parts[0][0].array.dtype
+        self.signed = ord is None and not kind_of(kind).is_integer
         self.key = np.dtype(f"u{width // 8}")
         self.scopes = self.parts[0].cut.scopes
         self.blocks = sum(part.blocks for part in self.parts)
@@ -133,6 +135,8 @@ class Sink(Protocol):
 
     write: Function | None
     where: Where
+    operand: Operand | None
+    """The array of elements that is zeroed, if that is what `write` does."""
 
     def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
         """Take the mask of blocks [i0, i1)."""
@@ -149,7 +153,7 @@ def _dense(array: np.ndarray, origin: int = 0) -> Where:
     return array, origin, _LINE, _FLAT
 
 
-class TableSink:
+class TableSink(Sink):
     """A sink that keeps the masks, in the columns of a table."""
 
     def __init__(self, columns: np.ndarray) -> None:
@@ -157,6 +161,7 @@ class TableSink:
         contiguous = columns.flags.c_contiguous
         self.write = strips.store_mask if contiguous else None
         self.where = _dense(columns.reshape(-1) if contiguous else np.empty(0, dtype=np.bool_))
+        self.operand: Operand | None = None
 
     def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
         """Keep the mask of blocks [i0, i1)."""
@@ -226,7 +231,7 @@ def select_blocks(
         return
     source, sink = ranking.sources[0], sinks[0]
     if len(sinks) == 1 and source is not None and sink.write is not None:
-        job = _strips_job(ranking, counts, source, sink.write, sink.where)
+        job = _strips_job(ranking, counts, source, sink.write, sink)
     else:
 
         def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
@@ -239,9 +244,19 @@ def select_blocks(
     job()
 
 
-def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Function, where: Where) -> Callable[[], None]:
+def cutter_of(ranking: Ranking, p: int, sink: Sink) -> Function | None:
+    """How adjacent elements are zeroed by their own keys, where keys and sink belong to elements that lie alike."""
+    read, written = ranking.parts[p].leaves[0].layout, None if sink.operand is None else sink.operand.layout
+    if read is None or written is None or ranking.parts[p].elements > 1 or ranking.ord is None:
+        return None
+    same = read.form == written.form and ranking.width == read.form.bits
+    return strips.cutter(read.form, read.codec) if same else None
+
+
+def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Function, sink: Sink) -> Callable[[], None]:
     """The job in which one kernel reads, decides and writes."""
-    kernel = strips.scopes_kernel(source.read, write, ranking.group, ranking.width)
+    cut = None if ranking.group else cutter_of(ranking, 0, sink)
+    kernel, where = strips.scopes_kernel(source.read, write, ranking.group, ranking.width, cut), sink.where
     rows = ranking.scopes_of_a_strip(source.strip)
     limits = counts.buffer, counts.origin, counts.grid
 
@@ -394,12 +409,9 @@ class LargeScopes:
             first, blocks = self._first(p, scope), self.ranking.parts[p].blocks
             kernel = strips.sample_kernel(self.reads[p])
             kernel(self.wheres[p], first, first + blocks, min(SAMPLE_RUN, blocks), seed, share, self.works[slot])
-            share.sort()
 
         self._each(len(self.samples), use)
-        sample: np.ndarray = np.concatenate([share for _, _, share in self.samples])
-        sample.sort(kind="stable")  # which merges sorted shares
-        return sample
+        return np.sort(np.concatenate([share for _, _, share in self.samples]))
 
     def _survey(self, scope: int, low: int, high: int) -> None:
         """Count the keys of every piece above and inside [low, high], and collect the latter."""
@@ -458,10 +470,11 @@ class LargeScopes:
         """`nth` among the keys that the last survey collected."""
         pieces = [self._collected(i) for i in range(len(self.pieces))]
         keys = np.concatenate(pieces)
-        limit = np.partition(keys, keys.size - k)[keys.size - k]
+        keys.partition(keys.size - k)
+        limit = keys[keys.size - k]
         for i, found in enumerate(pieces):
             self.equal[i] = np.count_nonzero(found == limit)
-        return int(limit), k - int(np.count_nonzero(keys > limit))
+        return int(limit), k - int(np.count_nonzero(keys[keys.size - k :] > limit))
 
     def _limit(self, scope: int, k: int) -> tuple[int, int]:
         """`nth`, for any k; 0 blocks are above the largest key, and all above key 0 or equal to it."""
@@ -474,11 +487,15 @@ class LargeScopes:
         """The job that hands each part's sink the mask of its kept blocks; all is decided and allocated now."""
         pieces, ranking = len(self.pieces), self.ranking
         limits = np.empty(ranking.scopes, dtype=np.uint64)
-        quotas = np.empty((ranking.scopes, pieces), dtype=np.int64)
+        quotas, spare = np.empty((2, ranking.scopes, pieces), dtype=np.int64)
         for scope, k in enumerate(keeps):
             limits[scope], ties = self._limit(scope, k)
             # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
             quotas[scope] = np.maximum(ties - np.cumsum(self.equal) + self.equal, 0)
+            spare[scope] = quotas[scope] - self.equal
+        largest = (1 << ranking.width) - 1
+        cutters = [cutter_of(ranking, p, sink) for p, sink in enumerate(sinks)]
+        cuts = [None if cut is None else strips.cutter_kernel(cut) for cut in cutters]
         kernels = [
             strips.cut_kernel(read, strips.store_mask if sink.write is None else sink.write)
             for read, sink in zip(self.reads, sinks, strict=True)
@@ -495,7 +512,12 @@ class LargeScopes:
             scope, place = divmod(i, pieces)
             p, start, stop = self.pieces[place]
             sink, first, read_first = sinks[p], scope * ranking.parts[p].blocks, self._first(p, scope)
-            left = int(quotas[scope, place])
+            left, limit = int(quotas[scope, place]), int(limits[scope])
+            cut = cuts[p]
+            if cut is not None and (spare[scope, place] >= 0 or left == 0) and (left > 0 or limit < largest):
+                # Equal keys stay or go together, so elements can be cut by a limit alone.
+                cut(self.wheres[p], sink.where, first + start, first + stop, np.uint64(limit + (left == 0)))
+                return
             for b0 in range(start, stop, steps[p]):
                 b1 = min(stop, b0 + steps[p])
                 target = _dense(masks[slot], -first - b0) if sink.write is None else sink.where
@@ -565,7 +587,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
             works = [Scratch(rows * ranking.blocks, rows, ranking.key).all for _ in range(slots)]
 
             def work(slot: int, s0: int, s1: int) -> None:
-                kernel(source.where, limits, s0, s1, ranking.blocks, rows, found, works[slot])
+                kernel(source.where, limits, s0, s1, ranking.blocks, rows, ranking.signed, found, works[slot])
 
             return work
 
@@ -578,7 +600,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
 
         def work(slot: int, s0: int, s1: int) -> None:
             keys = works[slot].load(s0, s1)
-            dense(keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, works[slot].scratch)
+            dense(keys, limits, s0, s1, ranking.blocks, works[slot].rows, ranking.signed, found, works[slot].scratch)
 
         return work
 

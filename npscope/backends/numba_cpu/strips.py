@@ -134,6 +134,31 @@ def _dropper(codec: Codec) -> Function:
     return drop
 
 
+@cache
+def cutter(form: lanes.Format, codec: Codec) -> Function:
+    """Write adjacent elements by their own keys, ``(source, target, i, stop, limit)``: +0.0 for those below `limit`."""
+    step, size, clear = lanes.keep_from(form), form.lanes, codec.clear
+    key: Any = {32: codec.key32, 64: codec.key64}.get(form.bits) or codec.narrow_key
+
+    @inner
+    def cut(source: Any, target: Any, i: int, stop: int, limit: Any) -> None:
+        data, origin, grid, _ = source
+        out, origin_out, grid_out, _ = target
+        width, width_out = grid[0, -1], grid_out[0, -1]
+        while i < stop:
+            after = min(stop, i + width - i % width, i + width_out - i % width_out)
+            at, at_out, count = origin + place(i, grid), origin_out + place(i, grid_out), after - i
+            whole = count - count % size
+            for e in range(0, whole, size):
+                step(data, at + e, out, at_out + e, limit)
+            for e in range(whole, count):
+                if np.uint64(key(data, at + e)) < limit:
+                    clear(out, at_out + e)
+            i = after
+
+    return cut
+
+
 @inner
 def store_mask(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, mask: Any) -> None:
     """The mask itself, into a dense table."""
@@ -156,8 +181,34 @@ def write_kernel(write: Function) -> Function:
 
 
 @cache
-def scopes_kernel(read: Function, write: Function, group: int, width: int) -> Function:
-    """The kernel that keeps the first-ranked blocks of scopes [s0, s1), in strips of `rows` scopes of n blocks."""
+def scopes_kernel(read: Function, write: Function, group: int, width: int, cut: Function | None = None) -> Function:
+    """The kernel that keeps the first-ranked blocks of scopes [s0, s1), in strips of `rows` scopes of n blocks.
+
+    With `cut` (a `cutter`) it serves scopes that are searched, not `group`s, of elements.
+    """
+    if cut is not None:
+
+        @kernel
+        def cut_in_scopes(
+            source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, scratch: Any
+        ) -> None:
+            keys, mask, keep, sums, norms, limbs = scratch
+            guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+            for s in range(s0, s1, rows):
+                stop = min(s1, s + rows)
+                read_numbers(*counts, 1, s, stop, keep)
+                read(*source, s * n, stop * n, keys, sums, norms, limbs)
+                for r in range(stop - s):
+                    i = (s + r) * n
+                    limit, ties, guess, spacing = search.limit_of(keys, r * n, n, keep[r], guess, spacing)
+                    if ties == n:
+                        cut(source, target, i, i + n, limit)
+                    else:
+                        mark(keys, r * n, n, limit, ties, mask, 0)
+                        write(*target, i, i + n, mask)
+
+        return cut_in_scopes
+
     select = selector(group, width)
 
     @kernel
@@ -182,7 +233,7 @@ def kth_kernel(read: Function) -> Function:
 
     @kernel
     def kth_of_scopes(
-        source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any
+        source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, signed: bool, found: Any, scratch: Any
     ) -> None:
         keys, _mask, keep, sums, norms, limbs = scratch
         guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
@@ -191,7 +242,7 @@ def kth_kernel(read: Function) -> Function:
             read_numbers(*counts, 1, s, stop, keep)
             read(*source, s * n, stop * n, keys, sums, norms, limbs)
             for r in range(stop - s):
-                guess, spacing = kth_key(keys, r * n, n, keep[r], guess, spacing)
+                guess, spacing = kth_key(keys, r * n, n, keep[r], guess, spacing, signed)
                 found[s + r] = guess
 
     return kth_of_scopes
@@ -294,6 +345,17 @@ def cut_kernel(read: Function, write: Function) -> Function:
         return ties
 
     return cut
+
+
+@cache
+def cutter_kernel(cut: Function) -> Function:
+    """The kernel of a `cutter` on elements [i0, i1)."""
+
+    @kernel
+    def cut_elements(source: Any, target: Any, i0: int, i1: int, limit: Any) -> None:
+        cut(source, target, i0, i1, limit)
+
+    return cut_elements
 
 
 # --- thresholds ------------------------------------------------------------------------------------

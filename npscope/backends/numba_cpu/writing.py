@@ -39,6 +39,7 @@ class DropSink:
         self.part = part
         self.write = None if part.spans_leaves else strips.dropper(part.leaves[0])
         self.where = part.leaves[0].where
+        self.operand = None if part.spans_leaves else part.leaves[0]
 
     def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
         """Zero what the mask of blocks [i0, i1) says."""
