@@ -16,7 +16,7 @@ import numpy as np
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
-from npscope.backends.numba_cpu.operands import Competitors, competitors, ranges
+from npscope.backends.numba_cpu.operands import Competitors, competitors, in_memory_order, ranges
 from npscope.backends.numba_cpu.selection import Ranking, kth, mask, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink
 from npscope.backends.numba_cpu.writing import DropSink, Numbers, arrays, drop, fill, rescale, with_numbers
@@ -44,6 +44,7 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
     if quick is not None:
         quick()
         return arrays(target)
+    target, source, keep = in_memory_order(target, source, keep)
     written = competitors(target)
     select_blocks(
         Ranking(source, ord),

@@ -40,7 +40,8 @@ class Codec:
     `unit` is the buffer's dtype.
     ``magnitude(buffer, i)`` is |x| as float64 (NaN if any part is), ``key32`` and ``key64`` are
     magnitudes as ordered integers (equal values, equal keys; NaN the largest), ``signed_key``
-    orders signed values, ``clear`` writes +0.0, ``scale`` multiplies by a float64 (0 writes +0.0,
+    orders signed values, ``keep(buffer, i, kept)`` writes +0.0
+    unless `kept`, by select, ``scale`` multiplies by a float64 (0 writes +0.0,
     1 keeps the bits), ``value`` reads a real number as float64, ``soften(buffer, i, t, h)`` is the
     proximal step of t * |x| in the metric h: towards zero by t / h, +0.0 where h * |x| is <= t as
     rounded to the norm's dtype; NaN stays, and everything for t = 0. ``narrow_key`` is
@@ -54,7 +55,7 @@ class Codec:
     key64: Function
     signed_key: Function
     signed_width: int
-    clear: Function
+    keep: Function
     scale: Function
     soften: Function
     narrow_key: Function | None = None
@@ -271,8 +272,8 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
             return signed_key_of_float64(fetch(buffer, i))
 
     @inner
-    def clear(buffer: Any, i: int) -> None:
-        place(buffer, i, zero)
+    def keep(buffer: Any, i: int, kept: bool) -> None:
+        place(buffer, i, fetch(buffer, i) if kept else zero)
 
     encode = _ENCODE.get(kind.name, np.float64 if kind.name == "float64" else np.float32)
     number = np.float32 if narrow else np.float64
@@ -297,7 +298,7 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
 
     narrow_key = _narrow_key(kind.name, fetch) if kind.name in _STORAGE else None
     return Codec(
-        unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, clear, scale, soften, narrow_key
+        unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, keep, scale, soften, narrow_key
     )  # fmt: skip
 
 
@@ -357,8 +358,8 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
         exact_key64 = signed_key
 
     @inner
-    def clear(buffer: Any, i: int) -> None:
-        place(buffer, i, zero)
+    def keep(buffer: Any, i: int, kept: bool) -> None:
+        place(buffer, i, fetch(buffer, i) if kept else zero)
 
     @inner
     def scale(buffer: Any, i: int, factor: float) -> None:
@@ -369,7 +370,7 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
         pass
 
     key64 = exact_key64 if wide else float_key64
-    return Codec(unit, magnitude, value, key32, key64, signed_key, 64, clear, scale, soften)
+    return Codec(unit, magnitude, value, key32, key64, signed_key, 64, keep, scale, soften)
 
 
 def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, kind: Kind) -> Codec:
@@ -394,9 +395,9 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
         return key_of_float64(magnitude(buffer, i))
 
     @inner
-    def clear(buffer: Any, i: int) -> None:
-        place(buffer, i, zero)
-        place(buffer, i + step, zero)
+    def keep(buffer: Any, i: int, kept: bool) -> None:
+        for part in (i, i + step):
+            place(buffer, part, fetch(buffer, part) if kept else zero)
 
     @inner
     def scale(buffer: Any, i: int, factor: float) -> None:
@@ -414,4 +415,4 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
             return
         scale(buffer, i, 0.0 if weighted <= limit else (size - limit / h) / size)
 
-    return Codec(unit, magnitude, magnitude, key32, key64, key64, 64, clear, scale, soften)
+    return Codec(unit, magnitude, magnitude, key32, key64, key64, 64, keep, scale, soften)

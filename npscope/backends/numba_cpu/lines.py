@@ -291,7 +291,7 @@ def _rescale(codec: Codec) -> Any:
 @cache
 def _drop(layout: Layout) -> Any:
     """``drop(buffer, origin, grid, elements, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
-    form, run, rows, clear = layout.form, layout.run, layout.rows, layout.codec.clear
+    form, run, rows, keep = layout.form, layout.run, layout.rows, layout.codec.keep
     together = lanes.runs_per_line(form, run)
     vectors = run <= 32
     many, one = lanes.drop_runs(form, run if vectors else 1, together), lanes.drop_runs(form, run if vectors else 1, 1)
@@ -308,7 +308,7 @@ def _drop(layout: Layout) -> Any:
                 one(buffer, at, mask, j)
             elif not mask[j]:
                 for e in range(run):
-                    clear(buffer, at + e)
+                    keep(buffer, at + e, False)
             at += run
             j += 1
 

@@ -13,7 +13,7 @@ from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.lanes import CHUNK, Format, format_of
 from npscope.dtypes import Kind, common_norm, kind_of
 from npscope.options import thread_count, thread_limit
-from npscope.tiling import Cut, Dim, Leaf, Part
+from npscope.tiling import Cut, Dim, Leaf, Part, Parts
 
 PIECE_ELEMENTS = 1 << 18
 """Elements of a piece: 1 MiB of float32, so that it stays in a core's cache between its passes."""
@@ -32,6 +32,9 @@ STRIPS_ELEMENTS = 1 << 20
 
 SHAPED_ELEMENTS = 1 << 10
 """Elements from which kernels made for one shape of block or scope pay: compiling one takes half a second or more."""
+
+ACROSS = 16
+"""Scopes that must lie side by side to be read across: fewer do not fill a line."""
 
 SERIAL_ELEMENTS = 1 << 16
 """Below this many elements a call is about 0.1 ms of work and runs in the calling thread."""
@@ -117,7 +120,16 @@ class Placement:
         self.grid = _nest((*cut.scope, *cut.block), self.steps)
         self.is_one_number = not self.grid[1].any()
         self.few = cut.scopes * cut.blocks * cut.elements < SHAPED_ELEMENTS
+        self.across = self._across()
         self.layout = self._layout()
+
+    def _across(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Loops over scopes and over their blocks, where scopes of elements lie side by side, and blocks apart."""
+        if self.cut.elements > 1 or self.cut.blocks == 1 or self.few:
+            return None
+        scopes, blocks = _nest(self.cut.scope, self.steps), _nest(self.cut.block, self.steps)
+        beside = abs(int(scopes[1, -1])) < abs(int(blocks[1, -1])) and scopes[0, -1] >= ACROSS
+        return (scopes, blocks) if beside else None
 
     def _layout(self) -> Layout | None:
         form = None if self.kind is None or self.bytewise else format_of(self.kind)
@@ -142,8 +154,8 @@ class Operand:
     """
 
     __slots__ = (
-        "_buffer", "array", "bytewise", "codec", "cut", "elements", "few", "grid", "is_one_number", "kind", "layout",
-        "order", "origin", "place", "size", "steps",
+        "_buffer", "across", "array", "bytewise", "codec", "cut", "elements", "few", "grid", "is_one_number", "kind",
+        "layout", "order", "origin", "place", "size", "steps",
     )  # fmt: skip
 
     def __init__(self, leaf: Leaf, like: Operand | None = None) -> None:
@@ -156,7 +168,12 @@ class Operand:
         self.cut, self.size, self.steps = place.cut, place.cut.elements, place.steps
         self.origin, self.grid, self.elements = place.origin, place.grid, place.elements
         self.order: tuple[Dim, ...] = place.order
-        self.few, self.layout, self.is_one_number = place.few, place.layout, place.is_one_number
+        self.across, self.few, self.layout, self.is_one_number = (
+            place.across,
+            place.few,
+            place.layout,
+            place.is_one_number,
+        )
 
     @property
     def buffer(self) -> np.ndarray:
@@ -200,6 +217,24 @@ class Competitors:
         self.elements = sum([leaf.size for leaf in self.leaves])
         self.spans_leaves = len(part) > 1
         self.norm, self.exact, self.wide_integers = _measure(tuple([kind_of(leaf.array.dtype) for leaf in part]))
+
+
+def in_memory_order(target: Parts, source: Parts, numbers: Leaf) -> tuple[Parts, Parts, Leaf]:
+    """The same problem, its scopes taken in the order in which the first written array lies in memory."""
+    first = target[0][0]
+    reach = [abs(dim.step * first.array.strides[dim.axis]) for dim in first.cut.scope]
+    order = sorted(range(len(reach)), key=lambda d: -reach[d])
+    if order == list(range(len(reach))):
+        return target, source, numbers
+
+    def reordered(leaf: Leaf) -> Leaf:
+        cut = leaf.cut
+        return Leaf(leaf.array, Cut.of([cut.scope[d] for d in order], cut.block, cut.element), leaf.origin)
+
+    def each(parts: Parts) -> Parts:
+        return tuple(tuple(reordered(leaf) for leaf in part) for part in parts)
+
+    return each(target), each(source), reordered(numbers)
 
 
 def competitors(parts: Sequence[Part]) -> list[Competitors]:

@@ -15,6 +15,7 @@ from npscope.backends.numba_cpu import lines, strips
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.norms import NormWork, code_of, put
 from npscope.backends.numba_cpu.operands import (
+    ACROSS,
     BLOCK_WORKSPACE,
     SCOPE_BLOCKS,
     SCOPE_ELEMENTS,
@@ -34,6 +35,9 @@ from npscope.tiling import Leaf, Parts
 
 FOUND_BYTES = 6 << 20
 """Work array of a thread for the keys between two limits; 1 % of a scope lies there as a rule."""
+
+ACROSS_ELEMENTS, ACROSS_KEYS = 1 << 14, 1 << 20
+"""Elements of a strip of scopes that lie side by side, and most of them where a line of each takes more."""
 
 SAMPLE_RUNS, SAMPLE_RUN = 1 << 13, 16
 """Places of a scope that are sampled, and keys read at each: as many as a cache line of float32 holds."""
@@ -57,15 +61,21 @@ class Source:
     strip: int
 
 
-def source_of(part: Competitors, ord: float | None, width: int, exact_integers: bool) -> Source | None:
-    """How a kernel reads the keys of a part by itself; None where norms are computed pass by pass."""
+def source_of(
+    part: Competitors, ord: float | None, width: int, exact_integers: bool, *, across: bool = False
+) -> Source | None:
+    """How a kernel reads the keys of a part by itself; None where norms are computed pass by pass.
+
+    `across`: whole scopes are read, which may lie side by side.
+    """
     leaf = part.leaves[0]
     if part.spans_leaves or leaf.codec is None:
         return None
-    if ord is None:
-        return Source(strips.element_reader(leaf.codec.signed_key), leaf.where, STRIP_ELEMENTS)
-    if part.elements == 1 and (exact_integers or not part.wide_integers):
-        key = {32: leaf.codec.key32, 64: leaf.codec.key64}.get(width) or leaf.codec.narrow_key
+    if ord is None or (part.elements == 1 and (exact_integers or not part.wide_integers)):
+        keys = {32: leaf.codec.key32, 64: leaf.codec.key64}
+        key = leaf.codec.signed_key if ord is None else keys.get(width) or leaf.codec.narrow_key
+        if across and leaf.across is not None:
+            return Source(strips.across_reader(key), (leaf.buffer, leaf.origin, *leaf.across), ACROSS_ELEMENTS)
         return Source(strips.element_reader(key), leaf.where, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
@@ -104,11 +114,13 @@ class Ranking:
         few = all(leaf.few for part in self.parts for leaf in part.leaves)
         self.group = 0 if few else group_of(self.blocks)
         self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
-        self.sources = [source_of(part, ord, width, self.exact_integers) for part in self.parts]
+        across = self.fits_a_piece and len(self.parts) == 1
+        self.sources = [source_of(part, ord, width, self.exact_integers, across=across) for part in self.parts]
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
-        return max(1, strip // self.blocks)
+        across = self.parts[0].leaves[0].across is not None
+        return max(1, strip // self.blocks, min(ACROSS, ACROSS_KEYS // self.blocks) if across else 1)
 
 
 class KeyWork:
@@ -119,15 +131,18 @@ class KeyWork:
         self.source = source
         self.norms = None if source is not None else NormWork(part, float(ranking.ord or 2), length)
         if source is not None:
+            self.strip = source.strip
+            if ranking.fits_a_piece:  # whole scopes, which may lie side by side
+                self.strip = ranking.scopes_of_a_strip(source.strip) * part.blocks
             self.kernel = strips.read_kernel(source.read)
-            self.scratch = Scratch(source.strip, 0, ranking.key).all
+            self.scratch = Scratch(self.strip, 0, ranking.key).all
 
     def fill(self, i0: int, i1: int, keys: np.ndarray) -> None:
         """The keys of blocks [i0, i1)."""
         if self.norms is not None:
             nk.keys_of_norms(self.norms.fill(i0, i1)[0], keys)
         elif self.source is not None:
-            self.kernel(self.source.where, i0, i1, self.source.strip, keys, self.scratch)
+            self.kernel(self.source.where, i0, i1, self.strip, keys, self.scratch)
 
 
 class Sink(Protocol):
@@ -256,7 +271,10 @@ def cutter_of(ranking: Ranking, p: int, sink: Sink) -> Function | None:
 def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Function, sink: Sink) -> Callable[[], None]:
     """The job in which one kernel reads, decides and writes."""
     cut = None if ranking.group else cutter_of(ranking, 0, sink)
-    kernel, where = strips.scopes_kernel(source.read, write, ranking.group, ranking.width, cut), sink.where
+    where, written = sink.where, sink.operand
+    if written is not None and written.codec is not None and written.across is not None:
+        write, where = strips.across_dropper(written.codec), (written.buffer, written.origin, *written.across)
+    kernel = strips.scopes_kernel(source.read, write, ranking.group, ranking.width, cut)
     rows = ranking.scopes_of_a_strip(source.strip)
     limits = counts.buffer, counts.origin, counts.grid
 

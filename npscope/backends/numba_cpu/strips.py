@@ -72,6 +72,66 @@ def element_reader(key: Function) -> Function:
     return read
 
 
+@cache
+def across_reader(key: Function) -> Function:
+    """Read 1-element blocks of scopes that lie side by side in memory, block by block of all of them.
+
+    In the place of `grid` and `elements` stand the loops over scopes and those over the blocks of a scope.
+    """
+
+    @inner
+    def read(
+        buffer: Any, origin: int, scopes: Any, blocks: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any,
+        limbs: Any,
+    ) -> None:  # fmt: skip
+        n = length_of(blocks)
+        width, stride = scopes[0, -1], scopes[1, -1]
+        first, last = i // n, stop // n
+        s = first
+        while s < last:
+            after = min(last, s + width - s % width)
+            at = origin + place(s, scopes)
+            for j in range(n):
+                here, there = at + place(j, blocks), (s - first) * n + j
+                for r in range(after - s):
+                    keys[np.uintp(there + r * n)] = key(buffer, here + r * stride)
+            s = after
+
+    return read
+
+
+@cache
+def across_dropper(codec: Codec) -> Function:
+    """Write what `across_reader` reads: +0.0 where the mask is False."""
+    keep = codec.keep
+
+    @inner
+    def drop(buffer: Any, origin: int, scopes: Any, blocks: Any, i: int, stop: int, mask: Any) -> None:
+        n = length_of(blocks)
+        width, stride = scopes[0, -1], scopes[1, -1]
+        first, last = i // n, stop // n
+        s = first
+        while s < last:
+            after = min(last, s + width - s % width)
+            at = origin + place(s, scopes)
+            for j in range(n):
+                here, there = at + place(j, blocks), (s - first) * n + j
+                for r in range(after - s):
+                    keep(buffer, here + r * stride, mask[np.uintp(there + r * n)])
+            s = after
+
+    return drop
+
+
+@inner
+def length_of(nest: Any) -> int:
+    """How many steps the loops of a nest make."""
+    total = 1
+    for d in range(nest.shape[1]):
+        total *= nest[0, d]
+    return total
+
+
 @inner
 def _itself(keys: Any, i: int) -> Any:
     return keys[np.uintp(i)]
@@ -110,15 +170,13 @@ def dropper(operand: Operand) -> Function:
 
 @cache
 def _dropper(codec: Codec) -> Function:
-    clear = codec.clear
+    keep = codec.keep
 
     @inner
     def drop(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, mask: Any) -> None:
         width, stride = grid[0, -1], grid[1, -1]
         run, step = elements[0, -1], elements[1, -1]
-        total = 1
-        for d in range(elements.shape[1]):
-            total *= elements[0, d]
+        total = length_of(elements)
         start = i
         while i < stop:
             after = min(stop, i + width - i % width)
@@ -128,7 +186,7 @@ def _dropper(codec: Codec) -> Function:
                     for e in range(0, total, run):
                         first = at + j * stride + place(e, elements)
                         for r in range(run):
-                            clear(buffer, first + r * step)
+                            keep(buffer, first + r * step, False)
             i = after
 
     return drop
@@ -137,7 +195,7 @@ def _dropper(codec: Codec) -> Function:
 @cache
 def cutter(form: lanes.Format, codec: Codec) -> Function:
     """Write adjacent elements by their own keys, ``(source, target, i, stop, limit)``: +0.0 for those below `limit`."""
-    step, size, clear = lanes.keep_from(form), form.lanes, codec.clear
+    step, size, keep = lanes.keep_from(form), form.lanes, codec.keep
     key: Any = {32: codec.key32, 64: codec.key64}.get(form.bits) or codec.narrow_key
 
     @inner
@@ -152,8 +210,7 @@ def cutter(form: lanes.Format, codec: Codec) -> Function:
             for e in range(0, whole, size):
                 step(data, at + e, out, at_out + e, limit)
             for e in range(whole, count):
-                if np.uint64(key(data, at + e)) < limit:
-                    clear(out, at_out + e)
+                keep(out, at_out + e, np.uint64(key(data, at + e)) >= limit)
             i = after
 
     return cut
