@@ -213,3 +213,25 @@ def selector(group: int, width: int) -> Any:
         return guess, spacing
 
     return select_groups
+
+
+@inner
+def select_planes(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float) -> tuple[Any, float]:
+    """As a `selector` of small groups, for keys in planes: the first of all groups, the second, ..."""
+    ranks = mask.view(np.uint8)
+    for j in range(n):
+        own = j * rows
+        for r in range(rows):
+            ranks[np.uintp(own + r)] = 0
+        for rival in range(n):
+            other = rival * rows
+            if rival < j:  # earlier, so that it wins ties
+                for r in range(rows):
+                    ranks[np.uintp(own + r)] += keys[np.uintp(other + r)] >= keys[np.uintp(own + r)]
+            elif rival > j:
+                for r in range(rows):
+                    ranks[np.uintp(own + r)] += keys[np.uintp(other + r)] > keys[np.uintp(own + r)]
+    for j in range(n):
+        for r in range(rows):
+            mask[np.uintp(j * rows + r)] = ranks[np.uintp(j * rows + r)] < keep[np.uintp(r)]
+    return guess, spacing

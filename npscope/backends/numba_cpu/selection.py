@@ -62,11 +62,17 @@ class Source:
 
 
 def source_of(
-    part: Competitors, ord: float | None, width: int, exact_integers: bool, *, across: bool = False
+    part: Competitors,
+    ord: float | None,
+    width: int,
+    exact_integers: bool,
+    *,
+    across: bool = False,
+    planes: bool = False,
 ) -> Source | None:
     """How a kernel reads the keys of a part by itself; None where norms are computed pass by pass.
 
-    `across`: whole scopes are read, which may lie side by side.
+    `across`: whole scopes are read, which may lie side by side; their keys then come in `planes`.
     """
     leaf = part.leaves[0]
     if part.spans_leaves or leaf.codec is None:
@@ -75,7 +81,7 @@ def source_of(
         keys = {32: leaf.codec.key32, 64: leaf.codec.key64}
         key = leaf.codec.signed_key if ord is None else keys.get(width) or leaf.codec.narrow_key
         if across and leaf.across is not None:
-            return Source(strips.across_reader(key), (leaf.buffer, leaf.origin, *leaf.across), ACROSS_ELEMENTS)
+            return Source(strips.across_reader(key, planes), (leaf.buffer, leaf.origin, *leaf.across), ACROSS_ELEMENTS)
         return Source(strips.element_reader(key), leaf.where, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
@@ -116,6 +122,10 @@ class Ranking:
         self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
         across = self.fits_a_piece and len(self.parts) == 1
         self.sources = [source_of(part, ord, width, self.exact_integers, across=across) for part in self.parts]
+        # Small scopes that lie side by side are best ranked as they lie, if what is written lies so too.
+        self.planes_source = None
+        if across and self.group and self.parts[0].leaves[0].across is not None:
+            self.planes_source = source_of(self.parts[0], ord, width, self.exact_integers, across=True, planes=True)
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
@@ -272,9 +282,12 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Functi
     """The job in which one kernel reads, decides and writes."""
     cut = None if ranking.group else cutter_of(ranking, 0, sink)
     where, written = sink.where, sink.operand
+    planes = False
     if written is not None and written.codec is not None and written.across is not None:
-        write, where = strips.across_dropper(written.codec), (written.buffer, written.origin, *written.across)
-    kernel = strips.scopes_kernel(source.read, write, ranking.group, ranking.width, cut)
+        planes = ranking.planes_source is not None
+        source = ranking.planes_source or source
+        write, where = strips.across_dropper(written.codec, planes), (written.buffer, written.origin, *written.across)
+    kernel = strips.scopes_kernel(source.read, write, ranking.group, ranking.width, cut, planes=planes)
     rows = ranking.scopes_of_a_strip(source.strip)
     limits = counts.buffer, counts.origin, counts.grid
 

@@ -73,10 +73,11 @@ def element_reader(key: Function) -> Function:
 
 
 @cache
-def across_reader(key: Function) -> Function:
+def across_reader(key: Function, planes: bool) -> Function:
     """Read 1-element blocks of scopes that lie side by side in memory, block by block of all of them.
 
     In the place of `grid` and `elements` stand the loops over scopes and those over the blocks of a scope.
+    With `planes` the keys stay in that order: the first blocks of all scopes, the second, ...
     """
 
     @inner
@@ -92,16 +93,22 @@ def across_reader(key: Function) -> Function:
             after = min(last, s + width - s % width)
             at = origin + place(s, scopes)
             for j in range(n):
-                here, there = at + place(j, blocks), (s - first) * n + j
-                for r in range(after - s):
-                    keys[np.uintp(there + r * n)] = key(buffer, here + r * stride)
+                here = at + place(j, blocks)
+                if planes:
+                    there = j * (last - first) + s - first
+                    for r in range(after - s):
+                        keys[np.uintp(there + r)] = key(buffer, here + r * stride)
+                else:
+                    there = (s - first) * n + j
+                    for r in range(after - s):
+                        keys[np.uintp(there + r * n)] = key(buffer, here + r * stride)
             s = after
 
     return read
 
 
 @cache
-def across_dropper(codec: Codec) -> Function:
+def across_dropper(codec: Codec, planes: bool) -> Function:
     """Write what `across_reader` reads: +0.0 where the mask is False."""
     keep = codec.keep
 
@@ -115,9 +122,15 @@ def across_dropper(codec: Codec) -> Function:
             after = min(last, s + width - s % width)
             at = origin + place(s, scopes)
             for j in range(n):
-                here, there = at + place(j, blocks), (s - first) * n + j
-                for r in range(after - s):
-                    keep(buffer, here + r * stride, mask[np.uintp(there + r * n)])
+                here = at + place(j, blocks)
+                if planes:
+                    there = j * (last - first) + s - first
+                    for r in range(after - s):
+                        keep(buffer, here + r * stride, mask[np.uintp(there + r)])
+                else:
+                    there = (s - first) * n + j
+                    for r in range(after - s):
+                        keep(buffer, here + r * stride, mask[np.uintp(there + r * n)])
             s = after
 
     return drop
@@ -238,10 +251,13 @@ def write_kernel(write: Function) -> Function:
 
 
 @cache
-def scopes_kernel(read: Function, write: Function, group: int, width: int, cut: Function | None = None) -> Function:
+def scopes_kernel(
+    read: Function, write: Function, group: int, width: int, cut: Function | None = None, *, planes: bool = False
+) -> Function:
     """The kernel that keeps the first-ranked blocks of scopes [s0, s1), in strips of `rows` scopes of n blocks.
 
-    With `cut` (a `cutter`) it serves scopes that are searched, not `group`s, of elements.
+    With `cut` (a `cutter`) it serves scopes that are searched, not `group`s, of elements. `planes` says how
+    `read` and `write` order the keys and the mask of a strip.
     """
     if cut is not None:
 
@@ -266,7 +282,7 @@ def scopes_kernel(read: Function, write: Function, group: int, width: int, cut: 
 
         return cut_in_scopes
 
-    select = selector(group, width)
+    select = search.select_planes if planes else selector(group, width)
 
     @kernel
     def keep_in_scopes(
