@@ -172,9 +172,15 @@ def test_repeated_calls_give_the_same_bits(rng):
             assert same_bits(npscope.soft_threshold(x, 0.7, (3, 4)), first)
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64", "int8"])
-@pytest.mark.parametrize("n", range(2, 18))
-def test_scopes_ranked_inside_vectors(name, n):
+GROUPS = {(n, name) for n in range(2, 18) for name in ("float32", "bfloat16", "float64", "int8")}
+FEW_GROUPS = {(n, "float32") for n in (2, 3, 8, 16, 17)} | {(4, "bfloat16"), (5, "float64"), (7, "int8")}
+
+
+@pytest.mark.parametrize(
+    ("n", "name"),
+    [pytest.param(*case, marks=() if case in FEW_GROUPS else pytest.mark.slow) for case in sorted(GROUPS)],
+)
+def test_scopes_ranked_inside_vectors(n, name):
     """Scopes of every size that fits a vector, beside others and at the end of a row that no vector fills."""
     x = hostile("two_valued" if n % 3 == 0 else "normal", (27, 64 * n), name, n)
     x[0, 0] = x[1, n : 2 * n] = 0
