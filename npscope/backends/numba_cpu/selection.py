@@ -387,7 +387,7 @@ class LargeScopes:
         room = min(ranking.blocks + 2 * STRIP_ELEMENTS, FOUND_BYTES // ranking.key.itemsize)
         self.found = [np.empty(room, dtype=ranking.key) for _ in range(self.workers)]
         self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key).all for _ in range(self.workers)]
-        runs = max(1, min(SAMPLE_RUNS, ranking.blocks // 64 // SAMPLE_RUN))
+        runs = max(1, min(SAMPLE_RUNS, ranking.blocks // 256 // SAMPLE_RUN))
         self.samples = [
             (
                 p,
