@@ -8,7 +8,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import lanes, lines
 from npscope.backends.numba_cpu.lanes import MAX_GROUP, format_of
-from npscope.backends.numba_cpu.operands import Operand, ranges
+from npscope.backends.numba_cpu.operands import STRIPS_ELEMENTS, Operand, ranges
 from npscope.tiling import Leaf, Parts
 
 
@@ -41,4 +41,4 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
 
         return work
 
-    return ranges(leaf.cut.scopes, n, make_work)
+    return ranges(leaf.cut.scopes, n, make_work, piece=STRIPS_ELEMENTS)

@@ -650,6 +650,7 @@ def drop_runs(form: Format, run: int, blocks: int) -> Any:
     count = run * blocks
 
     def emit(b: Builder, target: Value, mask: Value) -> None:
+        _prefetch(b, target, count * form.bits // 8)
         few = b.icmp_unsigned("!=", _load(b, mask, _vector(8, blocks)), _splat(_vector(8, blocks), 0))
         kept = _shuffle(b, few, [i // run for i in range(count)])
         bits = _load(b, target, _vector(form.bits, count))

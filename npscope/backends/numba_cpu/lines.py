@@ -55,7 +55,7 @@ AHEAD = 1 << 11
 def _lines(length: int, dtype: Any) -> np.ndarray:
     """A work array that starts where a line starts: vectors that straddle two cost twice."""
     raw = np.zeros(length * np.dtype(dtype).itemsize + LINE, dtype=np.uint8)
-    start = -raw.ctypes.data % LINE
+    start = -raw.__array_interface__["data"][0] % LINE
     return raw[start : start + length * np.dtype(dtype).itemsize].view(dtype)
 
 

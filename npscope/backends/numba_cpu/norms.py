@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -158,20 +159,26 @@ def norms(parts: Parts, ord: float | None) -> np.ndarray:
     return result
 
 
-def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) -> None:
-    """The norms of a part into its columns of a table. The blocks are walked in the order of memory."""
-    cut = plain.cut
+@lru_cache(maxsize=2048)
+def _walk(cut: Cut, strides: tuple[int, ...] | None) -> tuple[Cut, Cut]:
+    """The blocks of an array with these strides in the order of memory, and their places in a table of norms."""
     loops = (*cut.scope, *cut.block)
     # Every loop over blocks is one over the table, too.
     steps = [math.prod(d.size for d in nest[i + 1 :]) for nest in (cut.scope, cut.block) for i in range(len(nest))]
     places = [Dim(int(i >= len(cut.scope)), d.size, step) for i, (d, step) in enumerate(zip(loops, steps, strict=True))]
-    order = sorted(range(len(loops)), key=lambda i: -abs(loops[i].step * part[0].array.strides[loops[i].axis]))
-    if len(part) == 1 and order != sorted(order):
-        walked = Competitors((Leaf(part[0].array, Cut.of([loops[i] for i in order], (), cut.element)),))
-        places = [places[i] for i in order]
-    else:
-        walked = plain
-    table = Operand(Leaf(columns, Cut.of(places, (), ())))
+    order = list(range(len(loops)))
+    if strides is not None:
+        order.sort(key=lambda i: -abs(loops[i].step * strides[loops[i].axis]))
+    table = Cut.of([places[i] for i in order], (), ())
+    return (cut if order == sorted(order) else Cut.of([loops[i] for i in order], (), cut.element)), table
+
+
+def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) -> None:
+    """The norms of a part into its columns of a table. The blocks are walked in the order of memory."""
+    array = part[0].array
+    cut, places = _walk(plain.cut, array.strides if len(part) == 1 else None)
+    walked = plain if cut is plain.cut else Competitors((Leaf(array, cut),))
+    table = Operand(Leaf(columns, places))
     dense = table.grid.shape[1] == 1 and table.grid[1, 0] == 1
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:

@@ -17,6 +17,7 @@ from npscope.backends.numba_cpu.norms import NormWork, code_of, put
 from npscope.backends.numba_cpu.operands import (
     ACROSS,
     BLOCK_WORKSPACE,
+    PIECE_ELEMENTS,
     SCOPE_BLOCKS,
     SCOPE_ELEMENTS,
     STRIPS_ELEMENTS,
@@ -387,7 +388,7 @@ class LargeScopes:
         room = min(ranking.blocks + 2 * STRIP_ELEMENTS, FOUND_BYTES // ranking.key.itemsize)
         self.found = [np.empty(room, dtype=ranking.key) for _ in range(self.workers)]
         self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key).all for _ in range(self.workers)]
-        runs = max(1, min(SAMPLE_RUNS, ranking.blocks // 64 // SAMPLE_RUN))
+        runs = max(1, min(SAMPLE_RUNS, ranking.blocks // 256 // SAMPLE_RUN))
         self.samples = [
             (
                 p,
@@ -420,17 +421,24 @@ class LargeScopes:
             part, columns = ranking.parts[p], ranking.columns[p]
             table = self.norm_keys.reshape(ranking.scopes, ranking.blocks)[:, columns]
 
-            def make_work(slots: int, length: int, p: int = p, table: np.ndarray = table) -> Callable[..., None]:
+            dense = table.flags.c_contiguous
+
+            def make_work(
+                slots: int, length: int, p: int = p, table: np.ndarray = table, dense: bool = dense
+            ) -> Callable[[int, int, int], None]:
                 works = [KeyWork(ranking, p, length) for _ in range(slots)]
-                keys = np.empty((slots, length), dtype=ranking.key)
+                keys = np.empty((slots, 0 if dense else length), dtype=ranking.key)
 
                 def work(slot: int, i0: int, i1: int) -> None:
-                    works[slot].fill(i0, i1, keys[slot, : i1 - i0])
-                    put(table, i0, i1, keys[slot, : i1 - i0])
+                    here = table.reshape(-1)[i0:i1] if dense else keys[slot, : i1 - i0]
+                    works[slot].fill(i0, i1, here)
+                    if not dense:
+                        put(table, i0, i1, here)
 
                 return work
 
-            ranges(part.total, part.elements, make_work)()
+            piece = PIECE_ELEMENTS if ranking.sources[p] is None else STRIPS_ELEMENTS
+            ranges(part.total, part.elements, make_work, piece=piece)()
 
     def _sample(self, scope: int) -> np.ndarray:
         """Some keys of a scope, sorted."""

@@ -11,7 +11,7 @@ from npscope.backends import CONDITIONER_RANGE, conditioner_error
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, proximal
 from npscope.backends.numba_cpu.norms import norm_ranges
-from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, ranges
+from npscope.backends.numba_cpu.operands import STRIPS_ELEMENTS, Competitors, Operand, competitors, ranges
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
 from npscope.errors import ConvergenceError
 from npscope.tiling import Leaf, Parts, axis_cut
@@ -73,7 +73,7 @@ def in_place(
         buffers = [[make() for make in make_buffers] for _ in range(slots)]
         return lambda slot, i0, i1: run(i0, i1, *buffers[slot])
 
-    return ranges(part.total, part.elements, make_work, workspace=1, shielded=shielded)
+    return ranges(part.total, part.elements, make_work, workspace=0, piece=STRIPS_ELEMENTS, shielded=shielded)
 
 
 def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand | None) -> Callable[[], None]:
