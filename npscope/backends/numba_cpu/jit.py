@@ -29,6 +29,12 @@ def inner(function: Compiled) -> Compiled:
     return compiled
 
 
+def merged(function: Compiled) -> Compiled:
+    """Compile as part of its one caller. An `inner` function is optimised alone, and again in each that it goes into."""
+    compiled: Compiled = njit(inline="always", **_INNER)(function)
+    return compiled
+
+
 def inner_any_order(function: Compiled) -> Compiled:
     """Compile a sum whose order is free, because it is rounded exactly later. NaN and infinity stay true."""
     compiled: Compiled = njit(fastmath={"reassoc", "contract", "arcp"}, **_INNER)(function)

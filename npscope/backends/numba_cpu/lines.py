@@ -18,7 +18,7 @@ import numpy as np
 from npscope.backends.numba_cpu import lanes
 from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, codec
-from npscope.backends.numba_cpu.jit import inner, kernel
+from npscope.backends.numba_cpu.jit import inner, kernel, merged
 from npscope.backends.numba_cpu.kernels import place
 from npscope.backends.numba_cpu.lanes import INF, LANES, LINE, ONE, PARTIAL, TWO, Format
 from npscope.backends.numba_cpu.operands import Layout, Operand, layout_of
@@ -155,7 +155,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     finish, parts = lanes.finish_totals(form, code, many), lanes.parts_of(form)
     settle = _rescale(codec) if form.bits == 64 else _settle(codec, code == TWO)
 
-    @inner
+    @merged
     def measure(
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, limbs: Any
     ) -> None:
@@ -290,13 +290,13 @@ def _rescale(codec: Codec) -> Any:
 
 @cache
 def _drop(layout: Layout) -> Any:
-    """``drop(buffer, origin, grid, elements, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
+    """``drop(target, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
     form, run, rows, keep = layout.form, layout.run, layout.rows, layout.codec.keep
     together = lanes.runs_per_line(form, run)
     vectors = run <= 32
     many, one = lanes.drop_runs(form, run if vectors else 1, together), lanes.drop_runs(form, run if vectors else 1, 1)
 
-    @inner
+    @merged
     def drop_run(buffer: Any, at: int, count: int, mask: Any, j: int) -> None:
         stop = j + count
         while vectors and together > 1 and j + together <= stop:
@@ -312,8 +312,9 @@ def _drop(layout: Layout) -> Any:
             at += run
             j += 1
 
-    @inner
-    def drop(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, mask: Any) -> None:
+    @merged
+    def drop(target: Any, i: int, stop: int, mask: Any) -> None:
+        buffer, origin, grid, elements = target
         width = grid[0, -1]
         start = i
         while i < stop:
@@ -334,7 +335,7 @@ def _scale(layout: Layout) -> Any:
     together = lanes.runs_per_line(form, run) if vectors else 1
     many, one = (lanes.scale_runs(form, run if vectors else 1, blocks) for blocks in (together, 1))
 
-    @inner
+    @merged
     def scale_run(buffer: Any, at: int, count: int, factors: Any, j: int) -> None:
         stop = j + count
         while vectors and together > 1 and j + together <= stop:
@@ -350,7 +351,7 @@ def _scale(layout: Layout) -> Any:
             at += run
             j += 1
 
-    @inner
+    @merged
     def scale(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, factors: Any) -> None:
         width = grid[0, -1]
         start = i

@@ -3,9 +3,9 @@
 A strip is a few thousand elements, which stay in the nearest cache between its three steps. The
 steps are compiled functions that are joined for each operation, so that none is written twice:
 
-read(buffer, origin, grid, elements, i, stop, keys, sums, norms, limbs)
+read(source, i, stop, keys, sums, norms, limbs)
     blocks [i, stop) of an array as ordered integers;
-write(buffer, origin, grid, elements, i, stop, mask)
+write(target, i, stop, mask)
     what the mask says of these blocks.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import lanes, lines, search
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
-from npscope.backends.numba_cpu.jit import inner, kernel
+from npscope.backends.numba_cpu.jit import inner, kernel, merged
 from npscope.backends.numba_cpu.kernels import place, read_numbers
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.search import count_from, kth_key, mark, selector
@@ -55,11 +55,11 @@ class Scratch:
 def element_reader(key: Function) -> Function:
     """Read 1-element blocks by `key`, which makes an ordered integer of an element."""
 
-    @inner
+    @merged
     def read(
-        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any,
-        limbs: Any,
+        source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any
     ) -> None:  # fmt: skip
+        buffer, origin, grid, _ = source
         width, stride = grid[0, -1], grid[1, -1]
         start = i
         while i < stop:
@@ -80,11 +80,11 @@ def across_reader(key: Function, planes: bool) -> Function:
     With `planes` the keys stay in that order: the first blocks of all scopes, the second, ...
     """
 
-    @inner
+    @merged
     def read(
-        buffer: Any, origin: int, scopes: Any, blocks: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any,
-        limbs: Any,
+        source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any
     ) -> None:  # fmt: skip
+        buffer, origin, scopes, blocks = source
         n = length_of(blocks)
         width, stride = scopes[0, -1], scopes[1, -1]
         first, last = i // n, stop // n
@@ -112,8 +112,9 @@ def across_dropper(codec: Codec, planes: bool) -> Function:
     """Write what `across_reader` reads: +0.0 where the mask is False."""
     keep = codec.keep
 
-    @inner
-    def drop(buffer: Any, origin: int, scopes: Any, blocks: Any, i: int, stop: int, mask: Any) -> None:
+    @merged
+    def drop(target: Any, i: int, stop: int, mask: Any) -> None:
+        buffer, origin, scopes, blocks = target
         n = length_of(blocks)
         width, stride = scopes[0, -1], scopes[1, -1]
         first, last = i // n, stop // n
@@ -161,11 +162,11 @@ def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
     measure = lines._measure(layout, code)
     key = key_of_float64 if wide else key_of_float32
 
-    @inner
+    @merged
     def read(
-        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any,
-        limbs: Any,
+        source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any
     ) -> None:  # fmt: skip
+        buffer, origin, grid, elements = source
         measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)
         for j in range(stop - i):
             keys[np.uintp(j)] = key(norms[np.uintp(j)])
@@ -185,8 +186,9 @@ def dropper(operand: Operand) -> Function:
 def _dropper(codec: Codec) -> Function:
     keep = codec.keep
 
-    @inner
-    def drop(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, mask: Any) -> None:
+    @merged
+    def drop(target: Any, i: int, stop: int, mask: Any) -> None:
+        buffer, origin, grid, elements = target
         width, stride = grid[0, -1], grid[1, -1]
         run, step = elements[0, -1], elements[1, -1]
         total = length_of(elements)
@@ -211,7 +213,7 @@ def cutter(form: lanes.Format, codec: Codec) -> Function:
     step, size, keep = lanes.keep_from(form), form.lanes, codec.keep
     key: Any = {32: codec.key32, 64: codec.key64}.get(form.bits) or codec.narrow_key
 
-    @inner
+    @merged
     def cut(source: Any, target: Any, i: int, stop: int, limit: Any) -> None:
         data, origin, grid, _ = source
         out, origin_out, grid_out, _ = target
@@ -229,9 +231,10 @@ def cutter(form: lanes.Format, codec: Codec) -> Function:
     return cut
 
 
-@inner
-def store_mask(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, mask: Any) -> None:
+@merged
+def store_mask(target: Any, i: int, stop: int, mask: Any) -> None:
     """The mask itself, into a dense table."""
+    buffer, origin, _, _ = target
     for j in range(stop - i):
         buffer[np.uintp(origin + i + j)] = mask[np.uintp(j)]
 
@@ -242,7 +245,7 @@ def write_kernel(write: Function) -> Function:
 
     @kernel
     def write_blocks(target: Any, i0: int, i1: int, mask: Any) -> None:
-        write(*target, i0, i1, mask)
+        write(target, i0, i1, mask)
 
     return write_blocks
 
@@ -270,7 +273,7 @@ def scopes_kernel(
             for s in range(s0, s1, rows):
                 stop = min(s1, s + rows)
                 read_numbers(*counts, 1, s, stop, keep)
-                read(*source, s * n, stop * n, keys, sums, norms, limbs)
+                read(source, s * n, stop * n, keys, sums, norms, limbs)
                 for r in range(stop - s):
                     i = (s + r) * n
                     limit, ties, guess, spacing = search.limit_of(keys, r * n, n, keep[r], guess, spacing)
@@ -278,7 +281,7 @@ def scopes_kernel(
                         cut(source, target, i, i + n, limit)
                     else:
                         mark(keys, r * n, n, limit, ties, mask, 0)
-                        write(*target, i, i + n, mask)
+                        write(target, i, i + n, mask)
 
         return cut_in_scopes
 
@@ -293,9 +296,9 @@ def scopes_kernel(
         for s in range(s0, s1, rows):
             stop = min(s1, s + rows)
             read_numbers(*counts, 1, s, stop, keep)
-            read(*source, s * n, stop * n, keys, sums, norms, limbs)
+            read(source, s * n, stop * n, keys, sums, norms, limbs)
             guess, spacing = select(keys, stop - s, n, keep, mask, guess, spacing)
-            write(*target, s * n, stop * n, mask)
+            write(target, s * n, stop * n, mask)
 
     return keep_in_scopes
 
@@ -313,7 +316,7 @@ def kth_kernel(read: Function) -> Function:
         for s in range(s0, s1, rows):
             stop = min(s1, s + rows)
             read_numbers(*counts, 1, s, stop, keep)
-            read(*source, s * n, stop * n, keys, sums, norms, limbs)
+            read(source, s * n, stop * n, keys, sums, norms, limbs)
             for r in range(stop - s):
                 guess, spacing = kth_key(keys, r * n, n, keep[r], guess, spacing, signed)
                 found[s + r] = guess
@@ -344,7 +347,7 @@ def survey_kernel(read: Function, width: int) -> Function:
         for i in range(i0, i1, STRIP_ELEMENTS):
             stop = min(i1, i + STRIP_ELEMENTS)
             count = stop - i
-            read(*source, i, stop, keys, sums, norms, limbs)
+            read(source, i, stop, keys, sums, norms, limbs)
             over = 0 if most == ones else count_from(keys, 0, count, most + np.uint64(1))
             above += over
             if end + count + search.SLACK > found.size or low == high:
@@ -375,7 +378,7 @@ def sample_kernel(read: Function) -> Function:
         for e in range(0, out.size, length):
             state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
             i = i0 + np.int64((state >> np.uint64(16)) % room)
-            read(*source, i, i + length, keys, sums, norms, limbs)
+            read(source, i, i + length, keys, sums, norms, limbs)
             for j in range(length):
                 out[e + j] = keys[j]
 
@@ -391,7 +394,7 @@ def read_kernel(read: Function) -> Function:
         keys, _mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
             stop = min(i1, i + strip)
-            read(*source, i, stop, keys, sums, norms, limbs)
+            read(source, i, stop, keys, sums, norms, limbs)
             for j in range(stop - i):
                 out[np.uintp(i - i0 + j)] = keys[np.uintp(j)]
 
@@ -412,9 +415,9 @@ def cut_kernel(read: Function, write: Function) -> Function:
         keys, mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
             stop = min(i1, i + strip)
-            read(*source, start + i - i0, start + stop - i0, keys, sums, norms, limbs)
+            read(source, start + i - i0, start + stop - i0, keys, sums, norms, limbs)
             ties = mark(keys, 0, stop - i, limit, ties, mask, 0)
-            write(*target, i, stop, mask)
+            write(target, i, stop, mask)
         return ties
 
     return cut
@@ -458,10 +461,10 @@ def threshold_kernel(read: Function, write: Function, wide: bool) -> Function:
         for i in range(i0, i1, strip):
             stop = min(i1, i + strip)
             read_numbers(*thresholds, repeat, i, stop, limits)
-            read(*source, i, stop, keys, sums, norms, limbs)
+            read(source, i, stop, keys, sums, norms, limbs)
             for j in range(stop - i):
                 limit = limits[np.uintp(j)]
                 mask[np.uintp(j)] = not ((limit > 0) & (keys[np.uintp(j)] < key(limit)))
-            write(*target, i, stop, mask)
+            write(target, i, stop, mask)
 
     return keep_not_below
