@@ -30,7 +30,7 @@ def inner(function: Compiled) -> Compiled:
 
 
 def merged(function: Compiled) -> Compiled:
-    """Compile as part of its one caller. An `inner` function is optimised alone, and again in each that it goes into."""
+    """Compile as part of its one caller: an `inner` function is optimised alone, and again wherever it goes."""
     compiled: Compiled = njit(inline="always", **_INNER)(function)
     return compiled
 
