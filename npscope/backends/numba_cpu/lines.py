@@ -52,21 +52,23 @@ AHEAD = 1 << 11
 """Elements between what is summed and what is prefetched, as long as memory is read in order."""
 
 
-def _lines(length: int, dtype: Any) -> np.ndarray:
-    """A work array that starts where a line starts: vectors that straddle two cost twice."""
-    raw = np.zeros(length * np.dtype(dtype).itemsize + LINE, dtype=np.uint8)
-    start = -raw.__array_interface__["data"][0] % LINE
-    return raw[start : start + length * np.dtype(dtype).itemsize].view(dtype)
+def _whole_lines(length: int) -> int:
+    return -(-length // LINE) * LINE
 
 
 class NormBuffers:
     """Work arrays of one thread for the norms, of this dtype, of a strip of up to `blocks` blocks."""
 
     def __init__(self, blocks: int = STRIP_BLOCKS, dtype: Any = np.float32) -> None:
-        self.sums = _lines(blocks + LANES, np.float64)
-        self.norms = _lines(blocks + LANES, dtype)
         rows = -(-(PARTS + 2 * PARTIAL * (PART_BLOCKS + LANES)) // LIMBS)
-        self.limbs = _lines(rows * LIMBS, np.int64).reshape(rows, LIMBS)
+        sizes = [_whole_lines(8 * (blocks + LANES)), _whole_lines(8 * (blocks + LANES)), 8 * rows * LIMBS]
+        # Each starts where a line starts: vectors that straddle two cost twice.
+        raw = np.zeros(sum(sizes) + LINE, dtype=np.uint8)
+        start = -raw.__array_interface__["data"][0] % LINE
+        first, second, third = start, start + sizes[0], start + sizes[0] + sizes[1]
+        self.sums = raw[first:second].view(np.float64)
+        self.norms = raw[second:third].view(dtype)
+        self.limbs = raw[third : third + sizes[2]].view(np.int64).reshape(rows, LIMBS)
 
     @property
     def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.arithmetic import LIMBS
+from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
     PIECE_ELEMENTS,
@@ -37,19 +38,33 @@ def code_of(ord: float, elements: int) -> int:
     return nk.INF if elements == 1 else _CODES.get(ord, nk.POWER)
 
 
-class NormWork:
-    """Work arrays for the norms of up to `length` blocks of a part, and the passes that fill them."""
+class LineNorms:
+    """The norms of up to `length` blocks of a part that one kernel measures line by line."""
+
+    def __init__(self, part: Competitors, kernel: Function, where: lines.Where, length: int) -> None:
+        self.kernel, self.where = kernel, where
+        self.buffers = lines.NormBuffers(dtype=part.norm).all
+        self.norm, self.wide = np.empty(length, dtype=part.norm), np.empty(length)
+
+    def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
+        """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
+        norm, wide = self.norm[: i1 - i0], self.wide[: i1 - i0]
+        self.kernel(*self.where, i0, i1, norm, wide, *self.buffers)
+        return norm, wide
+
+    def fill_into(self, i0: int, i1: int, norm: np.ndarray) -> None:
+        """The norms of blocks [i0, i1) into a dense array, which may be any."""
+        self.kernel(*self.where, i0, i1, norm, _NOT_WIDE, *self.buffers)
+
+
+class PassNorms:
+    """As `LineNorms`, for any layout, dtype and order: by passes over elements that leave sums for all blocks."""
 
     def __init__(self, part: Competitors, ord: float, length: int) -> None:
         self.part = part
         self.p = ord
         self.precise = ord < 1 and part.norm.itemsize == 8
         self.code = code_of(ord, part.elements)
-        self.lines: lines.NormBuffers | None = None
-        found = numbers_of(part, ord)
-        if found is not None:
-            layout, self.where = found
-            self.lines, self.kernel = lines.NormBuffers(dtype=part.norm), lines.norm_kernel(layout, self.code)
         self.chunk = nk.EXACT_CHUNK if part.exact else nk.WIDE_CHUNK
         self.hi, self.lo = np.empty(length), np.empty(length)
         self.norm = np.empty(length, dtype=part.norm)
@@ -65,9 +80,6 @@ class NormWork:
         """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
         count = i1 - i0
         hi, lo, norm = self.hi[:count], self.lo[:count], self.norm[:count]
-        if self.lines is not None:
-            self.kernel(*self.where, i0, i1, norm, hi, *self.lines.all)
-            return norm, hi
         if self.code == nk.POWER:
             self._scaled(i0, i1, hi, lo, self.top[:count], norm)
             return norm, hi
@@ -88,10 +100,7 @@ class NormWork:
 
     def fill_into(self, i0: int, i1: int, norm: np.ndarray) -> None:
         """The norms of blocks [i0, i1) into a dense array."""
-        if self.lines is not None:
-            self.kernel(*self.where, i0, i1, norm, _NOT_WIDE, *self.lines.all)
-        else:
-            norm[:] = self.fill(i0, i1)[0]
+        norm[:] = self.fill(i0, i1)[0]
 
     def _sums(self, code: int, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray) -> None:
         hi[:], lo[:] = 0.0, 0.0
@@ -126,6 +135,16 @@ def numbers_of(part: Competitors, ord: float) -> tuple[Layout, lines.Where] | No
     return found if found is not None and lines.can_sum(found[0], code, wide=True) else None
 
 
+def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms | PassNorms], int]:
+    """What measures up to so many blocks of a part, and the elements of a piece that suit it."""
+    found = numbers_of(part, ord)
+    if found is None:
+        return lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS
+    layout, where = found
+    kernel = lines.norm_kernel(layout, code_of(ord, part.elements))
+    return lambda length: LineNorms(part, kernel, where, length), STRIPS_ELEMENTS
+
+
 def workspace_of(part: Competitors, ord: float) -> int:
     """Bytes of work arrays for the norm of a block, and what a caller adds to decide on it."""
     return BLOCK_WORKSPACE if part.elements == 1 or part.exact else 2 * BLOCK_WORKSPACE
@@ -139,9 +158,10 @@ def norm_ranges(
     shielded: bool = False,
 ) -> Callable[[], None]:
     """A job that hands ``use(slot, i0, i1, norm, wide)`` the norms of all blocks of a part, piece by piece."""
+    make_norms, _ = norms_of(part, ord)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [NormWork(part, ord, length) for _ in range(slots)]
+        works = [make_norms(length) for _ in range(slots)]
         use = make_use(slots, length)
         return lambda slot, i0, i1: use(slot, i0, i1, *works[slot].fill(i0, i1))
 
@@ -181,8 +201,10 @@ def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) 
     table = Operand(Leaf(columns, places))
     dense = table.grid.shape[1] == 1 and table.grid[1, 0] == 1
 
+    make_norms, piece = norms_of(walked, ord)
+
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [NormWork(walked, ord, length) for _ in range(slots)]
+        works = [make_norms(0 if dense and piece == STRIPS_ELEMENTS else length) for _ in range(slots)]
 
         def work(slot: int, i0: int, i1: int) -> None:
             norm = table.buffer[table.origin + i0 : table.origin + i1] if dense else works[slot].norm[: i1 - i0]
@@ -192,7 +214,6 @@ def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) 
 
         return work
 
-    piece = PIECE_ELEMENTS if numbers_of(walked, ord) is None else STRIPS_ELEMENTS
     ranges(walked.total, walked.elements, make_work, workspace=workspace_of(walked, ord), piece=piece)()
 
 

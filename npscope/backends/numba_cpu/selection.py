@@ -13,7 +13,7 @@ from npscope.backends import threads
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, strips
 from npscope.backends.numba_cpu.codecs import Function
-from npscope.backends.numba_cpu.norms import NormWork, code_of, put
+from npscope.backends.numba_cpu.norms import code_of, norms_of, put
 from npscope.backends.numba_cpu.operands import (
     ACROSS,
     BLOCK_WORKSPACE,
@@ -140,7 +140,7 @@ class KeyWork:
     def __init__(self, ranking: Ranking, p: int, length: int) -> None:
         part, source = ranking.parts[p], ranking.sources[p]
         self.source = source
-        self.norms = None if source is not None else NormWork(part, float(ranking.ord or 2), length)
+        self.norms = None if source is not None else norms_of(part, float(ranking.ord or 2))[0](length)
         if source is not None:
             self.strip = source.strip
             if ranking.fits_a_piece:  # whole scopes, which may lie side by side
