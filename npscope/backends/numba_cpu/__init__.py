@@ -17,7 +17,8 @@ from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
 from npscope.backends.numba_cpu.operands import Competitors, competitors, in_memory_order, ranges
-from npscope.backends.numba_cpu.selection import Ranking, kth, mask, select_blocks, strips_of_thresholds
+from npscope.backends.numba_cpu.ranking import Ranking
+from npscope.backends.numba_cpu.selection import kth, mask, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink
 from npscope.backends.numba_cpu.writing import DropSink, Numbers, arrays, drop, fill, rescale, with_numbers
 from npscope.tiling import Leaf, Parts

@@ -6,9 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from npscope.backends.numba_cpu import lanes, lines
-from npscope.backends.numba_cpu.lanes import MAX_GROUP, format_of
+from npscope.backends.numba_cpu import lines, vector_selection
 from npscope.backends.numba_cpu.operands import STRIPS_ELEMENTS, Operand, ranges
+from npscope.backends.numba_cpu.vector_selection import (
+    MAX_GROUP,
+)
+from npscope.backends.numba_cpu.vectors import (
+    format_of,
+)
 from npscope.tiling import Leaf, Parts
 
 
@@ -31,7 +36,7 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
     k = int(keep.array.reshape(-1)[0]) if keep.array.size else 0
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        spare = np.zeros((slots, lanes.group_lanes(form, n)), dtype=written.buffer.dtype)
+        spare = np.zeros((slots, vector_selection.group_lanes(form, n)), dtype=written.buffer.dtype)
 
         def work(slot: int, s0: int, s1: int) -> None:
             kernel(

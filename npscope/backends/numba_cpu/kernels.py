@@ -30,9 +30,15 @@ from npscope.backends.numba_cpu.arithmetic import (
 )
 from npscope.backends.numba_cpu.codecs import Codec, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import inner, inner_any_order, kernel
-from npscope.backends.numba_cpu.lanes import INF as INF
-from npscope.backends.numba_cpu.lanes import ONE as ONE
-from npscope.backends.numba_cpu.lanes import TWO as TWO
+from npscope.backends.numba_cpu.vector_norms import (
+    INF as INF,
+)
+from npscope.backends.numba_cpu.vector_norms import (
+    ONE as ONE,
+)
+from npscope.backends.numba_cpu.vector_norms import (
+    TWO as TWO,
+)
 
 POWER = 3
 """The fourth code of what a norm is made of: powers of magnitudes."""

@@ -15,13 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from npscope.backends.numba_cpu import lanes
+from npscope.backends.numba_cpu import vector_norms, vector_selection
 from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.jit import inner, kernel, merged
 from npscope.backends.numba_cpu.kernels import place
-from npscope.backends.numba_cpu.lanes import INF, LANES, LINE, ONE, PARTIAL, TWO, Format
 from npscope.backends.numba_cpu.operands import Layout, Operand, layout_of
+from npscope.backends.numba_cpu.vector_norms import (
+    INF,
+    ONE,
+    PARTIAL,
+    TWO,
+)
+from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, number_format
 from npscope.dtypes import kind_of
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
@@ -32,11 +38,11 @@ STRIP_RUN, STRIP_ELEMENTS, STRIP_BLOCKS = 1 << 12, 1 << 17, 1 << 11
 Rows are read one after the other, so that memory is read in pieces of 16 KiB: measured, twice as fast as 1 KiB.
 """
 
-MAX_ADDITIONS = lanes.DOUBT - 100
-"""Additions in sequence that `lanes.DOUBT` allows for, with those that join the lanes to spare."""
+MAX_ADDITIONS = vector_norms.DOUBT - 100
+"""Additions in sequence that `vector_norms.DOUBT` allows for, with those that join the lanes to spare."""
 
 
-MARGIN = lanes.DOUBT * 2.0**-53
+MARGIN = vector_norms.DOUBT * 2.0**-53
 """What a norm may be off, relative to it."""
 
 LEAST, PARTS = 32, 64
@@ -84,7 +90,7 @@ def numbers_of(operand: Operand, code: int) -> tuple[Layout, Where] | None:
     if operand.layout is not None:
         return operand.layout, operand.where
     kind = operand.kind
-    form = None if kind is None or operand.bytewise else lanes.number_format(kind)
+    form = None if kind is None or operand.bytewise else number_format(kind)
     if kind is None or form is None or operand.codec is None or operand.size == 0 or operand.few:
         return None
     elements, reader = operand.elements, operand.codec
@@ -114,14 +120,14 @@ def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
     if layout is None or layout.form.bits > (64 if wide else 32) or code not in (INF, ONE, TWO):
         return False
     vectors = -(-layout.run // LANES)
-    several = vectors if layout.run <= lanes.CHUNK else -(-layout.run // lanes.CHUNK) + lanes.CHUNK // LANES
-    additions = layout.run if lanes.takes_many(layout.run) else LANES // PARTIAL * several
+    several = vectors if layout.run <= CHUNK else -(-layout.run // CHUNK) + CHUNK // LANES
+    additions = layout.run if vector_norms.takes_many(layout.run) else LANES // PARTIAL * several
     return layout.form.bits == 64 or layout.rows * additions <= MAX_ADDITIONS
 
 
 def strip_blocks(layout: Layout, multiple: int = 1) -> int:
     """Blocks of a strip: whole scopes of `multiple` blocks."""
-    most = STRIP_BLOCKS if lanes.takes_many(layout.run) else PART_BLOCKS
+    most = STRIP_BLOCKS if vector_norms.takes_many(layout.run) else PART_BLOCKS
     count = max(1, min(most, STRIP_RUN // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
     return max(1, count // multiple) * multiple
 
@@ -137,7 +143,7 @@ def copy(source: Any, count: int, target: Any, start: int) -> None:
 # --- norms of a strip ----------------------------------------------------------------------------
 
 
-def _measure(layout: Layout, code: int) -> Any:
+def measurer(layout: Layout, code: int) -> Any:
     """``measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)``: norms of the blocks of a strip.
 
     In float64 they are left in `sums`, unless they are maxima. Behind the limbs is room for sums in the making.
@@ -145,16 +151,16 @@ def _measure(layout: Layout, code: int) -> Any:
     run = layout.run
     code = INF if run * layout.rows == 1 else code  # the norm of one element is its magnitude, whatever the order
     # Long runs are compiled once for all, but for what does not fill a vector.
-    whole, rest = divmod(run, LANES) if run > lanes.CHUNK else (0, run)
+    whole, rest = divmod(run, LANES) if run > CHUNK else (0, run)
     return _measure_runs(layout.form, layout.codec, rest, whole > 0, code)
 
 
 @cache
 def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -> Any:
-    """`_measure` for runs of `run` elements, which `long` ones end with after whole vectors."""
-    many, lossy = lanes.takes_many(run) and not long, form.bits == 64
+    """`measurer` for runs of `run` elements, which `long` ones end with after whole vectors."""
+    many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
     add_first, add = (_adder(form, run, long, first, code) for first in (True, False))
-    finish, parts = lanes.finish_totals(form, code, many), lanes.parts_of(form)
+    finish, parts = vector_norms.finish_totals(form, code, many), vector_norms.parts_of(form)
     settle = _rescale(codec) if form.bits == 64 else _settle(codec, code == TWO)
 
     @merged
@@ -202,8 +208,8 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
 
 def _adder(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
     """``add(..., j, ahead)``: a run of each of `count` adjacent blocks, left where `measure` looks for them."""
-    many, lossy = lanes.takes_many(run) and not long, form.bits == 64
-    add_run = lanes.add_run(form, run, long, first, code)
+    many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
+    add_run = vector_norms.add_run(form, run, long, first, code)
 
     @inner
     def add(buffer: Any, at: int, count: int, size: int, sums: Any, norms: Any, limbs: Any, j: int, ahead: int) -> None:
@@ -291,12 +297,15 @@ def _rescale(codec: Codec) -> Any:
 
 
 @cache
-def _drop(layout: Layout) -> Any:
+def dropper(layout: Layout) -> Any:
     """``drop(target, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
     form, run, rows, keep = layout.form, layout.run, layout.rows, layout.codec.keep
-    together = lanes.runs_per_line(form, run)
+    together = vector_selection.runs_per_line(form, run)
     vectors = run <= 32
-    many, one = lanes.drop_runs(form, run if vectors else 1, together), lanes.drop_runs(form, run if vectors else 1, 1)
+    many, one = (
+        vector_selection.drop_runs(form, run if vectors else 1, together),
+        vector_selection.drop_runs(form, run if vectors else 1, 1),
+    )
 
     @merged
     def drop_run(buffer: Any, at: int, count: int, mask: Any, j: int) -> None:
@@ -330,12 +339,12 @@ def _drop(layout: Layout) -> Any:
 
 
 @cache
-def _scale(layout: Layout) -> Any:
+def scaler(layout: Layout) -> Any:
     """``scale(buffer, origin, grid, elements, i, stop, factors)``: multiply the blocks of a strip by their factors."""
     form, run, rows, scale_one = layout.form, layout.run, layout.rows, layout.codec.scale
-    vectors = form.name == "float32" and run <= lanes.CHUNK
-    together = lanes.runs_per_line(form, run) if vectors else 1
-    many, one = (lanes.scale_runs(form, run if vectors else 1, blocks) for blocks in (together, 1))
+    vectors = form.name == "float32" and run <= CHUNK
+    together = vector_selection.runs_per_line(form, run) if vectors else 1
+    many, one = (vector_selection.scale_runs(form, run if vectors else 1, blocks) for blocks in (together, 1))
 
     @merged
     def scale_run(buffer: Any, at: int, count: int, factors: Any, j: int) -> None:
@@ -370,7 +379,7 @@ def _scale(layout: Layout) -> Any:
 @cache
 def scale_kernel(layout: Layout) -> Any:
     """The kernel that multiplies the blocks [i0, i1) by their factors; 0 writes +0.0, 1 keeps the bits."""
-    scale = _scale(layout)
+    scale = scaler(layout)
 
     @kernel
     def scale_blocks(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, factors: Any) -> None:
@@ -382,7 +391,7 @@ def scale_kernel(layout: Layout) -> Any:
 @cache
 def norm_kernel(layout: Layout, code: int) -> Any:
     """The kernel that writes the norms of blocks [i0, i1), dense; and in float64 if `wide` is not empty."""
-    measure = _measure(layout, code)
+    measure = measurer(layout, code)
     strip, largest = strip_blocks(layout), code == INF
 
     @kernel
@@ -409,7 +418,7 @@ def norm_kernel(layout: Layout, code: int) -> Any:
 @cache
 def prune_groups_kernel(form: Format, n: int) -> Any:
     """The kernel that keeps the k first-ranked of every n adjacent elements, of elements [i0, i1)."""
-    step, size = lanes.prune_groups(form, n), lanes.group_lanes(form, n)
+    step, size = vector_selection.prune_groups(form, n), vector_selection.group_lanes(form, n)
 
     @kernel
     def prune_groups(

@@ -10,7 +10,11 @@ import numpy as np
 
 from npscope.backends import threads
 from npscope.backends.numba_cpu.codecs import Codec, codec
-from npscope.backends.numba_cpu.lanes import CHUNK, Format, format_of
+from npscope.backends.numba_cpu.vectors import (
+    CHUNK,
+    Format,
+    format_of,
+)
 from npscope.dtypes import Kind, common_norm, kind_of
 from npscope.options import thread_count, thread_limit
 from npscope.tiling import Cut, Dim, Leaf, Part, Parts

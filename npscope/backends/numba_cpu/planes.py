@@ -11,21 +11,19 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from npscope.backends.numba_cpu.lanes import (
+from npscope.backends.numba_cpu.vectors import (
     LANES,
     Builder,
     Format,
     Value,
-    _call,
-    _emitter,
-    _planes,
-    _prefetch,
-    _read_single,
-    _splat,
+    call,
+    planes_of,
+    prefetch,
+    read_single,
+    splat,
+    step,
 )
 
 
@@ -36,20 +34,19 @@ def deal_runs(form: Format, run: int) -> Any:
     The rows lie `width` apart in `planes`. `run` is a power of two up to `LANES`, and the memory is read
     as `run` vectors that lie `distance` apart. Numbers keep their sign or lose it, whatever is cheaper.
     """
-    read, double = _read_single(form, True), ir.VectorType(ir.DoubleType(), LANES)
+    read, double = read_single(form, True), ir.VectorType(ir.DoubleType(), LANES)
 
     def emit(b: Builder, source: Value, planes: Value, distance: Value, width: Value, ahead: Value) -> None:
         vectors = []
         for _ in range(run):
-            _prefetch(b, source, LANES * form.bits // 8, ahead)
+            prefetch(b, source, LANES * form.bits // 8, ahead)
             vectors.append(read(b, source, 0, LANES))
             source = b.gep(source, [distance])
-        for plane in _planes(b, vectors):
+        for plane in planes_of(b, vectors):
             b.store(b.fpext(plane, double), b.bitcast(planes, double.as_pointer()), align=8)
             planes = b.gep(planes, [width])
 
-    typing = _emitter(lambda *args: types.void(*args), emit)
-    return intrinsic(lambda context, a, b, c, d, e, f, g: typing(context, a, b, c, d, e, f, g))
+    return step(emit, 7)
 
 
 def _sum_planes(
@@ -57,7 +54,7 @@ def _sum_planes(
 ) -> list[Value]:
     """Three sums of ``terms(sums so far, number of each plane)`` over rows of `LANES` numbers, kept in registers."""
     double = ir.VectorType(ir.DoubleType(), LANES)
-    sums = [cgutils.alloca_once_value(b, _splat(double, 0.0)) for _ in range(3)]
+    sums = [cgutils.alloca_once_value(b, splat(double, 0.0)) for _ in range(3)]
     with cgutils.for_range(b, rows) as loop:
         offset = b.mul(loop.index, width)
         numbers = [b.load(b.bitcast(b.gep(p, [offset]), double.as_pointer()), align=8) for p in planes]
@@ -93,8 +90,7 @@ def measure_planes() -> Any:
         ):
             b.store(b.fadd(b.load(place, align=8), value), place, align=8)
 
-    typing = _emitter(lambda *args: types.void(*args), emit)
-    return intrinsic(lambda context, a, b, c, d, e, f, g, h, i: typing(context, a, b, c, d, e, f, g, h, i))
+    return step(emit, 9)
 
 
 @cache
@@ -112,7 +108,7 @@ def secular_sums() -> Any:
 
         def terms(so_far: list[Value], x: Value, c: Value) -> list[Value]:
             moved = b.fmul(c, rate)
-            r = b.fdiv(_splat(moved.type, 1.0), b.fadd(moved, limit))
+            r = b.fdiv(splat(moved.type, 1.0), b.fadd(moved, limit))
             q = b.fmul(b.fmul(c, b.fmul(x, unit)), r)
             q, p = b.fmul(q, q), b.fmul(moved, r)
             slope = b.fmul(q, p)
@@ -123,9 +119,8 @@ def secular_sums() -> Any:
         ):
             b.store(b.fadd(b.load(place, align=8), value), place, align=8)
 
-    typing = _emitter(lambda *args: types.void(*args), emit)
-    return intrinsic(lambda context, a, b, c, d, e, f, g, h, i, j, k: typing(context, a, b, c, d, e, f, g, h, i, j, k))
+    return step(emit, 11)
 
 
 def _fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
-    return _call(b, f"llvm.fma.v{x.type.count}f64", x.type, [x, y, z])
+    return call(b, f"llvm.fma.v{x.type.count}f64", x.type, [x, y, z])

@@ -21,9 +21,11 @@ from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.kernels import TWO, place, read_numbers
-from npscope.backends.numba_cpu.lanes import LANES
-from npscope.backends.numba_cpu.lines import _measure, _scale, strip_blocks
+from npscope.backends.numba_cpu.lines import measurer, scaler, strip_blocks
 from npscope.backends.numba_cpu.operands import Layout
+from npscope.backends.numba_cpu.vectors import (
+    LANES,
+)
 
 STRIP = 2048
 """Elements whose thresholds are read at a time where a block is one element."""
@@ -100,7 +102,7 @@ def shrink_factors(norms: Any, wide: Any, t: Any) -> None:
 @cache
 def shrink_kernel(layout: Layout) -> Any:
     """The kernel that shrinks the blocks [i0, i1) by their norm."""
-    measure, scale, strip = _measure(layout, TWO), _scale(layout), strip_blocks(layout)
+    measure, scale, strip = measurer(layout, TWO), scaler(layout), strip_blocks(layout)
 
     @kernel
     def shrink_blocks(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from npscope.backends.numba_cpu import lanes
+from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.codecs import signed_key_of_float32, signed_key_of_float64
 from npscope.backends.numba_cpu.jit import inner
 
@@ -181,7 +181,7 @@ def kth_key(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float, s
 
 def group_of(n: int) -> int:
     """The `group` of a `selector` for scopes of n keys: n where they are ranked inside vectors, 0 where searched."""
-    return n if n <= lanes.MAX_GROUP else 0
+    return n if n <= vector_selection.MAX_GROUP else 0
 
 
 @cache
@@ -202,7 +202,7 @@ def selector(group: int, width: int) -> Any:
 
         return select
 
-    step, together = lanes.mark_groups(width, group), lanes.groups_per_line(width, group)
+    step, together = vector_selection.mark_groups(width, group), vector_selection.groups_per_line(width, group)
 
     @inner
     def select_groups(

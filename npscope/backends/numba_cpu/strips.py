@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from npscope.backends.numba_cpu import lanes, lines, search
+from npscope.backends.numba_cpu import lines, search, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import inner, kernel, merged
 from npscope.backends.numba_cpu.kernels import place, read_numbers
@@ -79,30 +79,11 @@ def across_reader(key: Function, planes: bool) -> Function:
     In the place of `grid` and `elements` stand the loops over scopes and those over the blocks of a scope.
     With `planes` the keys stay in that order: the first blocks of all scopes, the second, ...
     """
+    walk = _across(_key_to(key), planes)
 
     @merged
-    def read(
-        source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any
-    ) -> None:  # fmt: skip
-        buffer, origin, scopes, blocks = source
-        n = length_of(blocks)
-        width, stride = scopes[0, -1], scopes[1, -1]
-        first, last = i // n, stop // n
-        s = first
-        while s < last:
-            after = min(last, s + width - s % width)
-            at = origin + place(s, scopes)
-            for j in range(n):
-                here = at + place(j, blocks)
-                if planes:
-                    there = j * (last - first) + s - first
-                    for r in range(after - s):
-                        keys[np.uintp(there + r)] = key(buffer, here + r * stride)
-                else:
-                    there = (s - first) * n + j
-                    for r in range(after - s):
-                        keys[np.uintp(there + r * n)] = key(buffer, here + r * stride)
-            s = after
+    def read(source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any) -> None:
+        walk(source, i, stop, keys)
 
     return read
 
@@ -110,11 +91,36 @@ def across_reader(key: Function, planes: bool) -> Function:
 @cache
 def across_dropper(codec: Codec, planes: bool) -> Function:
     """Write what `across_reader` reads: +0.0 where the mask is False."""
+    return _across(_kept_by(codec), planes)
+
+
+@cache
+def _key_to(key: Function) -> Function:
+    @inner
+    def key_to(buffer: Any, i: int, keys: Any, j: int) -> None:
+        keys[np.uintp(j)] = key(buffer, i)
+
+    return key_to
+
+
+@cache
+def _kept_by(codec: Codec) -> Function:
     keep = codec.keep
 
+    @inner
+    def kept_by(buffer: Any, i: int, mask: Any, j: int) -> None:
+        keep(buffer, i, mask[np.uintp(j)])
+
+    return kept_by
+
+
+@cache
+def _across(step: Function, planes: bool) -> Function:
+    """``walk(array, i, stop, dense)``: a step for every element and its place in the work array."""
+
     @merged
-    def drop(target: Any, i: int, stop: int, mask: Any) -> None:
-        buffer, origin, scopes, blocks = target
+    def walk(array: Any, i: int, stop: int, dense: Any) -> None:
+        buffer, origin, scopes, blocks = array
         n = length_of(blocks)
         width, stride = scopes[0, -1], scopes[1, -1]
         first, last = i // n, stop // n
@@ -127,14 +133,14 @@ def across_dropper(codec: Codec, planes: bool) -> Function:
                 if planes:
                     there = j * (last - first) + s - first
                     for r in range(after - s):
-                        keep(buffer, here + r * stride, mask[np.uintp(there + r)])
+                        step(buffer, here + r * stride, dense, there + r)
                 else:
                     there = (s - first) * n + j
                     for r in range(after - s):
-                        keep(buffer, here + r * stride, mask[np.uintp(there + r * n)])
+                        step(buffer, here + r * stride, dense, there + r * n)
             s = after
 
-    return drop
+    return walk
 
 
 @inner
@@ -159,7 +165,7 @@ def dense_reader() -> Function:
 @cache
 def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
     """Read blocks by their norms; `wide`: as 64-bit keys."""
-    measure = lines._measure(layout, code)
+    measure = lines.measurer(layout, code)
     key = key_of_float64 if wide else key_of_float32
 
     @merged
@@ -179,7 +185,7 @@ def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
 
 def dropper(operand: Operand) -> Function:
     """Write +0.0 to the blocks whose mask is False."""
-    return _dropper(operand.codec) if operand.layout is None else lines._drop(operand.layout)
+    return _dropper(operand.codec) if operand.layout is None else lines.dropper(operand.layout)
 
 
 @cache
@@ -208,9 +214,9 @@ def _dropper(codec: Codec) -> Function:
 
 
 @cache
-def cutter(form: lanes.Format, codec: Codec) -> Function:
+def cutter(form: vectors.Format, codec: Codec) -> Function:
     """Write adjacent elements by their own keys, ``(source, target, i, stop, limit)``: +0.0 for those below `limit`."""
-    step, size, keep = lanes.keep_from(form), form.lanes, codec.keep
+    step, size, keep = vector_selection.keep_from(form), form.lanes, codec.keep
     key: Any = {32: codec.key32, 64: codec.key64}.get(form.bits) or codec.narrow_key
 
     @merged
@@ -333,8 +339,8 @@ def survey_kernel(read: Function, width: int) -> Function:
 
     Returns (above, inside, stored): fewer are stored from `start` on in `found` where they do not fit.
     """
-    lanes_ = 8 * lanes.LINE // width
-    collect = lanes.collect(width)
+    lanes_ = 8 * vectors.LINE // width
+    collect = vector_selection.collect(width)
 
     @kernel
     def survey(

@@ -1,0 +1,179 @@
+"""The blocks of a problem as ordered integers: how keys are read, and where decisions on them go."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from npscope.backends.numba_cpu import kernels as nk
+from npscope.backends.numba_cpu import lines, strips
+from npscope.backends.numba_cpu.codecs import Function
+from npscope.backends.numba_cpu.norms import code_of, norms_of, put
+from npscope.backends.numba_cpu.operands import (
+    ACROSS,
+    SCOPE_BLOCKS,
+    SCOPE_ELEMENTS,
+    Competitors,
+    Operand,
+    competitors,
+)
+from npscope.backends.numba_cpu.search import group_of
+from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
+from npscope.dtypes import kind_of
+from npscope.tiling import Parts
+
+ACROSS_ELEMENTS, ACROSS_KEYS = 1 << 14, 1 << 20
+"""Elements of a strip of scopes that lie side by side, and most of them where a line of each takes more."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """How kernels read the keys of a part: `read`, its leading arguments, and the blocks of a strip."""
+
+    read: Function
+    where: Where
+    strip: int
+
+
+def source_of(
+    part: Competitors,
+    ord: float | None,
+    width: int,
+    exact_integers: bool,
+    *,
+    across: bool = False,
+    planes: bool = False,
+) -> Source | None:
+    """How a kernel reads the keys of a part by itself; None where norms are computed pass by pass.
+
+    `across`: whole scopes are read, which may lie side by side; their keys then come in `planes`.
+    """
+    leaf = part.leaves[0]
+    if part.spans_leaves or leaf.codec is None:
+        return None
+    if ord is None or (part.elements == 1 and (exact_integers or not part.wide_integers)):
+        keys = {32: leaf.codec.key32, 64: leaf.codec.key64}
+        key = leaf.codec.signed_key if ord is None else keys.get(width) or leaf.codec.narrow_key
+        if across and leaf.across is not None:
+            return Source(strips.across_reader(key, planes), (leaf.buffer, leaf.origin, *leaf.across), ACROSS_ELEMENTS)
+        return Source(strips.element_reader(key), leaf.where, STRIP_ELEMENTS)
+    code = code_of(ord, part.elements)
+    if leaf.layout is not None and lines.can_sum(leaf.layout, code):
+        read = strips.norm_reader(leaf.layout, code, width == 64)
+        return Source(read, leaf.where, lines.strip_blocks(leaf.layout))
+    return None
+
+
+class Ranking:
+    """The blocks of all parts as ordered integers, and the choice of the first-ranked of every scope."""
+
+    def __init__(self, parts: Parts, ord: float | None, *, values: bool = False) -> None:
+        """`values`: the keys will be turned into numbers again, so they are not narrowed."""
+        self.parts = competitors(parts)
+        self.ord = ord
+        self.exact_integers = all(part.wide_integers and part.elements == 1 for part in self.parts)
+        if ord is None:
+            codec_ = self.parts[0].leaves[0].codec
+            width = 64 if codec_ is None else codec_.signed_width
+        else:
+            width = 8 * max(part.norm.itemsize for part in self.parts)
+            first = self.parts[0]
+            narrow = first.leaves[0].codec is not None and first.leaves[0].codec.narrow_key is not None
+            if narrow and len(self.parts) == 1 and first.elements == 1 and not values:
+                width = 8 * parts[0][0].array.dtype.itemsize
+        self.width = width
+        kind = parts[0][0].array.dtype
+        self.signed = ord is None and not kind_of(kind).is_integer
+        self.key = np.dtype(f"u{width // 8}")
+        self.scopes = self.parts[0].cut.scopes
+        self.blocks = sum(part.blocks for part in self.parts)
+        self.elements = sum(part.blocks * part.elements for part in self.parts)
+        # Where each part's blocks stand among the blocks of a scope.
+        starts = itertools.accumulate((part.blocks for part in self.parts), initial=0)
+        self.columns = [slice(a, b) for a, b in itertools.pairwise(starts)]
+        few = all(leaf.few for part in self.parts for leaf in part.leaves)
+        self.group = 0 if few else group_of(self.blocks)
+        self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
+        across = self.fits_a_piece and len(self.parts) == 1
+        self.sources = [source_of(part, ord, width, self.exact_integers, across=across) for part in self.parts]
+        # Small scopes that lie side by side are best ranked as they lie, if what is written lies so too.
+        self.planes_source = None
+        if across and self.group and self.parts[0].leaves[0].across is not None:
+            self.planes_source = source_of(self.parts[0], ord, width, self.exact_integers, across=True, planes=True)
+
+    def scopes_of_a_strip(self, strip: int) -> int:
+        """Whole scopes that make a strip of about `strip` blocks."""
+        across = self.parts[0].leaves[0].across is not None
+        return max(1, strip // self.blocks, min(ACROSS, ACROSS_KEYS // self.blocks) if across else 1)
+
+
+class KeyWork:
+    """Work arrays to compute the keys of up to `length` blocks of a part that no kernel reads by itself."""
+
+    def __init__(self, ranking: Ranking, p: int, length: int) -> None:
+        part, source = ranking.parts[p], ranking.sources[p]
+        self.source = source
+        self.norms = None if source is not None else norms_of(part, float(ranking.ord or 2))[0](length)
+        if source is not None:
+            self.strip = source.strip
+            if ranking.fits_a_piece:  # whole scopes, which may lie side by side
+                self.strip = ranking.scopes_of_a_strip(source.strip) * part.blocks
+            self.kernel = strips.read_kernel(source.read)
+            self.scratch = Scratch(self.strip, 0, ranking.key).all
+
+    def fill(self, i0: int, i1: int, keys: np.ndarray) -> None:
+        """The keys of blocks [i0, i1)."""
+        if self.norms is not None:
+            nk.keys_of_norms(self.norms.fill(i0, i1)[0], keys)
+        elif self.source is not None:
+            self.kernel(self.source.where, i0, i1, self.strip, keys, self.scratch)
+
+
+class Sink(Protocol):
+    """Where masks of the blocks of a part go; `write` and `where` let a kernel do it by itself."""
+
+    write: Function | None
+    where: Where
+    operand: Operand | None
+    """The array of elements that is zeroed, if that is what `write` does."""
+
+    def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
+        """Take the mask of blocks [i0, i1)."""
+
+
+_FLAT = np.asarray([[1], [0]], dtype=np.int64)
+
+
+_LINE = np.asarray([[1 << 62], [1]], dtype=np.int64)
+
+
+def dense(array: np.ndarray, origin: int = 0) -> Where:
+    """A flat array whose entry 0 is block `-origin`, as kernels take an operand."""
+    return array, origin, _LINE, _FLAT
+
+
+class TableSink(Sink):
+    """A sink that keeps the masks, in the columns of a table."""
+
+    def __init__(self, columns: np.ndarray) -> None:
+        self.columns = columns
+        contiguous = columns.flags.c_contiguous
+        self.write = strips.store_mask if contiguous else None
+        self.where = dense(columns.reshape(-1) if contiguous else np.empty(0, dtype=np.bool_))
+        self.operand: Operand | None = None
+
+    def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
+        """Keep the mask of blocks [i0, i1)."""
+        put(self.columns, i0, i1, mask)
+
+
+def cutter_of(ranking: Ranking, p: int, sink: Sink) -> Function | None:
+    """How adjacent elements are zeroed by their own keys, where keys and sink belong to elements that lie alike."""
+    read, written = ranking.parts[p].leaves[0].layout, None if sink.operand is None else sink.operand.layout
+    if read is None or written is None or ranking.parts[p].elements > 1 or ranking.ord is None:
+        return None
+    same = read.form == written.form and ranking.width == read.form.bits
+    return strips.cutter(read.form, read.codec) if same else None

@@ -1,0 +1,333 @@
+"""Steps of norms: sums and maxima of runs of elements kept in vectors, and their rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from npscope.backends.numba_cpu.vectors import (
+    CHUNK,
+    INT32,
+    LANES,
+    Builder,
+    Format,
+    Value,
+    broadcast,
+    call,
+    load,
+    planes_of,
+    prefetch,
+    read_single,
+    shuffle,
+    splat,
+    step,
+    store,
+    vector_of,
+)
+
+PARTIAL = 8
+"""Lanes in which float64 sums of long runs are formed."""
+
+INF, ONE, TWO = 0, 1, 2
+"""What is made of magnitudes: the largest, their sum, the sum of their squares."""
+
+
+def takes_many(run: int) -> bool:
+    """Whether blocks with `run` adjacent elements are summed side by side, a lane for each."""
+    return run in (1, 2, 4, 8)
+
+
+def _larger(b: Builder, x: Value, y: Value) -> Value:
+    return b.select(b.icmp_unsigned(">", x, y), x, y)
+
+
+def _read(b: Builder, source: Value, e: int, count: int, form: Format, code: int) -> Value:
+    """`count` elements at `e` as float32 or float64, in integers; magnitudes, or what has the same squares."""
+    if form.bits == 64:
+        bits = load(b, b.gep(source, [INT32(e)]), vector_of(64, count))
+        return b.and_(bits, splat(bits.type, (1 << 63) - 1))
+    return b.bitcast(read_single(form, code == TWO)(b, source, e, count), vector_of(32, count))
+
+
+def _two_sum(b: Builder, x: Value, y: Value) -> tuple[Value, Value]:
+    """(s, e) with s the rounded sum and s + e exact (Knuth 1969)."""
+    s = b.fadd(x, y)
+    t = b.fsub(s, x)
+    return s, b.fadd(b.fsub(x, b.fsub(s, t)), b.fsub(y, t))
+
+
+class _Total:
+    """The lanes of a sum or a maximum while vectors are taken in.
+
+    Magnitudes of float32 are summed in float64; those of float64 with what is lost, in a second number.
+    """
+
+    def __init__(self, b: Builder, form: Format, code: int, blocks: int) -> None:
+        """For so many blocks side by side, or for one in many lanes where that is 0."""
+        self.b, self.code, self.compensates = b, code, form.bits == 64 and code != INF
+        if code == INF:
+            start = splat(vector_of(max(32, form.bits), blocks or LANES), 0)
+        else:
+            start = splat(ir.VectorType(ir.DoubleType(), blocks or PARTIAL), 0.0)
+        self.type: Any = start.type
+        self.places = [cgutils.alloca_once_value(b, start) for _ in range(2 if self.compensates else 1)]
+
+    @property
+    def values(self) -> list[Value]:
+        return [self.b.load(place) for place in self.places]
+
+    @values.setter
+    def values(self, values: Sequence[Value]) -> None:
+        for value, place in zip(values, self.places, strict=True):
+            self.b.store(value, place)
+
+    def take(self, bits: Value) -> None:
+        """Take in numbers, as `_read` gives them: as many as there are lanes, or twice as many."""
+        b = self.b
+        if self.code == INF:
+            self.values = [_larger(b, self.values[0], bits)]
+            return
+        scalar = ir.FloatType() if bits.type.element.width == 32 else ir.DoubleType()
+        numbers = b.bitcast(bits, ir.VectorType(scalar, bits.type.count))
+        for start in range(0, bits.type.count, self.type.count):
+            whole = bits.type.count == self.type.count
+            part = numbers if whole else shuffle(b, numbers, range(start, start + self.type.count))
+            wide = b.fpext(part, self.type) if bits.type.element.width == 32 else part
+            if self.compensates:
+                self.join([b.fmul(wide, wide) if self.code == TWO else wide])
+            elif self.code == TWO:
+                # A product of two float32 is exact in float64, so that this rounds once, as the sum would.
+                self.values = [call(b, f"llvm.fma.v{self.type.count}f64", self.type, [wide, wide, self.values[0]])]
+            else:
+                self.join([wide])
+
+    def join(self, other: Sequence[Value]) -> None:
+        """Take in the lanes of another total, or numbers that nothing was lost of."""
+        self.values = _joined(self.b, self.code, self.values, other)
+
+
+def _joined(b: Builder, code: int, x: Sequence[Value], y: Sequence[Value]) -> list[Value]:
+    """Two totals as one."""
+    if code == INF:
+        return [_larger(b, x[0], y[0])]
+    if len(x) == 1:
+        return [b.fadd(x[0], y[0])]
+    total, lost = _two_sum(b, x[0], y[0])
+    for more in (x[1], *y[1:]):
+        lost = b.fadd(lost, more)
+    return [total, lost]
+
+
+class _Least:
+    """The least magnitude that is not zero, of all float32 that go into sums: as the largest of their negated bits."""
+
+    def __init__(self, b: Builder, place: Value, first: bool) -> None:
+        self.b = b
+        self.place = b.bitcast(place, vector_of(32, LANES).as_pointer())
+        start = splat(vector_of(32, LANES), 0) if first else b.load(self.place, align=4)
+        self.most = cgutils.alloca_once_value(b, start)
+
+    def take(self, bits: Value) -> None:
+        if bits.type.count < LANES:
+            bits = shuffle(self.b, bits, [min(i, bits.type.count) for i in range(LANES)], splat(bits.type, 0))
+        self.b.store(_larger(self.b, self.b.load(self.most), self.b.neg(bits)), self.most)
+
+    def leave(self) -> None:
+        self.b.store(self.b.load(self.most), self.place, align=4)
+
+
+def parts_of(form: Format) -> int:
+    """Places of 8 bytes for the total of one block in many lanes."""
+    return PARTIAL * max(1, form.bits // 32)
+
+
+@cache
+def add_run(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
+    """``(source, i, count, size, totals, j, more, k, ahead)``: take in a run of each of `count` adjacent blocks.
+
+    Runs have `size` elements; they are `long`, with `run` elements that do not fill a vector, or `size` is the
+    constant `run`. Sums in float64, or maxima as bits (NaN the largest), are left in `totals`: one number a block
+    where `takes_many(run)`, else `parts_of(form)`. `first` overwrites them. Sums of float32 magnitudes use
+    `LANES` numbers in `more` for their least ones, and sums of float64 what was lost where `takes_many`.
+    """
+    many = takes_many(run) and not long
+
+    def emit(b: Builder, source: Value, count: Value, size: Value, totals: Value, more: Value, ahead: Value) -> None:
+        least = _Least(b, more, first) if code == ONE and form.bits <= 32 else None
+
+        def number(n: int) -> Value:
+            return ir.Constant(size.type, n)
+
+        def read(at: Value, length: int) -> list[Value]:
+            prefetch(b, at, length * form.bits // 8, ahead)
+            found = [_read(b, at, e, LANES, form, code) for e in range(0, length - LANES + 1, LANES)]
+            if length % LANES:
+                bits = _read(b, at, length - length % LANES, length % LANES, form, code)
+                padded = [min(i, length % LANES) for i in range(LANES)]
+                found.append(shuffle(b, bits, padded, splat(bits.type, 0)))
+            return found
+
+        def take(totals: Sequence[_Total], vectors: Sequence[Value]) -> None:
+            for i, bits in enumerate(vectors):
+                totals[i % len(totals)].take(bits)
+                if least is not None:
+                    least.take(bits)
+
+        def add(at: Value, block: Value, blocks: int) -> None:
+            total = _Total(b, form, code, blocks)
+            entry = block if many else b.mul(block, number(parts_of(form)))
+            words = b.bitcast(totals, total.type.element.as_pointer() if many else ir.DoubleType().as_pointer())
+            words = [b.gep(words, [entry])]
+            if total.compensates:
+                lost = b.bitcast(more, ir.DoubleType().as_pointer())
+                words.append(b.gep(lost, [entry]) if many else b.gep(words[0], [number(PARTIAL)]))
+            places = [b.bitcast(word, total.type.as_pointer()) for word in words]
+            if not first:
+                total.values = [b.load(place, align=4) for place in places]
+            if blocks:
+                prefetch(b, at, blocks * run * form.bits // 8, ahead)
+                take([total], planes_of(b, [_read(b, at, v * blocks, blocks, form, code) for v in range(run)]))
+            elif long:
+                others = [_Total(b, form, code, 0) for _ in range(CHUNK // LANES)]
+                chunks, vectors = b.udiv(size, number(CHUNK)), b.udiv(size, number(LANES))
+                with cgutils.for_range(b, chunks) as loop:
+                    take(others, read(b.gep(at, [b.mul(loop.index, number(CHUNK))]), CHUNK))
+                with cgutils.for_range_slice(b, b.mul(chunks, number(CHUNK // LANES)), vectors, number(1)) as (v, _):
+                    take([total], read(b.gep(at, [b.mul(v, number(LANES))]), LANES))
+                for other in others:
+                    total.join(other.values)
+                take([total], read(b.gep(at, [b.mul(vectors, number(LANES))]), run) if run else [])
+            else:
+                take([total], read(at, run))
+            for value, place in zip(total.values, places, strict=True):
+                b.store(value, place, align=4)
+
+        done = number(0)
+        for blocks in (LANES, 1) if many else (0,):
+            step = number(blocks or 1)
+            stop = b.mul(b.udiv(count, step), step)
+            with cgutils.for_range_slice(b, done, stop, step) as (block, _):
+                add(b.gep(source, [b.mul(block, size)]), block, blocks)
+            done = stop
+        if least is not None:
+            least.leave()
+
+    return step(emit, 9)
+
+
+def _folded(b: Builder, form: Format, code: int, source: Value) -> list[Value]:
+    """The totals of `LANES` blocks that are in many lanes each, a lane for each: a tree of cheap shuffles."""
+    total = _Total(b, form, code, 0)
+    words = b.bitcast(source, ir.DoubleType().as_pointer())
+    blocks = [
+        [
+            b.load(b.bitcast(b.gep(words, [INT32(i * parts_of(form) + k * PARTIAL)]), total.type.as_pointer()), align=4)
+            for k in range(len(total.places))
+        ]
+        for i in range(LANES)
+    ]
+    if code == INF:
+        low, high = range(PARTIAL), range(PARTIAL, 2 * PARTIAL)
+        blocks = [[_larger(b, shuffle(b, v, low), shuffle(b, v, high))] for (v,) in blocks]
+    # Inside the parts of 16 bytes of which vectors are made, then whole parts: the order comes out right.
+    if code == INF and form.bits <= 32:
+        orders = [[0, 2, 8, 10, 4, 6, 12, 14]] * 2 + [[0, 1, 2, 3, 8, 9, 10, 11]]
+        strides = [1, 1, 4]
+    else:
+        orders = [[0, 8, 2, 10, 4, 12, 6, 14]] + [[0, 1, 4, 5, 8, 9, 12, 13]] * 2
+        strides = [1, 2, 2]
+    for order, stride in zip(orders, strides, strict=True):
+        further = [i + stride for i in order]
+        blocks = [
+            _joined(
+                b,
+                code,
+                [shuffle(b, p, order, q) for p, q in zip(x, y, strict=True)],
+                [shuffle(b, p, further, q) for p, q in zip(x, y, strict=True)],
+            )
+            for x, y in zip(blocks[::2], blocks[1::2], strict=True)
+        ]
+    return [shuffle(b, p, range(LANES), q) for p, q in zip(*blocks, strict=True)]
+
+
+ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
+"""A float64 lies halfway between two normal float32 where its low 29 bits are the first number."""
+
+DOUBT = 1 << 16
+"""Units in the last place of float64 by which a norm may be off: each addition in sequence adds one at most.
+
+One norm in 4096 is in doubt without need, and settled by a few nanoseconds an element.
+"""
+
+EXACT_SPAN = 2.0**29
+"""A float64 sum of float32 magnitudes is exact if it is at most this times the least of them that is not zero.
+
+That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the sum is below 2 ** (e + 30):
+53 bits hold it and every sum on the way.
+"""
+
+
+SAFE_LEAST = 1e-280
+"""A sum of squares of float64 from here to infinity lost nothing to under- or overflow."""
+
+
+@cache
+def finish_totals(form: Format, code: int, many: bool) -> Any:
+    """``(totals, i, more, j, sums, k, norms, l)``: what `add_run` found for `LANES` blocks, to norms.
+
+    To float32, or float64 if the elements are that, and except for maxima to float64 in `sums`. Returns a bit for
+    each block whose rounding is in doubt, or whose norm is no normal number of float32, or whose squares may have
+    left the range of float64.
+    """
+
+    def emit(b: Builder, totals: Value, more: Value, sums: Value, norms: Value) -> Value:
+        double, single = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.FloatType(), LANES)
+        bits = vector_of(64, LANES)
+        if not many:
+            found = _folded(b, form, code, totals)
+        else:
+            places = [totals, more] if form.bits == 64 else [totals]
+            found = [b.load(b.bitcast(place, double.as_pointer()), align=8) for place in places]
+        if code == INF:
+            store(b, found[0], norms)
+            return ir.Constant(ir.IntType(64), 0)
+        wide = found[0]
+        doubtful = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
+        if form.bits == 64:
+            # What was lost of an infinite sum is NaN.
+            finite = b.fcmp_ordered("<", wide, splat(double, math.inf))
+            if code == TWO:
+                doubtful = b.or_(
+                    b.fcmp_ordered("<", wide, splat(double, SAFE_LEAST)),
+                    b.fcmp_ordered("==", wide, splat(double, math.inf)),
+                )
+            wide = b.select(finite, b.fadd(wide, found[1]), wide)
+        if code == TWO:
+            wide = call(b, f"llvm.sqrt.v{LANES}f64", double, [wide])
+        store(b, wide, sums)
+        if form.bits == 64:
+            store(b, wide, norms)
+            return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
+        store(b, b.fptrunc(wide, single), norms)
+        raw = b.bitcast(wide, bits)
+        offset = b.and_(b.add(raw, splat(bits, DOUBT - ROUNDING_BORDER)), splat(bits, ROUNDING_MASK))
+        near = b.icmp_unsigned("<", offset, splat(bits, 2 * DOUBT))
+        # Zero is sure; subnormal float32, NaN and what float32 cannot hold are for the scalar code.
+        low, high = 0x3810000000000000, 0x47EFFFFFE0000000
+        odd = b.icmp_unsigned(">", b.sub(raw, splat(bits, low)), splat(bits, high - low))
+        odd = b.and_(odd, b.icmp_unsigned("!=", raw, splat(bits, 0)))
+        doubtful = b.or_(near, odd)
+        if code == ONE:
+            most = call(b, f"llvm.vector.reduce.umax.v{LANES}i32", INT32, [load(b, more, vector_of(32, LANES))])
+            least = b.fpext(b.bitcast(b.neg(most), ir.FloatType()), ir.DoubleType())
+            span = b.fmul(least, ir.DoubleType()(EXACT_SPAN))
+            doubtful = b.and_(doubtful, b.not_(b.fcmp_ordered("<=", wide, broadcast(b, span, LANES))))
+        return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
+
+    return step(emit, 8, types.int64)

@@ -1,0 +1,178 @@
+"""Steps of selection inside vectors: ranks of small groups, cuts by a limit, and writing what was decided."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from npscope.backends.numba_cpu.vectors import (
+    LINE,
+    Builder,
+    Format,
+    Value,
+    broadcast,
+    call,
+    keys_of,
+    load,
+    prefetch,
+    shuffle,
+    splat,
+    step,
+    store,
+    vector_of,
+)
+
+MAX_GROUP = 16
+"""Largest scope that is ranked inside a vector: the work grows with the square of it."""
+
+
+def _ranks(b: Builder, keys: Value, n: int) -> Value:
+    """How many of its group of n adjacent lanes rank before each lane: a larger key, or an equal one earlier."""
+    vector = keys.type
+    doubled = b.shl(keys, splat(vector, 1))
+    ranks = splat(vector, 0)
+    for distance in range(1, n):
+        places = [i % n + distance for i in range(vector.count)]
+        rivals = shuffle(b, doubled, [i - i % n + p % n for i, p in enumerate(places)])
+        # An earlier rival wins ties: half a unit more.
+        rivals = b.or_(rivals, ir.Constant(vector, [int(p >= n) for p in places]))
+        ranks = b.add(ranks, b.zext(b.icmp_unsigned(">", rivals, doubled), vector))
+    return ranks
+
+
+def _narrow(b: Builder, count: Value, vector: ir.VectorType) -> Value:
+    """An int64 in every lane."""
+    scalar = count if vector.element.width == 64 else b.trunc(count, vector.element)
+    return broadcast(b, scalar, vector.count)
+
+
+def group_lanes(form: Format, n: int) -> int:
+    """Lanes of a vector that holds whole groups of n."""
+    return n * max(1, form.lanes // n)
+
+
+@cache
+def prune_groups(form: Format, n: int) -> Any:
+    """``(source, i, target, j, k)``: write `group_lanes` numbers, the k first-ranked of each n and zeros."""
+    lanes = group_lanes(form, n)
+
+    def emit(b: Builder, source: Value, target: Value, k: Value) -> None:
+        prefetch(b, source, lanes * form.bits // 8)
+        bits = load(b, source, vector_of(form.bits, lanes))
+        ranks = _ranks(b, keys_of(b, bits, form), n)
+        kept = b.icmp_unsigned("<", ranks, _narrow(b, k, bits.type))
+        store(b, b.select(kept, bits, splat(bits.type, 0)), target)
+
+    return step(emit, 5)
+
+
+@cache
+def keep_from(form: Format) -> Any:
+    """``(source, i, target, j, limit)``: write a line of numbers, +0.0 for those whose magnitude's key is below it."""
+
+    def emit(b: Builder, source: Value, target: Value, limit: Value) -> None:
+        prefetch(b, source, LINE)
+        bits = load(b, source, vector_of(form.bits, form.lanes))
+        word = bits.type.element
+        least = limit if form.bits == 64 else b.trunc(limit, word)
+        nan = word(form.inf + 1)  # every key above infinity is that of NaN
+        least = b.select(b.icmp_unsigned("<", least, nan), least, nan)
+        kept = b.icmp_unsigned(">=", keys_of(b, bits, form), broadcast(b, least, form.lanes))
+        store(b, b.select(kept, bits, splat(bits.type, 0)), target)
+
+    return step(emit, 5)
+
+
+def groups_per_line(width: int, n: int) -> int:
+    """Groups of n numbers of `width` bits that a vector holds."""
+    return max(1, 8 * LINE // width // n)
+
+
+@cache
+def mark_groups(width: int, n: int) -> Any:
+    """``(keys, i, keep, s, mask, j)``: mask of the `keep[s]` first-ranked of n keys, for `groups_per_line` groups."""
+    groups = groups_per_line(width, n)
+    vector, few = vector_of(width, n * groups), vector_of(64, groups)
+
+    def emit(b: Builder, keys: Value, keep: Value, mask: Value) -> None:
+        own = load(b, keys, vector)
+        ranks = splat(vector, 0)
+        for distance in range(1, n):
+            places = [i % n + distance for i in range(vector.count)]
+            rivals = shuffle(b, own, [i - i % n + p % n for i, p in enumerate(places)])
+            ties = b.and_(
+                b.icmp_unsigned("==", rivals, own), ir.Constant(vector_of(1, vector.count), [p >= n for p in places])
+            )
+            ranks = b.add(ranks, b.zext(b.or_(b.icmp_unsigned(">", rivals, own), ties), vector))
+        counts = load(b, keep, few)
+        counts = counts if width == 64 else b.trunc(counts, vector_of(width, groups))
+        kept = b.icmp_unsigned("<", ranks, shuffle(b, counts, [i // n for i in range(vector.count)]))
+        store(b, b.zext(kept, vector_of(8, vector.count)), mask)
+
+    return step(emit, 6)
+
+
+@cache
+def collect(width: int) -> Any:
+    """``(keys, i, found, j, low, span)``: append the keys of a line with ``key - low <= span``; how many those are.
+
+    Without a branch: one that is rarely taken costs more in mistakes than the stores do.
+    """
+    vector = vector_of(width, 8 * LINE // width)
+
+    def emit(b: Builder, keys: Value, found: Value, low: Value, span: Value) -> Value:
+        own = load(b, keys, vector)
+        offset = b.sub(own, broadcast(b, low, vector.count))
+        inside = b.icmp_unsigned("<=", offset, broadcast(b, span, vector.count))
+        function = b.module.declare_intrinsic(
+            f"llvm.experimental.vector.compress.v{vector.count}i{width}",
+            (),
+            ir.FunctionType(vector, [vector, inside.type, vector]),
+        )
+        store(b, b.call(function, [own, inside, ir.Constant(vector, ir.Undefined)]), found)
+        bits = b.bitcast(inside, ir.IntType(vector.count))
+        return b.zext(call(b, f"llvm.ctpop.i{vector.count}", bits.type, [bits]), ir.IntType(64))
+
+    return step(emit, 6, types.int64)
+
+
+def runs_per_line(form: Format, run: int) -> int:
+    """Blocks whose runs fill a line together; 1 where they do not."""
+    return form.lanes // run if form.lanes % run == 0 else 1
+
+
+@cache
+def drop_runs(form: Format, run: int, blocks: int) -> Any:
+    """``(target, i, mask, j)``: zero the runs (up to `CHUNK` elements) of adjacent blocks whose mask is False."""
+    count = run * blocks
+
+    def emit(b: Builder, target: Value, mask: Value) -> None:
+        prefetch(b, target, count * form.bits // 8)
+        few = b.icmp_unsigned("!=", load(b, mask, vector_of(8, blocks)), splat(vector_of(8, blocks), 0))
+        kept = shuffle(b, few, [i // run for i in range(count)])
+        bits = load(b, target, vector_of(form.bits, count))
+        store(b, b.select(kept, bits, splat(bits.type, 0)), target)
+
+    return step(emit, 4)
+
+
+@cache
+def scale_runs(form: Format, run: int, blocks: int) -> Any:
+    """``(target, i, factors, j)``: multiply runs of float32 by float64 factors; 0 writes +0.0, 1 keeps the bits."""
+    count = run * blocks
+    double, single = ir.VectorType(ir.DoubleType(), count), ir.VectorType(ir.FloatType(), count)
+
+    def emit(b: Builder, target: Value, factors: Value) -> None:
+        few = b.load(b.bitcast(factors, ir.VectorType(ir.DoubleType(), blocks).as_pointer()), align=8)
+        factor = shuffle(b, few, [i // run for i in range(count)])
+        prefetch(b, target, count * 4)
+        bits = load(b, target, vector_of(32, count))
+        product = b.fptrunc(b.fmul(b.fpext(b.bitcast(bits, single), double), factor), single)
+        scaled = b.select(b.fcmp_ordered("==", factor, splat(double, 1.0)), bits, b.bitcast(product, bits.type))
+        zero = b.fcmp_ordered("==", factor, splat(double, 0.0))
+        store(b, b.select(zero, splat(bits.type, 0), scaled), target)
+
+    return step(emit, 4)
