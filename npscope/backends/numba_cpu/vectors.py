@@ -221,12 +221,12 @@ def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
 def _with_arguments(typing: Any, count: int) -> Any:
     """A function of a fixed number of arguments, which `intrinsic` asks for."""
     forms = {
-        3: lambda context, a, b, c: typing(context, a, b, c),
         4: lambda context, a, b, c, d: typing(context, a, b, c, d),
         5: lambda context, a, b, c, d, e: typing(context, a, b, c, d, e),
         6: lambda context, a, b, c, d, e, f: typing(context, a, b, c, d, e, f),
         7: lambda context, a, b, c, d, e, f, g: typing(context, a, b, c, d, e, f, g),
         8: lambda context, a, b, c, d, e, f, g, h: typing(context, a, b, c, d, e, f, g, h),
         9: lambda context, a, b, c, d, e, f, g, h, i: typing(context, a, b, c, d, e, f, g, h, i),
+        11: lambda context, a, b, c, d, e, f, g, h, i, j, k: typing(context, a, b, c, d, e, f, g, h, i, j, k),
     }
     return forms[count]
