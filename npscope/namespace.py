@@ -155,7 +155,11 @@ def block_norms(x: Array, block: Block, *, ord: float = 2, out: Array | None = N
         if out is not None:
             norm = getattr(array_namespace(x), kind_of(x.dtype).norm)
             op.as_destination(out, x, blocks.grid, np.dtype(norm) if op.is_numpy(x) else norm)
-        grid = reshaped(backend.norms(_one(Leaf(x, geometry)), p), blocks.grid)
+        table = None if out is None else op.as_table(out)
+        result = backend.norms(_one(Leaf(x, geometry)), p, table)
+        if out is not None and result is table:
+            return out
+        grid = reshaped(result, blocks.grid)
         return grid if out is None else op.store(out, grid)
 
 

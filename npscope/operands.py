@@ -145,6 +145,12 @@ def store(array: Any, result: Any) -> Any:
     return array
 
 
+def as_table(place: Any) -> Any:
+    """The memory of a place for a result, as one row of blocks; None where it is not contiguous, or not NumPy's."""
+    fits = is_numpy(place) and place.flags.c_contiguous and place.flags.aligned and place.dtype.isnative
+    return place.reshape(1, -1) if fits else None
+
+
 def as_number(value: Any, what: str) -> float:
     """A real number of the host as a float; KindError for bool, complex and text, SpecError beyond float64."""
     if type(value) is not float and (

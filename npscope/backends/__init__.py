@@ -48,8 +48,8 @@ class Backend(Protocol):
 
     NAME: str
 
-    def norms(self, parts: Parts, ord: Ord) -> Array:
-        """Norm of every block: ``(S, n)`` in the norm's dtype."""
+    def norms(self, parts: Parts, ord: Ord, out: Array | None = None) -> Array:
+        """Norm of every block: ``(S, n)`` in the norm's dtype; it may be written to `out`, which is such an array."""
 
     def kth(self, parts: Parts, k: Leaf, ord: Ord) -> Array:
         """The k-th largest rank value of every scope, ``(S,)``; 1 <= k <= n.

@@ -226,7 +226,7 @@ def _part_norms(part: Part, ord: float) -> tuple[Array, Array]:
     return marked(xp.astype(norm, dtype)), marked(wide)
 
 
-def norms(parts: Parts, ord: float | None) -> Array:
+def norms(parts: Parts, ord: float | None, out: Array | None = None) -> Array:
     """Norm of every block: ``(S, n)`` in the norm's dtype."""
     if ord is None:
         raise ValueError("signed values have no norm")

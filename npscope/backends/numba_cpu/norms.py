@@ -168,10 +168,13 @@ def norm_ranges(
     return ranges(part.total, part.elements, make_work, workspace=workspace_of(part, ord), shielded=shielded)
 
 
-def norms(parts: Parts, ord: float | None) -> np.ndarray:
-    """Norm of every block: ``(S, n)`` in the norm's dtype."""
+def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.ndarray:
+    """Norm of every block: ``(S, n)`` in the norm's dtype, in `out` if given."""
     measured = competitors(parts)
-    result = np.empty((measured[0].cut.scopes, sum(part.blocks for part in measured)), max(p.norm for p in measured))
+    result = out
+    if result is None:
+        shape = measured[0].cut.scopes, sum(part.blocks for part in measured)
+        result = np.empty(shape, max(part.norm for part in measured))
     start = 0
     for part, plain in zip(parts, measured, strict=True):
         norms_into(part, plain, float(ord or 2), result[:, start : start + plain.blocks])
