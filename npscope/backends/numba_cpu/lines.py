@@ -300,12 +300,9 @@ def _rescale(codec: Codec) -> Any:
 def dropper(layout: Layout) -> Any:
     """``drop(target, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
     form, run, rows, keep = layout.form, layout.run, layout.rows, layout.codec.keep
-    together = vector_selection.runs_per_line(form, run)
     vectors = run <= 32
-    many, one = (
-        vector_selection.drop_runs(form, run if vectors else 1, together),
-        vector_selection.drop_runs(form, run if vectors else 1, 1),
-    )
+    together = vector_selection.runs_of_lines(form, run)
+    many, one = (vector_selection.drop_runs(form, run if vectors else 1, blocks) for blocks in (together, 1))
 
     @merged
     def drop_run(buffer: Any, at: int, count: int, mask: Any, j: int) -> None:

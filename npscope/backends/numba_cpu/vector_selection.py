@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ from llvmlite import ir
 from numba import types
 
 from npscope.backends.numba_cpu.vectors import (
+    INT32,
     LINE,
     Builder,
     Format,
@@ -144,17 +146,26 @@ def runs_per_line(form: Format, run: int) -> int:
     return form.lanes // run if form.lanes % run == 0 else 1
 
 
+def runs_of_lines(form: Format, run: int) -> int:
+    """Blocks whose runs fill whole lines together."""
+    return form.lanes // math.gcd(form.lanes, run)
+
+
 @cache
 def drop_runs(form: Format, run: int, blocks: int) -> Any:
     """``(target, i, mask, j)``: zero the runs (up to `CHUNK` elements) of adjacent blocks whose mask is False."""
     count = run * blocks
+    line = min(count, form.lanes)
 
     def emit(b: Builder, target: Value, mask: Value) -> None:
-        prefetch(b, target, count * form.bits // 8)
         few = b.icmp_unsigned("!=", load(b, mask, vector_of(8, blocks)), splat(vector_of(8, blocks), 0))
-        kept = shuffle(b, few, [i // run for i in range(count)])
-        bits = load(b, target, vector_of(form.bits, count))
-        store(b, b.select(kept, bits, splat(bits.type, 0)), target)
+        wide = b.sext(few, vector_of(form.bits, blocks))
+        for start in range(0, count, line):
+            length = min(line, count - start)
+            here = b.gep(target, [INT32(start)])
+            prefetch(b, here, length * form.bits // 8)
+            kept = shuffle(b, wide, [(start + i) // run for i in range(length)])
+            store(b, b.and_(load(b, here, kept.type), kept), here)
 
     return step(emit, 4)
 
