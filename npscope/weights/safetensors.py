@@ -65,6 +65,8 @@ class Safetensors:
     FormatError when it is not a regular file or anything in it contradicts the format.
     """
 
+    side_by_side = True  # every read says where: threads share no position in the file
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         # O_NONBLOCK: opening a FIFO must not wait for somebody to write to it.
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
