@@ -148,12 +148,13 @@ def _fold_whole(combine: np.ufunc, values: Array, axis: int, size: int, dtype: n
         # Neighbours in one word, many at a time. The last axis is the first to be folded: here are only 0 and 1.
         words = np.ascontiguousarray(values).reshape(*shape, size).view(f"u{size}")
         folded = words != 0 if combine is np.bitwise_or else np.bitwise_count(words)
-        return folded.view(np.uint8).astype(dtype, copy=False).reshape(*shape, *tail)
+        counts: Array = folded.view(np.uint8).astype(dtype, copy=False)
+        return counts.reshape(*shape, *tail)
     grouped = values.reshape(*shape, size, *tail)
     if math.prod(tail) >= _WIDE or size > _WIDE:
         return np.asarray(combine.reduce(grouped, axis=axis + 1, dtype=dtype))
-    places = (slice(None),) * (axis + 1)
-    result = grouped[(*places, 0)].astype(dtype)
-    for at in range(1, size):
-        combine(result, grouped[(*places, at)], out=result, dtype=dtype)
+    first, *others = np.moveaxis(grouped, axis + 1, 0)
+    result: Array = first.astype(dtype)
+    for other in others:
+        combine(result, other, out=result, dtype=dtype)
     return result

@@ -11,6 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,11 +19,13 @@ import numpy as np
 
 from npscope.block import BlockSpec
 from npscope.errors import FormatError, SpecError
+from npscope.masks import MaskWriter, mask_file
 from npscope.namespace import block_mask, block_norms, keep_largest
 from npscope.plans import Plan, Skip
 from npscope.recipe import Recipe, resolve
 from npscope.slabs import Array, Box, SlabReader, count_zeros_and_nans, smallest_slab
 from npscope.weights import Writer, open_weights
+from npscope.weights.output import Target
 
 SINGLE_PASS_BYTES = 32 << 20
 """A scope that takes a slab of at most this size is decided in one pass."""
@@ -51,6 +54,7 @@ def prune_file(
     strict: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    mask_out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome | Skip]:
     """Prune the weights in `source` into the new file `target`; say for every tensor what was done.
@@ -71,6 +75,8 @@ def prune_file(
         Replace an existing `target`. The input itself is never replaced.
     dry_run
         Do everything but write.
+    mask_out
+        Place for a file with the masks of the pruned tensors (`npscope.masks`).
     progress
         Called after every slab.
 
@@ -87,16 +93,28 @@ def prune_file(
         raise SpecError("no output: give -o OUT, or --dry-run")
     with open_weights(source) as weights:
         place = None if target is None else weights.target(target, force=force)
+        mask_place = None if mask_out is None else _mask_target(mask_out, source, place, force)
         decisions = resolve(recipe, weights.tensors.values())
         _require_work(decisions, strict)
         reader, ticker = SlabReader(weights), _Ticker(decisions, progress)
         if place is None or dry_run:
-            outcomes = list(_outcomes(decisions, reader, None, nan, ticker))
+            outcomes = list(_outcomes(decisions, reader, None, None, nan, ticker))
             weights.check_unchanged()
         else:
-            with weights.successor(place) as writer:
-                outcomes = list(_outcomes(decisions, reader, writer, nan, ticker))
+            asked = [decision for decision in decisions if isinstance(decision, Plan)]
+            masking = nullcontext() if mask_place is None else mask_file(mask_place, asked)
+            with weights.successor(place) as writer, masking as masks:
+                outcomes = list(_outcomes(decisions, reader, writer, masks, nan, ticker))
         return outcomes
+
+
+def _mask_target(
+    path: str | os.PathLike[str], source: str | os.PathLike[str], result: Target | None, force: bool
+) -> Target:
+    place = Target.of(path, force=force, source=os.stat(source))
+    if result is not None and result.path == place.path:
+        raise SpecError(f"the mask and the output are both to be {os.fsdecode(path)!r}; choose another name for one")
+    return place
 
 
 def _require_work(decisions: Sequence[Plan | Skip], strict: bool) -> None:
@@ -126,11 +144,16 @@ class _Ticker:
 
 
 def _outcomes(
-    decisions: Iterable[Plan | Skip], reader: SlabReader, writer: Writer | None, nan: NanPolicy, ticker: _Ticker
+    decisions: Iterable[Plan | Skip],
+    reader: SlabReader,
+    writer: Writer | None,
+    masks: MaskWriter | None,
+    nan: NanPolicy,
+    ticker: _Ticker,
 ) -> Iterator[Outcome | Skip]:
     for decision in decisions:
         if isinstance(decision, Plan):
-            yield _prune(decision, reader, writer, nan, ticker)
+            yield _prune(decision, reader, writer, masks, nan, ticker)
             continue
         if writer is not None:
             writer.copy(decision.tensor)
@@ -138,8 +161,15 @@ def _outcomes(
         yield decision
 
 
-def _prune(plan: Plan, reader: SlabReader, writer: Writer | None, nan: NanPolicy, ticker: _Ticker) -> Outcome:
-    """Prune one tensor into `writer`."""
+def _prune(
+    plan: Plan,
+    reader: SlabReader,
+    writer: Writer | None,
+    masks: MaskWriter | None,
+    nan: NanPolicy,
+    ticker: _Ticker,
+) -> Outcome:
+    """Prune one tensor into `writer`, and what was kept of it into `masks`."""
     kept = None if _passes(plan) == 1 else _select(plan, reader, ticker)
     before = after = nans = 0
     norm_before = norm_after = 0.0
@@ -148,10 +178,14 @@ def _prune(plan: Plan, reader: SlabReader, writer: Writer | None, nan: NanPolicy
         before, nans = before + zeros, nans + unordered
         norm_before = math.hypot(norm_before, _norm(values))
         view = values.transpose(plan.order)
-        if kept is None:
+        here = None if kept is None else kept[_on_grid(plan, box)]
+        if masks is not None:
+            here = block_mask(view, plan.keep, plan.block, plan.scope, ord=plan.ord) if here is None else here
+            masks.add(plan, here)
+        if here is None:
             keep_largest(view, plan.keep, plan.block, plan.scope, ord=plan.ord, out=view)
         else:
-            BlockSpec(view, plan.block).apply_mask(kept[_on_grid(plan, box)])
+            BlockSpec(view, plan.block).apply_mask(here)
         after += count_zeros_and_nans(values)[0]
         norm_after = math.hypot(norm_after, _norm(values))
         if writer is not None:

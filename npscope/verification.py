@@ -170,9 +170,11 @@ class _Counter:
             if smallest_slab(plan.shape, self._block, itemsize) > SINGLE_PASS_BYTES:
                 self.period = (1,) * len(plan.shape)
                 self._blocks = np.zeros(self._grid, np.uint8)
+        # Single elements that compete with their neighbours, every scope whole: these have a way of their own.
+        lone = max(in_elements[:-1], default=1) == 1 == self._block[-1] and self._counts is None
+        self._neighbours = self._scope[-1] if lone else 0
         self._lock = threading.Lock()
         self._offending = 0
-        self._neighbours = self._scope[-1] if max(in_elements[:-1], default=1) == 1 == self._block[-1] else 0
         self._first: tuple[int, int] | None = None  # canonical number of the scope, blocks in use
 
     def add(self, box: Box, piece: Piece) -> None:

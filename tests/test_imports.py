@@ -34,8 +34,14 @@ LAYERS: dict[str, set[str]] = {
     "plans": {"weights"},
     "recipe": {"pattern", "plans", "weights", "errors"},
     "slabs": {"weights", "errors"},
-    "pruning": {"recipe", "plans", "slabs", "weights", "namespace", "block", "errors"},
-    "inspection": {"recipe", "slabs", "weights", "errors"},
+    "masks": {"plans", "slabs", "weights", "errors"},
+    "pruning": {"recipe", "plans", "masks", "slabs", "weights", "namespace", "block", "errors"},
+    "occupancy": {"slabs", "weights", "options", "backends"},
+    "inspection": {"recipe", "occupancy", "slabs", "weights", "errors"},
+    "verification": {"recipe", "plans", "occupancy", "slabs", "weights", "errors"},
+    "comparison": {"slabs", "weights"},
+    "storage": {"weights"},
+    "export": {"recipe", "plans", "verification", "storage", "slabs", "weights", "errors"},
     "report": set(),
 }
 """For each module (a package counts as one) the modules of npscope that it may import; others may import all."""
