@@ -1,12 +1,13 @@
 """Pruned weights without their zeros, in layouts that other programs read.
 
 ``bitmask``
-    A safetensors file as compressed-tensors 0.14 makes it (``sparse-bitmask``). A matrix W of
-    shape [rows, columns] becomes ``W.compressed``, its values that are not zero, row-major;
-    ``W.bitmask``, U8 of shape ``[rows, ceil(columns / 8)]``: bit ``j % 8``, from the least
-    significant, of byte ``j // 8`` of a row is 1 where element j is not zero; ``W.row_offsets``,
-    I64 of shape [rows]: where each row begins in the values; and ``W.shape``, I64. All other
-    tensors stay as they are.
+    A safetensors file as compressed-tensors 0.14 makes it (``sparse-bitmask``). A matrix
+    ``M.weight`` of shape [rows, columns] becomes ``M.compressed``, its values that are not zero,
+    row-major; ``M.bitmask``, U8 of shape ``[rows, ceil(columns / 8)]``: bit ``j % 8``, from the least
+    significant, of byte ``j // 8`` of a row is 1 where element j is not zero; ``M.row_offsets``, I64
+    of shape [rows]: where each row begins in the values; and ``M.shape``, I64. All other tensors
+    stay as they are. compressed-tensors knows no other names than these; a matrix W of another
+    name becomes ``W.compressed`` and so on, when it is asked for.
 ``csr``, ``bsr``
     One matrix as an ``.npz`` for ``scipy.sparse.load_npz``. Floats of 16 and 8 bits are widened
     to float32, which SciPy can compute with.
@@ -89,20 +90,22 @@ def export_bitmask(
 ) -> list[Exported]:
     """Write the weights in `source` to `target` with the zeros of matrices left out, as values and bitmasks.
 
-    Meant are matrices that become smaller so, and all that `selection` includes by name. SpecError (a
-    ValueError) when there is none or `target` cannot be written; FormatError, FileError and OSError
-    as for every command.
+    Meant are matrices called ``*.weight`` that become smaller so, and all that `selection` includes
+    by name. SpecError (a ValueError) when there is none or `target` cannot be written; FormatError,
+    FileError and OSError as for every command.
     """
     with open_weights(source) as weights:
         place = Target.of(target, force=force, source=os.stat(source))
         counts = {}
         for tensor in selection.of(weights.tensors):
-            if len(tensor.shape) == 2:
+            if len(tensor.shape) == 2 and (selection.include or tensor.name.endswith(".weight")):
                 in_use = _in_rows(weights, tensor)
                 if selection.include or bitmask_bytes(tensor, _zeros(tensor, in_use)) < tensor.nbytes:
                     counts[tensor.name] = in_use
         if not counts:
-            raise SpecError("nothing to export: no matrix would become smaller; --include exports one all the same")
+            raise SpecError(
+                "nothing to export: no matrix called *.weight would become smaller; --include exports others"
+            )
         parts = [
             part
             for tensor in weights.tensors.values()
@@ -214,11 +217,12 @@ def _bitmask_parts(tensor: Tensor, in_use: Array) -> tuple[Tensor, ...]:
     rows, columns = tensor.shape
     total, width = int(in_use.sum()), -(-columns // 8)
     itemsize = tensor.nbytes // (rows * columns)
+    name = tensor.name.removesuffix(".weight")
     return (
-        Tensor(f"{tensor.name}.compressed", tensor.dtype, (total,), total * itemsize),
-        Tensor(f"{tensor.name}.bitmask", "uint8", (rows, width), rows * width),
-        Tensor(f"{tensor.name}.row_offsets", "int64", (rows,), 8 * rows),
-        Tensor(f"{tensor.name}.shape", "int64", (2,), 16),
+        Tensor(f"{name}.compressed", tensor.dtype, (total,), total * itemsize),
+        Tensor(f"{name}.bitmask", "uint8", (rows, width), rows * width),
+        Tensor(f"{name}.row_offsets", "int64", (rows,), 8 * rows),
+        Tensor(f"{name}.shape", "int64", (2,), 16),
     )
 
 

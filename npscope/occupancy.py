@@ -113,7 +113,7 @@ def count_of(used: Array, box: Box, sizes: tuple[int, ...]) -> tuple[Array, Box]
     Scopes that reach out of the box count for what is inside.
 
     >>> count_of(np.asarray([[0, 1, 1, 1]], np.uint8), (slice(0, 1), slice(2, 6)), (1, 4))
-    (array([[2, 1]], dtype=uint8), (slice(0, 1, None), slice(0, 2, None)))
+    (array([[1, 2]], dtype=uint8), (slice(0, 1, None), slice(0, 2, None)))
     """
     groups = tuple(_groups(part, size) for part, size in zip(box, sizes, strict=True))
     if all(group.stop - group.start == 1 for group in groups):  # one scope: the fastest of all counts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,9 @@ def verify(
             if isinstance(decision, Skip) and decision.misfit:
                 raise SpecError(f"tensor {decision.tensor.name!r:.120} cannot take the pattern: {decision.reason}")
     if all(isinstance(decision, Skip) for decision in decisions):
-        raise SpecError(f"nothing to check: none of the {len(decisions)} tensors can take the pattern")
+        reasons = Counter(decision.reason for decision in decisions if isinstance(decision, Skip))
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        raise SpecError(f"nothing to check in {len(decisions)} tensors: {listed or 'the file holds none'}")
     tell = _Progress(decisions, progress)
     reader = PieceReader(weights)
     return [_verdict(reader, decision, tell) for decision in decisions]

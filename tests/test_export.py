@@ -49,8 +49,8 @@ def sparse(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> np.ndarray:
 # --- bitmask -------------------------------------------------------------------------------------
 
 ORACLE = {
-    # From compressed-tensors 0.14.0.1: BitmaskConfig's compressor on a bfloat16 matrix of 3 x 10,
-    # row 0 the numbers 1 to 10 but every third 0 (the second of them -0.0), row 1 zero, row 2 only its last a NaN.
+    # What compressed-tensors 0.14.0.1 makes of a bfloat16 matrix of 3 x 10: row 0 the numbers 1 to 10
+    # but every third 0 (the second of them -0.0), row 1 zero, row 2 zero but for a NaN at its end.
     "compressed": [2.0, 3.0, 5.0, 6.0, 8.0, 9.0, float("nan")],
     "bitmask": [[0b10110110, 0b01], [0, 0], [0, 0b10]],
     "row_offsets": [0, 6, 6],
@@ -63,8 +63,8 @@ def test_the_bitmask_layout_is_that_of_compressed_tensors(folder: Path) -> None:
     values[0] = np.arange(1, 11)
     values[0, ::3] = [0, -0.0, 0, 0]
     values[2, 9] = np.nan
-    save_file({"w": values}, folder / "in")
-    export_bitmask(folder / "in", folder / "out", Selection())
+    save_file({"w.weight": values}, folder / "in")
+    export_bitmask(folder / "in", folder / "out", Selection(("w.weight",)))
     found = load_file(folder / "out")
     assert set(found) == {f"w.{part}" for part in ORACLE}
     dtypes = {"compressed": "bfloat16", "bitmask": "uint8", "row_offsets": "int64", "shape": "int64"}
@@ -94,16 +94,17 @@ def test_bitmasks_hold_all_that_is_not_zero(folder: Path, dtype: Any, shape: tup
 
 def test_matrices_that_would_grow_are_left_alone_unless_named(folder: Path) -> None:
     dense = np.ones((8, 8), np.float32)
-    save_file(
-        {"dense": dense, "sparse": sparse((8, 64), np.float32), "conv": sparse((4, 4, 2), np.float32)}, folder / "in"
-    )
+    matrix = sparse((8, 64), np.float32)
+    values = {"dense.weight": dense, "m.weight": matrix, "other": matrix, "conv.weight": sparse((4, 4, 2), np.float32)}
+    save_file(values, folder / "in")
     export_bitmask(folder / "in", folder / "out", Selection())
-    names = {name for name in load_file(folder / "out") if "." not in name}
-    assert names == {"dense", "conv"}
-    export_bitmask(folder / "in", folder / "named", Selection(("dense",)))
-    np.testing.assert_array_equal(load_file(folder / "named")["dense.compressed"], np.ones(64, np.float32))
+    assert set(values) & set(load_file(folder / "out")) == set(values) - {"m.weight"}
+    export_bitmask(folder / "in", folder / "named", Selection(("dense.weight", "other")))
+    found = load_file(folder / "named")
+    np.testing.assert_array_equal(found["dense.compressed"], np.ones(64, np.float32))
+    np.testing.assert_array_equal(found["other.compressed"], matrix[matrix != 0])
     with pytest.raises(SpecError, match="nothing to export"):
-        export_bitmask(folder / "in", folder / "none", Selection(exclude=("sparse",)))
+        export_bitmask(folder / "in", folder / "none", Selection(exclude=("m.weight",)))
     with pytest.raises(SpecError, match="matches none"):
         export_bitmask(folder / "in", folder / "none", Selection(("x*",)))
     save_file({"w": sparse((8, 64), np.float32), "w.shape": dense}, folder / "in")

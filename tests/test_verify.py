@@ -141,7 +141,7 @@ def test_every_dtype_nan_and_signed_zeros(tmp_path: Path, dtype: Any, pattern: s
     assert check(tmp_path / "in", recipe).holds == (pattern in ("3:8", "2x2@0.5"))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.data())
 def test_whatever_was_pruned_holds_and_one_more_block_does_not(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -333,6 +333,13 @@ def test_nothing_is_detected_in_zeros_at_random(tmp_path: Path, share: float, sh
     save_file({"a": values}, tmp_path / "in")
     (found,) = inspect_file(tmp_path / "in")
     assert (found.groups, found.blocks) == ((), ())
+
+
+def test_two_of_four_is_told_also_where_more_is_zero(tmp_path: Path) -> None:
+    values = np.random.default_rng(13).normal(size=(128, 64)).astype(np.float32)
+    values[np.random.default_rng(14).random(values.shape) < 0.5] = 0
+    (found,) = inspect_file(pruned(tmp_path, values, "2:4"))
+    assert found.groups == (Groups(2, 4, "axis 1 (in)"),)
 
 
 def test_small_pieces_detect_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
