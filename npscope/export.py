@@ -43,8 +43,8 @@ from npscope.slabs import Array
 from npscope.storage import bitmask_bytes
 from npscope.verification import Checked, verify
 from npscope.weights import Tensor, WeightFile, numpy_dtype, open_weights
+from npscope.weights.new_safetensors import NewSafetensors, create
 from npscope.weights.output import Target, staged
-from npscope.weights.safetensors import NewSafetensors, create
 
 Layout = Literal["bitmask", "csr", "bsr", "2:4"]
 

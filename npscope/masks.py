@@ -27,8 +27,9 @@ from npscope.errors import FormatError, SpecError, about
 from npscope.plans import Budget, Plan
 from npscope.slabs import Array
 from npscope.weights import Tensor, WeightFile, open_weights
+from npscope.weights.new_safetensors import NewSafetensors, create
 from npscope.weights.output import Target
-from npscope.weights.safetensors import NewSafetensors, Safetensors, create
+from npscope.weights.safetensors import Safetensors
 
 VERSION = "1"
 

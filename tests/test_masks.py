@@ -24,8 +24,8 @@ from npscope.pattern import Pattern
 from npscope.pruning import prune_file
 from npscope.recipe import Recipe
 from npscope.weights import Tensor
+from npscope.weights.new_safetensors import create
 from npscope.weights.output import Target
-from npscope.weights.safetensors import create
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
@@ -257,7 +257,7 @@ def test_case86_every_call_may_fail(folder: Path, command: str, capsys: pytest.C
     given: dict[str, list[str]] = {
         "prune": ["prune", "in", "-o", "out", "--pattern", "2:4", "--mask-out", "out.mask", "--quiet"],
         "apply-mask": ["apply-mask", "in", "mask", "-o", "out", "--quiet"],
-        "export": ["export", "pruned", "--to", "bitmask", "-o", "out", "--quiet"],
+        "export": ["export", "pruned", "--to", "bitmask", "--include", "a", "-o", "out", "--quiet"],
     }
     arguments = [
         str(folder / word) if word in ("in", "out", "mask", "out.mask", "pruned") else word for word in given[command]

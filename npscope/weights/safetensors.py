@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, Self
 
@@ -26,7 +26,7 @@ _COPY_BYTES = 4 << 20
 _MAX_COUNT = 1 << 63
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
-_DTYPES = {  # name in the file: (name here, bits)
+DTYPES = {  # name in the file: (name here, bits)
     "BOOL": ("bool", 8),
     "F4": ("F4", 4),
     "F6_E2M3": ("F6_E2M3", 6),
@@ -188,71 +188,6 @@ def _write_all(fd: int, data: memoryview) -> None:
         data = data[os.write(fd, data) :]
 
 
-@contextmanager
-def create(target: Target, tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> Iterator[NewSafetensors]:
-    """Context with the writer of a new file at `target` with these tensors, in whatever order they come.
-
-    The header's keys are sorted, and tensors of wide dtypes lie before those of narrow ones, so that
-    all are aligned: the same tensors give the same bytes. FormatError for two tensors of one name
-    or a name that the format cannot hold, and at the end when a tensor is incomplete.
-    """
-    header, starts = _new_header(list(tensors), metadata)
-    with staged(target) as fd:
-        writer = NewSafetensors(fd, header, starts)
-        yield writer
-        writer.finish()
-
-
-class NewSafetensors:
-    """Writes tensors into a new file, each from its first byte to its last, any number at the same time."""
-
-    def __init__(self, fd: int, header: bytes, starts: Mapping[str, tuple[int, int]]) -> None:
-        self._fd = fd
-        self._ends = {name: len(header) + end for name, (_, end) in starts.items()}
-        self._next = {name: len(header) + start for name, (start, _) in starts.items()}
-        _write_all(fd, memoryview(header))
-
-    def append(self, name: str, data: memoryview) -> None:
-        """Write the next bytes of the tensor `name`."""
-        rest = data.cast("B")
-        if self._next[name] + rest.nbytes > self._ends[name]:
-            raise FormatError(f"tensor {name!r:.120} is given more bytes than it has")
-        while rest:
-            done = os.pwrite(self._fd, rest, self._next[name])
-            self._next[name], rest = self._next[name] + done, rest[done:]
-
-    def finish(self) -> None:
-        """FormatError unless every tensor is complete."""
-        for name, end in self._ends.items():
-            if self._next[name] != end:
-                raise FormatError(f"tensor {name!r:.120} lacks {end - self._next[name]} bytes")
-
-
-def _new_header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The first bytes of a file with these tensors, and where behind them each starts and ends."""
-    codes = {name: (code, bits) for code, (name, bits) in _DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    starts: dict[str, tuple[int, int]] = {}
-    end = 0
-    for tensor in tensors:
-        if tensor.dtype not in codes:
-            raise FormatError(f"tensor {tensor.name!r:.120}: a safetensors file has no dtype {tensor.dtype}")
-    for tensor in sorted(tensors, key=lambda tensor: (-codes[tensor.dtype][1], tensor.name)):
-        with about(f"tensor {tensor.name!r:.120}"):
-            _check_text(tensor.name)
-            if tensor.name in starts or tensor.name == "__metadata__":
-                raise FormatError("a safetensors file holds a name once, and __metadata__ is none")
-            start, end = end, end + tensor.nbytes
-            starts[tensor.name] = start, end
-            fields = {"dtype": codes[tensor.dtype][0], "shape": list(tensor.shape), "data_offsets": [start, end]}
-            header[tensor.name] = fields
-    raw = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    if len(raw) > MAX_HEADER:
-        raise FormatError(f"a header of {len(raw)} bytes is needed; a safetensors file can have {MAX_HEADER}")
-    return len(raw).to_bytes(8, "little") + raw, starts
-
-
 def _read_header(fd: int, status: os.stat_result) -> tuple[int, list[tuple[int, Tensor]], dict[str, str]]:
     """Where the data starts, the (start, tensor) of every tensor in the order of their bytes, and the metadata."""
     if not stat.S_ISREG(status.st_mode):
@@ -349,7 +284,7 @@ def _entry(name: str, fields: Any) -> tuple[int, Tensor]:
         if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise FormatError("data_offsets must be two whole numbers, the first not above the second")
         start, nbytes = offsets[0], offsets[1] - offsets[0]
-        known, bits = _DTYPES.get(dtype, (dtype, None))
+        known, bits = DTYPES.get(dtype, (dtype, None))
         if bits is not None and _size(shape) * bits != nbytes * 8:
             raise FormatError(f"{dtype} of shape {shape!s:.80} does not take {nbytes} bytes")
         return start, Tensor(name, known, tuple(shape), nbytes)
