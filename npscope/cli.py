@@ -28,8 +28,8 @@ from npscope import __version__, report
 from npscope.errors import FileError, NpscopeError, SpecError
 
 if TYPE_CHECKING:
+    from npscope.plans import Skip
     from npscope.pruning import Outcome, Progress
-    from npscope.recipe import Skip
 
 Job = Callable[[], None]
 AxisName = Literal["in", "fan-in", "last"]
@@ -263,7 +263,7 @@ def _axis(text: str) -> AxisName | int:
 
 
 def _pruned(result: Outcome | Skip) -> report.Pruned:
-    from npscope.recipe import Skip
+    from npscope.plans import Skip
 
     if isinstance(result, Skip):
         tensor = result.tensor

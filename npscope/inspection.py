@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npscope.recipe import Axes, Layout
+from npscope.recipe import Layout, meaning
 from npscope.slabs import SlabReader, count_zeros_and_nans, magnitude_bits
 from npscope.weights import Tensor, open_weights
 
@@ -64,7 +64,7 @@ def _inspect(tensor: Tensor, reader: SlabReader, layout: Layout) -> Inspection:
 
 def _patterns(tensor: Tensor, reader: SlabReader, layout: Layout) -> Iterator[tuple[int, int, str]]:
     """(N, M, where) of every N:M that holds along the input axis, or along the fan-in of a convolution."""
-    axes = Axes.of(tensor.shape, layout)
+    axes = meaning(tensor, layout)
     readings = [(tensor.shape, axes.into, f"axis {axes.into} (in)")]
     if axes.kernel:
         shape, order = axes.matrix(tensor.shape)

@@ -19,10 +19,10 @@ import numpy as np
 from npscope.block import BlockSpec
 from npscope.errors import FormatError, SpecError
 from npscope.namespace import block_mask, block_norms, keep_largest
-from npscope.recipe import Plan, Recipe, Skip, resolve
+from npscope.plans import Plan, Skip
+from npscope.recipe import Recipe, resolve
 from npscope.slabs import Array, Box, SlabReader, count_zeros_and_nans, smallest_slab
 from npscope.weights import Writer, open_weights
-from npscope.weights.output import Target, staged
 
 SINGLE_PASS_BYTES = 32 << 20
 """A scope that takes a slab of at most this size is decided in one pass."""
@@ -86,21 +86,16 @@ def prune_file(
     if target is None and not dry_run:
         raise SpecError("no output: give -o OUT, or --dry-run")
     with open_weights(source) as weights:
-        if target is not None and weights.is_same_file(target):
-            raise SpecError(f"output {os.fsdecode(target)!r} is the input; choose another name")
-        place = None if target is None else Target.of(target, force=force)
+        place = None if target is None else weights.target(target, force=force)
         decisions = resolve(recipe, weights.tensors.values())
         _require_work(decisions, strict)
         reader, ticker = SlabReader(weights), _Ticker(decisions, progress)
         if place is None or dry_run:
             outcomes = list(_outcomes(decisions, reader, None, nan, ticker))
             weights.check_unchanged()
-            return outcomes
-        with staged(place) as fd:
-            writer = weights.writer(fd)
-            outcomes = list(_outcomes(decisions, reader, writer, nan, ticker))
-            writer.finish()
-            weights.check_unchanged()
+        else:
+            with weights.successor(place) as writer:
+                outcomes = list(_outcomes(decisions, reader, writer, nan, ticker))
         return outcomes
 
 

@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 from npscope.errors import SpecError
 from npscope.pattern import Pattern
-from npscope.weights import Tensor
+from npscope.plans import Plan, Skip
+from npscope.weights import Axes, Tensor
 
 DEFAULT_SKIPS = (
     # embeddings: looked up row by row, not multiplied
@@ -72,44 +73,6 @@ class Recipe:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How one tensor is pruned, in exact numbers.
-
-    Read as a C-contiguous array of `shape` and transposed to `order`, its axes are tiled by
-    `block` (in elements) and then by `scope` (in blocks); in every one of `scopes` scopes `keep`
-    of `blocks` blocks survive, ranked by their norm of order `ord`. `along` says in words where
-    the pattern lies and `block_size` how large a block is there.
-    """
-
-    tensor: Tensor
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    block: tuple[int, ...]
-    scope: tuple[int, ...]
-    scopes: int
-    blocks: int
-    keep: int
-    ord: float
-    along: str
-    block_size: tuple[int, ...]
-
-    @property
-    def pattern(self) -> str:
-        """In words: ``keep 2 of 4``, ``keep 18 of 36 blocks of 4x4``."""
-        shown = "" if set(self.block_size) == {1} else f" blocks of {'x'.join(map(str, self.block_size))}"
-        return f"keep {self.keep} of {self.blocks}{shown}"
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """A tensor that is left as it is; `misfit` when it was meant but cannot take the pattern."""
-
-    tensor: Tensor
-    reason: str
-    misfit: bool = False
-
-
 def resolve(recipe: Recipe, tensors: Iterable[Tensor]) -> list[Plan | Skip]:
     """What happens to each tensor, in the order given.
 
@@ -161,6 +124,8 @@ def _decide(recipe: Recipe, tensor: Tensor, include: Sequence[Names], exclude: S
         return Skip(tensor, reason)
     if include and tensor.is_opaque:
         raise SpecError(f"tensor {tensor.name!r:.120}: dtype {tensor.dtype} cannot be pruned; --exclude it")
+    if tensor.use is not None and tensor.use.axes is None:
+        return Skip(tensor, tensor.use.reason)
     if not tensor.is_float:
         return Skip(tensor, f"dtype {tensor.dtype} cannot be pruned")
     if len(tensor.shape) < 2:
@@ -186,49 +151,31 @@ def _not_meant(name: str, include: Sequence[Names], exclude: Sequence[Names]) ->
     return None
 
 
-class Axes(NamedTuple):
-    """The axes of a stored weight by what they mean: stacked matrices, output, input, kernel."""
+def axes_of(shape: tuple[int, ...], layout: Layout) -> Axes:
+    """Axes of a weight of 2 axes or more whose file does not say what they mean.
 
-    stack: tuple[int, ...]
-    out: int
-    into: int
-    kernel: tuple[int, ...]
+    "out-in" stores ``[out, in, *kernel]`` (PyTorch, ONNX), "in-out" ``[*kernel, in, out]``
+    (Flax, Keras, GPT-2). Three axes without a kernel are ``[stack, out, in]`` or
+    ``[stack, in, out]``.
+    """
+    last = len(shape) - 1
+    if layout == "out-in":
+        if len(shape) == 3 and shape[2] > CONVOLUTION_WIDTH:
+            return Axes((0,), 1, 2, ())
+        return Axes((), 0, 1, tuple(range(2, last + 1)))
+    if len(shape) == 3 and shape[0] > CONVOLUTION_WIDTH:
+        return Axes((0,), 2, 1, ())
+    return Axes((), last, last - 1, tuple(range(last - 1)))
 
-    @classmethod
-    def of(cls, shape: tuple[int, ...], layout: Layout) -> Self:
-        """Axes of a weight of 2 axes or more.
 
-        "out-in" stores ``[out, in, *kernel]`` (PyTorch, ONNX), "in-out" ``[*kernel, in, out]``
-        (Flax, Keras, GPT-2). Three axes without a kernel are ``[stack, out, in]`` or
-        ``[stack, in, out]``.
-        """
-        last = len(shape) - 1
-        if layout == "out-in":
-            if len(shape) == 3 and shape[2] > CONVOLUTION_WIDTH:
-                return cls((0,), 1, 2, ())
-            return cls((), 0, 1, tuple(range(2, last + 1)))
-        if len(shape) == 3 and shape[0] > CONVOLUTION_WIDTH:
-            return cls((0,), 2, 1, ())
-        return cls((), last, last - 1, tuple(range(last - 1)))
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The canonical order ``[stack, out, in, *kernel]``, in which positions are counted."""
-        return (*self.stack, self.out, self.into, *self.kernel)
-
-    def matrix(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shape and order that make `shape` a (stack of) ``[out, fan-in]``, fan-in in storage order."""
-        stack = tuple(shape[axis] for axis in self.stack)
-        fan_in = math.prod(shape[axis] for axis in (self.into, *self.kernel))
-        lead = tuple(range(len(stack)))
-        if self.out < self.into:
-            return (*stack, shape[self.out], fan_in), (*lead, len(lead), len(lead) + 1)
-        return (*stack, fan_in, shape[self.out]), (*lead, len(lead) + 1, len(lead))
+def meaning(tensor: Tensor, layout: Layout) -> Axes:
+    """What the axes of a tensor mean: as its file says, else by `layout`."""
+    return axes_of(tensor.shape, layout) if tensor.use is None or tensor.use.axes is None else tensor.use.axes
 
 
 def lay(recipe: Recipe, tensor: Tensor) -> Plan:
     """The pattern of `recipe` laid on one tensor of at least 2 axes; SpecError when it does not fit."""
-    pattern, axes = recipe.pattern, Axes.of(tensor.shape, recipe.layout)
+    pattern, axes = recipe.pattern, meaning(tensor, recipe.layout)
     ground = _ground(recipe, axes, tensor.shape)
     block, scope = [1] * len(ground.order), [1] * len(ground.order)
     grid = [ground.shape[axis] for axis in ground.order]

@@ -26,7 +26,8 @@ import npscope
 from npscope import cli, pruning, report, slabs
 from npscope.errors import SpecError
 from npscope.pattern import Pattern
-from npscope.recipe import Recipe, Skip
+from npscope.plans import Skip
+from npscope.recipe import Recipe
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]

@@ -31,9 +31,10 @@ LAYERS: dict[str, set[str]] = {
     "bench": {"clock", "namespace", "options", "axes", "dtypes", "errors"},
     "weights": {"errors"},
     "pattern": {"counts", "errors"},
-    "recipe": {"pattern", "weights", "errors"},
+    "plans": {"weights"},
+    "recipe": {"pattern", "plans", "weights", "errors"},
     "slabs": {"weights", "errors"},
-    "pruning": {"recipe", "slabs", "weights", "namespace", "block", "errors"},
+    "pruning": {"recipe", "plans", "slabs", "weights", "namespace", "block", "errors"},
     "inspection": {"recipe", "slabs", "weights", "errors"},
     "report": set(),
 }

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from npscope import nnz_from_sparsity
 from npscope.errors import SpecError
 from npscope.pattern import Pattern
-from npscope.recipe import DEFAULT_SKIPS, Plan, Recipe, Skip, resolve
+from npscope.plans import Plan, Skip
+from npscope.recipe import DEFAULT_SKIPS, Recipe, resolve
 from npscope.weights import Tensor
 
 

@@ -289,18 +289,15 @@ def test_case91_a_touched_file_is_an_error(tmp_path: Path) -> None:
 
 def test_case65_copying_every_tensor_gives_the_same_file(tmp_path: Path) -> None:
     path = tmp_path / "copy"
-    with open_weights(DATA) as weights, path.open("wb", buffering=0) as file:
-        writer = weights.writer(file.fileno())
+    with open_weights(DATA) as weights, weights.successor(weights.target(path, force=False)) as writer:
         for tensor in weights.tensors.values():
             writer.copy(tensor)
-        writer.finish()
     assert path.read_bytes() == DATA.read_bytes()
 
 
-def test_a_writer_refuses_another_order_and_an_early_end(tmp_path: Path) -> None:
-    with open_weights(DATA) as weights, (tmp_path / "copy").open("wb", buffering=0) as file:
-        writer = weights.writer(file.fileno())
-        first, second, *_ = weights.tensors.values()
+def test_a_writer_refuses_another_order(tmp_path: Path) -> None:
+    with open_weights(DATA) as weights, weights.successor(weights.target(tmp_path / "copy", force=False)) as writer:
+        first, second, *rest = weights.tensors.values()
         with pytest.raises(FormatError, match="out of order"):
             writer.copy(second)
         writer.write(first, memoryview(bytes(8)))
@@ -308,8 +305,19 @@ def test_a_writer_refuses_another_order_and_an_early_end(tmp_path: Path) -> None
             writer.copy(first)
         with pytest.raises(FormatError, match="out of order"):
             writer.write(second, memoryview(bytes(4)))
-        with pytest.raises(FormatError, match="8 of"):
-            writer.finish()
+        writer.write(first, memoryview(bytes(first.nbytes - 8)))
+        for tensor in (second, *rest):
+            writer.copy(tensor)
+
+
+def test_a_file_that_ends_early_is_never_there(tmp_path: Path) -> None:
+    def write_too_little() -> None:
+        with open_weights(DATA) as weights, weights.successor(weights.target(tmp_path / "copy", force=False)) as writer:
+            writer.write(next(iter(weights.tensors.values())), memoryview(bytes(8)))
+
+    with pytest.raises(FormatError, match="8 of"):
+        write_too_little()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_opening_leaves_no_descriptor_behind(tmp_path: Path) -> None:

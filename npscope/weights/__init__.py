@@ -8,15 +8,19 @@ tagged fields can all do, in one pass and without holding a tensor in memory.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from npscope.errors import FormatError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from npscope.weights.output import Target
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 """Dtypes whose tensors can be pruned, by the names that `npscope.dtypes` uses."""
@@ -24,18 +28,57 @@ FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_
 _OTHERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"bool", "complex64", "complex128"}
 
 
+class Axes(NamedTuple):
+    """The axes of a stored weight by what they mean: stacked matrices, output, input, kernel."""
+
+    stack: tuple[int, ...]
+    out: int
+    into: int
+    kernel: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The canonical order ``[stack, out, in, *kernel]``, in which positions are counted."""
+        return (*self.stack, self.out, self.into, *self.kernel)
+
+    def matrix(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and order that make `shape` a (stack of) ``[out, fan-in]``, fan-in in storage order."""
+        stack = tuple(shape[axis] for axis in self.stack)
+        fan_in = math.prod(shape[axis] for axis in (self.into, *self.kernel))
+        lead = tuple(range(len(stack)))
+        if self.out < self.into:
+            return (*stack, shape[self.out], fan_in), (*lead, len(lead), len(lead) + 1)
+        return (*stack, fan_in, shape[self.out]), (*lead, len(lead) + 1, len(lead))
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a file with a graph says of a tensor: which nodes compute with it, and as what.
+
+    `op` is the type of those nodes and `node` the path of the first; `axes` is None where
+    the tensor is no weight, and `reason` says why.
+    """
+
+    op: str
+    node: str
+    axes: Axes | None
+    reason: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of a file: its name, dtype, shape in storage order (C-contiguous) and size in bytes.
 
     `dtype` is the name that NumPy or ml_dtypes has for it, or what the file says where they have
-    none; such a tensor can be copied but not read as numbers.
+    none; such a tensor can be copied but not read as numbers. `use` is None in files that hold
+    tensors alone.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    use: Use | None = None
 
     @property
     def is_float(self) -> bool:
@@ -49,16 +92,16 @@ class Tensor:
 
 
 class Writer(Protocol):
-    """Writes a file with the same tensors and other values; every method raises OSError as it comes."""
+    """Writes a file with the same tensors and other values; every method raises OSError as it comes.
+
+    Tensors come in the order of the file, each one once.
+    """
 
     def copy(self, tensor: Tensor) -> None:
         """Take over the next tensor of the file as it is."""
 
     def write(self, tensor: Tensor, data: memoryview) -> None:
         """Append bytes to the next tensor of the file, until all of its bytes are there."""
-
-    def finish(self) -> None:
-        """Write what follows the last tensor; FormatError when a tensor is missing or incomplete."""
 
 
 class WeightFile(Protocol):
@@ -71,11 +114,20 @@ class WeightFile(Protocol):
     def read(self, tensor: Tensor, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of `tensor` from byte `start` on; FileError when the file ends early."""
 
-    def writer(self, fd: int) -> Writer:
-        """A writer of this file's successor into the empty file `fd`, which stays the caller's."""
+    def target(self, path: str | os.PathLike[str], *, force: bool) -> Target:
+        """The place for this file's successor at `path`.
 
-    def is_same_file(self, path: str | os.PathLike[str]) -> bool:
-        """Whether `path` exists and is this very file, by whatever link."""
+        SpecError (a ValueError) when something is there that may not be replaced: this file itself,
+        a file without `force`, anything of another kind. FileError when its directory does not exist.
+        """
+
+    def successor(self, target: Target) -> AbstractContextManager[Writer]:
+        """Context with the writer of a file with the same tensors and other values.
+
+        The file is at `target`, complete and on disk, when the context ends without an error; with
+        one, nothing is. FormatError at the end when a tensor is missing or incomplete, FileError when
+        this file has changed since it was opened.
+        """
 
     def check_unchanged(self) -> None:
         """FileError when size or modification time are not what they were at opening."""

@@ -31,11 +31,12 @@ class Target:
     replace: bool
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], *, force: bool) -> Target:
+    def of(cls, path: str | os.PathLike[str], *, force: bool, source: os.stat_result | None = None) -> Target:
         """The target at `path`.
 
-        SpecError (a ValueError) when something is there that may not be replaced: a file without
-        `force`, or no regular file. FileError when its directory does not exist.
+        SpecError (a ValueError) when something is there that may not be replaced: the file with the
+        status `source`, by whatever link, a file without `force`, or no regular file. FileError when
+        its directory does not exist.
         """
         real = os.path.realpath(os.fsdecode(path))
         try:
@@ -44,6 +45,8 @@ class Target:
             if not os.path.isdir(os.path.dirname(real)):
                 raise FileError(f"output {path!r}: the directory {os.path.dirname(real)!r} does not exist") from None
             return cls(real, None, force)
+        if source is not None and os.path.samestat(source, status):
+            raise SpecError(f"output {os.fsdecode(path)!r} is the input; choose another name")
         if not stat.S_ISREG(status.st_mode):
             raise SpecError(f"output {path!r} exists and is not a regular file; choose another name")
         if not force:

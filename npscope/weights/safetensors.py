@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn, Self
 
 from npscope.errors import FileError, FormatError, about
 from npscope.weights import Tensor
+from npscope.weights.output import Target, staged
 
 MAX_HEADER = 100_000_000
 """Bytes that a header may have, as in the reference implementation."""
@@ -90,16 +92,18 @@ class Safetensors:
             )
         self._fill(into, self._data_start + self._starts[tensor.name] + start)
 
-    def writer(self, fd: int) -> SafetensorsWriter:
-        """A writer into the empty file `fd`, the header written."""
-        return SafetensorsWriter(self, fd)
+    def target(self, path: str | os.PathLike[str], *, force: bool) -> Target:
+        """The place for the result at `path`."""
+        return Target.of(path, force=force, source=self._opened)
 
-    def is_same_file(self, path: str | os.PathLike[str]) -> bool:
-        """Whether `path` exists and is this very file, by whatever link."""
-        try:
-            return os.path.samestat(self._opened, os.stat(path))
-        except FileNotFoundError:
-            return False
+    @contextmanager
+    def successor(self, target: Target) -> Iterator[SafetensorsWriter]:
+        """Context with the writer of a file like this at `target`, the header written."""
+        with staged(target) as fd:
+            writer = SafetensorsWriter(self, fd)
+            yield writer
+            writer.finish()
+            self.check_unchanged()
 
     def check_unchanged(self) -> None:
         """FileError when size or modification time are not what they were at opening."""
