@@ -284,7 +284,7 @@ def _pruned(result: Outcome | Skip) -> report.Pruned:
         pattern=plan.pattern,
         along=plan.along,
         blocks=plan.scopes * plan.blocks,
-        blocks_kept=plan.scopes * plan.keep,
+        blocks_kept=result.blocks_kept,
         zeros_before=result.zeros_before,
         zeros_after=result.zeros_after,
         norm_kept=result.norm_kept,

@@ -5,6 +5,8 @@ Every tensor of a file is in one decision: a `Plan` of its own, a `Budget` that 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npscope.weights import Tensor, WeightFile
@@ -46,6 +48,41 @@ class Plan:
     along: str
     block_size: tuple[int, ...]
     scores: Scores | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.tensor.nbytes // math.prod(self.shape)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Blocks along every canonical axis."""
+        return tuple(self.shape[axis] // size for axis, size in zip(self.order, self.block, strict=True))
+
+    @property
+    def scope_size(self) -> tuple[int, ...]:
+        """Elements of a scope along every canonical axis."""
+        return tuple(size * count for size, count in zip(self.block, self.scope, strict=True))
+
+    @property
+    def scope_grid(self) -> tuple[int, ...]:
+        """Scopes along every canonical axis."""
+        return tuple(blocks // count for blocks, count in zip(self.grid, self.scope, strict=True))
+
+    @property
+    def has_exact_norms(self) -> bool:
+        """Whether norms are correctly rounded, so that they do not depend on how the elements lie."""
+        simple = self.ord in (1, 2, math.inf) and "float64" not in self.ranked_dtypes
+        return math.prod(self.block) == 1 or simple
+
+    @property
+    def ranked_dtypes(self) -> tuple[str, ...]:
+        """The dtypes that take part in ranking."""
+        return (self.tensor.dtype,) if self.scores is None else (self.tensor.dtype, self.scores.tensor.dtype)
+
+    def stored(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of canonical axes as sizes of the axes of `shape`."""
+        return tuple(sizes[self.order.index(axis)] for axis in range(len(sizes)))
 
     @property
     def pattern(self) -> str:

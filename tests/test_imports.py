@@ -34,7 +34,10 @@ LAYERS: dict[str, set[str]] = {
     "plans": {"weights"},
     "recipe": {"pattern", "plans", "weights", "errors"},
     "slabs": {"weights", "errors"},
-    "pruning": {"recipe", "plans", "slabs", "weights", "namespace", "block", "errors"},
+    "ranked": {"plans", "slabs", "weights", "errors"},
+    "limits": {"plans", "ranked", "slabs", "namespace"},
+    "dropping": {"limits", "plans", "ranked", "slabs", "namespace", "block", "errors"},
+    "pruning": {"dropping", "limits", "ranked", "recipe", "plans", "slabs", "weights", "block", "errors"},
     "inspection": {"recipe", "slabs", "weights", "errors"},
     "report": set(),
 }
