@@ -10,19 +10,22 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from npscope.block import BlockSpec
+from npscope.coupled import Kept, drop, masks_of
 from npscope.errors import FormatError, SpecError
 from npscope.namespace import block_mask, block_norms, keep_largest
-from npscope.plans import Plan, Skip
-from npscope.recipe import Recipe, resolve
+from npscope.planning import decided
+from npscope.plans import Budget, Coupled, Coupling, Decision, Plan, Skip
+from npscope.recipe import Recipe
+from npscope.scores import check_scores, check_scores_unchanged
 from npscope.slabs import Array, Box, SlabReader, count_zeros_and_nans, smallest_slab
-from npscope.weights import Writer, open_weights
+from npscope.weights import WeightFile, Writer, open_weights
 
 SINGLE_PASS_BYTES = 32 << 20
 """A scope that takes a slab of at most this size is decided in one pass."""
@@ -36,7 +39,7 @@ Progress = Callable[[int, int], None]
 class Outcome:
     """What was done to one tensor; `norm_kept` is ``||after|| / ||before||`` in the 2-norm, None if undefined."""
 
-    plan: Plan
+    plan: Plan | Coupled
     zeros_before: int
     zeros_after: int
     norm_kept: float | None
@@ -85,21 +88,48 @@ def prune_file(
     """
     if target is None and not dry_run:
         raise SpecError("no output: give -o OUT, or --dry-run")
-    with open_weights(source) as weights:
+    with open_weights(source) as weights, decided(recipe, weights) as decisions:
         place = None if target is None else weights.target(target, force=force)
-        decisions = resolve(recipe, weights.tensors.values())
         _require_work(decisions, strict)
-        reader, ticker = SlabReader(weights), _Ticker(decisions, progress)
+        check_scores(decisions)
+        masks = _coupled_masks(decisions, weights)
+        singles = _by_tensor(decisions, weights)
+        reader, ticker = SlabReader(weights), _Ticker(singles, progress)
         if place is None or dry_run:
-            outcomes = list(_outcomes(decisions, reader, None, nan, ticker))
+            outcomes = list(_outcomes(singles, masks, reader, None, nan, ticker))
             weights.check_unchanged()
         else:
             with weights.successor(place) as writer:
-                outcomes = list(_outcomes(decisions, reader, writer, nan, ticker))
+                outcomes = list(_outcomes(singles, masks, reader, writer, nan, ticker))
+                check_scores_unchanged(decisions)
         return outcomes
 
 
-def _require_work(decisions: Sequence[Plan | Skip], strict: bool) -> None:
+def _coupled_masks(decisions: Iterable[Decision], weights: WeightFile) -> dict[str, list[Kept]]:
+    """What survives of every coupled tensor."""
+    masks: dict[str, list[Kept]] = {}
+    for decision in decisions:
+        if isinstance(decision, Coupling):
+            masks |= masks_of(decision, weights)
+    return masks
+
+
+def _by_tensor(decisions: Iterable[Decision], weights: WeightFile) -> list[Plan | Skip | Coupled]:
+    """The decisions tensor by tensor, in the order of the file."""
+    found: dict[str, Plan | Skip | Coupled] = {}
+    for decision in decisions:
+        if isinstance(decision, Coupling):
+            found |= {tensor.name: Coupled(tensor, decision) for tensor in decision.tensors}
+        elif isinstance(decision, Budget):
+            raise SpecError(f"{decision.name}: budgets are not carried out yet")
+        elif isinstance(decision, Plan) and decision.scores is not None:
+            raise SpecError(f"{decision.rule}: scores are not carried out yet")
+        else:
+            found[decision.tensor.name] = decision
+    return [found[name] for name in weights.tensors]
+
+
+def _require_work(decisions: Sequence[Decision], strict: bool) -> None:
     skips = [decision for decision in decisions if isinstance(decision, Skip)]
     misfits = [skip for skip in skips if skip.misfit]
     if strict and misfits:
@@ -114,7 +144,7 @@ def _require_work(decisions: Sequence[Plan | Skip], strict: bool) -> None:
 class _Ticker:
     """Tells how much of the work is done."""
 
-    def __init__(self, decisions: Iterable[Plan | Skip], progress: Progress | None) -> None:
+    def __init__(self, decisions: Iterable[Plan | Skip | Coupled], progress: Progress | None) -> None:
         self._total = sum(decision.tensor.nbytes * _passes(decision) for decision in decisions)
         self._done = 0
         self._progress = progress
@@ -126,37 +156,53 @@ class _Ticker:
 
 
 def _outcomes(
-    decisions: Iterable[Plan | Skip], reader: SlabReader, writer: Writer | None, nan: NanPolicy, ticker: _Ticker
+    decisions: Iterable[Plan | Skip | Coupled],
+    masks: Mapping[str, list[Kept]],
+    reader: SlabReader,
+    writer: Writer | None,
+    nan: NanPolicy,
+    ticker: _Ticker,
 ) -> Iterator[Outcome | Skip]:
     for decision in decisions:
-        if isinstance(decision, Plan):
-            yield _prune(decision, reader, writer, nan, ticker)
-            continue
-        if writer is not None:
-            writer.copy(decision.tensor)
-        ticker.advance(decision.tensor.nbytes)
-        yield decision
+        if isinstance(decision, Skip):
+            if writer is not None:
+                writer.copy(decision.tensor)
+            ticker.advance(decision.tensor.nbytes)
+            yield decision
+        else:
+            yield _prune(decision, masks, reader, writer, nan, ticker)
 
 
-def _prune(plan: Plan, reader: SlabReader, writer: Writer | None, nan: NanPolicy, ticker: _Ticker) -> Outcome:
+def _prune(
+    plan: Plan | Coupled,
+    masks: Mapping[str, list[Kept]],
+    reader: SlabReader,
+    writer: Writer | None,
+    nan: NanPolicy,
+    ticker: _Ticker,
+) -> Outcome:
     """Prune one tensor into `writer`."""
-    kept = None if _passes(plan) == 1 else _select(plan, reader, ticker)
+    kept = _select(plan, reader, ticker) if isinstance(plan, Plan) and _passes(plan) == 2 else None
+    start = 0
     before = after = nans = 0
     norm_before = norm_after = 0.0
     for box, values in reader.slabs(plan.tensor, plan.shape, _period(plan)):
         zeros, unordered = count_zeros_and_nans(values)
         before, nans = before + zeros, nans + unordered
         norm_before = math.hypot(norm_before, _norm(values))
-        view = values.transpose(plan.order)
-        if kept is None:
+        if isinstance(plan, Coupled):
+            drop(masks[plan.tensor.name], start, values.reshape(-1))
+        elif kept is None:
+            view = values.transpose(plan.order)
             keep_largest(view, plan.keep, plan.block, plan.scope, ord=plan.ord, out=view)
         else:
-            BlockSpec(view, plan.block).apply_mask(kept[_on_grid(plan, box)])
+            BlockSpec(values.transpose(plan.order), plan.block).apply_mask(kept[_on_grid(plan, box)])
         after += count_zeros_and_nans(values)[0]
         norm_after = math.hypot(norm_after, _norm(values))
         if writer is not None:
             writer.write(plan.tensor, values.reshape(-1).view(np.uint8).data)
         ticker.advance(values.nbytes)
+        start += values.size
     if nans and nan == "refuse":
         raise FormatError(
             f"tensor {plan.tensor.name!r:.120} holds {nans} NaN of {math.prod(plan.shape)} values; "
@@ -187,9 +233,9 @@ def _on_grid(plan: Plan, box: Box) -> Box:
     return tuple(slice(side.start // size, side.stop // size) for side, size in sides)
 
 
-def _passes(decision: Plan | Skip) -> int:
+def _passes(decision: Plan | Skip | Coupled) -> int:
     """How often a tensor is read: twice when a scope is too large for a slab."""
-    if isinstance(decision, Skip):
+    if not isinstance(decision, Plan):
         return 1
     return 1 if smallest_slab(decision.shape, _scope_period(decision), _itemsize(decision)) <= SINGLE_PASS_BYTES else 2
 
@@ -198,8 +244,10 @@ def _itemsize(plan: Plan) -> int:
     return plan.tensor.nbytes // math.prod(plan.shape)
 
 
-def _period(plan: Plan) -> tuple[int, ...]:
+def _period(plan: Plan | Coupled) -> tuple[int, ...]:
     """Elements along every stored axis that a slab must not cut: those of a scope, or in two passes of a block."""
+    if isinstance(plan, Coupled):
+        return (1,) * len(plan.shape)
     return _scope_period(plan) if _passes(plan) == 1 else _stored(plan, plan.block)
 
 

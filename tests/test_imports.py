@@ -32,10 +32,20 @@ LAYERS: dict[str, set[str]] = {
     "weights": {"errors"},
     "pattern": {"counts", "errors"},
     "plans": {"weights"},
-    "recipe": {"pattern", "plans", "weights", "errors"},
     "slabs": {"weights", "errors"},
-    "pruning": {"recipe", "plans", "slabs", "weights", "namespace", "block", "errors"},
-    "inspection": {"recipe", "slabs", "weights", "errors"},
+    "layout": {"pattern", "plans", "weights", "errors"},
+    "allocation": {"counts", "errors"},
+    "scores": {"plans", "slabs", "weights", "errors"},
+    "members": {"scores", "plans", "counts", "tiling", "weights", "errors"},
+    "recipe": {"layout", "allocation", "members", "scores", "pattern", "plans", "counts", "weights", "errors"},
+    "recipe_file": {"recipe", "members", "layout", "pattern", "errors"},
+    "planning": {"recipe", "allocation", "plans", "slabs", "weights", "namespace", "errors"},
+    "coupled": {"scores", "plans", "slabs", "weights", "block", "scope"},
+    "pruning": {
+        *("planning", "coupled", "recipe", "scores", "plans", "slabs", "weights"),
+        *("namespace", "block", "errors"),
+    },
+    "inspection": {"layout", "slabs", "weights", "errors"},
     "report": set(),
 }
 """For each module (a package counts as one) the modules of npscope that it may import; others may import all."""
