@@ -26,6 +26,8 @@ from npscope.weights import Axes, Tensor, WeightFile
 _INDEX = re.compile(r"\d{1,18}", re.ASCII)
 _RANGE = re.compile(r"(\d{1,18})?:(\d{1,18})?(?::(\d{1,18}))?", re.ASCII)
 
+_STAR = r"([^./]*)"
+
 _OVERLAP_WORK = 1_000_000
 """Steps that the exact search for a shared element may take; windows from slices need a few."""
 
@@ -35,7 +37,7 @@ class MemberRule:
     """A member as a recipe writes it.
 
     `tensor` is a name in which ``*`` stands for what tells the instances of a coupling apart, such
-    as the number of a layer. `slice` is taken of the stored tensor, then comes `reshape` (in C
+    as the number of a layer: any text without a dot or slash. `slice` is taken of the stored tensor, then comes `reshape` (in C
     order, -1 is the rest), then `take` slices the reshaped one: ``"0:384, :"``, a number drops its
     axis. `block` counts elements (-1 is a whole axis), `order` permutes the axes of the grid.
     """
@@ -120,7 +122,7 @@ def _instances(rule: CouplingRule, tensors: Mapping[str, Tensor]) -> dict[str, l
     """For each instance, named by what the stars stand for, the tensor of every member."""
     found: list[dict[str, str]] = []
     for member in rule.members:
-        expression = re.compile("(.*)".join(map(re.escape, member.tensor.split("*"))), re.DOTALL)
+        expression = re.compile(_STAR.join(map(re.escape, member.tensor.split("*"))))
         hits = ((name, expression.fullmatch(name)) for name in tensors)
         names = {", ".join(hit.groups()): name for name, hit in hits if hit is not None}
         if not names:
