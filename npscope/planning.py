@@ -80,7 +80,7 @@ def _planned(decision: Decision) -> Sequence[Planned]:
     """A line for each tensor of a decision."""
     if isinstance(decision, Skip):
         tensor = decision.tensor
-        words = axes_in_words(tensor.use.axes, tensor) if tensor.use is not None else ()
+        words = axes_in_words(decision.axes, tensor)
         return [Planned(tensor, decision.rule, words, skipped=decision.reason, misfit=decision.misfit)]
     if isinstance(decision, Coupling):
         return [_coupled(Coupled(tensor, decision)) for tensor in decision.tensors]

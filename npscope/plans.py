@@ -61,12 +61,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A tensor that is left as it is; `misfit` when it was meant but cannot take the pattern of its `rule`."""
+    """A tensor that is left as it is; `misfit` when it was meant but cannot take the pattern of its `rule`.
+
+    `axes` is what the axes of a misfit were taken to mean.
+    """
 
     tensor: Tensor
     reason: str
     misfit: bool = False
     rule: str = ""
+    axes: Axes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Literal, Self
 from npscope import allocation
 from npscope.counts import nnz_from_sparsity
 from npscope.errors import SpecError, about
-from npscope.layout import Axis, Layout, lay, require_axis
+from npscope.layout import Axis, Layout, lay, meaning, require_axis
 from npscope.members import CouplingRule, couple
 from npscope.pattern import Pattern
 from npscope.plans import Budget, Decision, Plan, Skip
@@ -330,7 +330,8 @@ def _misfit(rule: Rule, said: str, tensor: Tensor, reason: str) -> Skip:
         raise SpecError(
             f'{said}: tensor {tensor.name!r:.120} cannot take the pattern: {reason}; misfit = "skip" leaves it alone'
         )
-    return Skip(tensor, reason, misfit=True, rule=said)
+    axes = meaning(tensor, rule.layout) if len(tensor.shape) >= 2 else None
+    return Skip(tensor, reason, misfit=True, rule=said, axes=axes)
 
 
 def _default_skip(name: str) -> str | None:
