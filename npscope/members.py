@@ -18,10 +18,11 @@ import numpy as np
 
 from npscope.counts import nnz_from_sparsity
 from npscope.errors import CouplingError, SpecError, about
+from npscope.layout import Layout, meaning
 from npscope.plans import Coupling, Group, Member, Window
 from npscope.scores import scores_of
 from npscope.tiling import Tiling, as_orders
-from npscope.weights import Axes, Tensor, WeightFile
+from npscope.weights import Tensor, WeightFile
 
 _INDEX = re.compile(r"\d{1,18}", re.ASCII)
 _RANGE = re.compile(r"(\d{1,18})?:(\d{1,18})?(?::(\d{1,18}))?", re.ASCII)
@@ -37,9 +38,10 @@ class MemberRule:
     """A member as a recipe writes it.
 
     `tensor` is a name in which ``*`` stands for what tells the instances of a coupling apart, such
-    as the number of a layer: any text without a dot or slash. `slice` is taken of the stored tensor, then comes `reshape` (in C
-    order, -1 is the rest), then `take` slices the reshaped one: ``"0:384, :"``, a number drops its
-    axis. `block` counts elements (-1 is a whole axis), `order` permutes the axes of the grid.
+    as the number of a layer: any text without a dot or slash. `slice` is taken of the stored
+    tensor, then comes `reshape` (in C order, -1 is the rest), then `take` slices the reshaped one:
+    ``"0:384, :"``, a number drops its axis. `block` counts elements (-1 is a whole axis), `order`
+    permutes the axes of the grid.
     """
 
     tensor: str
@@ -55,7 +57,8 @@ class CouplingRule:
     """Members whose blocks are kept or dropped together.
 
     `amount` is as in a `Pattern`, and `scope` counts blocks of the aligned grid (``()`` is all of
-    it). With `across` the blocks of all instances compete in one scope.
+    it). With `across` the blocks of all instances compete in one scope. `layout` says which axis of
+    a tensor its inputs are, where `scores` has a number for each.
     """
 
     label: str
@@ -65,6 +68,7 @@ class CouplingRule:
     ord: float = 2.0
     across: bool = False
     scores: str | None = None
+    layout: Layout = "out-in"
 
 
 def couple(
@@ -92,8 +96,7 @@ def _couplings(rule: CouplingRule, tensors: Mapping[str, Tensor], files: Mapping
     groups = []
     for instance, names in _instances(rule, tensors).items():
         with about(f"{rule.label} ({instance})" if instance else rule.label):
-            scores = None if rule.scores is None else (rule.scores, files[rule.scores])
-            members = [_member(m, tensors[n], n, scores) for m, n in zip(rule.members, names, strict=True)]
+            members = [_member(rule, m, tensors[n], n, files) for m, n in zip(rule.members, names, strict=True)]
             _require_equal_grids(members)
             groups.append((instance, Group(tuple(members), Tiling.scopes(members[0].aligned, rule.scope).tile)))
     if rule.across:
@@ -137,25 +140,21 @@ def _instances(rule: CouplingRule, tensors: Mapping[str, Tensor]) -> dict[str, l
     return {instance: [names[instance] for names in found] for instance in found[0]} if found else {}
 
 
-def _member(rule: MemberRule, tensor: Tensor, name: str, scores: tuple[str, WeightFile] | None) -> Member:
+def _member(
+    rule: CouplingRule, member: MemberRule, tensor: Tensor, name: str, files: Mapping[str, WeightFile]
+) -> Member:
     with about(f"member {name!r:.120}"):
         if not tensor.is_float:
             raise SpecError(f"dtype {tensor.dtype} cannot be pruned")
-        window = window_of(tensor, rule.slice, rule.reshape, rule.take)
+        window = window_of(tensor, member.slice, member.reshape, member.take)
         if not window.shape or 0 in window.shape:
             raise SpecError(f"the window has shape {window.shape}; needed are axes with elements")
-        tiling = Tiling.blocks(window.shape, rule.block)
-        (order,) = as_orders((rule.order,), (len(window.shape),))
-        axes = None if len(tensor.shape) < 2 else _axes(tensor)
-        ranked = None if scores is None else scores_of(scores[1], scores[0], tensor, name, axes)
-        return Member(window, tiling.tile, order, ranked)
-
-
-def _axes(tensor: Tensor) -> Axes:
-    """The axes of a weight; [out, in, ...] where its file does not say."""
-    if tensor.use is not None and tensor.use.axes is not None:
-        return tensor.use.axes
-    return Axes((), 0, 1, tuple(range(2, len(tensor.shape))))
+        tiling = Tiling.blocks(window.shape, member.block)
+        (order,) = as_orders((member.order,), (len(window.shape),))
+        if rule.scores is None:
+            return Member(window, tiling.tile, order)
+        axes = meaning(tensor, rule.layout) if len(tensor.shape) >= 2 else None
+        return Member(window, tiling.tile, order, scores_of(files[rule.scores], rule.scores, tensor, name, axes))
 
 
 def window_of(

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
@@ -34,7 +35,7 @@ _RULE = (
     *("name", *_WHERE, "skip", "default_skips", "misfit", "axis", "layout", "scores"),
     *("pattern", "block", "scope", *_AMOUNT, "ord", "budget", "min_sparsity", "max_sparsity", "allocation"),
 )
-_COUPLING = ("name", "member", *_AMOUNT, "scope", "ord", "across", "scores")
+_COUPLING = ("name", "member", *_AMOUNT, "scope", "ord", "across", "scores", "layout")
 _MEMBER = ("tensor", "slice", "reshape", "take", "block", "order")
 
 _T = TypeVar("_T")
@@ -156,11 +157,11 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise FormatError(f"the key {key!r:.80} stands twice in one object")
-    return dict(pairs)
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise FormatError(f"the key {twice!r:.80} stands twice in one object")
+    return table
 
 
 class _Table:
@@ -299,7 +300,7 @@ def _amount(keys: _Table) -> int | str:
 
 def _coupling(table: Mapping[str, Any], number: int, shared: Mapping[str, Any], folder: str) -> CouplingRule:
     label = _label("coupling", table, f"coupling {number}")
-    keys = _Table({**{key: shared[key] for key in shared if key == "scores"}, **table}, label, _COUPLING, folder)
+    keys = _Table({**shared, **table}, label, _COUPLING, folder)
     members = [_member(member, i, label, folder) for i, member in enumerate(keys.get_or("member", _tables, []), 1)]
     if not members:
         raise SpecError(f"{label}: there is no [[coupling.member]]")
@@ -312,6 +313,7 @@ def _coupling(table: Mapping[str, Any], number: int, shared: Mapping[str, Any], 
         scope=(of,) if of is not None else keys.get("scope", _sizes) or (),
         ord=keys.get_or("ord", _ord, 2),
         across=keys.get_or("across", _bool, False),
+        layout=keys.get_or("layout", _layout, "out-in"),
         scores=keys.get("scores", keys.path),
     )
 
@@ -372,13 +374,13 @@ def _count(value: Any) -> int:
 
 
 def _share(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | Decimal | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         raise SpecError(f"must be a share of blocks to prune in [0, 1], not {_shown(value)}")
     return as_share(str(value).lower().replace("e+", "e"))
 
 
 def _ord(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | Decimal | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         raise SpecError(f"must be 1, 2, inf or another positive number, not {_shown(value)}")
     return as_ord("inf" if value == Decimal("inf") else str(value))
 

@@ -312,6 +312,17 @@ def test_members_rank_by_scores(tmp_path: Path, memory: str, kind: str) -> None:
     assert after[DOWN].tobytes() == down.tobytes()
 
 
+def test_the_layout_says_where_the_inputs_are(tmp_path: Path) -> None:
+    """A square matrix stored [in, out]: its scores run along axis 0."""
+    w, scores = normal(8, 8), np.random.default_rng(1).random(8).astype(np.float32)
+    save_file({"w": scores}, tmp_path / "scores.safetensors")
+    path = str(tmp_path / "scores.safetensors")
+    columns = {"keep": 3, "scores": path, "layout": "in-out", "member": [{"tensor": "w", "block": [-1, 1]}]}
+    after = pruned(tmp_path, {"w": w}, columns)["w"]
+    ranked = np.linalg.norm(np.abs(w) * scores[:, None], axis=0)
+    assert np.flatnonzero(after.any(0)).tolist() == sorted(np.argsort(-ranked)[:3].tolist())
+
+
 # --- what cannot be meant ------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "layout": {"pattern", "plans", "weights", "errors"},
     "allocation": {"counts", "errors"},
     "scores": {"plans", "slabs", "weights", "errors"},
-    "members": {"scores", "plans", "counts", "tiling", "weights", "errors"},
+    "members": {"layout", "scores", "plans", "counts", "tiling", "weights", "errors"},
     "recipe": {"layout", "allocation", "members", "scores", "pattern", "plans", "counts", "weights", "errors"},
     "recipe_file": {"recipe", "members", "layout", "pattern", "errors"},
     "planning": {"recipe", "allocation", "plans", "slabs", "weights", "namespace", "errors"},

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from npscope import cli
 from npscope.errors import FileError, FormatError, NpscopeError, SpecError
 from npscope.pattern import Pattern
-from npscope.plans import Budget, Decision, Plan, Skip
+from npscope.plans import Budget, Coupling, Decision, Plan, Skip
 from npscope.pruning import prune_file
 from npscope.recipe import Recipe, Rule, resolve
 from npscope.recipe_file import MAX_BYTES, parse_recipe, read_recipe, recipe_of
@@ -634,6 +634,22 @@ def test_plan_shows_couplings(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines["qkv"]["along"] == " and ".join(["4x4 in blocks of 2x4"] * 3)
     assert lines["qkv"]["pattern"] == "keep 1 of 2 coupled blocks"
     assert (lines["o"]["blocks"], lines["o"]["keep"], lines["o"]["group"]) == (2, 1, "coupling 'heads'")
+
+
+def test_the_example_of_the_readme_does_what_its_comments_say(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text().split("```toml\n")[1].split("```")[0]
+    recipe = toml(text, tmp_path)
+    with open_weights(DATA) as weights:
+        decisions = resolve(recipe, weights.tensors.values())
+        (tiles,) = (d for d in decisions if isinstance(d, Budget))
+        (channels,) = (d for d in decisions if isinstance(d, Coupling))
+        assert [plan.tensor.name for plan in tiles.plans] == ["lstm_cell.weight_hh", "lstm_cell.weight_ih"]
+        assert [(low, high) for low, high in tiles.bounds] == [(820, 4096), (820, 4096)]
+        assert tiles.keep == 4096
+        assert (channels.blocks, channels.keep) == (128, 96)
+        assert [tensor.name for tensor in channels.tensors] == ["conv1.weight", "conv2.weight"]
+        assert said(decisions)["conv3.weight"] == "keep 2 of 4"
+        assert said(decisions)["final_conv.weight"] == "rule 2 final_conv.*"
 
 
 @pytest.mark.parametrize(
