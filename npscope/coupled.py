@@ -7,9 +7,10 @@ a strip and a number for each block, whatever the size of the tensors.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,11 @@ import numpy as np
 from npscope.block import BlockCoupling, BlockSpec
 from npscope.plans import Coupling, Group, Member, Scores, Window
 from npscope.scope import ScopeCoupling, ScopeSpec
-from npscope.scores import input_vector
-from npscope.slabs import Array, Box, boxes
+from npscope.scores import Array, input_vector, require_usable
 from npscope.weights import Tensor, WeightFile, numpy_dtype
+
+Box = tuple[slice, ...]
+"""A range on every axis, the ends given."""
 
 STRIP_BYTES = 16 << 20
 """About the bytes of all members that are read for one strip; a single block may have more."""
@@ -42,10 +45,9 @@ def masks_of(
     """What survives of every tensor of `coupling`, window by window; `advance` is told the bytes read.
 
     Ranking and ties are those of `npscope.ScopeCoupling` over a `npscope.BlockCoupling` for each
-    group. FileError when `weights` ends early.
+    group. FileError when `weights` ends early, FormatError when scores are NaN or negative.
     """
-    reader = _WindowReader(weights)
-    tables = [_joint_norms(group, coupling.ord, reader, advance) for group in coupling.groups]
+    tables = [_table(group, coupling.ord, weights, advance) for group in coupling.groups]
     common = np.result_type(*tables)
     parts = [
         ScopeSpec(BlockSpec(table.astype(common, copy=False), ()), group.scope)
@@ -111,20 +113,40 @@ def _drop(
             )
 
 
-def _joint_norms(group: Group, ord: float, reader: _WindowReader, advance: Callable[[int], None] | None) -> Array:
-    """The norm of every block over all members, on the aligned grid."""
+def _table(group: Group, ord: float, weights: WeightFile, advance: Callable[[int], None] | None) -> Array:
+    """The norm of every block of a group, on the aligned grid."""
     aligned = group.members[0].aligned
-    per_block = sum(math.prod(member.block) * _itemsize(member.window.tensor) for member in group.members)
     table: Array | None = None
-    for box in boxes(aligned, (1,) * len(aligned), per_block, STRIP_BYTES):
-        specs = [BlockSpec(reader.ranked(member, _elements(member, box)), member.block) for member in group.members]
-        norms = BlockCoupling(specs, orders=[member.order for member in group.members]).norms(ord=ord)
+    for box, norms in joint_norms(group, ord, weights):
         if table is None:
             table = np.empty(aligned, norms.dtype)
         table[box] = norms
         if advance is not None:
-            advance(norms.size * per_block)
+            advance(norms.size * _bytes_per_block(group))
     return np.empty(aligned, np.float32) if table is None else table
+
+
+def joint_norms(group: Group, ord: float, weights: WeightFile) -> Iterator[tuple[Box, Array]]:
+    """The joint norms of the blocks of a group, strip by strip: a box of the aligned grid, and the norms in it."""
+    reader = _WindowReader(weights)
+    for box in _strips(group.members[0].aligned, max(1, STRIP_BYTES // _bytes_per_block(group))):
+        specs = [BlockSpec(reader.ranked(member, _elements(member, box)), member.block) for member in group.members]
+        yield box, BlockCoupling(specs, orders=[member.order for member in group.members]).norms(ord=ord)
+
+
+def _strips(grid: tuple[int, ...], limit: int) -> Iterator[Box]:
+    """Boxes of at most `limit` blocks that cover a grid: runs along one axis, whole in those behind it."""
+    axis = next(axis for axis in range(len(grid)) if math.prod(grid[axis + 1 :]) <= limit)
+    step = limit // math.prod(grid[axis + 1 :])
+    rest = tuple(slice(0, length) for length in grid[axis + 1 :])
+    for outside in itertools.product(*map(range, grid[:axis])):
+        lead = tuple(slice(index, index + 1) for index in outside)
+        for start in range(0, grid[axis], step):
+            yield (*lead, slice(start, min(start + step, grid[axis])), *rest)
+
+
+def _bytes_per_block(group: Group) -> int:
+    return sum(math.prod(member.block) * numpy_dtype(member.window.tensor).itemsize for member in group.members)
 
 
 def _elements(member: Member, box: Box) -> Box:
@@ -146,7 +168,9 @@ class _WindowReader:
         if scores is None:
             return self._read(self._weights, window.tensor, window, box)
         if scores.along is None:
-            return self._read(scores.weights, scores.tensor, window, box)
+            values = self._read(scores.weights, scores.tensor, window, box)
+            require_usable(scores.tensor, values)
+            return values
         values = self._read(self._weights, window.tensor, window, box)
         return _scaled(values, _factors(scores, window, box))
 
@@ -195,7 +219,3 @@ def _scaled(values: Array, factors: Array) -> Array:
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Elements from the first to the last of a window, both included."""
     return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-
-
-def _itemsize(tensor: Tensor) -> int:
-    return numpy_dtype(tensor).itemsize

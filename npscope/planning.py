@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from npscope.allocation import NormHistogram, Norms
-from npscope.namespace import block_norms
-from npscope.plans import Budget, Coupled, Coupling, Decision, Plan, Skip
+from npscope.coupled import joint_norms
+from npscope.members import window_of
+from npscope.plans import Budget, Coupled, Coupling, Decision, Group, Member, Plan, Skip
 from npscope.recipe import Recipe, resolve
-from npscope.slabs import SlabReader
 from npscope.weights import Axes, Tensor, WeightFile, open_weights
 
 EXACT_BLOCKS = 1 << 16
@@ -32,10 +32,10 @@ def decided(recipe: Recipe, weights: WeightFile) -> Iterator[list[Decision]]:
 
 
 def _norms_of(plan: Plan, weights: WeightFile) -> Norms:
-    """The norms of all blocks of a plan, slab by slab."""
-    period = tuple(plan.block[plan.order.index(axis)] for axis in range(len(plan.order)))
-    slabs = SlabReader(weights).slabs(plan.tensor, plan.shape, period)
-    found = (block_norms(values.transpose(plan.order), plan.block, ord=plan.ord) for _, values in slabs)
+    """The norms of all blocks of a plan, strip by strip."""
+    block = tuple(plan.block[plan.order.index(axis)] for axis in range(len(plan.order)))
+    member = Member(window_of(plan.tensor, reshape=plan.shape), block, plan.order)
+    found = (norms for _, norms in joint_norms(Group((member,), plan.scope), plan.ord, weights))
     if plan.scopes * plan.blocks <= EXACT_BLOCKS:
         return Norms.of(np.concatenate([norms.reshape(-1) for norms in found]))
     histogram = NormHistogram()

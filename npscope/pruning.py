@@ -23,7 +23,7 @@ from npscope.namespace import block_mask, block_norms, keep_largest
 from npscope.planning import decided
 from npscope.plans import Budget, Coupled, Coupling, Decision, Plan, Skip
 from npscope.recipe import Recipe
-from npscope.scores import check_scores, check_scores_unchanged
+from npscope.scores import check_scores_unchanged
 from npscope.slabs import Array, Box, SlabReader, count_zeros_and_nans, smallest_slab
 from npscope.weights import WeightFile, Writer, open_weights
 
@@ -91,7 +91,6 @@ def prune_file(
     with open_weights(source) as weights, decided(recipe, weights) as decisions:
         place = None if target is None else weights.target(target, force=force)
         _require_work(decisions, strict)
-        check_scores(decisions)
         masks = _coupled_masks(decisions, weights)
         singles = _by_tensor(decisions, weights)
         reader, ticker = SlabReader(weights), _Ticker(singles, progress)

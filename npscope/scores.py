@@ -8,13 +8,15 @@ finite or infinite, but no NaN and not below 0: anything else is a sign of a bro
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from npscope.errors import FormatError, SpecError
 from npscope.plans import Budget, Coupling, Decision, Plan, Scores
-from npscope.slabs import Array, SlabReader
-from npscope.weights import Axes, Tensor, WeightFile
+from npscope.weights import Axes, Tensor, WeightFile, numpy_dtype
+
+Array = np.ndarray[Any, Any]
 
 
 def scores_of(weights: WeightFile, path: str, tensor: Tensor, name: str, axes: Axes | None) -> Scores:
@@ -39,19 +41,10 @@ def scores_of(weights: WeightFile, path: str, tensor: Tensor, name: str, axes: A
 
 def require_usable(tensor: Tensor, values: Array) -> None:
     """FormatError when some of the scores `values` of `tensor` are NaN or negative."""
-    nans, negative = int(np.count_nonzero(np.isnan(values))), int(np.count_nonzero(values < 0))
-    if nans or negative:
+    if not np.all(values >= 0):
+        nans, negative = int(np.count_nonzero(np.isnan(values))), int(np.count_nonzero(values < 0))
         what = f"{nans} NaN" if nans else f"{negative} negative numbers"
         raise FormatError(f"scores of tensor {tensor.name!r:.120} hold {what}; scores are at least 0")
-
-
-def check_scores(decisions: Iterable[Decision]) -> None:
-    """FormatError when any of the scores that `decisions` rank by is NaN or negative; reads all of them once."""
-    ranked = (scores for decision in decisions for scores in _ranked_by(decision))
-    for scores in {(id(scores.weights), scores.tensor.name): scores for scores in ranked}.values():
-        reader = SlabReader(scores.weights)
-        for _, values in reader.slabs(scores.tensor, scores.tensor.shape, (1,) * len(scores.tensor.shape)):
-            require_usable(scores.tensor, values)
 
 
 def check_scores_unchanged(decisions: Iterable[Decision]) -> None:
@@ -71,7 +64,8 @@ def _ranked_by(decision: Decision) -> Iterable[Scores]:
 
 
 def input_vector(scores: Scores) -> Array:
-    """The numbers by input channel, read whole."""
-    (_, values), *_ = SlabReader(scores.weights).slabs(scores.tensor, scores.tensor.shape, scores.tensor.shape)
-    vector: Array = values.copy()
+    """The numbers by input channel, read whole; FormatError when one is NaN or negative."""
+    vector = np.empty(scores.tensor.shape, numpy_dtype(scores.tensor))
+    scores.weights.read(scores.tensor, 0, vector.view(np.uint8).data)
+    require_usable(scores.tensor, vector)
     return vector

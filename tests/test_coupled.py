@@ -312,6 +312,18 @@ def test_members_rank_by_scores(tmp_path: Path, memory: str, kind: str) -> None:
     assert after[DOWN].tobytes() == down.tobytes()
 
 
+@pytest.mark.parametrize("shape", [(24, 8), (8,)])
+@pytest.mark.parametrize("bad", [np.nan, -1.0])
+def test_scores_that_are_nan_or_negative_are_refused(tmp_path: Path, shape: tuple[int, ...], bad: float) -> None:
+    scores = np.ones(shape, np.float32)
+    scores[..., 5] = bad
+    save_file({"w": scores}, tmp_path / "scores.safetensors")
+    single = {"keep": 3, "scores": str(tmp_path / "scores.safetensors"), "member": [{"tensor": "w", "block": [1, -1]}]}
+    with pytest.raises(FormatError, match=r"scores of tensor 'w' hold \d+ (NaN|negative numbers)"):
+        pruned(tmp_path, {"w": normal(24, 8)}, single)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_the_layout_says_where_the_inputs_are(tmp_path: Path) -> None:
     """A square matrix stored [in, out]: its scores run along axis 0."""
     w, scores = normal(8, 8), np.random.default_rng(1).random(8).astype(np.float32)

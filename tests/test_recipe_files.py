@@ -26,7 +26,7 @@ from npscope.plans import Budget, Coupling, Decision, Plan, Skip
 from npscope.pruning import prune_file
 from npscope.recipe import Recipe, Rule, resolve
 from npscope.recipe_file import MAX_BYTES, parse_recipe, read_recipe, recipe_of
-from npscope.scores import check_scores, check_scores_unchanged, scores_of
+from npscope.scores import check_scores_unchanged, require_usable, scores_of
 from npscope.weights import Axes, Tensor, Use, open_weights
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
@@ -554,22 +554,19 @@ def test_a_rule_ranks_by_its_scores_or_by_those_of_the_recipe(tmp_path: Path, sc
         assert first.scores is not None
         assert second.scores is not None
         assert (first.scores.along, second.scores.along) == (None, 1)
-        check_scores([first, second])
+        check_scores_unchanged([first, second])
         os.utime(path, ns=(0, 0))
         with pytest.raises(FileError, match="changed"):
             check_scores_unchanged([first, second])
 
 
 @pytest.mark.parametrize(("bad", "message"), [(np.nan, "hold 1 NaN"), (-1.0, "hold 1 negative numbers")])
-def test_scores_are_no_nan_and_not_negative(scored: Callable[..., Path], bad: float, message: str) -> None:
-    values = np.ones((8, 4), np.float32)
-    values[2, 1], values[0, 0], values[0, 1] = bad, -0.0, np.inf
-    path = scored(a=values)
-    recipe = Recipe.shorthand(Pattern.parse("2:4")).with_scores(str(path))
-    with open_weights(path) as file:
-        decisions = resolve(recipe, [tensor("a", 8, 4)], scores={str(path): file})
-        with pytest.raises(FormatError, match=f"scores of tensor 'a' {message}"):
-            check_scores(decisions)
+def test_scores_are_no_nan_and_not_negative(bad: float, message: str) -> None:
+    values = np.asarray([-0.0, np.inf, 1.0])
+    require_usable(tensor("a", 3), values)
+    values[1] = bad
+    with pytest.raises(FormatError, match=f"scores of tensor 'a' {message}"):
+        require_usable(tensor("a", 3), values)
 
 
 # --- the command line ----------------------------------------------------------------------------
