@@ -52,6 +52,22 @@ DEFAULT_SKIPS = (
 )
 """Globs of tensors that are left alone unless somebody names them; compared in lower case."""
 
+NODE_SKIPS = (
+    "*lm_head*",
+    "*classifier*",
+    "*fft*",
+    "*stft*",
+    "*cqt*",
+    "*cq_t*",
+    "*mel_basis*",
+    "*mel_filter*",
+)
+"""The same for the path of the node that uses a tensor, where names of tensors say nothing.
+
+Only heads and bases: embeddings and norms are used by other nodes than products, and converters
+call a convolution by the norm that they fold into it.
+"""
+
 Spread = Literal["each", "budget", "uniform", "erk", "lamp"]
 """How the amount of a pattern is spread over the tensors of a rule: the same for each scope, as one
 budget for which all blocks compete, or as a share for each tensor (`npscope.allocation`)."""
@@ -313,8 +329,8 @@ def _decide(rule: Rule, texts: Sequence[str], tensor: Tensor, name: str) -> Plan
     said = " ".join([rule.label, *filter(None, texts[:1])])
     if rule.pattern is None:
         return Skip(tensor, said, rule=said)
-    if rule.default_skips and not in_full and (glob := _default_skip(name)):
-        return Skip(tensor, f"default skip {glob} (a rule that gives the name in full overrides)", rule=said)
+    if rule.default_skips and not in_full and (skip := _default_skip(tensor, name)):
+        return Skip(tensor, f"{skip} (a rule that gives the name in full overrides)", rule=said)
     if rule.names and tensor.is_opaque:
         raise SpecError(f"tensor {tensor.name!r:.120}: dtype {tensor.dtype} cannot be pruned; leave it out of {said}")
     if reason := _ineligible(tensor):
@@ -334,8 +350,15 @@ def _misfit(rule: Rule, said: str, tensor: Tensor, reason: str) -> Skip:
     return Skip(tensor, reason, misfit=True, rule=said, axes=axes)
 
 
-def _default_skip(name: str) -> str | None:
-    return next((glob for glob in DEFAULT_SKIPS if fnmatch.fnmatchcase(name.lower(), glob)), None)
+def _default_skip(tensor: Tensor, name: str) -> str | None:
+    """The glob by which a tensor is left alone unless it is named, in words."""
+    for glob in DEFAULT_SKIPS:
+        if fnmatch.fnmatchcase(name.lower(), glob):
+            return f"default skip {glob}"
+    for glob in NODE_SKIPS if tensor.use is not None else ():
+        if tensor.use is not None and fnmatch.fnmatchcase(tensor.use.node.lower(), glob):
+            return f"default skip of nodes {glob}"
+    return None
 
 
 def _ineligible(tensor: Tensor) -> str | None:

@@ -389,7 +389,7 @@ def test_case60_an_unknown_dtype_is_an_error_when_a_rule_matches_it() -> None:
 def test_a_graph_is_chosen_from_by_op_node_and_shape() -> None:
     matmul = Use("MatMul", "body/if/then/MatMul_3", Axes((), 1, 0, ()))
     conv = Use("Conv", "Conv_0", Axes((), 0, 1, (2, 3)))
-    base = Use("Conv", "stft/Conv", None, "a fixed basis")
+    base = Use("Conv", "base/Conv", None, "a fixed basis")
     graph = [
         tensor("onnx::1", 16, 8, use=matmul),
         tensor("onnx::2", 8, 16, 3, 3, use=conv),
@@ -414,6 +414,13 @@ def test_a_graph_is_chosen_from_by_op_node_and_shape() -> None:
     assert said(resolve(rules({"op": "Conv", "shape": [8, 1, 3, 3], "pattern": "2:4"}), graph))["onnx::3"] == (
         "a fixed basis"
     )
+
+
+def test_heads_of_a_graph_are_known_by_their_node() -> None:
+    head = tensor("onnx::7", 8, 8, use=Use("MatMul", "/Classifier/MatMul", Axes((), 1, 0, ())))
+    assert said(resolve(rules({"pattern": "2:4"}), [head]))["onnx::7"].startswith("default skip of nodes *classifier*")
+    assert isinstance(resolve(rules({"match": "onnx::7", "pattern": "2:4"}), [head])[0], Plan)
+    assert isinstance(resolve(rules({"node": "*Cl*", "pattern": "2:4", "default_skips": False}), [head])[0], Plan)
 
 
 # --- budgets -------------------------------------------------------------------------------------
