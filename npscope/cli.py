@@ -30,6 +30,7 @@ from npscope.errors import FileError, NpscopeError, SpecError
 if TYPE_CHECKING:
     from npscope.plans import Skip
     from npscope.pruning import Outcome, Progress
+    from npscope.recipe import Recipe
 
 Job = Callable[[], None]
 AxisName = Literal["in", "fan-in", "last"]
@@ -50,29 +51,48 @@ _LAYOUT = Annotated[
     Literal["out-in", "in-out"],
     typer.Option(help="How weights are stored: [out, in, ...] as PyTorch does, [..., in, out] as Flax and GPT-2 do."),
 ]
+_PATTERN = Annotated[
+    str | None,
+    typer.Option(
+        help='"2:4" keeps 2 of 4 along the input axis; "4x4@0.5" prunes half of the 4x4 tiles of each '
+        '[out, fan-in] matrix; "block=1x16 scope=1x8 keep=4 ord=1" (or sparsity=0.5) says it in full, '
+        "scope counted in blocks, -1 a whole axis."
+    ),
+]
+_RECIPE = Annotated[
+    str | None,
+    typer.Option("-r", "--recipe", metavar="FILE", help="Rules and couplings in a TOML or JSON file, for --pattern."),
+]
+_INCLUDE = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Only tensors of these names (glob, or re:EXPRESSION); overrides the skips."),
+]
+_EXCLUDE = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these tensors alone.")]
+_AXIS = Annotated[
+    str | None,
+    typer.Option(help="Where a pattern with one size runs: in (the default), fan-in (in x kernel), last, or a number."),
+]
+_RULE_LAYOUT = Annotated[
+    Literal["out-in", "in-out"] | None,
+    typer.Option(help="How weights are stored: out-in (the default) as PyTorch does, in-out as Flax and GPT-2 do."),
+]
+_SCORES = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Rank by these scores: one for each weight, or for each input channel."),
+]
 
 
 @app.command()
 def prune(
     source: Annotated[str, typer.Argument(metavar="IN", help="A safetensors file; it is only read.")],
-    pattern: Annotated[
-        str,
-        typer.Option(
-            help='"2:4" keeps 2 of 4 along the input axis; "4x4@0.5" prunes half of the 4x4 tiles of each '
-            '[out, fan-in] matrix; "block=1x16 scope=1x8 keep=4 ord=1" (or sparsity=0.5) says it in full, '
-            "scope counted in blocks, -1 a whole axis."
-        ),
-    ],
+    pattern: _PATTERN = None,
+    recipe: _RECIPE = None,
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.")] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Only tensors of these names (glob, or re:EXPRESSION); overrides the skips."),
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these tensors alone.")] = None,
-    axis: Annotated[
-        str, typer.Option(help="Where a pattern with one size runs: in, fan-in (in x kernel), last, or a number.")
-    ] = "in",
-    layout: _LAYOUT = "out-in",
+    include: _INCLUDE = None,
+    exclude: _EXCLUDE = None,
+    axis: _AXIS = None,
+    layout: _RULE_LAYOUT = None,
+    scores: _SCORES = None,
     nan: Annotated[Literal["refuse", "keep"], typer.Option(help="Tensors with NaN: refuse, or rank NaN first.")] = (
         "refuse"
     ),
@@ -89,21 +109,64 @@ def prune(
     """
 
     def job() -> None:
-        from npscope.pattern import Pattern
         from npscope.pruning import prune_file
-        from npscope.recipe import Recipe
 
-        recipe = Recipe(Pattern.parse(pattern), tuple(include or ()), tuple(exclude or ()), _axis(axis), layout)
+        rules = _recipe(recipe, pattern, include, exclude, axis, layout, scores)
         with _progress_bar(shown=not quiet) as progress:
             results = prune_file(
-                source, output, recipe, nan=nan, strict=strict, force=force, dry_run=dry_run, progress=progress
+                source, output, rules, nan=nan, strict=strict, force=force, dry_run=dry_run, progress=progress
             )
         lines = [_pruned(result) for result in results]
         if as_json:
-            head = {"npscope": __version__, "input": source, "output": output, "dry_run": dry_run, "pattern": pattern}
+            head = {"npscope": __version__, "input": source, "output": output, "dry_run": dry_run}
+            head |= {"pattern": pattern, "recipe": recipe, "scores": scores}
             _print(report.as_json(head | report.pruned_fields(lines)) + "\n")
         elif not quiet:
             _print(report.pruned_table(lines, width=_width()))
+
+    return job
+
+
+@app.command()
+def plan(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A safetensors file.")],
+    pattern: _PATTERN = None,
+    recipe: _RECIPE = None,
+    include: _INCLUDE = None,
+    exclude: _EXCLUDE = None,
+    axis: _AXIS = None,
+    layout: _RULE_LAYOUT = None,
+    scores: _SCORES = None,
+    as_json: _JSON = False,
+    debug: _DEBUG = False,
+) -> Job:
+    """Say what a pattern or recipe would do to every tensor: its rule, its axes, its blocks, or why it is left."""
+
+    def job() -> None:
+        from npscope.planning import plan_file
+
+        lines = [
+            report.Planned(
+                planned.tensor.name,
+                planned.tensor.dtype,
+                planned.tensor.shape,
+                planned.axes,
+                planned.rule,
+                planned.pattern,
+                planned.along,
+                planned.blocks,
+                planned.keep,
+                planned.group,
+                planned.skipped,
+                planned.misfit,
+            )
+            for planned in plan_file(file, _recipe(recipe, pattern, include, exclude, axis, layout, scores))
+        ]
+        if as_json:
+            head = {"npscope": __version__, "file": file, "pattern": pattern, "recipe": recipe, "scores": scores}
+            _print(report.as_json(head | report.planned_fields(lines)) + "\n")
+        else:
+            _print(report.planned_table(lines, width=_width()))
 
     return job
 
@@ -251,6 +314,29 @@ def _explained(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError):
         return 3, f"{error.filename!r}: {error.strerror}" if error.filename is not None else str(error)
     return 3, f"{type(error).__name__}: {error} (this should not happen; --debug shows where it did)"
+
+
+def _recipe(
+    path: str | None,
+    pattern: str | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    axis: str | None,
+    layout: Literal["out-in", "in-out"] | None,
+    scores: str | None,
+) -> Recipe:
+    """The recipe that the options of a command describe."""
+    from npscope.recipe_file import recipe_of
+
+    return recipe_of(
+        path,
+        pattern=pattern,
+        include=include or (),
+        exclude=exclude or (),
+        axis=None if axis is None else _axis(axis),
+        layout=layout,
+        scores=scores,
+    )
 
 
 def _axis(text: str) -> AxisName | int:

@@ -6,19 +6,21 @@ tell of every block whether it survives, so that no slab need know of another.
 
 from __future__ import annotations
 
+import itertools
 import math
-from abc import ABC, abstractmethod
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from npscope.block import BlockSpec
+from npscope.coupled import Kept, drop
 from npscope.errors import SpecError
 from npscope.limits import Keys, Limit, Member, Search
 from npscope.namespace import hard_threshold, keep_largest
-from npscope.plans import Budget, Plan
+from npscope.plans import Budget, Coupled, Plan
 from npscope.ranked import Slab
 from npscope.slabs import SLAB_BYTES, Array, Box, boxes, extents, smallest_slab, tiles, whole
 
@@ -26,39 +28,42 @@ SCOPE_BYTES = 16 << 20
 """A scope is decided at once when a slab of at most this size holds it."""
 
 
-class Dropper(ABC):
+class Dropper(Protocol):
     """Zeroes the losers of one tensor, slab by slab."""
 
-    plan: Plan
-    kept: int
-    """How many blocks survive."""
+    @property
+    def plan(self) -> Plan | Coupled:
+        """What is done with the tensor."""
 
     @property
-    def period(self) -> Sequence[int]:
-        """Elements along every canonical axis that a slab should not cut."""
-        return self.plan.block
+    def kept(self) -> int:
+        """How many blocks survive."""
 
-    def boxes(self) -> Iterator[Box]:
-        """Slabs that cover the tensor, contiguous and in the order of its bytes."""
-        plan, size = self.plan, self.plan.itemsize
-        return boxes(plan.shape, plan.stored(self.period), SLAB_BYTES // size, SCOPE_BYTES // size)
+    @property
+    def period(self) -> tuple[int, ...]:
+        """Elements along every stored axis that a slab should not cut."""
 
-    @abstractmethod
     def drop(self, slab: Slab) -> None:
         """Zero the blocks of a slab that do not survive."""
 
 
+def slabs_for(dropper: Dropper) -> Iterator[Box]:
+    """Slabs that cover the tensor, contiguous and in the order of its bytes."""
+    size = dropper.plan.itemsize
+    return boxes(dropper.plan.shape, dropper.period, SLAB_BYTES // size, SCOPE_BYTES // size)
+
+
 @dataclass(frozen=True)
-class ByScope(Dropper):
+class ByScope:
     """Every slab holds whole scopes."""
 
     plan: Plan
     kept: int
 
     @property
-    def period(self) -> Sequence[int]:
+    def period(self) -> tuple[int, ...]:
         """A scope."""
-        return self.plan.scope_size
+        return self.plan.stored(self.plan.scope_size)
 
     def drop(self, slab: Slab) -> None:
         """Rank and drop in one call."""
@@ -67,7 +72,7 @@ class ByScope(Dropper):
 
 
 @dataclass(frozen=True)
-class ByLimit(Dropper):
+class ByLimit:
     """Every scope has a limit; slabs hold whole blocks."""
 
     plan: Plan
@@ -86,6 +91,11 @@ class ByLimit(Dropper):
         grid = (1,) * len(plan.block)
         return cls(plan, keys, np.full(grid, limit.key), np.full(grid, limit.last), limit.kept)
 
+    @property
+    def period(self) -> tuple[int, ...]:
+        """A block."""
+        return self.plan.stored(self.plan.block)
+
     def drop(self, slab: Slab) -> None:
         """Compare with the limits of the scopes that reach into the slab."""
         plan, keys = self.plan, self.keys
@@ -103,12 +113,12 @@ class ByLimit(Dropper):
             scores = None if plan.scores is None else slab.ranked
             hard_threshold(slab.view, norms, plan.block, scores=scores, ord=plan.ord, out=slab.view)
         else:
-            found = keys.of(slab)
+            found = keys.of(plan, slab.ranked)
             BlockSpec(slab.view, plan.block).apply_mask((found > limits) | ((found == limits) & (places <= lasts)))
 
 
 @dataclass(frozen=True)
-class ByMask(Dropper):
+class ByMask:
     """It is known of every block; slabs may cut blocks."""
 
     plan: Plan
@@ -116,6 +126,11 @@ class ByMask(Dropper):
     """True where a block survives, over the canonical grid."""
 
     kept: int
+
+    @property
+    def period(self) -> tuple[int, ...]:
+        """A block."""
+        return self.plan.stored(self.plan.block)
 
     def drop(self, slab: Slab) -> None:
         """Apply the part of the mask."""
@@ -126,6 +141,30 @@ class ByMask(Dropper):
             steps.append(step)
             at.append(np.arange(side.start, side.stop, step) // size)
         BlockSpec(slab.view, tuple(steps)).apply_mask(self.mask[np.ix_(*at)])
+
+
+@dataclass(frozen=True)
+class ByWindows:
+    """It is known of the blocks of windows into the tensor; slabs may cut them."""
+
+    plan: Coupled
+    windows: Sequence[Kept]
+
+    @property
+    def kept(self) -> int:
+        """How many blocks of the coupling survive."""
+        return self.plan.scopes * self.plan.keep
+
+    @property
+    def period(self) -> tuple[int, ...]:
+        """An element."""
+        return (1,) * len(self.plan.shape)
+
+    def drop(self, slab: Slab) -> None:
+        """Apply what reaches into the slab."""
+        sizes = itertools.accumulate(reversed(self.plan.shape[1:]), operator.mul, initial=1)
+        start = sum(side.start * size for side, size in zip(reversed(slab.box), sizes, strict=True))
+        drop(self.windows, start, slab.values.reshape(-1))
 
 
 def dropper_of(plan: Plan, search: Search) -> Dropper:
@@ -225,7 +264,7 @@ def _strips(plan: Plan, keys: Keys, search: Search) -> Iterator[_Strip]:
             limit = search.limits([Member(plan, box)], plan.keep, keys)[0]
             yield _Strip(box, np.full(grid, limit.key), np.full(grid, limit.last))
             continue
-        table = by_scope(keys.of(search.slab(plan, box)), plan.scope)
+        table = by_scope(keys.of(plan, search.slab(plan, box).ranked), plan.scope)
         place = table.shape[-1] - plan.keep
         limits = np.partition(table, place, axis=-1)[..., place, None]
         ties = (table == limits).cumsum(-1, dtype=np.int32)
@@ -243,7 +282,7 @@ def _mark(mask: Array, plan: Plan, strip: _Strip, keys: Keys, search: Search) ->
         return
     member, limit, last = Member(plan, strip.box), strip.limits.item(), strip.lasts.item()
     for _, slab in search.slabs([member]):
-        found = keys.of(slab)
+        found = keys.of(plan, slab.ranked)
         survives = (found > limit) | ((found == limit) & (member.positions(slab.box) <= last))
         mask[_on_grid(plan, slab.box, plan.block)] = survives
 

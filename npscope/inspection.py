@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npscope.recipe import Layout, meaning
+from npscope.layout import Layout, meaning
 from npscope.slabs import SlabReader, count_zeros_and_nans, magnitude_bits
 from npscope.weights import Tensor, open_weights
 

@@ -103,9 +103,9 @@ class Keys:
         self.nan = int(self._nan) >> self._unused
         """The key of a block with NaN, above all others."""
 
-    def of(self, slab: Slab) -> Array:
-        """The keys of the blocks of a slab, on their grid."""
-        norms = block_norms(slab.ranked, slab.plan.block, ord=slab.plan.ord).astype(self.floats, copy=False)
+    def of(self, plan: Plan, ranked: Array) -> Array:
+        """The keys of the blocks of part of a planned tensor, on their grid."""
+        norms = block_norms(ranked, plan.block, ord=plan.ord).astype(self.floats, copy=False)
         keys: Array = norms.view(self.integers)
         if keys.size and keys.max() > self._infinity:  # NaN, which all tie
             np.copyto(keys, self._nan, where=keys > self._infinity)
@@ -173,7 +173,7 @@ class Search:
     """Finds limits of scopes in one file; `tick` is called with the bytes of every slab that was read."""
 
     def __init__(self, reader: RankedReader, tick: Callable[[int], None] = lambda nbytes: None) -> None:
-        self._reader, self._tick = reader, tick
+        self._reader, self.tick = reader, tick
 
     def limits(self, members: Sequence[Member], keep: int, keys: Keys) -> list[Limit]:
         """The limit for each member that leaves the first `keep` of the blocks of all.
@@ -195,7 +195,7 @@ class Search:
     def slab(self, plan: Plan, box: Box) -> Slab:
         """One slab."""
         slab = next(self._reader.read([(plan, box)]))
-        self._tick(slab.values.nbytes)
+        self.tick(slab.values.nbytes)
         return slab
 
     def slabs(self, members: Sequence[Member]) -> Iterator[tuple[int, Slab]]:
@@ -210,7 +210,7 @@ class Search:
 
         for slab in self._reader.read(work()):
             yield numbers.pop(0), slab
-            self._tick(slab.values.nbytes)
+            self.tick(slab.values.nbytes)
 
     def _key(self, members: Sequence[Member], keep: int, keys: Keys) -> _Found:
         """The `keep`-th largest key."""
@@ -222,7 +222,7 @@ class Search:
         while True:
             tally = _Tally(members, *guess, expected)
             for number, slab in self.slabs(members):
-                tally.add(number, keys.of(slab))
+                tally.add(number, keys.of(members[number].plan, slab.ranked))
             above = sum(tally.above)
             if keep <= above:
                 low, expected = tally.high + 1, above
@@ -253,7 +253,9 @@ class Search:
         From a sample that takes pieces at even distances over all members. Blocks of a piece are
         more alike than others, so that its error is taken from how much the pieces differ.
         """
-        pieces = [keys.of(slab).reshape(-1) for slab in self._reader.read(_pieces(members, blocks))]
+        places = list(_pieces(members, blocks))
+        slabs = self._reader.read(places)
+        pieces = [keys.of(plan, slab.ranked).reshape(-1) for (plan, _), slab in zip(places, slabs, strict=True)]
         sample = np.sort(np.concatenate(pieces))
         middle = sample[min(sample.size - 1, int((1 - share) * sample.size))]
         sizes = np.asarray([piece.size for piece in pieces])
@@ -275,7 +277,7 @@ class Search:
             shift = max(0, (high - low).bit_length() - BINS.bit_length() + 1)
             counts, gathered = np.zeros(((high - low) >> shift) + 1, np.int64), []
             for _, slab in self.slabs([member]):
-                places = member.positions(slab.box)[keys.of(slab) == key]
+                places = member.positions(slab.box)[keys.of(member.plan, slab.ranked) == key]
                 places = places[(places >= low) & (places <= high)]
                 if gather:
                     gathered.append(places)

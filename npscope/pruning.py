@@ -18,12 +18,15 @@ from typing import Literal
 import numpy as np
 
 from npscope.block import BlockSpec
-from npscope.dropping import Dropper, dropper_of, droppers_of
+from npscope.coupled import masks_of
+from npscope.dropping import ByWindows, Dropper, dropper_of, droppers_of, slabs_for
 from npscope.errors import FormatError, SpecError
 from npscope.limits import Search
-from npscope.plans import Budget, Plan, Skip
+from npscope.planning import decided
+from npscope.plans import Budget, Coupled, Coupling, Decision, Plan, Skip
 from npscope.ranked import RankedReader, Slab
-from npscope.recipe import Recipe, resolve
+from npscope.recipe import Recipe
+from npscope.scores import check_scores_unchanged
 from npscope.slabs import Background, count_zeros_and_nans
 from npscope.weights import Tensor, WeightFile, Writer, open_weights
 
@@ -36,7 +39,7 @@ Progress = Callable[[int, int], None]
 class Outcome:
     """What was done to one tensor; `norm_kept` is ``||after|| / ||before||`` in the 2-norm, None if undefined."""
 
-    plan: Plan
+    plan: Plan | Coupled
     blocks_kept: int
     zeros_before: int
     zeros_after: int
@@ -86,32 +89,24 @@ def prune_file(
     """
     if target is None and not dry_run:
         raise SpecError("no output: give -o OUT, or --dry-run")
-    with open_weights(source) as weights, RankedReader(weights) as reader:
+    with open_weights(source) as weights, decided(recipe, weights) as decisions, RankedReader(weights) as reader:
         place = None if target is None else weights.target(target, force=force)
-        decisions = resolve(recipe, weights.tensors.values())
         _require_work(decisions, strict)
         ticker = _Ticker(weights, progress)
-        droppers = _droppers(decisions, Search(reader, ticker.more))
+        droppers = _droppers(decisions, weights, Search(reader, ticker.more))
         if place is None or dry_run:
             outcomes = _write(weights, droppers, reader, None, nan, ticker)
             weights.check_unchanged()
+            check_scores_unchanged(decisions)
         else:
             with weights.successor(place) as writer, Background() as background:
                 outcomes = _write(weights, droppers, reader, _Behind(writer, background), nan, ticker)
+                check_scores_unchanged(decisions)
         skips = {decision.tensor.name: decision for decision in decisions if isinstance(decision, Skip)}
         return [outcomes.get(name) or skips[name] for name in weights.tensors]
 
 
-Decision = Plan | Budget | Skip
-
-
-def _plans(decision: Decision) -> tuple[Plan, ...]:
-    if isinstance(decision, Budget):
-        return decision.plans
-    return (decision,) if isinstance(decision, Plan) else ()
-
-
-def _droppers(decisions: Iterable[Decision], search: Search) -> dict[str, Dropper]:
+def _droppers(decisions: Iterable[Decision], weights: WeightFile, search: Search) -> dict[str, Dropper]:
     """What drops the losers of each tensor, by its name."""
     found: dict[str, Dropper] = {}
     for decision in decisions:
@@ -120,10 +115,13 @@ def _droppers(decisions: Iterable[Decision], search: Search) -> dict[str, Droppe
         elif isinstance(decision, Budget):
             shared = droppers_of(decision, search)
             found |= {plan.tensor.name: each for plan, each in zip(decision.plans, shared, strict=True)}
+        elif isinstance(decision, Coupling):
+            masks = masks_of(decision, weights, search.tick)
+            found |= {t.name: ByWindows(Coupled(t, decision), masks[t.name]) for t in decision.tensors}
     return found
 
 
-def _require_work(decisions: Sequence[Plan | Skip], strict: bool) -> None:
+def _require_work(decisions: Sequence[Decision], strict: bool) -> None:
     skips = [decision for decision in decisions if isinstance(decision, Skip)]
     misfits = [skip for skip in skips if skip.misfit]
     if strict and misfits:
@@ -190,7 +188,7 @@ def _write(
     """Drop and write, tensor by tensor in the order of the file; by name what was done."""
     outcomes = {}
     slabs = reader.read(
-        (droppers[name].plan, box) for name in weights.tensors if name in droppers for box in droppers[name].boxes()
+        (droppers[name].plan, box) for name in weights.tensors if name in droppers for box in slabs_for(droppers[name])
     )
     for name, tensor in weights.tensors.items():
         if name in droppers:

@@ -8,8 +8,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from npscope.errors import FormatError
-from npscope.plans import Plan, Scores
+from npscope.plans import Coupled, Plan, Scores
+from npscope.scores import input_vector, require_usable
 from npscope.slabs import Array, Box, Request, SlabReader
 from npscope.weights import WeightFile
 
@@ -17,7 +17,7 @@ from npscope.weights import WeightFile
 class Slab(NamedTuple):
     """A box of a planned tensor, its values as they are stored, and what its blocks rank by, in canonical order."""
 
-    plan: Plan
+    plan: Plan | Coupled
     box: Box
     values: Array
     ranked: Array
@@ -44,9 +44,9 @@ class RankedReader:
     def __exit__(self, *failure: object) -> None:
         self._open.close()
 
-    def read(self, work: Iterable[tuple[Plan, Box]]) -> Iterator[Slab]:
+    def read(self, work: Iterable[tuple[Plan | Coupled, Box]]) -> Iterator[Slab]:
         """The slab of every (plan, box); its values are gone two slabs later, what it ranks by one."""
-        plans: list[Plan] = []
+        plans: list[Plan | Coupled] = []
 
         def requests() -> Iterator[Request]:
             for plan, box in work:
@@ -55,33 +55,27 @@ class RankedReader:
 
         for request, values in self._weights.read(requests()):
             plan = plans.pop(0)
-            ranked = values if plan.scores is None else self._ranked(plan, plan.scores, request.box, values)
+            ranked = values if plan.scores is None else self._ranked(request, plan.scores, values)
             yield Slab(plan, request.box, values, ranked.transpose(plan.order))
 
-    def _ranked(self, plan: Plan, scores: Scores, box: Box, values: Array) -> Array:
+    def _ranked(self, request: Request, scores: Scores, values: Array) -> Array:
         if scores.along is None:
-            ranked = self._read(scores, Request(scores.tensor, plan.shape, box))
-        else:
-            factors = self._factors_of(plan, scores)
-            sides = (slice(None) if length == 1 else side for side, length in zip(box, factors.shape, strict=True))
-            ranked = np.abs(values).astype(factors.dtype) * factors[tuple(sides)]
-        return ranked
-
-    def _factors_of(self, plan: Plan, scores: Scores) -> Array:
-        """The numbers that multiply a weight, broadcastable to the plan's shape."""
+            reader = self._scores.setdefault(id(scores.weights), SlabReader(scores.weights))
+            _, ranked = next(reader.read([request._replace(tensor=scores.tensor)]))
+            require_usable(scores.tensor, ranked)
+            return ranked
         if self._factors is None or self._factors[0] is not scores:
-            along, stored = scores.along or 0, plan.tensor.shape
-            numbers = self._read(scores, Request(scores.tensor, scores.tensor.shape, (slice(0, stored[along]),)))
-            wide = np.float64 if "float64" in (plan.tensor.dtype, scores.tensor.dtype) else np.float32
-            self._factors = scores, _spread(numbers.astype(wide), along, stored, plan.shape)
-        return self._factors[1]
+            self._factors = scores, _factors(scores, request)
+        factors = self._factors[1]
+        sides = zip(request.box, factors.shape, strict=True)
+        return np.abs(values).astype(factors.dtype) * factors[tuple(slice(None) if n == 1 else s for s, n in sides)]
 
-    def _read(self, scores: Scores, request: Request) -> Array:
-        reader = self._scores.setdefault(id(scores.weights), SlabReader(scores.weights))
-        _, numbers = next(reader.read([request]))
-        if not np.all(numbers >= 0):
-            raise FormatError(f"scores of {scores.tensor.name!r:.120}: NaN or a negative number; scores are at least 0")
-        return numbers
+
+def _factors(scores: Scores, request: Request) -> Array:
+    """The numbers that multiply a weight's magnitudes, in the dtype of the norm, broadcastable to its reading."""
+    wide = np.float64 if "float64" in (request.tensor.dtype, scores.tensor.dtype) else np.float32
+    numbers = input_vector(scores).astype(wide)
+    return _spread(numbers, scores.along or 0, request.tensor.shape, request.shape)
 
 
 def _spread(numbers: Array, along: int, stored: tuple[int, ...], shape: tuple[int, ...]) -> Array:

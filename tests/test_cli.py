@@ -214,7 +214,7 @@ def test_slabs_and_passes_do_not_change_the_result(
         "one": rng.normal(size=(1, 12, 1, 12)),
     }
     save_file({name: weight.astype(np.float32) for name, weight in weights.items()}, folder / "in")
-    recipe = Recipe(Pattern.parse(pattern), axis=axis, layout=layout)
+    recipe = Recipe.shorthand(Pattern.parse(pattern), axis=axis, layout=layout)
     whole = pruning.prune_file(folder / "in", folder / "whole", recipe)
     for module in (slabs, dropping, limits):
         if hasattr(module, "SLAB_BYTES"):
@@ -352,7 +352,7 @@ def test_case89_an_output_that_appears_meanwhile(folder: Path, force: bool) -> N
     def appear(done: int, total: int) -> None:
         out.write_text("precious")
 
-    recipe = Recipe(Pattern.parse("2:4"))
+    recipe = Recipe.shorthand(Pattern.parse("2:4"))
     if force:
         pruning.prune_file(DATA, out, recipe, force=True, progress=appear)
         assert header_of(out) == header_of(DATA)
@@ -368,7 +368,7 @@ def test_a_file_system_without_hard_links(folder: Path, monkeypatch: pytest.Monk
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", refuse)
-    recipe = Recipe(Pattern.parse("2:4"))
+    recipe = Recipe.shorthand(Pattern.parse("2:4"))
     pruning.prune_file(DATA, folder / "out", recipe)
     assert header_of(folder / "out") == header_of(DATA)
     with pytest.raises(SpecError, match="exists"):

@@ -6,6 +6,7 @@ for a few keys and samples of a few places, so that every way through them is ta
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from safetensors.numpy import save_file
 import npscope
 from npscope import dropping, limits, pruning, slabs
 from npscope.errors import FormatError, SpecError
+from npscope.layout import lay
 from npscope.pattern import Pattern
 from npscope.plans import Budget, Plan, Scores
-from npscope.recipe import Recipe, lay
+from npscope.recipe import Recipe
 from npscope.weights import numpy_dtype, open_weights
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float64")
@@ -58,8 +60,10 @@ def pruned(folder: Path, tensors: dict[str, np.ndarray], decide: Any) -> dict[st
     """The tensors after pruning what ``decide(plan of a tensor)`` says."""
     save_file(tensors, folder / "in")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruning, "resolve", lambda recipe, found: decide({tensor.name: tensor for tensor in found}))
-        pruning.prune_file(folder / "in", folder / "out", Recipe(Pattern.parse("2:4")), nan="keep", force=True)
+        patch.setattr(pruning, "decided", lambda recipe, weights: nullcontext(decide(weights.tensors)))
+        pruning.prune_file(
+            folder / "in", folder / "out", Recipe.shorthand(Pattern.parse("2:4")), nan="keep", force=True
+        )
     return load(folder / "out")
 
 
@@ -112,11 +116,10 @@ def test_one_large_scope(tmp_path: Path, dtype: str, kind: str, layout: Any) -> 
     for text in ("1x1@0.37", "2x4@0.5", "block=1x2 scope=-1x2 keep=9 ord=1", "block=12x1 scope=1x10 keep=3"):
         if layout == "in-out":
             text = text.replace("12x1", "20x1").replace("1x10", "1x12")
-        recipe = Recipe(Pattern.parse(text), layout=layout)
         plans: list[Plan] = []
 
-        def decide(tensors: Any, recipe: Recipe = recipe, plans: list[Plan] = plans) -> list[Plan]:
-            plans.append(lay(recipe, tensors["w"]))
+        def decide(tensors: Any, text: str = text, plans: list[Plan] = plans) -> list[Plan]:
+            plans.append(lay(Pattern.parse(text), tensors["w"], layout=layout))
             return plans
 
         found = pruned(tmp_path, {"w": values}, decide)["w"]
@@ -150,7 +153,7 @@ def test_budgets_with_bounds(tmp_path_factory: pytest.TempPathFactory, data: st.
 
     def decide(found: Any) -> list[Budget]:
         text = f"block={'4x1' if block == '1x4' and layout == 'in-out' else block} sparsity=0.5"
-        plans.extend(lay(Recipe(Pattern.parse(text), layout=layout), found[name]) for name in tensors)
+        plans.extend(lay(Pattern.parse(text), found[name], layout=layout) for name in tensors)
         return [Budget("all", tuple(plans), keep, tuple(bounds))]
 
     result = pruned(tmp_path_factory.mktemp("budget"), tensors, decide)
@@ -163,7 +166,7 @@ def test_budgets_with_bounds(tmp_path_factory: pytest.TempPathFactory, data: st.
 
 def test_a_budget_that_no_choice_meets(tmp_path: Path) -> None:
     def decide(found: Any) -> list[Budget]:
-        plan = lay(Recipe(Pattern.parse("1x1@0.5")), found["w"])
+        plan = lay(Pattern.parse("1x1@0.5"), found["w"])
         return [Budget("all", (plan,), 9, ((2, 8),))]
 
     with pytest.raises(SpecError, match=r"'all': 9 blocks are to survive; its bounds allow 2 to 8"):
@@ -182,7 +185,7 @@ def test_scores(tmp_path: Path, text: str, vector: bool) -> None:
         plans: list[Plan] = []
 
         def decide(found: Any) -> list[Plan]:
-            plan = lay(Recipe(Pattern.parse(text)), found["w"])
+            plan = lay(Pattern.parse(text), found["w"])
             plans.append(replace(plan, scores=Scores(other, other.tensors["w"], 1 if vector else None)))
             return plans
 
@@ -201,9 +204,9 @@ def test_scores_that_are_no_scores(tmp_path: Path, bad: float) -> None:
     with open_weights(tmp_path / "scores") as other:
 
         def decide(found: Any) -> list[Plan]:
-            return [replace(lay(Recipe(Pattern.parse("2:4")), found["w"]), scores=Scores(other, other.tensors["w"]))]
+            return [replace(lay(Pattern.parse("2:4"), found["w"]), scores=Scores(other, other.tensors["w"]))]
 
-        with pytest.raises(FormatError, match="scores of 'w': NaN or a negative number"):
+        with pytest.raises(FormatError, match="scores of tensor 'w' hold 1 "):
             pruned(tmp_path, {"w": np.ones((1, 4), np.float32)}, decide)
 
 
@@ -217,7 +220,7 @@ def test_how_often_a_search_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     values = numbers(kind, (512, 512), "float32", 2)
     seen = [0]
     save_file({"w": values}, tmp_path / "in")
-    recipe = Recipe(Pattern.parse("1x1@0.5"))
+    recipe = Recipe.shorthand(Pattern.parse("1x1@0.5"))
     progress = lambda done, total: seen.append(total)  # noqa: E731
     pruning.prune_file(tmp_path / "in", None, recipe, dry_run=True, progress=progress)
     assert seen[-1] <= (1 + reads) * values.nbytes
