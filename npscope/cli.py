@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from npscope.comparison import Difference
     from npscope.plans import Skip
     from npscope.pruning import Outcome, Progress
+    from npscope.recipe import Recipe
     from npscope.verification import Verdict
 
 Job = Callable[[], int | None]
@@ -55,16 +56,37 @@ _LAYOUT = Annotated[
     Literal["out-in", "in-out"],
     typer.Option(help="How weights are stored: [out, in, ...] as PyTorch does, [..., in, out] as Flax and GPT-2 do."),
 ]
-
-
+_PATTERN = Annotated[
+    str | None,
+    typer.Option(
+        help='"2:4" keeps 2 of 4 along the input axis; "4x4@0.5" prunes half of the 4x4 tiles of each '
+        '[out, fan-in] matrix; "block=1x16 scope=1x8 keep=4 ord=1" (or sparsity=0.5) says it in full, '
+        "scope counted in blocks, -1 a whole axis."
+    ),
+]
+_RECIPE = Annotated[
+    str | None,
+    typer.Option("-r", "--recipe", metavar="FILE", help="Rules and couplings in a TOML or JSON file, for --pattern."),
+]
 _INCLUDE = Annotated[
     list[str] | None,
-    typer.Option("--include", metavar="GLOB", help="Only tensors of these names (glob, or re:EXPRESSION)."),
+    typer.Option(metavar="GLOB", help="Only tensors of these names (glob, or re:EXPRESSION); overrides the skips."),
 ]
-_EXCLUDE = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Leave these tensors out.")]
+_EXCLUDE = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these tensors alone.")]
 _AXIS = Annotated[
-    str, typer.Option("--axis", help="Where a pattern with one size runs: in, fan-in (in x kernel), last, or a number.")
+    str | None,
+    typer.Option(help="Where a pattern with one size runs: in (the default), fan-in (in x kernel), last, or a number."),
 ]
+_RULE_LAYOUT = Annotated[
+    Literal["out-in", "in-out"] | None,
+    typer.Option(help="How weights are stored: out-in (the default) as PyTorch does, in-out as Flax and GPT-2 do."),
+]
+_SCORES = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Rank by these scores: one for each weight, or for each input channel."),
+]
+
+
 _OUTPUT = Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="The file to write.")]
 _FORCE = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
 
@@ -72,24 +94,14 @@ _FORCE = Annotated[bool, typer.Option("--force", help="Replace an existing OUT."
 @app.command()
 def prune(
     source: Annotated[str, typer.Argument(metavar="IN", help="A safetensors file; it is only read.")],
-    pattern: Annotated[
-        str,
-        typer.Option(
-            help='"2:4" keeps 2 of 4 along the input axis; "4x4@0.5" prunes half of the 4x4 tiles of each '
-            '[out, fan-in] matrix; "block=1x16 scope=1x8 keep=4 ord=1" (or sparsity=0.5) says it in full, '
-            "scope counted in blocks, -1 a whole axis."
-        ),
-    ],
+    pattern: _PATTERN = None,
+    recipe: _RECIPE = None,
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.")] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Only tensors of these names (glob, or re:EXPRESSION); overrides the skips."),
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these tensors alone.")] = None,
-    axis: Annotated[
-        str, typer.Option(help="Where a pattern with one size runs: in, fan-in (in x kernel), last, or a number.")
-    ] = "in",
-    layout: _LAYOUT = "out-in",
+    include: _INCLUDE = None,
+    exclude: _EXCLUDE = None,
+    axis: _AXIS = None,
+    layout: _RULE_LAYOUT = None,
+    scores: _SCORES = None,
     nan: Annotated[Literal["refuse", "keep"], typer.Option(help="Tensors with NaN: refuse, or rank NaN first.")] = (
         "refuse"
     ),
@@ -109,17 +121,15 @@ def prune(
     """
 
     def job() -> None:
-        from npscope.pattern import Pattern
         from npscope.pruning import prune_file
-        from npscope.recipe import Recipe
         from npscope.storage import storage
 
-        recipe = Recipe(Pattern.parse(pattern), tuple(include or ()), tuple(exclude or ()), _axis(axis), layout)
+        rules = _recipe(recipe, pattern, include, exclude, axis, layout, scores)
         with _progress_bar(shown=not quiet) as progress:
             results = prune_file(
                 source,
                 output,
-                recipe,
+                rules,
                 nan=nan,
                 strict=strict,
                 force=force,
@@ -131,12 +141,57 @@ def prune(
         zeros = {line.name: line.zeros_after or 0 for line in lines if line.skipped is None}
         stored = None if dry_run or output is None else storage(output, zeros)
         if as_json:
-            head = {"npscope": __version__, "input": source, "output": output, "dry_run": dry_run, "pattern": pattern}
+            head = {"npscope": __version__, "input": source, "output": output, "dry_run": dry_run}
+            head |= {"pattern": pattern, "recipe": recipe, "scores": scores}
             _print(report.as_json(head | report.pruned_fields(lines) | {"bytes": stored and asdict(stored)}) + "\n")
         elif not quiet:
             _print(report.pruned_table(lines, width=_width()))
             if stored is not None:
                 _print(report.storage_line(**asdict(stored)))
+
+    return job
+
+
+@app.command()
+def plan(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A safetensors file.")],
+    pattern: _PATTERN = None,
+    recipe: _RECIPE = None,
+    include: _INCLUDE = None,
+    exclude: _EXCLUDE = None,
+    axis: _AXIS = None,
+    layout: _RULE_LAYOUT = None,
+    scores: _SCORES = None,
+    as_json: _JSON = False,
+    debug: _DEBUG = False,
+) -> Job:
+    """Say what a pattern or recipe would do to every tensor: its rule, its axes, its blocks, or why it is left."""
+
+    def job() -> None:
+        from npscope.planning import plan_file
+
+        lines = [
+            report.Planned(
+                planned.tensor.name,
+                planned.tensor.dtype,
+                planned.tensor.shape,
+                planned.axes,
+                planned.rule,
+                planned.pattern,
+                planned.along,
+                planned.blocks,
+                planned.keep,
+                planned.group,
+                planned.skipped,
+                planned.misfit,
+            )
+            for planned in plan_file(file, _recipe(recipe, pattern, include, exclude, axis, layout, scores))
+        ]
+        if as_json:
+            head = {"npscope": __version__, "file": file, "pattern": pattern, "recipe": recipe, "scores": scores}
+            _print(report.as_json(head | report.planned_fields(lines)) + "\n")
+        else:
+            _print(report.planned_table(lines, width=_width()))
 
     return job
 
@@ -177,11 +232,12 @@ def inspect(
 @app.command()
 def verify(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file of weights, whoever made it.")],
-    pattern: Annotated[str, typer.Option(help="What the tensors are to satisfy, written as for prune.")],
+    pattern: _PATTERN = None,
+    recipe: _RECIPE = None,
     include: _INCLUDE = None,
     exclude: _EXCLUDE = None,
-    axis: _AXIS = "in",
-    layout: _LAYOUT = "out-in",
+    axis: _AXIS = None,
+    layout: _RULE_LAYOUT = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when a tensor cannot take the pattern.")] = False,
     as_json: _JSON = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No table and no progress bar.")] = False,
@@ -190,16 +246,15 @@ def verify(
     """Check that a file has a pattern: in every scope no more blocks in use than may be kept; exit code 1 if not."""
 
     def job() -> int:
-        from npscope.pattern import Pattern
-        from npscope.recipe import Recipe
         from npscope.verification import verify_file
 
-        recipe = Recipe(Pattern.parse(pattern), tuple(include or ()), tuple(exclude or ()), _axis(axis), layout)
+        rules = _recipe(recipe, pattern, include, exclude, axis, layout, None)
         with _progress_bar(shown=not quiet, what="checking") as progress:
-            lines = [_verified(verdict) for verdict in verify_file(file, recipe, strict=strict, progress=progress)]
+            lines = [_verified(verdict) for verdict in verify_file(file, rules, strict=strict, progress=progress)]
         fields = report.verified_fields(lines)
         if as_json:
-            _print(report.as_json({"npscope": __version__, "file": file, "pattern": pattern} | fields) + "\n")
+            head = {"npscope": __version__, "file": file, "pattern": pattern, "recipe": recipe}
+            _print(report.as_json(head | fields) + "\n")
         elif not quiet:
             _print(report.verified_table(lines, width=_width()))
         return 0 if fields["holds"] else 1
@@ -284,8 +339,8 @@ def export(
     include: _INCLUDE = None,
     exclude: _EXCLUDE = None,
     block: Annotated[str, typer.Option(metavar="RxC", help="Size of the blocks of bsr.")] = "4x4",
-    axis: Annotated[str, typer.Option(help="Where 2:4 runs: in, fan-in (in x kernel), last, or a number.")] = "in",
-    layout: _LAYOUT = "out-in",
+    axis: _AXIS = None,
+    layout: _RULE_LAYOUT = None,
     as_json: _JSON = False,
     force: _FORCE = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No report.")] = False,
@@ -295,13 +350,11 @@ def export(
 
     def job() -> None:
         from npscope import export as exports
-        from npscope.pattern import Pattern
-        from npscope.recipe import Recipe
 
         names = tuple(include or ()), tuple(exclude or ())
         if to == "2:4":
-            recipe = Recipe(Pattern.parse("2:4"), *names, _axis(axis), layout)
-            done = exports.export_two_of_four(source, output, recipe, force=force)
+            rules = _recipe(None, "2:4", include, exclude, axis, layout, None)
+            done = exports.export_two_of_four(source, output, rules, strict=bool(include), force=force)
         elif to == "bitmask":
             done = exports.export_bitmask(source, output, exports.Selection(*names), force=force)
         else:
@@ -437,6 +490,29 @@ def _explained(error: BaseException) -> tuple[int, str]:
     return 3, f"{type(error).__name__}: {error} (this should not happen; --debug shows where it did)"
 
 
+def _recipe(
+    path: str | None,
+    pattern: str | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    axis: str | None,
+    layout: Literal["out-in", "in-out"] | None,
+    scores: str | None,
+) -> Recipe:
+    """The recipe that the options of a command describe."""
+    from npscope.recipe_file import recipe_of
+
+    return recipe_of(
+        path,
+        pattern=pattern,
+        include=include or (),
+        exclude=exclude or (),
+        axis=None if axis is None else _axis(axis),
+        layout=layout,
+        scores=scores,
+    )
+
+
 def _axis(text: str) -> AxisName | int:
     if text in get_args(AxisName):
         return cast(AxisName, text)
@@ -455,11 +531,25 @@ def _block(text: str) -> tuple[int, int]:
 
 def _verified(verdict: Verdict) -> report.Verified:
     from npscope.plans import Skip
-    from npscope.verification import CheckedBudget
+    from npscope.verification import CheckedBudget, CheckedCoupling
 
     if isinstance(verdict, Skip):
         tensor = verdict.tensor
         return report.Verified(tensor.name, tensor.dtype, tensor.shape, skipped=verdict.reason, misfit=verdict.misfit)
+    if isinstance(verdict, CheckedCoupling):
+        coupling = verdict.coupling
+        pattern = f"keep {coupling.keep} of {coupling.blocks} coupled blocks, {len(coupling.tensors)} tensors"
+        return report.Verified(
+            coupling.name,
+            None,
+            None,
+            pattern,
+            holds=verdict.holds,
+            scopes=coupling.scopes,
+            offending=verdict.offending,
+            scope=verdict.scope,
+            used=verdict.used,
+        )
     if isinstance(verdict, CheckedBudget):
         budget = verdict.budget
         pattern = f"keep {budget.keep} of {sum(plan.blocks for plan in budget.plans)}, {len(budget.plans)} tensors"
@@ -515,7 +605,7 @@ def _pruned(result: Outcome | Skip) -> report.Pruned:
         pattern=plan.pattern,
         along=plan.along,
         blocks=plan.scopes * plan.blocks,
-        blocks_kept=plan.scopes * plan.keep,
+        blocks_kept=result.blocks_kept,
         zeros_before=result.zeros_before,
         zeros_after=result.zeros_after,
         norm_kept=result.norm_kept,

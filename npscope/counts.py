@@ -20,7 +20,11 @@ _WRITTEN = re.compile(
 """Numbers that an exact fraction holds in reasonable memory: 1e-999999999 is none."""
 
 
-def nnz_from_sparsity(s: float | str | Decimal | Fraction, n: int) -> int:
+Share = float | str | Decimal | Fraction
+"""A share as a user may give it: a float means its shortest decimal."""
+
+
+def nnz_from_sparsity(s: Share, n: int) -> int:
     """Blocks to keep out of `n` so that ``floor(s * n)`` are pruned, in exact arithmetic.
 
     Parameters

@@ -158,18 +158,23 @@ def export_matrix(
 
 
 def export_two_of_four(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], recipe: Recipe, *, force: bool = False
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    strict: bool = False,
+    force: bool = False,
 ) -> list[Exported]:
     """Write the tensors of `source` that are 2:4 as `recipe` lays it to `target`, as values and 2-bit places.
 
-    SpecError (a ValueError) when there is none, or one that the recipe includes by name is not 2:4.
+    SpecError (a ValueError) when there is none, or with `strict` when one that is meant is not 2:4.
     """
     with open_weights(source) as weights:
         place = Target.of(target, force=force, source=os.stat(source))
-        checked = verify(weights, resolve(recipe, weights.tensors.values()), strict=bool(recipe.include))
+        checked = verify(weights, resolve(recipe, weights.tensors.values()), strict=strict)
         plans = [verdict.plan for verdict in checked if isinstance(verdict, Checked) and verdict.holds]
         failed = [verdict.plan for verdict in checked if isinstance(verdict, Checked) and not verdict.holds]
-        if failed and (recipe.include or not plans):
+        if failed and (strict or not plans):
             raise SpecError(
                 f"tensor {failed[0].tensor.name!r:.120} is not 2:4 along {failed[0].along}; `npscope verify` says where"
             )

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from npscope.layout import Layout, meaning
 from npscope.occupancy import Piece, PieceReader, any_of, count_of
-from npscope.recipe import Layout, meaning
 from npscope.slabs import Array, Box, count_zeros_and_nans
 from npscope.weights import Axes, Tensor, numpy_dtype, open_weights
 

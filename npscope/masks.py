@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from npscope.errors import FormatError, SpecError, about
-from npscope.plans import Budget, Plan
+from npscope.plans import Budget, Coupled, Coupling, Decision, Member, Plan, Scores, Skip
 from npscope.slabs import Array
 from npscope.weights import Tensor, WeightFile, open_weights
 from npscope.weights.new_safetensors import NewSafetensors, create
@@ -41,41 +41,58 @@ CHUNK_ELEMENTS = 1 << 20
 
 
 @contextmanager
-def mask_file(target: Target, decisions: Sequence[Plan | Budget]) -> Iterator[MaskWriter]:
+def mask_file(target: Target, decisions: Sequence[Decision]) -> Iterator[MaskWriter]:
     """Context with the writer of the mask file of these decisions, at `target` when it ends without an error."""
-    plans = {plan.tensor.name: plan for plan in _plans(decisions)}
+    pruned = {tensor.name: (tensor, said) for decision in decisions for tensor, said in _tensors(decision)}
     described = {
-        name: {"shape": list(plan.tensor.shape), "pattern": f"{plan.pattern}, {plan.along}"}
-        for name, plan in sorted(plans.items())
+        name: {"shape": list(tensor.shape), "pattern": f"{said.pattern}, {said.along}"}
+        for name, (tensor, said) in sorted(pruned.items())
     }
     metadata = {"npscope.mask": VERSION, "recipe": recipe_hash(decisions), "tensors": json.dumps(described)}
-    bits = [_packed(plan.tensor) for plan in plans.values()]
-    with create(target, bits, metadata) as file:
+    with create(target, [_packed(tensor) for tensor, _ in pruned.values()], metadata) as file:
         yield MaskWriter(file)
 
 
-def recipe_hash(decisions: Sequence[Plan | Budget]) -> str:
-    """SHA-256, in hex, of what is asked for: which tensors, cut how, how many blocks survive.
+def _tensors(decision: Decision) -> Iterator[tuple[Tensor, Plan | Coupled]]:
+    """The tensors that a decision prunes, and what says how."""
+    if isinstance(decision, Coupling):
+        for tensor in decision.tensors:
+            yield tensor, Coupled(tensor, decision)
+    elif not isinstance(decision, Skip):
+        for plan in decision.plans if isinstance(decision, Budget) else (decision,):
+            yield plan.tensor, plan
+
+
+def recipe_hash(decisions: Sequence[Decision]) -> str:
+    """SHA-256, in hex, of what is asked for: which tensors, cut how, ranked by what, how many blocks survive.
 
     However a recipe is written, the same numbers give the same hash.
     """
-    asked: list[Any] = []
-    for decision in decisions:
-        if isinstance(decision, Budget):
-            asked.append([decision.keep, decision.bounds, [_numbers(plan) for plan in decision.plans]])
-        else:
-            asked.append([decision.keep, _numbers(decision)])
+    asked = [_asked(decision) for decision in decisions if not isinstance(decision, Skip)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
+def _asked(decision: Plan | Budget | Coupling) -> list[Any]:
+    if isinstance(decision, Plan):
+        return [decision.keep, _numbers(decision)]
+    if isinstance(decision, Budget):
+        return [decision.keep, decision.bounds, [_numbers(plan) for plan in decision.plans]]
+    groups = [[group.scope, [_member(member) for member in group.members]] for group in decision.groups]
+    return [decision.keep, decision.ord, groups]
+
+
 def _numbers(plan: Plan) -> list[Any]:
-    scores = None if plan.scores is None else [plan.scores.tensor.name, plan.scores.along]
-    return [plan.tensor.name, plan.shape, plan.order, plan.block, plan.scope, plan.ord, scores]
+    return [plan.tensor.name, plan.shape, plan.order, plan.block, plan.scope, plan.ord, _ranking(plan.scores)]
 
 
-def _plans(decisions: Sequence[Plan | Budget]) -> Iterator[Plan]:
-    for decision in decisions:
-        yield from decision.plans if isinstance(decision, Budget) else (decision,)
+def _member(member: Member) -> list[Any]:
+    window = member.window
+    cut = [window.tensor.name, window.shape, window.strides, window.offset]
+    return [*cut, member.block, member.order, _ranking(member.scores)]
+
+
+def _ranking(scores: Scores | None) -> list[Any] | None:
+    return None if scores is None else [scores.tensor.name, scores.along]
 
 
 def _packed(tensor: Tensor) -> Tensor:
@@ -92,27 +109,30 @@ class MaskWriter:
         self._done = 0  # elements of the tensor at work
         self._rest = np.empty(0, np.bool_)  # those that do not fill a byte yet
 
-    def add(self, plan: Plan, kept: Array) -> None:
-        """Take the mask of the next blocks of a plan: bool, in canonical order, of a contiguous run of the tensor."""
-        elements = _elements(plan, kept)
-        self._done += elements.size
-        complete = self._done == math.prod(plan.shape)
-        bits = np.concatenate([self._rest, elements])
+    @contextmanager
+    def observed(self, tensor: Tensor, values: Array) -> Iterator[None]:
+        """Context in which the losers among `values`, the next of a tensor, are zeroed; what is kept is written.
+
+        Zeros that are there before are -0.0 meanwhile. They rank as they did, and only what is
+        zeroed is +0.0 then: whoever drops, and however, its mask is exact.
+        """
+        bits = values.reshape(-1).view(f"<u{values.itemsize}")
+        zeros = bits == 0
+        np.copyto(bits, bits.dtype.type(1 << (8 * values.itemsize - 1)), where=zeros)
+        yield
+        kept = bits != 0
+        np.copyto(bits, bits.dtype.type(0), where=zeros)
+        self._add(tensor, kept)
+
+    def _add(self, tensor: Tensor, kept: Array) -> None:
+        self._done += kept.size
+        complete = self._done == math.prod(tensor.shape)
+        bits = np.concatenate([self._rest, kept])
         ready = bits.size if complete else bits.size // 8 * 8
         if ready:
-            self._file.append(plan.tensor.name, np.packbits(bits[:ready], bitorder="little").data)
+            self._file.append(tensor.name, np.packbits(bits[:ready], bitorder="little").data)
         self._rest = bits[ready:].copy()
         self._done = 0 if complete else self._done
-
-
-def _elements(plan: Plan, kept: Array) -> Array:
-    """The mask of blocks in canonical order as one of elements, in the order of their bytes."""
-    apart = kept.reshape([n for length in kept.shape for n in (length, 1)])
-    sizes = [n for length, size in zip(kept.shape, plan.block, strict=True) for n in (length, size)]
-    whole = np.broadcast_to(apart, sizes).reshape(
-        [length * size for length, size in zip(kept.shape, plan.block, strict=True)]
-    )
-    return whole.transpose(np.argsort(plan.order)).reshape(-1)
 
 
 # --- applying ------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Pattern:
                 keep, blocks = int(n_of_m[1]), int(n_of_m[2])
                 return cls((1,), _sizes("scope", str(blocks)), _keep(keep, blocks))
             if tile := _TILE_AT_SHARE.fullmatch(text.strip()):
-                return cls(_sizes("block", tile[1]), None, _share(tile[2]))
+                return cls(_sizes("block", tile[1]), None, as_share(tile[2]))
             return cls._from_fields(_fields(text))
         except SpecError as error:
             raise SpecError(f"pattern {text!r:.80}: {error}") from None
@@ -74,9 +74,9 @@ class Pattern:
             raise SpecError(f"block has {len(block)} sizes and scope {len(scope)}; give as many to both")
         if ("keep" in fields) == ("sparsity" in fields):
             raise SpecError("give either keep= or sparsity=")
-        ord = _ord(fields.get("ord", "2"))
+        ord = as_ord(fields.get("ord", "2"))
         if "sparsity" in fields:
-            return cls(block, scope, _share(fields["sparsity"]), ord)
+            return cls(block, scope, as_share(fields["sparsity"]), ord)
         if not re.fullmatch(r"\d{1,18}", fields["keep"], re.ASCII):
             raise SpecError(f"keep={fields['keep']!r:.40} is not a whole number of blocks")
         total = None if scope is None or -1 in scope else math.prod(scope)
@@ -113,7 +113,8 @@ def _keep(keep: int, blocks: int | None) -> int:
     return keep
 
 
-def _share(text: str) -> str:
+def as_share(text: str) -> str:
+    """`text` if it writes a share in [0, 1], such as ``0.5`` or ``1/3``; SpecError if not."""
     # The grammar first: an exact fraction of 1e-999999999 would not fit in memory.
     if len(text) > 40 or not _SHARE.fullmatch(text):
         raise SpecError(f"sparsity {text!r:.40} is not a number in [0, 1], such as 0.5 or 1/3")
@@ -121,7 +122,8 @@ def _share(text: str) -> str:
     return text
 
 
-def _ord(text: str) -> float:
+def as_ord(text: str) -> float:
+    """The order of a norm that `text` writes: ``inf`` or a positive number; SpecError if it is none."""
     if text.lower() == "inf":
         return math.inf
     if not re.fullmatch(r"\d{1,3}(\.\d{1,6})?", text, re.ASCII) or float(text) == 0:

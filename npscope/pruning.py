@@ -1,8 +1,8 @@
 """Prunes a file of weights into a new file, slab by slab.
 
-Nothing of the input is changed, and the output is there complete or not at all. Memory is one
-slab, and for scopes that are larger than a slab the norms of their blocks: those are computed
-in a first pass over the tensor, and a second one drops the blocks that lost.
+Nothing of the input is changed, and the output is there complete or not at all. Memory is a few
+slabs, whatever the size of the file: a scope that fits in a slab is decided in the pass that
+writes, a larger one before. While a slab is worked on the next one is read and the last written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -18,17 +19,19 @@ from typing import Literal
 import numpy as np
 
 from npscope.block import BlockSpec
+from npscope.coupled import masks_of
+from npscope.dropping import ByWindows, Dropper, dropper_of, droppers_of, slabs_for
 from npscope.errors import FormatError, SpecError
+from npscope.limits import Search
 from npscope.masks import MaskWriter, mask_file
-from npscope.namespace import block_mask, block_norms, keep_largest
-from npscope.plans import Plan, Skip
-from npscope.recipe import Recipe, resolve
-from npscope.slabs import Array, Box, SlabReader, count_zeros_and_nans, smallest_slab
-from npscope.weights import Writer, open_weights
+from npscope.planning import decided
+from npscope.plans import Budget, Coupled, Coupling, Decision, Plan, Skip
+from npscope.ranked import RankedReader, Slab
+from npscope.recipe import Recipe
+from npscope.scores import check_scores_unchanged
+from npscope.slabs import Background, count_zeros_and_nans
+from npscope.weights import Tensor, WeightFile, Writer, open_weights
 from npscope.weights.output import Target
-
-SINGLE_PASS_BYTES = 32 << 20
-"""A scope that takes a slab of at most this size is decided in one pass."""
 
 NanPolicy = Literal["refuse", "keep"]
 Progress = Callable[[int, int], None]
@@ -39,7 +42,8 @@ Progress = Callable[[int, int], None]
 class Outcome:
     """What was done to one tensor; `norm_kept` is ``||after|| / ||before||`` in the 2-norm, None if undefined."""
 
-    plan: Plan
+    plan: Plan | Coupled
+    blocks_kept: int
     zeros_before: int
     zeros_after: int
     norm_kept: float | None
@@ -91,21 +95,38 @@ def prune_file(
     """
     if target is None and not dry_run:
         raise SpecError("no output: give -o OUT, or --dry-run")
-    with open_weights(source) as weights:
+    with open_weights(source) as weights, decided(recipe, weights) as decisions, RankedReader(weights) as reader:
         place = None if target is None else weights.target(target, force=force)
         mask_place = None if mask_out is None else _mask_target(mask_out, source, place, force)
-        decisions = resolve(recipe, weights.tensors.values())
         _require_work(decisions, strict)
-        reader, ticker = SlabReader(weights), _Ticker(decisions, progress)
+        ticker = _Ticker(weights, progress)
+        droppers = _droppers(decisions, weights, Search(reader, ticker.more))
         if place is None or dry_run:
-            outcomes = list(_outcomes(decisions, reader, None, None, nan, ticker))
+            outcomes = _write(weights, droppers, reader, None, None, nan, ticker)
             weights.check_unchanged()
+            check_scores_unchanged(decisions)
         else:
-            asked = [decision for decision in decisions if isinstance(decision, Plan)]
-            masking = nullcontext() if mask_place is None else mask_file(mask_place, asked)
-            with weights.successor(place) as writer, masking as masks:
-                outcomes = list(_outcomes(decisions, reader, writer, masks, nan, ticker))
-        return outcomes
+            masking = nullcontext() if mask_place is None else mask_file(mask_place, decisions)
+            with weights.successor(place) as writer, masking as masks, Background() as background:
+                outcomes = _write(weights, droppers, reader, _Behind(writer, background), masks, nan, ticker)
+                check_scores_unchanged(decisions)
+        skips = {decision.tensor.name: decision for decision in decisions if isinstance(decision, Skip)}
+        return [outcomes.get(name) or skips[name] for name in weights.tensors]
+
+
+def _droppers(decisions: Iterable[Decision], weights: WeightFile, search: Search) -> dict[str, Dropper]:
+    """What drops the losers of each tensor, by its name."""
+    found: dict[str, Dropper] = {}
+    for decision in decisions:
+        if isinstance(decision, Plan):
+            found[decision.tensor.name] = dropper_of(decision, search)
+        elif isinstance(decision, Budget):
+            shared = droppers_of(decision, search)
+            found |= {plan.tensor.name: each for plan, each in zip(decision.plans, shared, strict=True)}
+        elif isinstance(decision, Coupling):
+            masks = masks_of(decision, weights, search.tick)
+            found |= {t.name: ByWindows(Coupled(t, decision), masks[t.name]) for t in decision.tensors}
+    return found
 
 
 def _mask_target(
@@ -117,7 +138,7 @@ def _mask_target(
     return place
 
 
-def _require_work(decisions: Sequence[Plan | Skip], strict: bool) -> None:
+def _require_work(decisions: Sequence[Decision], strict: bool) -> None:
     skips = [decision for decision in decisions if isinstance(decision, Skip)]
     misfits = [skip for skip in skips if skip.misfit]
     if strict and misfits:
@@ -130,117 +151,109 @@ def _require_work(decisions: Sequence[Plan | Skip], strict: bool) -> None:
 
 
 class _Ticker:
-    """Tells how much of the work is done."""
+    """Tells how much of the work is done, counting each read before the last as far as it was foreseen."""
 
-    def __init__(self, decisions: Iterable[Plan | Skip], progress: Progress | None) -> None:
-        self._total = sum(decision.tensor.nbytes * _passes(decision) for decision in decisions)
+    def __init__(self, weights: WeightFile, progress: Progress | None) -> None:
+        self._total = sum(tensor.nbytes for tensor in weights.tensors.values())
         self._done = 0
         self._progress = progress
 
+    def more(self, nbytes: int) -> None:
+        """Bytes of a slab that had to be read before the pass that writes."""
+        self._total += nbytes
+        self.advance(nbytes)
+
     def advance(self, nbytes: int) -> None:
+        """Bytes that are done."""
         self._done += nbytes
         if self._progress is not None:
             self._progress(self._done, self._total)
 
 
-def _outcomes(
-    decisions: Iterable[Plan | Skip],
-    reader: SlabReader,
-    writer: Writer | None,
+class _Behind:
+    """A writer whose last piece may still be under way: reading and ranking go on meanwhile."""
+
+    def __init__(self, writer: Writer, background: Background) -> None:
+        self._writer, self._background = writer, background
+        self._under_way: Future[None] | None = None
+
+    def copy(self, tensor: Tensor) -> None:
+        """Take over a tensor."""
+        self.wait()
+        self._writer.copy(tensor)
+
+    def write(self, tensor: Tensor, data: memoryview) -> None:
+        """Append `data`, which stays as it is until two calls later, or `wait`."""
+        self.wait()
+        self._under_way = self._background.submit(self._writer.write, tensor, data)
+
+    def wait(self) -> None:
+        """Return when all is written; raise what went wrong."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+
+
+def _write(
+    weights: WeightFile,
+    droppers: Mapping[str, Dropper],
+    reader: RankedReader,
+    writer: _Behind | None,
     masks: MaskWriter | None,
     nan: NanPolicy,
     ticker: _Ticker,
-) -> Iterator[Outcome | Skip]:
-    for decision in decisions:
-        if isinstance(decision, Plan):
-            yield _prune(decision, reader, writer, masks, nan, ticker)
-            continue
-        if writer is not None:
-            writer.copy(decision.tensor)
-        ticker.advance(decision.tensor.nbytes)
-        yield decision
+) -> dict[str, Outcome]:
+    """Drop and write, tensor by tensor in the order of the file; by name what was done."""
+    outcomes = {}
+    slabs = reader.read(
+        (droppers[name].plan, box) for name in weights.tensors if name in droppers for box in slabs_for(droppers[name])
+    )
+    for name, tensor in weights.tensors.items():
+        if name in droppers:
+            outcomes[name] = _drop(droppers[name], slabs, writer, masks, nan, ticker)
+        else:
+            if writer is not None:
+                writer.copy(tensor)
+            ticker.advance(tensor.nbytes)
+    if writer is not None:
+        writer.wait()
+    return outcomes
 
 
-def _prune(
-    plan: Plan,
-    reader: SlabReader,
-    writer: Writer | None,
+def _drop(
+    dropper: Dropper,
+    slabs: Iterator[Slab],
+    writer: _Behind | None,
     masks: MaskWriter | None,
     nan: NanPolicy,
     ticker: _Ticker,
 ) -> Outcome:
-    """Prune one tensor into `writer`, and what was kept of it into `masks`."""
-    kept = None if _passes(plan) == 1 else _select(plan, reader, ticker)
+    """Drop the losers of one tensor in the next slabs, and write them, and what is kept into `masks`."""
+    plan = dropper.plan
+    left = math.prod(plan.shape)
     before = after = nans = 0
     norm_before = norm_after = 0.0
-    for box, values in reader.slabs(plan.tensor, plan.shape, _period(plan)):
-        zeros, unordered = count_zeros_and_nans(values)
-        before, nans = before + zeros, nans + unordered
-        norm_before = math.hypot(norm_before, _norm(values))
-        view = values.transpose(plan.order)
-        here = None if kept is None else kept[_on_grid(plan, box)]
-        if masks is not None:
-            here = block_mask(view, plan.keep, plan.block, plan.scope, ord=plan.ord) if here is None else here
-            masks.add(plan, here)
-        if here is None:
-            keep_largest(view, plan.keep, plan.block, plan.scope, ord=plan.ord, out=view)
+    while left:
+        slab = next(slabs)
+        left -= slab.values.size
+        flat = BlockSpec(slab.values.reshape(-1), (-1,))
+        norm = float(flat.norms()[0])
+        if math.isnan(norm):
+            nans += count_zeros_and_nans(slab.values)[1]
+        norm_before, before = math.hypot(norm_before, norm), before + slab.values.size - flat.nnz()
+        if masks is None:
+            dropper.drop(slab)
         else:
-            BlockSpec(view, plan.block).apply_mask(here)
-        after += count_zeros_and_nans(values)[0]
-        norm_after = math.hypot(norm_after, _norm(values))
+            with masks.observed(plan.tensor, slab.values):
+                dropper.drop(slab)
+        norm_after, after = math.hypot(norm_after, float(flat.norms()[0])), after + slab.values.size - flat.nnz()
         if writer is not None:
-            writer.write(plan.tensor, values.reshape(-1).view(np.uint8).data)
-        ticker.advance(values.nbytes)
+            writer.write(plan.tensor, slab.values.reshape(-1).view(np.uint8).data)
+        ticker.advance(slab.values.nbytes)
     if nans and nan == "refuse":
         raise FormatError(
             f"tensor {plan.tensor.name!r:.120} holds {nans} NaN of {math.prod(plan.shape)} values; "
             "--nan keep ranks them first, --exclude leaves the tensor alone"
         )
     defined = math.isfinite(norm_before) and norm_before > 0
-    return Outcome(plan, before, after, norm_after / norm_before if defined else None)
-
-
-def _norm(values: Array) -> float:
-    return float(block_norms(values.reshape(-1), (-1,))[0])
-
-
-def _select(plan: Plan, reader: SlabReader, ticker: _Ticker) -> Array:
-    """The mask of the blocks to keep, over the whole block grid, from a pass over the tensor."""
-    grid = tuple(plan.shape[axis] // size for axis, size in zip(plan.order, plan.block, strict=True))
-    norms = np.empty(grid, np.float64 if plan.tensor.dtype == "float64" else np.float32)
-    for box, values in reader.slabs(plan.tensor, plan.shape, _period(plan)):
-        norms[_on_grid(plan, box)] = block_norms(values.transpose(plan.order), plan.block, ord=plan.ord)
-        ticker.advance(values.nbytes)
-    mask: Array = block_mask(norms, plan.keep, (), plan.scope)
-    return mask
-
-
-def _on_grid(plan: Plan, box: Box) -> Box:
-    """The blocks of the grid that a slab holds."""
-    sides = zip((box[axis] for axis in plan.order), plan.block, strict=True)
-    return tuple(slice(side.start // size, side.stop // size) for side, size in sides)
-
-
-def _passes(decision: Plan | Skip) -> int:
-    """How often a tensor is read: twice when a scope is too large for a slab."""
-    if isinstance(decision, Skip):
-        return 1
-    return 1 if smallest_slab(decision.shape, _scope_period(decision), _itemsize(decision)) <= SINGLE_PASS_BYTES else 2
-
-
-def _itemsize(plan: Plan) -> int:
-    return plan.tensor.nbytes // math.prod(plan.shape)
-
-
-def _period(plan: Plan) -> tuple[int, ...]:
-    """Elements along every stored axis that a slab must not cut: those of a scope, or in two passes of a block."""
-    return _scope_period(plan) if _passes(plan) == 1 else _stored(plan, plan.block)
-
-
-def _scope_period(plan: Plan) -> tuple[int, ...]:
-    return _stored(plan, [size * count for size, count in zip(plan.block, plan.scope, strict=True)])
-
-
-def _stored(plan: Plan, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes of canonical axes as sizes of stored axes."""
-    return tuple(sizes[plan.order.index(axis)] for axis in range(len(sizes)))
+    return Outcome(plan, dropper.kept, before, after, norm_after / norm_before if defined else None)

@@ -1,8 +1,8 @@
-"""What to do with each tensor of a file: which ones to prune, and how the pattern lies on them.
+"""What to do with each tensor of a file: which rule takes it, and the exact counts that follow.
 
 Everything here is decided from names, dtypes and shapes, before a value is read, so a plan can
-be shown, checked and refused at no cost. A pattern with one size runs along an axis of the
-tensor, one with two sizes tiles the ``[out, fan-in]`` matrix.
+be shown, checked and refused at no cost. The one exception is an allocation by LAMP, which asks
+for the norms of blocks.
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Literal, Self
 
-from npscope.errors import SpecError
+from npscope import allocation
+from npscope.counts import nnz_from_sparsity
+from npscope.errors import SpecError, about
+from npscope.layout import Axis, Layout, lay, meaning, require_axis
+from npscope.members import CouplingRule, couple
 from npscope.pattern import Pattern
-from npscope.plans import Plan, Skip
-from npscope.weights import Axes, Tensor
+from npscope.plans import Budget, Decision, Plan, Skip
+from npscope.scores import scores_of
+from npscope.weights import Tensor, WeightFile
 
 DEFAULT_SKIPS = (
     # embeddings: looked up row by row, not multiplied
@@ -43,47 +50,184 @@ DEFAULT_SKIPS = (
     "*mel_basis*",
     "*mel_filter*",
 )
-"""Globs of tensors that are left alone unless ``--include`` names them; compared in lower case."""
+"""Globs of tensors that are left alone unless somebody names them; compared in lower case."""
 
-CONVOLUTION_WIDTH = 16
-"""A tensor of 3 axes is a 1-D convolution when its kernel axis is at most this long, else a stack of matrices."""
+NODE_SKIPS = (
+    "*lm_head*",
+    "*classifier*",
+    "*fft*",
+    "*stft*",
+    "*cqt*",
+    "*cq_t*",
+    "*mel_basis*",
+    "*mel_filter*",
+)
+"""The same for the path of the node that uses a tensor, where names of tensors say nothing.
 
-Layout = Literal["out-in", "in-out"]
+Only heads and bases: embeddings and norms are used by other nodes than products, and converters
+call a convolution by the norm that they fold into it.
+"""
+
+Spread = Literal["each", "budget", "uniform", "erk", "lamp"]
+"""How the amount of a pattern is spread over the tensors of a rule: the same for each scope, as one
+budget for which all blocks compete, or as a share for each tensor (`npscope.allocation`)."""
+
+NormsOf = Callable[[Plan], allocation.Norms]
+"""Reads the norms of all blocks of a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which tensors, and what is done with them; `pattern` None leaves them alone.
+
+    `names` are globs, or regular expressions after ``re:``, that match whole names; no names is
+    every name. `op`, `node` (a glob) and `shape` (-1 is any length) choose by what a file with a
+    graph says. `spread` says what the amount of the pattern is a share of, and `bounds` the least
+    and the largest share that a budget prunes of one tensor. `scores` is a file to rank by. A
+    tensor that cannot take the pattern is an error, or with `misfit` "skip" left alone;
+    `default_skips` are respected unless a name is given in full. `label` is what messages say.
+    """
+
+    label: str
+    names: tuple[str, ...] = ()
+    op: str | None = None
+    node: str | None = None
+    shape: tuple[int, ...] | None = None
+    pattern: Pattern | None = None
+    axis: Axis = "in"
+    layout: Layout = "out-in"
+    spread: Spread = "each"
+    bounds: tuple[str, str] = ("0", "1")
+    scores: str | None = None
+    misfit: Literal["error", "skip"] = "error"
+    default_skips: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pattern is None:
+            return
+        require_axis(self.pattern, self.axis)
+        if self.spread == "each":
+            return
+        if self.pattern.scope is not None or not isinstance(self.pattern.amount, str):
+            raise SpecError(
+                f"{self.label}: {self.spread} spreads a sparsity over whole tensors; leave out scope and keep"
+            )
+        if self.spread == "lamp" and self.scores is not None:
+            raise SpecError(f"{self.label}: lamp is a function of the weights; leave out scores, or take a budget")
+        if Fraction(self.bounds[0]) > Fraction(self.bounds[1]):
+            raise SpecError(f"{self.label}: min_sparsity {self.bounds[0]} exceeds max_sparsity {self.bounds[1]}")
+
+    @property
+    def is_default(self) -> bool:
+        """Takes every tensor that comes to it."""
+        return not self.names and self.op is None and self.node is None and self.shape is None
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A pattern, the tensors that it is meant for, and how their axes are to be read.
+    """Couplings first, then rules, of which the first that matches takes a tensor.
 
-    `include` and `exclude` are globs, or regular expressions after ``re:``, that match whole
-    names; without `include` every tensor is meant that `DEFAULT_SKIPS` does not name. `axis`
-    ("in", "fan-in", "last" or a number) is where a pattern with one size runs.
+    `names` maps names in the file to the names that rules, scores and the order of tensors go by,
+    so that one recipe serves two files with the same weights. `rest` is said of a tensor that no
+    rule takes.
     """
 
-    pattern: Pattern
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    axis: Literal["in", "fan-in", "last"] | int = "in"
-    layout: Layout = "out-in"
+    rules: tuple[Rule, ...]
+    couplings: tuple[CouplingRule, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    rest: str = "no rule takes it"
 
     def __post_init__(self) -> None:
-        if len(self.pattern.block) == 2 and self.axis not in ("in", "fan-in"):
-            raise SpecError(
-                f"axis {self.axis}: a pattern with two sizes lies on the [out, fan-in] matrix; leave it out"
-            )
+        for rule in self.rules[:-1]:
+            if rule.is_default:
+                raise SpecError(f"{rule.label} takes every tensor, so no rule after it has an effect; put it last")
+
+    @classmethod
+    def shorthand(
+        cls,
+        pattern: Pattern,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        axis: Axis = "in",
+        layout: Layout = "out-in",
+    ) -> Self:
+        """One pattern for the tensors that `include` names and `exclude` does not, as on the command line.
+
+        Without `include` it is meant for every tensor that `DEFAULT_SKIPS` does not name. What
+        cannot take the pattern is left alone.
+
+        >>> [rule.label for rule in Recipe.shorthand(Pattern.parse("2:4"), include=["*.weight"]).rules]
+        ['--include']
+        """
+        require_axis(pattern, axis)
+        rule = Rule("--pattern", pattern=pattern, axis=axis, layout=layout, misfit="skip")
+        if include:
+            rule = replace(rule, label="--include", names=tuple(include), default_skips=False)
+        left = (Rule("--exclude", tuple(exclude)),) if exclude else ()
+        return cls((*left, rule), rest="not in --include")
+
+    def with_scores(self, path: str) -> Self:
+        """The same recipe, which ranks by the file `path` wherever it names no scores itself."""
+        rules = (rule if rule.pattern is None or rule.scores else replace(rule, scores=path) for rule in self.rules)
+        couplings = (rule if rule.scores else replace(rule, scores=path) for rule in self.couplings)
+        return replace(self, rules=tuple(rules), couplings=tuple(couplings))
+
+    @property
+    def score_files(self) -> tuple[str, ...]:
+        """The files that the recipe ranks by, each once."""
+        rules: tuple[Rule | CouplingRule, ...] = (*self.rules, *self.couplings)
+        return tuple(dict.fromkeys(rule.scores for rule in rules if rule.scores is not None))
 
 
-def resolve(recipe: Recipe, tensors: Iterable[Tensor]) -> list[Plan | Skip]:
-    """What happens to each tensor, in the order given.
+def resolve(
+    recipe: Recipe,
+    tensors: Iterable[Tensor],
+    *,
+    scores: Mapping[str, WeightFile] | None = None,
+    norms: NormsOf | None = None,
+) -> list[Decision]:
+    """What happens to each tensor: decisions in the order of the first tensor of each.
 
-    SpecError (a ValueError) when a glob matches nothing, is given twice, is overruled
-    entirely, or names a tensor of unknown dtype.
+    `scores` holds an open file for each of `recipe.score_files`, and `norms` reads what LAMP needs.
+    SpecError (a ValueError) when a rule matches nothing, is given twice, has no effect, names a
+    tensor of unknown dtype or meets one that cannot take its pattern.
     """
     listed = list(tensors)
-    include = [Names(text, "--include") for text in recipe.include]
-    exclude = [Names(text, "--exclude") for text in recipe.exclude]
-    _check_selection(include, exclude, [tensor.name for tensor in listed])
-    return [_decide(recipe, tensor, include, exclude) for tensor in listed]
+    known = _canonical(recipe.names, listed)
+    files = scores or {}
+    couplings = couple(recipe.couplings, {known[tensor.name]: tensor for tensor in listed}, files)
+    coupled = {tensor.name: coupling for coupling in couplings for tensor in coupling.tensors}
+    taken = _chosen(recipe.rules, listed, known, coupled.keys())
+    single: dict[str, Plan | Skip] = {}
+    for tensor in listed:
+        if tensor.name not in coupled:
+            rule, texts = taken[tensor.name]
+            decision = Skip(tensor, recipe.rest) if rule is None else _decide(rule, texts, tensor, known[tensor.name])
+            if isinstance(decision, Plan) and rule is not None and rule.scores is not None:
+                assigned = scores_of(files[rule.scores], rule.scores, tensor, known[tensor.name], decision.axes)
+                decision = replace(decision, scores=assigned)
+            single[tensor.name] = decision
+    shared = _shared(recipe.rules, taken, single, known, norms)
+    decisions = {name: coupled.get(name) or shared.get(name) or single[name] for name in known}
+    return list({id(decision): decision for decision in decisions.values()}.values())
+
+
+def _canonical(names: Mapping[str, str], tensors: Sequence[Tensor]) -> dict[str, str]:
+    """The name that a recipe knows each tensor by."""
+    there = {tensor.name for tensor in tensors}
+    for stored, name in names.items():
+        if stored not in there and name not in there:
+            raise SpecError(f"names: the file holds neither {stored!r:.120} nor {name!r:.120}")
+    known = {tensor.name: names.get(tensor.name, tensor.name) for tensor in tensors}
+    owners: dict[str, str] = {}
+    for stored, name in known.items():
+        if name in owners:
+            raise SpecError(f"names: {owners[name]!r:.120} and {stored!r:.120} would both be {name!r:.120}")
+        owners[name] = stored
+    return known
+
+
+# --- which rule takes which tensor ---------------------------------------------------------------
 
 
 class Names:
@@ -101,154 +245,196 @@ class Names:
         return self._match(name) is not None
 
 
-def _check_selection(include: Sequence[Names], exclude: Sequence[Names], names: Sequence[str]) -> None:
-    seen: dict[str, str] = {}
-    for pattern in (*include, *exclude):
-        if pattern.text in seen:
-            raise SpecError(f"{pattern.option} {pattern.text!r:.80} is already given as {seen[pattern.text]}")
-        seen[pattern.text] = pattern.option
-        if not any(name in pattern for name in names):
-            raise SpecError(
-                f"{pattern.option} {pattern.text!r:.80} matches none of the {len(names)} tensors; "
-                "`npscope inspect` lists their names"
-            )
-    for pattern in include:
-        if all(any(name in other for other in exclude) for name in names if name in pattern):
-            raise SpecError(
-                f"{pattern.option} {pattern.text!r:.80} has no effect: --exclude removes all that it matches"
-            )
+class _Selector:
+    """A rule with the texts by which it selects, and what became of each."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.texts = rule.names or ("",)
+        self.matched: set[str] = set()
+        self.effective: set[str] = set()
+        self._names = [Names(text, rule.label) for text in rule.names]
+        self._node = None if rule.node is None else Names(rule.node, f"{rule.label} node")
+
+    def texts_for(self, tensor: Tensor, name: str) -> list[str]:
+        """The texts that select this tensor; [""] where every name will do."""
+        if not (self._fits_graph(tensor) and self._fits_shape(tensor.shape)):
+            return []
+        return [names.text for names in self._names if name in names] if self._names else [""]
+
+    def _fits_graph(self, tensor: Tensor) -> bool:
+        if self.rule.op is None and self._node is None:
+            return True
+        if tensor.use is None:
+            return False
+        return self.rule.op in (None, tensor.use.op) and (self._node is None or tensor.use.node in self._node)
+
+    def _fits_shape(self, shape: tuple[int, ...]) -> bool:
+        wanted = self.rule.shape
+        return wanted is None or (
+            len(wanted) == len(shape) and all(w in (-1, n) for w, n in zip(wanted, shape, strict=True))
+        )
 
 
-def _decide(recipe: Recipe, tensor: Tensor, include: Sequence[Names], exclude: Sequence[Names]) -> Plan | Skip:
-    if reason := _not_meant(tensor.name, include, exclude):
-        return Skip(tensor, reason)
-    if include and tensor.is_opaque:
-        raise SpecError(f"tensor {tensor.name!r:.120}: dtype {tensor.dtype} cannot be pruned; --exclude it")
-    if tensor.use is not None and tensor.use.axes is None:
-        return Skip(tensor, tensor.use.reason)
-    if not tensor.is_float:
-        return Skip(tensor, f"dtype {tensor.dtype} cannot be pruned")
-    if len(tensor.shape) < 2:
-        return Skip(tensor, f"rank {len(tensor.shape)}, at least 2 is needed")
-    if 0 in tensor.shape:
-        return Skip(tensor, "no elements")
+def _chosen(
+    rules: Sequence[Rule], tensors: Sequence[Tensor], known: Mapping[str, str], coupled: Iterable[str]
+) -> dict[str, tuple[Rule | None, list[str]]]:
+    """For each tensor the first rule that matches, with the texts that did."""
+    selectors = [_Selector(rule) for rule in rules]
+    _require_different(rules)
+    gone, taken = set(coupled), {}
+    for tensor in tensors:
+        first: tuple[Rule | None, list[str]] = (None, [])
+        for selector in selectors:
+            texts = selector.texts_for(tensor, known[tensor.name])
+            selector.matched.update(texts)
+            if texts and first[0] is None and tensor.name not in gone:
+                first = (selector.rule, texts)
+                selector.effective.update(texts)
+        taken[tensor.name] = first
+    for selector in selectors:
+        _require_effect(selector, tensors)
+    return taken
+
+
+def _require_different(rules: Sequence[Rule]) -> None:
+    seen: dict[tuple[object, ...], str] = {}
+    for rule in rules:
+        for text in rule.names:
+            key = (text, rule.op, rule.node, rule.shape)
+            if key in seen:
+                raise SpecError(f"{rule.label} {text!r:.80} is already given as {seen[key]}")
+            seen[key] = rule.label
+
+
+def _require_effect(selector: _Selector, tensors: Sequence[Tensor]) -> None:
+    """SpecError when a rule, or one of its texts, decides nothing."""
+    rule = selector.rule
+    if rule.is_default:
+        return
+    for text in selector.texts:
+        subject = f"{rule.label} {text!r:.80}" if text else rule.label
+        if text not in selector.matched:
+            graph = rule.op is not None or rule.node is not None
+            why = "; the file has no graph" if graph and all(tensor.use is None for tensor in tensors) else ""
+            raise SpecError(
+                f"{subject} matches none of the {len(tensors)} tensors{why}; `npscope plan` and `inspect` list them"
+            )
+        if text not in selector.effective:
+            raise SpecError(f"{subject} has no effect: couplings and rules before it take all that it matches")
+
+
+def _decide(rule: Rule, texts: Sequence[str], tensor: Tensor, name: str) -> Plan | Skip:
+    in_full = name in texts
+    said = " ".join([rule.label, *filter(None, texts[:1])])
+    if rule.pattern is None:
+        return Skip(tensor, said, rule=said)
+    if rule.default_skips and not in_full and (skip := _default_skip(tensor, name)):
+        return Skip(tensor, f"{skip} (a rule that gives the name in full overrides)", rule=said)
+    if rule.names and tensor.is_opaque:
+        raise SpecError(f"tensor {tensor.name!r:.120}: dtype {tensor.dtype} cannot be pruned; leave it out of {said}")
+    if reason := _ineligible(tensor):
+        return _misfit(rule, said, tensor, reason) if in_full else Skip(tensor, reason, rule=said)
     try:
-        return lay(recipe, tensor)
+        return lay(rule.pattern, tensor, axis=rule.axis, layout=rule.layout, rule=said)
     except SpecError as error:
-        return Skip(tensor, str(error), misfit=True)
+        return _misfit(rule, said, tensor, str(error))
 
 
-def _not_meant(name: str, include: Sequence[Names], exclude: Sequence[Names]) -> str | None:
-    """Why a tensor of this name is none of those to prune."""
-    for rule in exclude:
-        if name in rule:
-            return f"--exclude {rule.text}"
-    if include:
-        return None if any(name in rule for rule in include) else "not in --include"
+def _misfit(rule: Rule, said: str, tensor: Tensor, reason: str) -> Skip:
+    if rule.misfit == "error":
+        raise SpecError(
+            f'{said}: tensor {tensor.name!r:.120} cannot take the pattern: {reason}; misfit = "skip" leaves it alone'
+        )
+    axes = meaning(tensor, rule.layout) if len(tensor.shape) >= 2 else None
+    return Skip(tensor, reason, misfit=True, rule=said, axes=axes)
+
+
+def _default_skip(tensor: Tensor, name: str) -> str | None:
+    """The glob by which a tensor is left alone unless it is named, in words."""
     for glob in DEFAULT_SKIPS:
         if fnmatch.fnmatchcase(name.lower(), glob):
-            return f"default skip {glob} (--include overrides)"
+            return f"default skip {glob}"
+    for glob in NODE_SKIPS if tensor.use is not None else ():
+        if tensor.use is not None and fnmatch.fnmatchcase(tensor.use.node.lower(), glob):
+            return f"default skip of nodes {glob}"
     return None
 
 
-def axes_of(shape: tuple[int, ...], layout: Layout) -> Axes:
-    """Axes of a weight of 2 axes or more whose file does not say what they mean.
-
-    "out-in" stores ``[out, in, *kernel]`` (PyTorch, ONNX), "in-out" ``[*kernel, in, out]``
-    (Flax, Keras, GPT-2). Three axes without a kernel are ``[stack, out, in]`` or
-    ``[stack, in, out]``.
-    """
-    last = len(shape) - 1
-    if layout == "out-in":
-        if len(shape) == 3 and shape[2] > CONVOLUTION_WIDTH:
-            return Axes((0,), 1, 2, ())
-        return Axes((), 0, 1, tuple(range(2, last + 1)))
-    if len(shape) == 3 and shape[0] > CONVOLUTION_WIDTH:
-        return Axes((0,), 2, 1, ())
-    return Axes((), last, last - 1, tuple(range(last - 1)))
+def _ineligible(tensor: Tensor) -> str | None:
+    """Why a tensor can take no pattern at all."""
+    if tensor.use is not None and tensor.use.axes is None:
+        return tensor.use.reason
+    if not tensor.is_float:
+        return f"dtype {tensor.dtype} cannot be pruned"
+    if len(tensor.shape) < 2:
+        return f"rank {len(tensor.shape)}, at least 2 is needed"
+    return "no elements" if 0 in tensor.shape else None
 
 
-def meaning(tensor: Tensor, layout: Layout) -> Axes:
-    """What the axes of a tensor mean: as its file says, else by `layout`."""
-    return axes_of(tensor.shape, layout) if tensor.use is None or tensor.use.axes is None else tensor.use.axes
+# --- amounts that tensors share ------------------------------------------------------------------
 
 
-def lay(recipe: Recipe, tensor: Tensor) -> Plan:
-    """The pattern of `recipe` laid on one tensor of at least 2 axes; SpecError when it does not fit."""
-    pattern, axes = recipe.pattern, meaning(tensor, recipe.layout)
-    ground = _ground(recipe, axes, tensor.shape)
-    block, scope = [1] * len(ground.order), [1] * len(ground.order)
-    grid = [ground.shape[axis] for axis in ground.order]
-    for at, name, size in zip(ground.tiled, ground.names, pattern.block, strict=True):
-        block[at], grid[at] = _cut(name, "size", grid[at], size, hint=_hint(recipe, axes, tensor.shape))
-    for at, name, count in zip(ground.tiled, ground.names, pattern.scope or (), strict=False):
-        unit = "size" if block[at] == 1 else f"with blocks of {block[at]} the size"
-        scope[at], _ = _cut(name, unit, grid[at], count, hint=_hint(recipe, axes, tensor.shape))
-    if pattern.scope is None:
-        scope = grid
-    blocks = math.prod(scope)
-    keep = pattern.keep_of(blocks)
-    return Plan(
-        tensor=tensor,
-        shape=ground.shape,
-        order=ground.order,
-        block=tuple(block),
-        scope=tuple(scope),
-        scopes=math.prod(grid) // blocks,
-        blocks=blocks,
-        keep=keep,
-        ord=pattern.ord,
-        along=ground.along,
-        block_size=tuple(block[at] for at in ground.tiled),
-    )
+def _shared(
+    rules: Sequence[Rule],
+    taken: Mapping[str, tuple[Rule | None, list[str]]],
+    single: Mapping[str, Plan | Skip],
+    known: Mapping[str, str],
+    norms: NormsOf | None,
+) -> dict[str, Plan | Budget]:
+    """The decisions of tensors whose rule spreads its amount over all of them."""
+    plans: dict[int, list[Plan]] = defaultdict(list)
+    places = {id(rule): place for place, rule in enumerate(rules)}
+    for name in sorted(single, key=lambda name: known[name].encode()):
+        decision, (rule, _) = single[name], taken[name]
+        if isinstance(decision, Plan) and rule is not None and rule.spread != "each":
+            plans[places[id(rule)]].append(decision)
+    shared: dict[str, Plan | Budget] = {}
+    for place, members in plans.items():
+        rule = rules[place]
+        with about(rule.label):
+            if rule.spread == "budget":
+                shared |= dict.fromkeys((plan.tensor.name for plan in members), _budget(rule, members))
+            else:
+                keeps = _allocated(rule, members, norms)
+                shared |= {plan.tensor.name: replace(plan, keep=keeps[plan.tensor.name]) for plan in members}
+    return shared
 
 
-class _Ground(NamedTuple):
-    """What a pattern is laid on: shape and order of a `Plan`, and which of its axes are tiled, by name."""
-
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    tiled: tuple[int, ...]
-    names: tuple[str, ...]
-    along: str
-
-
-def _ground(recipe: Recipe, axes: Axes, shape: tuple[int, ...]) -> _Ground:
-    if len(recipe.pattern.block) == 2:
-        matrix, order = axes.matrix(shape)
-        last = len(matrix) - 1
-        return _Ground(matrix, order, (last - 1, last), ("out", "fan-in"), "[out, fan-in]")
-    if recipe.axis == "fan-in":
-        matrix, order = axes.matrix(shape)
-        return _Ground(matrix, order, (len(matrix) - 1,), ("fan-in",), "fan-in")
-    axis = _axis(recipe.axis, axes, len(shape))
-    name = f"axis {axis} (in)" if axis == axes.into else f"axis {axis}"
-    return _Ground(shape, axes.order, (axes.order.index(axis),), (name,), name)
+def _budget(rule: Rule, plans: Sequence[Plan]) -> Budget:
+    counts = [plan.scopes * plan.blocks for plan in plans]
+    keep = nnz_from_sparsity(_amount(rule), sum(counts))
+    least, most = rule.bounds
+    bounds = tuple((nnz_from_sparsity(most, n), math.floor((1 - Fraction(least)) * n)) for n in counts)
+    for (low, high), plan in zip(bounds, plans, strict=True):
+        if low > high:
+            raise SpecError(f"no count of the blocks of {plan.tensor.name!r:.120} lies within its bounds")
+    low, high = sum(low for low, _ in bounds), sum(high for _, high in bounds)
+    if not low <= keep <= high:
+        raise SpecError(
+            f"the budget keeps {keep} of {sum(counts)} blocks, but min_sparsity {least} and max_sparsity {most} "
+            f"of every tensor leave between {low} and {high}"
+        )
+    return Budget(rule.label, tuple(plans), keep, bounds)
 
 
-def _axis(chosen: str | int, axes: Axes, ndim: int) -> int:
-    if chosen == "in":
-        return axes.into
-    axis = ndim - 1 if chosen == "last" else int(chosen)
-    if not -ndim <= axis < ndim:
-        raise SpecError(f"there is no axis {axis} in {ndim} axes")
-    return axis % ndim
+def _allocated(rule: Rule, plans: Sequence[Plan], norms: NormsOf | None) -> dict[str, int]:
+    """Blocks to keep of each tensor."""
+    sparsity, counts = _amount(rule), {plan.tensor.name: plan.scopes * plan.blocks for plan in plans}
+    if rule.spread == "uniform":
+        return allocation.uniform(counts, sparsity)
+    if rule.spread == "erk":
+        return allocation.erk({plan.tensor.name: _layer(plan) for plan in plans}, sparsity, counts)
+    if norms is None:
+        raise SpecError("lamp needs the values of the tensors, and here are only their shapes")
+    return allocation.lamp({plan.tensor.name: norms(plan) for plan in plans}, sparsity)
 
 
-def _cut(name: str, what: str, length: int, size: int, *, hint: str) -> tuple[int, int]:
-    """Size and number of the pieces when `length` is cut by `size`, -1 for the whole."""
-    if size == -1:
-        return length, 1
-    if length % size:
-        raise SpecError(f"{name}: {what} {length} is not a multiple of {size}{hint}")
-    return size, length // size
+def _amount(rule: Rule) -> str:
+    return str(rule.pattern.amount) if rule.pattern is not None else "0"
 
 
-def _hint(recipe: Recipe, axes: Axes, shape: tuple[int, ...]) -> str:
-    """The way out for a pattern along one axis of a convolution, if the fan-in is one."""
-    pattern = recipe.pattern
-    if len(pattern.block) == 2 or recipe.axis == "fan-in" or not axes.kernel:
-        return ""
-    fan_in = math.prod(shape[axis] for axis in (axes.into, *axes.kernel))
-    period = math.prod(max(size, 1) for size in (*pattern.block, *(pattern.scope or ())))
-    return "" if fan_in % period else f"; --axis fan-in ({fan_in}) fits"
+def _layer(plan: Plan) -> tuple[int, ...]:
+    """``(out, in, *kernel)`` of a layer; that of one matrix where several are stacked."""
+    shape, axes = plan.tensor.shape, plan.axes
+    return shape if axes is None else tuple(shape[axis] for axis in (axes.out, axes.into, *axes.kernel))

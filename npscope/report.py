@@ -41,6 +41,27 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """One tensor of a plan: what its stored `axes` mean, the `rule` that takes it, and what will be done, or why not.
+
+    `keep` of `blocks` blocks survive, which is unknown where tensors of one `group` compete.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    rule: str
+    pattern: str | None = None
+    along: str | None = None
+    blocks: int | None = None
+    keep: int | None = None
+    group: str | None = None
+    skipped: str | None = None
+    misfit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Inspected:
     """One tensor of a file: its zeros and NaN, and what was detected in it.
 
@@ -133,7 +154,8 @@ def _verified_cells(line: Verified) -> tuple[str, ...]:
         return (*lead, pattern or "", "holds")
     if line.scope is None:
         return (*lead, pattern or "", f"FAILS: {line.used} in use")
-    where = f"{list(line.scope)} at {list(line.index or ())}: {line.used} in use"
+    start = "" if line.index is None else f" at {list(line.index)}"
+    where = f"{list(line.scope)}{start}: {line.used} in use"
     return (*lead, pattern or "", f"FAILS in {line.offending} of {line.scopes} scopes, first {where}")
 
 
@@ -192,6 +214,18 @@ def pruned_fields(lines: Sequence[Pruned]) -> dict[str, Any]:
     return {"tensors": [asdict(line) for line in lines], "totals": totals}
 
 
+def planned_fields(lines: Sequence[Planned]) -> dict[str, Any]:
+    """The lines and their totals, ready for JSON."""
+    skipped = sum(line.skipped is not None for line in lines)
+    totals = {
+        "tensors": len(lines),
+        "pruned": len(lines) - skipped,
+        "skipped": skipped,
+        "misfits": sum(line.misfit for line in lines),
+    }
+    return {"tensors": [asdict(line) for line in lines], "totals": totals}
+
+
 def inspected_fields(lines: Sequence[Inspected]) -> dict[str, Any]:
     """The lines and their totals, ready for JSON."""
     floats = [line for line in lines if line.zeros is not None]
@@ -220,6 +254,17 @@ def pruned_table(lines: Sequence[Pruned], *, width: int | None) -> str:
         f"({totals['misfits']} could not take the pattern): zeros in them "
         f"{_percent(totals['zeros_before'], totals['elements'])} before, "
         f"{_percent(totals['zeros_after'], totals['elements'])} after\n"
+    )
+
+
+def planned_table(lines: Sequence[Planned], *, width: int | None) -> str:
+    """A table of the lines with a last line of totals; `width` None is for pipes and files."""
+    totals = planned_fields(lines)["totals"]
+    header = ("tensor", "dtype", "shape", "axes", "rule", "plan", "blocks")
+    text = _table(header, (_planned_cells(line) for line in lines), width)
+    return (
+        f"{text}{totals['pruned']} of {totals['tensors']} tensors to prune "
+        f"({totals['misfits']} cannot take the pattern)\n"
     )
 
 
@@ -300,6 +345,13 @@ def _pruned_cells(line: Pruned) -> tuple[str, ...]:
         _percent(line.zeros_after, line.elements),
         "" if line.norm_kept is None else f"{line.norm_kept:.4f}",
     )
+
+
+def _planned_cells(line: Planned) -> tuple[str, ...]:
+    lead = (line.name, line.dtype, _shape(line.shape), " x ".join(line.axes), line.rule)
+    if line.skipped is not None:
+        return (*lead, f"skipped: {line.skipped}", "")
+    return (*lead, f"{line.pattern}, {line.along}", str(line.blocks))
 
 
 def _inspected_cells(line: Inspected) -> tuple[str, ...]:

@@ -1,15 +1,16 @@
 """Tensors of a file in pieces that fit in memory, and what can be counted on a piece.
 
-A slab is one contiguous run of a tensor, read into a buffer that is used again for the next
-one: memory stays the same whatever the size of the file.
+A slab is one box of a tensor, read into a buffer that is used again: memory stays the same
+whatever the size of the file. The next slab is read while the caller works on this one.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from npscope.weights import Tensor, WeightFile, numpy_dtype
 
 SLAB_BYTES = 8 << 20
 """About the size of a slab: long enough for the disk, short enough that Ctrl-C is answered at once."""
+
+SLABS = 3
+"""Buffers of a reader: one is filled, one is worked on, one may still be written elsewhere."""
 
 _COUNT_ELEMENTS = 1 << 18  # a piece whose temporaries stay in cache
 
@@ -34,61 +38,175 @@ Box = tuple[slice, ...]
 
 Array = np.ndarray[Any, Any]
 
-
-def smallest_slab(shape: tuple[int, ...], period: tuple[int, ...], itemsize: int) -> int:
-    """Bytes of the smallest slab that holds whole periods."""
-    _, step, inner = _cut_axis(shape, period, itemsize, 1)
-    return step * inner
+T = TypeVar("T")
 
 
-def boxes(shape: tuple[int, ...], period: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Box]:
-    """Contiguous boxes that cover a C-contiguous array in order, none cutting a period.
+def extents(box: Box) -> tuple[int, ...]:
+    """The shape of a box."""
+    return tuple(side.stop - side.start for side in box)
 
-    A box has at most `limit` bytes, unless the smallest that holds whole periods has more.
 
-    >>> list(boxes((8, 2), (4, 1), 1, 8))
+def whole(shape: tuple[int, ...]) -> Box:
+    """The box that is all of an array."""
+    return tuple(slice(0, length) for length in shape)
+
+
+def tiles(region: Box, period: tuple[int, ...], limit: int) -> Iterator[Box]:
+    """Boxes of whole periods that cover `region` in row-major order.
+
+    A box has at most `limit` elements, unless a period has more. Periods are counted from the
+    start of the region.
+
+    >>> list(tiles((slice(0, 8), slice(0, 2)), (4, 1), 8))
     [(slice(0, 4, None), slice(0, 2, None)), (slice(4, 8, None), slice(0, 2, None))]
     """
-    axis, step, _ = _cut_axis(shape, period, itemsize, limit)
-    inside = tuple(slice(0, length) for length in shape[axis + 1 :])
-    for outside in itertools.product(*(range(length) for length in shape[:axis])):
-        lead = tuple(slice(index, index + 1) for index in outside)
-        for start in range(0, shape[axis], step):
-            yield (*lead, slice(start, min(start + step, shape[axis])), *inside)
+    sizes = list(period)
+    for axis in reversed(range(len(region))):
+        length, others = extents(region)[axis], math.prod(sizes[:axis]) * math.prod(sizes[axis + 1 :])
+        sizes[axis] = min(length, period[axis] * max(1, limit // (period[axis] * others)))
+        if sizes[axis] < length:
+            break
+    starts = (range(side.start, side.stop, size) for side, size in zip(region, sizes, strict=True))
+    for corner in itertools.product(*starts):
+        sides = zip(corner, sizes, region, strict=True)
+        yield tuple(slice(start, min(start + size, side.stop)) for start, size, side in sides)
 
 
-def _cut_axis(shape: tuple[int, ...], period: tuple[int, ...], itemsize: int, limit: int) -> tuple[int, int, int]:
-    """The axis to cut, the step there, and the bytes of one index there.
+def boxes(shape: tuple[int, ...], period: tuple[int, ...], limit: int, most: int) -> Iterator[Box]:
+    """Boxes that cover a C-contiguous array in the order of its bytes, each one contiguous.
 
-    A box is contiguous when it holds one index of every axis before the cut; so the cut goes
-    inwards only past axes where one index is a whole period.
+    They have about `limit` elements and hold whole periods, unless that takes more than `most`
+    elements: then they may cut periods.
+
+    >>> list(boxes((8, 2), (8, 1), 4, 8))
+    [(slice(0, 4, None), slice(0, 2, None)), (slice(4, 8, None), slice(0, 2, None))]
     """
-    axis, inner = 0, math.prod(shape[1:]) * itemsize
-    while axis < len(shape) - 1 and period[axis] == 1 and inner > limit:
-        axis += 1
-        inner //= shape[axis]
-    return axis, period[axis] * max(1, limit // (period[axis] * inner)), inner
+    smallest = smallest_slab(shape, period)
+    whole_periods = smallest <= most
+    return tiles(whole(shape), period if whole_periods else (1,) * len(shape), max(limit, smallest * whole_periods))
+
+
+def smallest_slab(shape: tuple[int, ...], period: tuple[int, ...]) -> int:
+    """Elements of the smallest contiguous box that holds whole periods.
+
+    >>> smallest_slab((8, 100), (4, 10))
+    400
+    """
+    for axis, size in enumerate(period):
+        if size > 1:
+            return size * math.prod(shape[axis + 1 :])
+    return 1
+
+
+class Request(NamedTuple):
+    """A box of a float tensor read as `shape`."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    box: Box
+
+
+class Background:
+    """One thread that works ahead; where none can be started, the caller's own."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "npscope-io")
+
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Begin ``function(*arguments)``; its result or failure is in the future."""
+        if self._pool is not None:
+            try:
+                return self._pool.submit(function, *arguments)
+            except RuntimeError:  # no thread to be had
+                self._pool = None
+        done: Future[T] = Future()
+        try:
+            done.set_result(function(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def close(self) -> None:
+        """Wait for what has begun."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
 
 
 class SlabReader:
-    """Reads tensors of an open file slab by slab into one buffer."""
+    """Reads tensors of an open file slab by slab; a context, in which it has a thread of its own."""
 
     def __init__(self, weights: WeightFile) -> None:
         self._weights = weights
-        self._buffer = np.empty(0, np.uint8)
+        self._buffers = [np.empty(0, np.uint8)] * SLABS
+        self._next = 0
+        self._ahead: Background | None = None
+
+    def __enter__(self) -> Self:
+        self._ahead = Background()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def slabs(self, tensor: Tensor, shape: tuple[int, ...], period: tuple[int, ...]) -> Iterator[tuple[Box, Array]]:
-        """(box, values) of one float tensor read as `shape`; the values are gone with the next slab."""
-        dtype = numpy_dtype(tensor)
+        """(box, values) of one float tensor read as `shape`, in boxes of whole periods in the order of its bytes."""
+        size = numpy_dtype(tensor).itemsize
+        for request, values in self.read(
+            Request(tensor, shape, box) for box in boxes(shape, period, SLAB_BYTES // size, 1 << 62)
+        ):
+            yield request.box, values
+
+    def read(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Array]]:
+        """(request, values) for each request; the values are gone `SLABS` - 1 slabs later."""
+        if self._ahead is None:
+            for request in requests:
+                yield request, self._fill(request)
+            return
+        waiting: tuple[Request, Future[Array]] | None = None
+        for request in requests:
+            begun = request, self._ahead.submit(self._fill, request)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = begun
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+    def _fill(self, request: Request) -> Array:
+        tensor, shape, box = request
+        dtype, sizes = numpy_dtype(tensor), extents(box)
+        nbytes = math.prod(sizes) * dtype.itemsize
+        at, self._next = self._next, (self._next + 1) % SLABS
+        if nbytes > self._buffers[at].size:
+            self._buffers[at] = np.empty(0, np.uint8)  # the old one goes first
+            self._buffers[at] = np.empty(nbytes, np.uint8)
+        raw = self._buffers[at][:nbytes]
         steps = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
-        for box in boxes(shape, period, dtype.itemsize, SLAB_BYTES):
-            extents = tuple(part.stop - part.start for part in box)
-            nbytes = math.prod(extents) * dtype.itemsize
-            if nbytes > self._buffer.size:
-                self._buffer = np.empty(nbytes, np.uint8)
-            raw = self._buffer[:nbytes]
-            self._weights.read(tensor, sum(b.start * s for b, s in zip(box, steps, strict=True)), raw.data)
-            yield box, raw.view(dtype).reshape(extents)
+        cut = _innermost_cut(sizes, shape)
+        run = math.prod(sizes[cut:]) * dtype.itemsize
+        first = sum(side.start * step for side, step in zip(box, steps, strict=True))
+        rows = itertools.product(*(range(0, n * step, step) for n, step in zip(sizes[:cut], steps[:cut], strict=True)))
+        if run:
+            for at_run, offsets in enumerate(rows):
+                self._weights.read(tensor, first + sum(offsets), raw[at_run * run : (at_run + 1) * run].data)
+        return raw.view(dtype).reshape(sizes)
+
+
+def _innermost_cut(sizes: Sequence[int], shape: Sequence[int]) -> int:
+    """The first axis such that a box of `sizes` is one run of bytes from there inwards."""
+    axis = len(sizes) - 1
+    while axis > 0 and sizes[axis] == shape[axis]:
+        axis -= 1
+    while axis > 0 and sizes[axis - 1] == 1:
+        axis -= 1
+    return max(axis, 0)
 
 
 def magnitude_bits(values: Array) -> Array:

@@ -23,7 +23,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import npscope
-from npscope import cli, pruning, report, slabs
+from npscope import cli, dropping, limits, pruning, report, slabs
 from npscope.errors import SpecError
 from npscope.pattern import Pattern
 from npscope.plans import Skip
@@ -204,7 +204,7 @@ PATTERNS = [
 def test_slabs_and_passes_do_not_change_the_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, axis: Any, layout: Any
 ) -> None:
-    """Case 75: tiny slabs, and the norms of a whole scope gathered in a first pass."""
+    """Case 75: tiny slabs, limits that are searched first, and searches that can gather and count little."""
     rng = np.random.default_rng(4)
     weights = {
         "linear": rng.normal(size=(24, 36)),
@@ -214,38 +214,64 @@ def test_slabs_and_passes_do_not_change_the_result(
         "one": rng.normal(size=(1, 12, 1, 12)),
     }
     save_file({name: weight.astype(np.float32) for name, weight in weights.items()}, folder / "in")
-    recipe = Recipe(Pattern.parse(pattern), axis=axis, layout=layout)
+    recipe = Recipe.shorthand(Pattern.parse(pattern), axis=axis, layout=layout)
     whole = pruning.prune_file(folder / "in", folder / "whole", recipe)
-    monkeypatch.setattr(slabs, "SLAB_BYTES", 1000)
+    for module in (slabs, dropping, limits):
+        if hasattr(module, "SLAB_BYTES"):
+            monkeypatch.setattr(module, "SLAB_BYTES", 1000)
     small = pruning.prune_file(folder / "in", folder / "slabs", recipe)
-    monkeypatch.setattr(pruning, "SINGLE_PASS_BYTES", 0)
+    monkeypatch.setattr(dropping, "SCOPE_BYTES", 0)
     two = pruning.prune_file(folder / "in", folder / "passes", recipe)
-    assert (folder / "whole").read_bytes() == (folder / "slabs").read_bytes() == (folder / "passes").read_bytes()
-    assert (folder / "whole").read_bytes() != (folder / "in").read_bytes()
-    for one, *others in zip(whole, small, two, strict=True):
+    monkeypatch.setattr(dropping, "SCOPE_BYTES", 400)
+    monkeypatch.setattr(limits, "GATHER", 20)
+    monkeypatch.setattr(limits, "BINS", 64)
+    monkeypatch.setattr(limits, "PIECES", 3)
+    monkeypatch.setattr(limits, "PIECE_BYTES", 64)
+    poor = pruning.prune_file(folder / "in", folder / "poor", recipe)
+    expected = (folder / "whole").read_bytes()
+    assert expected == (folder / "slabs").read_bytes() == (folder / "passes").read_bytes()
+    assert expected == (folder / "poor").read_bytes()
+    assert expected != (folder / "in").read_bytes()
+    for one, *others in zip(whole, small, two, poor, strict=True):
         for other in others:
             if isinstance(one, Skip):
                 assert one == other
             else:
                 assert isinstance(other, pruning.Outcome)
                 assert (other.zeros_before, other.zeros_after) == (one.zeros_before, one.zeros_after)
+                assert other.blocks_kept == one.blocks_kept
                 assert other.norm_kept == pytest.approx(one.norm_kept, rel=1e-6)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 64, 1000, 10**9])
+@pytest.mark.parametrize("most", [0, 10, 10**9])
 @pytest.mark.parametrize(
     ("shape", "period"),
     [((6, 4, 5), (2, 2, 1)), ((6, 4, 5), (1, 4, 5)), ((1, 8), (1, 2)), ((12,), (3,)), ((2, 3), (2, 3))],
 )
-def test_boxes_cover_an_array_once_in_order(shape: tuple[int, ...], period: tuple[int, ...], limit: int) -> None:
+def test_boxes_cover_an_array_once_in_order(
+    shape: tuple[int, ...], period: tuple[int, ...], most: int, limit: int
+) -> None:
     values = np.arange(np.prod(shape)).reshape(shape)
     seen: list[int] = []
-    for box in slabs.boxes(shape, period, 2, limit):
+    smallest = slabs.smallest_slab(shape, period)
+    for box in slabs.boxes(shape, period, limit, most):
         part = values[box]
-        assert all(length % size == 0 for length, size in zip(part.shape, period, strict=True))
-        assert 2 * part.size <= max(limit, slabs.smallest_slab(shape, period, 2))
+        assert smallest > most or all(length % size == 0 for length, size in zip(part.shape, period, strict=True))
+        assert part.size <= (limit if smallest > most else max(limit, smallest))
         seen.extend(part.ravel())
     assert seen == list(range(values.size))
+
+
+@pytest.mark.parametrize("limit", [1, 7, 20, 64, 1000])
+@pytest.mark.parametrize("region", [((0, 6), (0, 4), (0, 5)), ((2, 6), (2, 4), (1, 3))])
+def test_tiles_cover_a_region_in_whole_periods(region: tuple[tuple[int, int], ...], limit: int) -> None:
+    values, period = np.arange(120).reshape(6, 4, 5), (2, 2, 1)
+    parts = [values[box] for box in slabs.tiles(tuple(slice(*side) for side in region), period, limit)]
+    wanted = values[tuple(slice(*side) for side in region)]
+    assert sorted(np.concatenate([part.ravel() for part in parts])) == sorted(wanted.ravel())
+    assert all(length % size == 0 for part in parts for length, size in zip(part.shape, period, strict=True))
+    assert max(part.size for part in parts) <= max(limit, 4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: np.dtype(dtype).name)
@@ -326,7 +352,7 @@ def test_case89_an_output_that_appears_meanwhile(folder: Path, force: bool) -> N
     def appear(done: int, total: int) -> None:
         out.write_text("precious")
 
-    recipe = Recipe(Pattern.parse("2:4"))
+    recipe = Recipe.shorthand(Pattern.parse("2:4"))
     if force:
         pruning.prune_file(DATA, out, recipe, force=True, progress=appear)
         assert header_of(out) == header_of(DATA)
@@ -342,7 +368,7 @@ def test_a_file_system_without_hard_links(folder: Path, monkeypatch: pytest.Monk
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", refuse)
-    recipe = Recipe(Pattern.parse("2:4"))
+    recipe = Recipe.shorthand(Pattern.parse("2:4"))
     pruning.prune_file(DATA, folder / "out", recipe)
     assert header_of(folder / "out") == header_of(DATA)
     with pytest.raises(SpecError, match="exists"):
@@ -424,7 +450,7 @@ def test_case91_an_input_that_changes_is_an_error(folder: Path, run: Run, monkey
         return real(*arguments, **options)
 
     real = npscope.keep_largest
-    monkeypatch.setattr(pruning, "keep_largest", touched)
+    monkeypatch.setattr(dropping, "keep_largest", touched)
     result = run("prune", source, "-o", folder / "out", "--pattern", "2:4")
     assert result.code == 3
     assert "was changed" in result.err
@@ -475,7 +501,7 @@ def test_case76_out_of_memory(run: Run, folder: Path, monkeypatch: pytest.Monkey
     def full(*arguments: Any, **options: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(pruning, "keep_largest", full)
+    monkeypatch.setattr(dropping, "keep_largest", full)
     result = run("prune", DATA, "-o", folder / "out", "--pattern", "2:4", "--json")
     assert result.code == 3
     assert result.json["error"] == {"kind": "MemoryError", "message": "out of memory", "exit_code": 3}
@@ -485,10 +511,10 @@ def test_case76_out_of_memory(run: Run, folder: Path, monkeypatch: pytest.Monkey
 SLOW = """
 import sys, time
 import npscope
-from npscope import cli, pruning
+from npscope import cli, dropping
 def slow(*arguments, **options):
     time.sleep(60)
-pruning.keep_largest = slow
+dropping.keep_largest = slow
 sys.exit(cli.main())
 """
 
@@ -566,7 +592,7 @@ def test_case80_a_full_standard_output(folder: Path) -> None:
         (["prune", DATA, "--pattern", "2:4096", "--dry-run"], 2, "nothing to prune in 15 tensors"),
         (["prune", "nowhere", "--pattern", "2:4", "--dry-run"], 3, "'nowhere': No such file"),
         (["prune", DATA, "--pattern", "2:4", "-o", "/x/y", "--mask-out", "/x/z"], 3, "does not exist"),
-        (["verify", DATA], 2, "Missing"),
+        (["verify", DATA], 2, "nothing says what to prune"),
         (["verify", DATA, "--pattern", "2:4096"], 2, "nothing to check in 15 tensors"),
         (["verify", DATA, "--pattern", "2:4", "--include", "nothing*"], 2, "matches none"),
         (["verify", DATA, "--pattern", "2:4", "--strict"], 2, "'conv1.weight' cannot take the pattern"),
@@ -608,7 +634,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 
 
 def test_an_unexpected_error_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruning, "keep_largest", lambda *arguments, **options: 1 / 0)
+    monkeypatch.setattr(dropping, "keep_largest", lambda *arguments, **options: 1 / 0)
     result = run("prune", DATA, "--pattern", "2:4", "--dry-run")
     assert result.code == 3
     assert is_one_line(result)

@@ -183,7 +183,7 @@ def rebuilt(archive: Any, name: str) -> np.ndarray:
 @pytest.mark.parametrize(("axis", "layout"), [("in", "out-in"), ("in", "in-out"), ("fan-in", "out-in"), (0, "out-in")])
 @pytest.mark.usefixtures("chunks")
 def test_two_of_four_comes_back(folder: Path, dtype: Any, axis: Any, layout: Any) -> None:
-    recipe = Recipe(Pattern.parse("2:4"), axis=axis, layout=layout)
+    recipe = Recipe.shorthand(Pattern.parse("2:4"), axis=axis, layout=layout)
     values = {
         "linear": sparse((12, 20), dtype, 1),
         "conv": sparse((4, 12, 3, 4), dtype, 2),
@@ -206,14 +206,15 @@ def test_two_of_four_comes_back(folder: Path, dtype: Any, axis: Any, layout: Any
 
 
 def test_what_is_not_two_of_four_is_refused_or_left_out(folder: Path) -> None:
-    recipe = Recipe(Pattern.parse("2:4"))
+    recipe = Recipe.shorthand(Pattern.parse("2:4"))
     with pytest.raises(SpecError, match=r"'conv2\.weight' is not 2:4 along axis 1"):
         export_two_of_four(DATA, folder / "out", recipe)
-    prune_file(DATA, folder / "pruned", Recipe(Pattern.parse("2:4"), include=("conv2.weight",)))
+    prune_file(DATA, folder / "pruned", Recipe.shorthand(Pattern.parse("2:4"), include=("conv2.weight",)))
     (done,) = export_two_of_four(folder / "pruned", folder / "out", recipe)
     assert done.tensor.name == "conv2.weight"
+    named = Recipe.shorthand(Pattern.parse("2:4"), include=("conv[23].weight",))
     with pytest.raises(SpecError, match=r"'conv3\.weight' is not 2:4"):
-        export_two_of_four(folder / "pruned", folder / "no", Recipe(Pattern.parse("2:4"), include=("conv[23].weight",)))
+        export_two_of_four(folder / "pruned", folder / "no", named, strict=True)
 
 
 # --- what it takes -------------------------------------------------------------------------------

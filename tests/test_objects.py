@@ -16,7 +16,7 @@ import pytest
 from builders import assert_bits, build
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FINITE, coupled_parts, hostile, layouts, place, same_bits
+from strategies import FINITE, coupled_parts, dtype, hostile, layouts, place, same_bits
 
 import npscope
 from npscope import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, SparseBlock, SparseScope, View
@@ -187,6 +187,18 @@ def test_nnz_counts_elements_above_eps(backend, eps):
     spec = BlockSpec(x, (1, 2))
     assert spec.nnz(eps) == expected == ScopeSpec(spec, ()).nnz(eps)
     assert BlockCoupling([spec, BlockSpec(x.copy(), (1, 2))]).nnz(eps) == 2 * expected
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("eps", [0.0, 1e-40, 0.3, 1.0, 3e38, 1e39, np.inf])
+def test_nnz_of_long_runs_of_any_bits(backend, name, eps):
+    bits = np.random.default_rng(5).integers(0, 256, size=(3, 1600), dtype=np.uint8)
+    x = bits.view(dtype(name))
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        expected = int((~(abs(x.astype(np.float64)) <= eps)).sum())
+        assert BlockSpec(x, (1, -1)).nnz(eps) == expected
+        assert BlockSpec(x.T, (-1, 1)).nnz(eps) == expected
+        assert BlockSpec(x[:, ::-1], (1, 1)).nnz(eps) == expected
 
 
 def test_block_view_forms():

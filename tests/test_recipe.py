@@ -22,7 +22,7 @@ def tensor(*shape: int, name: str = "weight", dtype: str = "float32") -> Tensor:
 
 
 def decided(pattern: str, *shape: int, **options: Any) -> Plan | Skip:
-    return resolve(Recipe(Pattern.parse(pattern), **options), [tensor(*shape)])[0]
+    return resolve(Recipe.shorthand(Pattern.parse(pattern), **options), [tensor(*shape)])[0]
 
 
 def plan(pattern: str, *shape: int, **options: Any) -> Plan:
@@ -139,7 +139,7 @@ def test_other_axes() -> None:
     assert plan("2:4", 6, 5, 4, axis=-1) == plan("2:4", 6, 5, 4, axis=2)
     assert "no axis 3 in 3 axes" in reason("2:4", 4, 4, 4, axis=3)
     with pytest.raises(SpecError, match=r"\[out, fan-in\] matrix"):
-        Recipe(Pattern.parse("4x4@0.5"), axis="last")
+        Recipe.shorthand(Pattern.parse("4x4@0.5"), axis="last")
 
 
 def test_tiles_cut_the_matrix_of_outputs_and_fan_in() -> None:
@@ -231,8 +231,8 @@ TWO_OF_FOUR = Pattern.parse("2:4")
     ],
 )
 def test_default_skips_name_what_must_be_left_alone(name: str) -> None:
-    assert "default skip" in skipped(Recipe(TWO_OF_FOUR), tensor(8, 8, name=name))[name]
-    assert not skipped(Recipe(TWO_OF_FOUR, include=(name,)), tensor(8, 8, name=name))
+    assert "default skip" in skipped(Recipe.shorthand(TWO_OF_FOUR), tensor(8, 8, name=name))[name]
+    assert not skipped(Recipe.shorthand(TWO_OF_FOUR, include=(name,)), tensor(8, 8, name=name))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_default_skips_name_what_must_be_left_alone(name: str) -> None:
     ],
 )
 def test_default_skips_leave_layers_to_be_pruned(name: str) -> None:
-    assert not skipped(Recipe(TWO_OF_FOUR), tensor(8, 8, name=name))
+    assert not skipped(Recipe.shorthand(TWO_OF_FOUR), tensor(8, 8, name=name))
 
 
 def test_every_default_skip_is_in_lower_case() -> None:
@@ -256,7 +256,7 @@ def test_every_default_skip_is_in_lower_case() -> None:
 
 def test_what_is_not_eligible_says_why() -> None:
     reasons = skipped(
-        Recipe(TWO_OF_FOUR),
+        Recipe.shorthand(TWO_OF_FOUR),
         tensor(8, name="bias"),
         tensor(8, 8, name="counter", dtype="int64"),
         tensor(0, 4, name="empty"),
@@ -273,12 +273,16 @@ def test_what_is_not_eligible_says_why() -> None:
 def test_globs_and_expressions_match_whole_names() -> None:
     names = ("a.weight", "b.weight", "b.weight.scale")
     tensors = [tensor(8, 8, name=name) for name in names]
-    assert skipped(Recipe(TWO_OF_FOUR, include=("*.weight",)), *tensors) == {"b.weight.scale": "not in --include"}
-    assert skipped(Recipe(TWO_OF_FOUR, include=(r"re:[ab]\.weight",)), *tensors) == {
+    assert skipped(Recipe.shorthand(TWO_OF_FOUR, include=("*.weight",)), *tensors) == {
         "b.weight.scale": "not in --include"
     }
-    assert skipped(Recipe(TWO_OF_FOUR, exclude=("b.*",)), *tensors).keys() == {"b.weight", "b.weight.scale"}
-    assert skipped(Recipe(TWO_OF_FOUR, include=("*.weight",), exclude=("b*",)), *tensors).keys() == set(names[1:])
+    assert skipped(Recipe.shorthand(TWO_OF_FOUR, include=(r"re:[ab]\.weight",)), *tensors) == {
+        "b.weight.scale": "not in --include"
+    }
+    assert skipped(Recipe.shorthand(TWO_OF_FOUR, exclude=("b.*",)), *tensors).keys() == {"b.weight", "b.weight.scale"}
+    assert skipped(Recipe.shorthand(TWO_OF_FOUR, include=("*.weight",), exclude=("b*",)), *tensors).keys() == set(
+        names[1:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,7 +291,7 @@ def test_globs_and_expressions_match_whole_names() -> None:
         pytest.param({"include": ("nothing*",)}, "matches none of the 1 tensors", id="case21-include-zero-match"),
         pytest.param({"exclude": ("re:x+",)}, "matches none", id="case21-exclude-zero-match"),
         pytest.param({"include": ("w*", "w*")}, "already given", id="case21-duplicate"),
-        pytest.param({"include": ("w*",), "exclude": ("w*",)}, "already given as --include", id="case21-contradiction"),
+        pytest.param({"include": ("w*",), "exclude": ("w*",)}, "already given as --exclude", id="case21-contradiction"),
         pytest.param({"include": ("w*",), "exclude": ("*t",)}, "has no effect", id="case21-overruled"),
         pytest.param({"include": ("re:(",)}, "no regular expression", id="bad-expression"),
         pytest.param({"exclude": ("",)}, "matches none", id="empty-glob"),
@@ -295,9 +299,9 @@ def test_globs_and_expressions_match_whole_names() -> None:
 )
 def test_globs_that_cannot_be_meant_are_errors(options: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        resolve(Recipe(TWO_OF_FOUR, **options), [tensor(8, 8)])
+        resolve(Recipe.shorthand(TWO_OF_FOUR, **options), [tensor(8, 8)])
 
 
 def test_case60_an_unknown_dtype_is_an_error_when_it_is_named() -> None:
     with pytest.raises(SpecError, match="'weight': dtype F4 cannot be pruned"):
-        resolve(Recipe(TWO_OF_FOUR, include=("*",)), [tensor(8, 8, dtype="F4")])
+        resolve(Recipe.shorthand(TWO_OF_FOUR, include=("*",)), [tensor(8, 8, dtype="F4")])

@@ -106,7 +106,7 @@ def test_every_way_of_counting_finds_what_plain_loops_find(
         monkeypatch.setattr(occupancy, "PIECE_BYTES", 200)
         monkeypatch.setattr(verification, "SINGLE_PASS_BYTES", {"pieces": 1 << 20, "across pieces": 300}.get(memory, 0))
     rng = np.random.default_rng(7)
-    recipe = Recipe(Pattern.parse(pattern), axis=int(axis) if axis == "0" else axis, layout=layout)
+    recipe = Recipe.shorthand(Pattern.parse(pattern), axis=int(axis) if axis == "0" else axis, layout=layout)
     for shape in SHAPES:
         values = sparse(rng, shape)
         values[: shape[0] // 2] *= rng.integers(0, 4, size=values[: shape[0] // 2].shape) == 0
@@ -128,7 +128,7 @@ def test_every_dtype_nan_and_signed_zeros(tmp_path: Path, dtype: Any, pattern: s
     values = sparse(np.random.default_rng(8), (16, 24), dtype)
     bits = values.view(f"u{values.itemsize}")
     save_file({"a": values}, tmp_path / "in")
-    recipe = Recipe(Pattern.parse(pattern))
+    recipe = Recipe.shorthand(Pattern.parse(pattern))
     plan = plan_of(tmp_path / "in", recipe)
     expected = offences(plan, values)
     found = check(tmp_path / "in", recipe)
@@ -147,7 +147,7 @@ def test_whatever_was_pruned_holds_and_one_more_block_does_not(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     pattern, axis = data.draw(st.sampled_from(PATTERNS))
-    recipe = Recipe(
+    recipe = Recipe.shorthand(
         Pattern.parse(pattern), axis=0 if axis == "0" else axis, layout=data.draw(st.sampled_from(["out-in", "in-out"]))
     )
     folder = tmp_path_factory.mktemp("verify")
@@ -175,7 +175,7 @@ def test_a_budget_is_one_count_over_its_tensors(tmp_path: Path) -> None:
     values[0] = 0
     save_file({"a": values, "b": values * 0}, tmp_path / "in")
     with open_weights(tmp_path / "in") as weights:
-        plans = tuple(resolve(Recipe(Pattern.parse("1x4@0.5")), weights.tensors.values()))
+        plans = tuple(resolve(Recipe.shorthand(Pattern.parse("1x4@0.5")), weights.tensors.values()))
         for keep, bounds, holds in ((6, 8, True), (5, 8, False), (6, 6, True), (6, 5, False)):
             budget = Budget("all", plans, keep, ((0, bounds), (0, 0)))
             (verdict,) = verify(weights, [budget])
@@ -185,20 +185,20 @@ def test_a_budget_is_one_count_over_its_tensors(tmp_path: Path) -> None:
 
 def test_nothing_to_check_is_wrong_use(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="nothing to check"):
-        verify_file(DATA, Recipe(Pattern.parse("2:4096")))
+        verify_file(DATA, Recipe.shorthand(Pattern.parse("2:4096")))
     with pytest.raises(SpecError, match=r"conv1\.weight.*cannot take"):
-        verify_file(DATA, Recipe(Pattern.parse("2:4")), strict=True)
+        verify_file(DATA, Recipe.shorthand(Pattern.parse("2:4")), strict=True)
 
 
 def test_skips_come_through_in_the_order_of_the_file() -> None:
-    verdicts = verify_file(DATA, Recipe(Pattern.parse("2:4")))
+    verdicts = verify_file(DATA, Recipe.shorthand(Pattern.parse("2:4")))
     with open_weights(DATA) as weights:
         assert [v.tensor.name if isinstance(v, Skip) else v.plan.tensor.name for v in verdicts] == list(weights.tensors)
 
 
 def test_progress_ends_at_the_whole() -> None:
     seen: list[tuple[int, int]] = []
-    verify_file(DATA, Recipe(Pattern.parse("2:4")), progress=lambda *now: seen.append(now))
+    verify_file(DATA, Recipe.shorthand(Pattern.parse("2:4")), progress=lambda *now: seen.append(now))
     assert seen[-1][0] == seen[-1][1] == 770560
 
 
@@ -216,7 +216,7 @@ def test_a_file_that_threads_cannot_share_is_read_in_order(tmp_path: Path, monke
         real(self, tensor, start, into)
 
     monkeypatch.setattr(Safetensors, "read", read)
-    verify_file(DATA, Recipe(Pattern.parse("2:4")))
+    verify_file(DATA, Recipe.shorthand(Pattern.parse("2:4")))
     for _, group in itertools.groupby(starts, key=lambda pair: pair[0]):
         places = list(group)
         assert places == sorted(places)
@@ -296,7 +296,7 @@ def test_case75_memory_does_not_grow_with_the_file(tmp_path: Path, arguments: tu
 
 def pruned(folder: Path, values: np.ndarray, pattern: str, **options: Any) -> Path:
     save_file({"a": values}, folder / "in")
-    prune_file(folder / "in", folder / "out", Recipe(Pattern.parse(pattern), **options), force=True)
+    prune_file(folder / "in", folder / "out", Recipe.shorthand(Pattern.parse(pattern), **options), force=True)
     return folder / "out"
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Self
 
 from npscope.errors import FileError, FormatError, about
 from npscope.weights import Tensor
-from npscope.weights.output import Target, staged
+from npscope.weights.output import Target, reserve, staged
 
 MAX_HEADER = 100_000_000
 """Bytes that a header may have, as in the reference implementation."""
@@ -151,6 +151,7 @@ class SafetensorsWriter:
         self._buffer = memoryview(bytearray(_COPY_BYTES))
         self._written = 0  # bytes behind the header
         self._size = source._opened.st_size - source._data_start
+        reserve(fd, source._opened.st_size)
         self._copy_range(0, source._data_start)
 
     def copy(self, tensor: Tensor) -> None:

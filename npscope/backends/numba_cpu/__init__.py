@@ -20,6 +20,7 @@ from npscope.backends.numba_cpu.operands import Competitors, competitors, in_mem
 from npscope.backends.numba_cpu.ranking import Ranking
 from npscope.backends.numba_cpu.selection import kth, mask, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink
+from npscope.backends.numba_cpu.vectors import Format, format_of
 from npscope.backends.numba_cpu.writing import DropSink, Numbers, arrays, drop, fill, rescale, with_numbers
 from npscope.tiling import Leaf, Parts
 
@@ -104,10 +105,20 @@ def _count_nonzero(part: Competitors, eps: float) -> int:
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         def work(slot: int, i0: int, i1: int) -> None:
             for leaf in part.leaves:
-                found.append(nk.kernels(leaf.codec).count_above(*leaf.where, i0, i1, leaf.size, eps))
+                form = None if leaf.kind is None or leaf.bytewise else format_of(leaf.kind)
+                key = 0 if form is None else _key_up_to(eps, leaf.array.dtype, form)
+                found.append(nk.counter(leaf.codec, form)(*leaf.where, i0, i1, leaf.size, eps, key))
 
         return work
 
     found: list[int] = []
     ranges(part.total, part.elements, make_work)()
     return sum(found)
+
+
+def _key_up_to(eps: float, dtype: np.dtype, form: Format) -> int:
+    """The magnitude, as bits, of the largest number up to `eps` >= 0."""
+    with np.errstate(over="ignore"):
+        number = np.asarray(eps).astype(dtype)
+    key = min(int(number.view(f"u{dtype.itemsize}")), form.inf)
+    return key - (float(number) > eps)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.arithmetic import (
     dd_add,
     dd_divide,
@@ -39,6 +40,7 @@ from npscope.backends.numba_cpu.vector_norms import (
 from npscope.backends.numba_cpu.vector_norms import (
     TWO as TWO,
 )
+from npscope.backends.numba_cpu.vectors import Format
 
 POWER = 3
 """The fourth code of what a norm is made of: powers of magnitudes."""
@@ -350,22 +352,45 @@ def kernels(codec: Codec) -> SimpleNamespace:
                 for r in range(run):
                     rescale_one(buffer, first + r * step, factor)
 
-    @kernel
-    def count_above(
-        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, eps: float
-    ) -> int:
-        """How many elements of the blocks do not satisfy |x| <= eps."""
-        found = 0
-        for i in range(i0, i1):
-            at = origin + place(i, grid)
-            for e in range(total):
-                found += not (magnitude(buffer, at + place(e, elements)) <= eps)
-        return found
-
     return SimpleNamespace(
         accumulate=accumulate,
         accumulate_scaled=accumulate_scaled,
         accumulate_limbs=accumulate_limbs,
         rescale=rescale,
-        count_above=count_above,
     )
+
+
+@cache
+def counter(codec: Codec, form: Format | None) -> Any:
+    """``count(buffer, origin, grid, elements, i0, i1, total, eps, key)``: elements that do not satisfy |x| <= eps.
+
+    `form` is the format of numbers that can be read as vectors, and `key` then the key of the
+    largest of them up to eps.
+    """
+    magnitude, lanes = codec.magnitude, 0 if form is None else form.lanes
+    count_line: Any = None if form is None else vector_selection.count_above(form)
+
+    @kernel
+    def count(
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, eps: float, key: int
+    ) -> int:
+        found = 0
+        width, step = grid[0, -1], grid[1, -1]
+        for e in range(total):
+            start = origin + place(e, elements)
+            i = i0
+            while i < i1:
+                run = min(i1 - i, width - i % width)
+                at = start + place(i, grid)
+                i += run
+                r = 0
+                if lanes and step == 1:
+                    while r + lanes <= run:
+                        found += count_line(buffer, at + r, key)
+                        r += lanes
+                while r < run:
+                    found += not (magnitude(buffer, at + r * step) <= eps)
+                    r += 1
+        return found
+
+    return count

@@ -141,6 +141,22 @@ def collect(width: int) -> Any:
     return step(emit, 6, types.int64)
 
 
+@cache
+def count_above(form: Format) -> Any:
+    """``(source, i, limit)``: how many numbers of a line have a magnitude whose key is above it; NaN always does."""
+
+    def emit(b: Builder, source: Value, limit: Value) -> Value:
+        prefetch(b, source, LINE)
+        keys = keys_of(b, load(b, source, vector_of(form.bits, form.lanes)), form)
+        most = limit if form.bits == 64 else b.trunc(limit, keys.type.element)
+        above = b.icmp_unsigned(">", keys, broadcast(b, most, form.lanes))
+        bits = b.bitcast(above, ir.IntType(form.lanes))
+        found = call(b, f"llvm.ctpop.i{form.lanes}", bits.type, [bits])
+        return found if form.lanes == 64 else b.zext(found, ir.IntType(64))
+
+    return step(emit, 3, types.int64)
+
+
 def runs_per_line(form: Format, run: int) -> int:
     """Blocks whose runs fill a line together; 1 where they do not."""
     return form.lanes // run if form.lanes % run == 0 else 1

@@ -221,6 +221,7 @@ def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
 def _with_arguments(typing: Any, count: int) -> Any:
     """A function of a fixed number of arguments, which `intrinsic` asks for."""
     forms = {
+        3: lambda context, a, b, c: typing(context, a, b, c),
         4: lambda context, a, b, c, d: typing(context, a, b, c, d),
         5: lambda context, a, b, c, d, e: typing(context, a, b, c, d, e),
         6: lambda context, a, b, c, d, e, f: typing(context, a, b, c, d, e, f),

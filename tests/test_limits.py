@@ -1,0 +1,226 @@
+"""Large scopes and shared budgets of weight files: the exact survivors, however poor the search's means.
+
+The oracle ranks all blocks at once, in memory. The searches run with slabs of a few blocks, room
+for a few keys and samples of a few places, so that every way through them is taken.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import npscope
+from npscope import dropping, limits, pruning, slabs
+from npscope.errors import FormatError, SpecError
+from npscope.layout import lay
+from npscope.pattern import Pattern
+from npscope.plans import Budget, Plan, Scores
+from npscope.recipe import Recipe
+from npscope.weights import numpy_dtype, open_weights
+
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float64")
+
+
+@pytest.fixture(params=[(5, 16, 200), (1 << 21, 1 << 20, 200), (5, 16, 0)], ids=["few", "enough", "cut blocks"])
+def means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather, bins, scope_bytes = request.param
+    monkeypatch.setattr(limits, "GATHER", gather)
+    monkeypatch.setattr(limits, "BINS", bins)
+    monkeypatch.setattr(limits, "PIECES", 4)
+    monkeypatch.setattr(limits, "PIECE_BYTES", 32)
+    for module in (limits, dropping, slabs):
+        monkeypatch.setattr(module, "SLAB_BYTES", 160, raising=False)
+    monkeypatch.setattr(dropping, "SCOPE_BYTES", scope_bytes)
+
+
+def numbers(kind: str, shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    values = {
+        "normal": lambda: rng.normal(size=shape),
+        "two-valued": lambda: rng.choice([0.5, -2.0], size=shape),
+        "constant": lambda: np.full(shape, -1.5),
+        "zeros": lambda: np.zeros(shape),
+        "sorted": lambda: np.sort(rng.normal(size=shape), axis=None).reshape(shape),
+        "heavy": lambda: np.clip(rng.standard_cauchy(size=shape) ** 3, -400, 400),
+        "nan": lambda: np.where(rng.random(shape) < 0.2, np.nan, rng.integers(-2, 3, size=shape)),
+    }[kind]()
+    return values.astype(getattr(ml_dtypes, dtype, dtype))
+
+
+def pruned(folder: Path, tensors: dict[str, np.ndarray], decide: Any) -> dict[str, np.ndarray]:
+    """The tensors after pruning what ``decide(plan of a tensor)`` says."""
+    save_file(tensors, folder / "in")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning, "decided", lambda recipe, weights: nullcontext(decide(weights.tensors)))
+        pruning.prune_file(
+            folder / "in", folder / "out", Recipe.shorthand(Pattern.parse("2:4")), nan="keep", force=True
+        )
+    return load(folder / "out")
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    found = {}
+    with open_weights(path) as weights:
+        for name, tensor in weights.tensors.items():
+            raw = np.empty(tensor.nbytes, np.uint8)
+            weights.read(tensor, 0, raw.data)
+            found[name] = raw.view(numpy_dtype(tensor)).reshape(tensor.shape)
+    return found
+
+
+def norms_of(plan: Plan, values: np.ndarray) -> np.ndarray:
+    view = values.reshape(plan.shape).transpose(plan.order)
+    return npscope.block_norms(view, plan.block, ord=plan.ord)
+
+
+def with_mask(plan: Plan, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    result = values.copy()
+    npscope.BlockSpec(result.reshape(plan.shape).transpose(plan.order), plan.block).apply_mask(mask)
+    return result
+
+
+def best(norms: list[np.ndarray], keep: int, bounds: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Masks of the first choice within bounds: every least, then by rank as far as the most allows."""
+    blocks = [(i, p, float(x)) for i, n in enumerate(norms) for p, x in enumerate(n.flat)]
+    ranked = sorted(blocks, key=lambda block: (not np.isnan(block[2]), -np.nan_to_num(block[2]), block[:2]))
+    masks = [np.zeros(n.size, bool) for n in norms]
+    for i, p, _ in ranked:
+        if masks[i].sum() < bounds[i][0]:
+            masks[i][p] = True
+    for i, p, _ in ranked:
+        if sum(mask.sum() for mask in masks) < keep and masks[i].sum() < bounds[i][1]:
+            masks[i][p] = True
+    return [mask.reshape(n.shape) for mask, n in zip(masks, norms, strict=True)]
+
+
+@pytest.mark.usefixtures("means")
+@pytest.mark.parametrize("layout", ["out-in", "in-out"])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        *((dtype, kind) for dtype in DTYPES for kind in ("two-valued", "nan")),
+        *(("float32", kind) for kind in ("normal", "constant", "zeros", "sorted", "heavy")),
+    ],
+)
+def test_one_large_scope(tmp_path: Path, dtype: str, kind: str, layout: Any) -> None:
+    values = numbers(kind, (12, 20), dtype, 1)
+    for text in ("1x1@0.37", "2x4@0.5", "block=1x2 scope=-1x2 keep=9 ord=1", "block=12x1 scope=1x10 keep=3"):
+        if layout == "in-out":
+            text = text.replace("12x1", "20x1").replace("1x10", "1x12")
+        plans: list[Plan] = []
+
+        def decide(tensors: Any, text: str = text, plans: list[Plan] = plans) -> list[Plan]:
+            plans.append(lay(Pattern.parse(text), tensors["w"], layout=layout))
+            return plans
+
+        found = pruned(tmp_path, {"w": values}, decide)["w"]
+        (plan,) = plans
+        expected = values.copy()
+        view = expected.reshape(plan.shape).transpose(plan.order)
+        npscope.keep_largest(view, plan.keep, plan.block, plan.scope, ord=plan.ord, out=view)
+        np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8), err_msg=text)
+
+
+@pytest.mark.usefixtures("means")
+@given(data=st.data())
+def test_budgets_with_bounds(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 4), label="tensors")
+    kinds = st.sampled_from(["normal", "two-valued", "constant", "sorted", "heavy", "nan"])
+    tensors = {
+        f"t{i}": numbers(
+            data.draw(kinds),
+            data.draw(st.sampled_from([(4, 4), (6, 8), (2, 20)])),
+            data.draw(st.sampled_from(DTYPES)),
+            i,
+        )
+        for i in range(count)
+    }
+    block = data.draw(st.sampled_from(["1x1", "2x2", "1x4"]))
+    layout: Any = data.draw(st.sampled_from(["out-in", "in-out"]))
+    sizes = [value.size // int(np.prod([int(s) for s in block.split("x")])) for value in tensors.values()]
+    bounds = [tuple(sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n))))) for n in sizes]
+    keep = data.draw(st.integers(sum(low for low, _ in bounds), sum(high for _, high in bounds)), label="keep")
+    plans: list[Plan] = []
+
+    def decide(found: Any) -> list[Budget]:
+        text = f"block={'4x1' if block == '1x4' and layout == 'in-out' else block} sparsity=0.5"
+        plans.extend(lay(Pattern.parse(text), found[name], layout=layout) for name in tensors)
+        return [Budget("all", tuple(plans), keep, tuple(bounds))]
+
+    result = pruned(tmp_path_factory.mktemp("budget"), tensors, decide)
+    norms = [norms_of(plan, value) for plan, value in zip(plans, tensors.values(), strict=True)]
+    masks = best(norms, keep, bounds)
+    for plan, (name, value), mask in zip(plans, tensors.items(), masks, strict=True):
+        expected = with_mask(plan, value, mask)
+        np.testing.assert_array_equal(result[name].view(np.uint8), expected.view(np.uint8))
+
+
+def test_a_budget_that_no_choice_meets(tmp_path: Path) -> None:
+    def decide(found: Any) -> list[Budget]:
+        plan = lay(Pattern.parse("1x1@0.5"), found["w"])
+        return [Budget("all", (plan,), 9, ((2, 8),))]
+
+    with pytest.raises(SpecError, match=r"'all': 9 blocks are to survive; its bounds allow 2 to 8"):
+        pruned(tmp_path, {"w": np.ones((4, 4), np.float32)}, decide)
+
+
+@pytest.mark.usefixtures("means")
+@pytest.mark.parametrize("text", ["2:4", "1x2@0.5", "2x2@0.25", "block=1x1 scope=3x4 keep=5"])
+@pytest.mark.parametrize("vector", [False, True])
+def test_scores(tmp_path: Path, text: str, vector: bool) -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(12, 8)).astype(np.float32)
+    scores = rng.random(8 if vector else (12, 8)).astype(np.float32)
+    save_file({"w": scores}, tmp_path / "scores")
+    with open_weights(tmp_path / "scores") as other:
+        plans: list[Plan] = []
+
+        def decide(found: Any) -> list[Plan]:
+            plan = lay(Pattern.parse(text), found["w"])
+            plans.append(replace(plan, scores=Scores(other, other.tensors["w"], 1 if vector else None)))
+            return plans
+
+        result = pruned(tmp_path, {"w": weight}, decide)["w"]
+    (plan,) = plans
+    ranked = np.abs(weight) * scores
+    if not vector:
+        ranked = scores
+    expected = npscope.keep_largest(weight, plan.keep, plan.block, plan.scope, scores=ranked)
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -1.0])
+def test_scores_that_are_no_scores(tmp_path: Path, bad: float) -> None:
+    save_file({"w": np.asarray([[1, bad, 1, 1]], np.float32)}, tmp_path / "scores")
+    with open_weights(tmp_path / "scores") as other:
+
+        def decide(found: Any) -> list[Plan]:
+            return [replace(lay(Pattern.parse("2:4"), found["w"]), scores=Scores(other, other.tensors["w"]))]
+
+        with pytest.raises(FormatError, match="scores of tensor 'w' hold 1 "):
+            pruned(tmp_path, {"w": np.ones((1, 4), np.float32)}, decide)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reads"), [("normal", 1), ("heavy", 1), ("constant", 2), ("sorted", 3), ("two-valued", 4)]
+)
+def test_how_often_a_search_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, reads: int) -> None:
+    """Once where the sample is like the rest; at most twice more for the key, and once for where its ties end."""
+    monkeypatch.setattr(limits, "GATHER", 4000)
+    monkeypatch.setattr(dropping, "SCOPE_BYTES", 4)
+    values = numbers(kind, (512, 512), "float32", 2)
+    seen = [0]
+    save_file({"w": values}, tmp_path / "in")
+    recipe = Recipe.shorthand(Pattern.parse("1x1@0.5"))
+    progress = lambda done, total: seen.append(total)  # noqa: E731
+    pruning.prune_file(tmp_path / "in", None, recipe, dry_run=True, progress=progress)
+    assert seen[-1] <= (1 + reads) * values.nbytes
