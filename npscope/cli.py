@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -28,11 +30,14 @@ from npscope import __version__, report
 from npscope.errors import FileError, NpscopeError, SpecError
 
 if TYPE_CHECKING:
+    from npscope.comparison import Difference
     from npscope.plans import Skip
     from npscope.pruning import Outcome, Progress
     from npscope.recipe import Recipe
+    from npscope.verification import Verdict
 
-Job = Callable[[], None]
+Job = Callable[[], int | None]
+"""What a command does when it is parsed; it returns its exit code, None for 0."""
 AxisName = Literal["in", "fan-in", "last"]
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -82,6 +87,10 @@ _SCORES = Annotated[
 ]
 
 
+_OUTPUT = Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="The file to write.")]
+_FORCE = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
+
+
 @app.command()
 def prune(
     source: Annotated[str, typer.Argument(metavar="IN", help="A safetensors file; it is only read.")],
@@ -98,6 +107,9 @@ def prune(
     ),
     strict: Annotated[bool, typer.Option("--strict", help="Fail when a tensor cannot take the pattern.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute and report, write nothing.")] = False,
+    mask_out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write what is kept, a bit for each element, for apply-mask.")
+    ] = None,
     as_json: _JSON = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No table and no progress bar.")] = False,
@@ -110,19 +122,32 @@ def prune(
 
     def job() -> None:
         from npscope.pruning import prune_file
+        from npscope.storage import storage
 
         rules = _recipe(recipe, pattern, include, exclude, axis, layout, scores)
         with _progress_bar(shown=not quiet) as progress:
             results = prune_file(
-                source, output, rules, nan=nan, strict=strict, force=force, dry_run=dry_run, progress=progress
+                source,
+                output,
+                rules,
+                nan=nan,
+                strict=strict,
+                force=force,
+                dry_run=dry_run,
+                mask_out=mask_out,
+                progress=progress,
             )
         lines = [_pruned(result) for result in results]
+        zeros = {line.name: line.zeros_after or 0 for line in lines if line.skipped is None}
+        stored = None if dry_run or output is None else storage(output, zeros)
         if as_json:
             head = {"npscope": __version__, "input": source, "output": output, "dry_run": dry_run}
             head |= {"pattern": pattern, "recipe": recipe, "scores": scores}
-            _print(report.as_json(head | report.pruned_fields(lines)) + "\n")
+            _print(report.as_json(head | report.pruned_fields(lines) | {"bytes": stored and asdict(stored)}) + "\n")
         elif not quiet:
             _print(report.pruned_table(lines, width=_width()))
+            if stored is not None:
+                _print(report.storage_line(**asdict(stored)))
 
     return job
 
@@ -178,7 +203,7 @@ def inspect(
     as_json: _JSON = False,
     debug: _DEBUG = False,
 ) -> Job:
-    """List the tensors of a file: dtypes, shapes, zeros, and the N:M sparsity that is there."""
+    """List the tensors of a file: dtypes, shapes, zeros, and the N:M and block sparsity that is there."""
 
     def job() -> None:
         from npscope.inspection import inspect_file
@@ -191,8 +216,8 @@ def inspect(
                 math.prod(found.tensor.shape),
                 found.zeros,
                 found.nans,
-                None if found.n_of_m is None else "keep {} of {}".format(*found.n_of_m),
-                found.along,
+                tuple(group._asdict() for group in found.groups),
+                tuple(block._asdict() for block in found.blocks),
             )
             for found in inspect_file(file, layout=layout)
         ]
@@ -200,6 +225,158 @@ def inspect(
             _print(report.as_json({"npscope": __version__, "file": file} | report.inspected_fields(lines)) + "\n")
         else:
             _print(report.inspected_table(lines, width=_width()))
+
+    return job
+
+
+@app.command()
+def verify(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of weights, whoever made it.")],
+    pattern: _PATTERN = None,
+    recipe: _RECIPE = None,
+    include: _INCLUDE = None,
+    exclude: _EXCLUDE = None,
+    axis: _AXIS = None,
+    layout: _RULE_LAYOUT = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when a tensor cannot take the pattern.")] = False,
+    as_json: _JSON = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No table and no progress bar.")] = False,
+    debug: _DEBUG = False,
+) -> Job:
+    """Check that a file has a pattern: in every scope no more blocks in use than may be kept; exit code 1 if not."""
+
+    def job() -> int:
+        from npscope.verification import verify_file
+
+        rules = _recipe(recipe, pattern, include, exclude, axis, layout, None)
+        with _progress_bar(shown=not quiet, what="checking") as progress:
+            lines = [_verified(verdict) for verdict in verify_file(file, rules, strict=strict, progress=progress)]
+        fields = report.verified_fields(lines)
+        if as_json:
+            head = {"npscope": __version__, "file": file, "pattern": pattern, "recipe": recipe}
+            _print(report.as_json(head | fields) + "\n")
+        elif not quiet:
+            _print(report.verified_table(lines, width=_width()))
+        return 0 if fields["holds"] else 1
+
+    return job
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A file of weights.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one, of any format.")],
+    by_value: Annotated[
+        bool, typer.Option("--by-value", help="Zeros of unlike sign are equal, and NaN of unlike bits.")
+    ] = False,
+    as_json: _JSON = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No table.")] = False,
+    debug: _DEBUG = False,
+) -> Job:
+    """Compare two files tensor by tensor, by their bits; exit code 1 when they differ."""
+
+    def job() -> int:
+        from npscope.comparison import compare_files
+
+        lines = [_differing(found) for found in compare_files(a, b, by_value=by_value)]
+        fields = report.differing_fields(lines)
+        if as_json:
+            _print(report.as_json({"npscope": __version__, "a": a, "b": b, "by_value": by_value} | fields) + "\n")
+        elif not quiet:
+            _print(report.differing_table(lines, width=_width()))
+        return 0 if fields["equal"] else 1
+
+    return job
+
+
+@app.command("apply-mask")
+def apply_mask_command(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A file of weights; it is only read.")],
+    mask: Annotated[str, typer.Argument(metavar="MASK", help="What prune --mask-out wrote.")],
+    output: _OUTPUT,
+    as_json: _JSON = False,
+    force: _FORCE = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No report.")] = False,
+    debug: _DEBUG = False,
+) -> Job:
+    """Zero what a mask does not keep, in a copy of a file of weights."""
+
+    def job() -> None:
+        from npscope.masks import apply_mask
+
+        done = apply_mask(source, mask, output, force=force)
+        lines = [
+            {
+                "name": masked.tensor.name,
+                "dtype": masked.tensor.dtype,
+                "shape": masked.tensor.shape,
+                "elements": math.prod(masked.tensor.shape),
+                "dropped": masked.dropped,
+                "changed": masked.changed,
+            }
+            for masked in done
+        ]
+        if as_json:
+            head = {"npscope": __version__, "input": source, "mask": mask, "output": output}
+            _print(report.as_json(head | {"tensors": lines}) + "\n")
+        elif not quiet:
+            _print(report.plain_table(lines, width=_width()))
+
+    return job
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A pruned file of weights; it is only read.")],
+    to: Annotated[
+        Literal["bitmask", "csr", "bsr", "2:4"],
+        typer.Option(
+            help="bitmask: safetensors as compressed-tensors has it; csr, bsr: one matrix for "
+            "scipy.sparse.load_npz; 2:4: an npz of values and 2-bit places."
+        ),
+    ],
+    output: _OUTPUT,
+    include: _INCLUDE = None,
+    exclude: _EXCLUDE = None,
+    block: Annotated[str, typer.Option(metavar="RxC", help="Size of the blocks of bsr.")] = "4x4",
+    axis: Annotated[str, typer.Option(help="Where 2:4 runs: in, fan-in (in x kernel), last, or a number.")] = "in",
+    layout: _LAYOUT = "out-in",
+    as_json: _JSON = False,
+    force: _FORCE = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No report.")] = False,
+    debug: _DEBUG = False,
+) -> Job:
+    """Write pruned weights without their zeros, in a layout that other programs read."""
+
+    def job() -> None:
+        from npscope import export as exports
+        from npscope.pattern import Pattern
+        from npscope.recipe import Recipe
+
+        names = tuple(include or ()), tuple(exclude or ())
+        if to == "2:4":
+            rules = Recipe.shorthand(Pattern.parse("2:4"), *names, _axis(axis), layout)
+            done = exports.export_two_of_four(source, output, rules, strict=bool(include), force=force)
+        elif to == "bitmask":
+            done = exports.export_bitmask(source, output, exports.Selection(*names), force=force)
+        else:
+            size = None if to == "csr" else _block(block)
+            done = exports.export_matrix(source, output, exports.Selection(*names), size, force=force)
+        lines = [
+            {
+                "name": exported.tensor.name,
+                "dtype": exported.tensor.dtype,
+                "shape": exported.tensor.shape,
+                "bytes_before": exported.tensor.nbytes,
+                "bytes": exported.nbytes,
+            }
+            for exported in done
+        ]
+        if as_json:
+            head = {"npscope": __version__, "input": source, "output": output, "to": to}
+            _print(report.as_json(head | {"tensors": lines}) + "\n")
+        elif not quiet:
+            _print(report.plain_table(lines, width=_width()))
 
     return job
 
@@ -230,22 +407,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _signals_raise():
-            _run(given)
-        return 0
+            return _run(given)
     except BaseException as error:
         return _fail(error, options=set(given[: given.index("--")] if "--" in given else given))
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     if sys.platform == "win32":
         raise SpecError("the command line is not supported on Windows; the Python functions are")
     try:
         job = app(arguments, prog_name="npscope", standalone_mode=False)
     except SystemExit:  # how the parser ends when nobody reads its help
         raise BrokenPipeError from None
-    if callable(job):
-        job()
+    code = job() if callable(job) else None
     sys.stdout.flush()
+    return code or 0
 
 
 class Stopped(KeyboardInterrupt):
@@ -346,6 +522,59 @@ def _axis(text: str) -> AxisName | int:
     if not (digits.isascii() and digits.isdecimal() and len(digits) <= 3):
         raise SpecError(f"axis {text!r:.40} is not in, fan-in, last or a number")
     return int(text)
+
+
+def _block(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text, re.ASCII)
+    if match is None:
+        raise SpecError(f"block {text!r:.40} is not two sizes like 4x4")
+    return int(match[1]), int(match[2])
+
+
+def _verified(verdict: Verdict) -> report.Verified:
+    from npscope.plans import Skip
+    from npscope.verification import CheckedBudget, CheckedCoupling
+
+    if isinstance(verdict, Skip):
+        tensor = verdict.tensor
+        return report.Verified(tensor.name, tensor.dtype, tensor.shape, skipped=verdict.reason, misfit=verdict.misfit)
+    if isinstance(verdict, CheckedBudget):
+        budget = verdict.budget
+        pattern = f"keep {budget.keep} of {sum(plan.blocks for plan in budget.plans)}, {len(budget.plans)} tensors"
+        return report.Verified(budget.name, None, None, pattern, holds=verdict.holds, used=sum(verdict.used))
+    if isinstance(verdict, CheckedCoupling):
+        coupling = verdict.coupling
+        pattern = f"keep {coupling.keep} of {coupling.blocks} coupled blocks, {len(coupling.tensors)} tensors"
+        return report.Verified(
+            coupling.name, None, None, pattern, None, verdict.holds, coupling.scopes, verdict.offending
+        )
+    plan, first = verdict.plan, verdict.first
+    return report.Verified(
+        plan.tensor.name,
+        plan.tensor.dtype,
+        plan.tensor.shape,
+        plan.pattern,
+        plan.along,
+        verdict.holds,
+        plan.scopes,
+        verdict.offending,
+        *((None, None, None) if first is None else (first.scope, first.start, first.used)),
+    )
+
+
+def _differing(found: Difference) -> report.Differing:
+    return report.Differing(
+        found.name,
+        found.status,
+        (None if found.a is None else found.a.dtype, None if found.b is None else found.b.dtype),
+        (None if found.a is None else found.a.shape, None if found.b is None else found.b.shape),
+        None if found.a is None else math.prod(found.a.shape),
+        found.differing,
+        found.zeros,
+        found.nans,
+        found.first,
+        found.largest,
+    )
 
 
 def _pruned(result: Outcome | Skip) -> report.Pruned:

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,17 @@ def masks_of(
             mask = masks[leaf].transpose(np.argsort(member.order))
             kept[member.window.tensor.name].append(Kept(member.window, member.block, mask))
     return dict(kept)
+
+
+def used_blocks(coupling: Coupling, weights: WeightFile, advance: Callable[[int], None] | None = None) -> Array:
+    """For every scope of `coupling`, how many of its blocks have an element that is not zero in some member."""
+    counts: Array = np.zeros((), np.int64)
+    for group in coupling.groups:
+        own = replace(group, members=tuple(replace(member, scores=None) for member in group.members))
+        largest = _table(own, math.inf, weights, advance)
+        norms = ScopeSpec(BlockSpec(largest, ()), group.scope).block_norms()
+        counts = counts + np.count_nonzero(norms != 0, axis=-1)
+    return counts
 
 
 def drop(kept: Iterable[Kept], start: int, values: Array) -> None:

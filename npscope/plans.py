@@ -258,3 +258,12 @@ class Coupled:
 
 Decision = Plan | Skip | Budget | Coupling
 """What is done with one tensor or several."""
+
+
+def parts_of(decision: Decision) -> tuple[Plan | Coupled, ...]:
+    """What a decision does to each of the tensors that it prunes."""
+    if isinstance(decision, Budget):
+        return decision.plans
+    if isinstance(decision, Coupling):
+        return tuple(Coupled(tensor, decision) for tensor in decision.tensors)
+    return (decision,) if isinstance(decision, Plan) else ()

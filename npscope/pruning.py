@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,7 @@ from npscope.coupled import masks_of
 from npscope.dropping import ByWindows, Dropper, dropper_of, droppers_of, slabs_for
 from npscope.errors import FormatError, SpecError
 from npscope.limits import Search
+from npscope.masks import MaskWriter, mask_file
 from npscope.planning import decided
 from npscope.plans import Budget, Coupled, Coupling, Decision, Plan, Skip
 from npscope.ranked import RankedReader, Slab
@@ -29,6 +31,7 @@ from npscope.recipe import Recipe
 from npscope.scores import check_scores_unchanged
 from npscope.slabs import Background, count_zeros_and_nans
 from npscope.weights import Tensor, WeightFile, Writer, open_weights
+from npscope.weights.output import Target
 
 NanPolicy = Literal["refuse", "keep"]
 Progress = Callable[[int, int], None]
@@ -55,6 +58,7 @@ def prune_file(
     strict: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    mask_out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome | Skip]:
     """Prune the weights in `source` into the new file `target`; say for every tensor what was done.
@@ -75,6 +79,8 @@ def prune_file(
         Replace an existing `target`. The input itself is never replaced.
     dry_run
         Do everything but write.
+    mask_out
+        Place for a file with the masks of the pruned tensors (`npscope.masks`).
     progress
         Called after every slab.
 
@@ -91,19 +97,30 @@ def prune_file(
         raise SpecError("no output: give -o OUT, or --dry-run")
     with open_weights(source) as weights, decided(recipe, weights) as decisions, RankedReader(weights) as reader:
         place = None if target is None else weights.target(target, force=force)
+        mask_place = None if mask_out is None else _mask_target(mask_out, source, place, force)
         _require_work(decisions, strict)
         ticker = _Ticker(weights, progress)
         droppers = _droppers(decisions, weights, Search(reader, ticker.more))
         if place is None or dry_run:
-            outcomes = _write(weights, droppers, reader, None, nan, ticker)
+            outcomes = _write(weights, droppers, reader, None, None, nan, ticker)
             weights.check_unchanged()
             check_scores_unchanged(decisions)
         else:
-            with weights.successor(place) as writer, Background() as background:
-                outcomes = _write(weights, droppers, reader, _Behind(writer, background), nan, ticker)
+            masking = nullcontext() if mask_place is None else mask_file(mask_place, decisions)
+            with weights.successor(place) as writer, masking as masks, Background() as background:
+                outcomes = _write(weights, droppers, reader, _Behind(writer, background), masks, nan, ticker)
                 check_scores_unchanged(decisions)
         skips = {decision.tensor.name: decision for decision in decisions if isinstance(decision, Skip)}
         return [outcomes.get(name) or skips[name] for name in weights.tensors]
+
+
+def _mask_target(
+    path: str | os.PathLike[str], source: str | os.PathLike[str], result: Target | None, force: bool
+) -> Target:
+    place = Target.of(path, force=force, source=os.stat(source))
+    if result is not None and result.path == place.path:
+        raise SpecError(f"the mask and the output are both to be {os.fsdecode(path)!r}; choose another name for one")
+    return place
 
 
 def _droppers(decisions: Iterable[Decision], weights: WeightFile, search: Search) -> dict[str, Dropper]:
@@ -182,6 +199,7 @@ def _write(
     droppers: Mapping[str, Dropper],
     reader: RankedReader,
     writer: _Behind | None,
+    masks: MaskWriter | None,
     nan: NanPolicy,
     ticker: _Ticker,
 ) -> dict[str, Outcome]:
@@ -192,7 +210,7 @@ def _write(
     )
     for name, tensor in weights.tensors.items():
         if name in droppers:
-            outcomes[name] = _drop(droppers[name], slabs, writer, nan, ticker)
+            outcomes[name] = _drop(droppers[name], slabs, writer, masks, nan, ticker)
         else:
             if writer is not None:
                 writer.copy(tensor)
@@ -202,8 +220,15 @@ def _write(
     return outcomes
 
 
-def _drop(dropper: Dropper, slabs: Iterator[Slab], writer: _Behind | None, nan: NanPolicy, ticker: _Ticker) -> Outcome:
-    """Drop the losers of one tensor in the next slabs, and write them."""
+def _drop(
+    dropper: Dropper,
+    slabs: Iterator[Slab],
+    writer: _Behind | None,
+    masks: MaskWriter | None,
+    nan: NanPolicy,
+    ticker: _Ticker,
+) -> Outcome:
+    """Drop the losers of one tensor in the next slabs, write them, and what was kept into `masks`."""
     plan = dropper.plan
     left = math.prod(plan.shape)
     before = after = nans = 0
@@ -216,6 +241,10 @@ def _drop(dropper: Dropper, slabs: Iterator[Slab], writer: _Behind | None, nan: 
         if math.isnan(norm):
             nans += count_zeros_and_nans(slab.values)[1]
         norm_before, before = math.hypot(norm_before, norm), before + slab.values.size - flat.nnz()
+        if masks is not None:
+            marks = np.ones(slab.values.shape, np.uint8)
+            dropper.drop(slab._replace(values=marks, scores=slab.ranked))
+            masks.add(plan.tensor, marks.reshape(-1).view(np.bool_))
         dropper.drop(slab)
         norm_after, after = math.hypot(norm_after, float(flat.norms()[0])), after + slab.values.size - flat.nnz()
         if writer is not None:

@@ -63,7 +63,11 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """One tensor of a file: its zeros, and the N:M sparsity (`pattern`) that holds `along` an axis."""
+    """One tensor of a file: its zeros and NaN, and what was detected in it.
+
+    `groups` are ``{"keep": N, "of": M, "along": axis}``, `blocks` ``{"size": [rows, columns], "zero":
+    how many are zero, "blocks": of how many}``.
+    """
 
     name: str
     dtype: str
@@ -71,8 +75,119 @@ class Inspected:
     elements: int
     zeros: int | None = None
     nans: int | None = None
+    groups: tuple[Mapping[str, Any], ...] = ()
+    blocks: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """One tensor or budget of a run of ``npscope verify``: whether its pattern `holds`, or why it was `skipped`.
+
+    `offending` scopes have too many blocks in use. The first of them has the index `scope` in the
+    ``[out, in, ...]`` grid of scopes and begins at `index` of the tensor as it is stored; `used` of its
+    blocks are not zero. For a budget `used` is the sum over its tensors.
+    """
+
+    name: str
+    dtype: str | None
+    shape: tuple[int, ...] | None
     pattern: str | None = None
     along: str | None = None
+    holds: bool | None = None
+    scopes: int | None = None
+    offending: int | None = None
+    scope: tuple[int, ...] | None = None
+    index: tuple[int, ...] | None = None
+    used: int | None = None
+    skipped: str | None = None
+    misfit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Differing:
+    """One tensor of a run of ``npscope diff``; the counts are those of `npscope.comparison.Difference`."""
+
+    name: str
+    status: str
+    dtypes: tuple[str | None, str | None]
+    shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+    elements: int | None
+    differing: int
+    zeros: int
+    nans: int
+    first: tuple[int, ...] | None
+    largest: float | int | None
+
+
+def verified_fields(lines: Sequence[Verified]) -> dict[str, Any]:
+    """The lines and their totals, ready for JSON."""
+    totals = {
+        "checked": sum(line.holds is not None for line in lines),
+        "failed": sum(line.holds is False for line in lines),
+        "skipped": sum(line.skipped is not None for line in lines),
+        "misfits": sum(line.misfit for line in lines),
+    }
+    return {"tensors": [asdict(line) for line in lines], "totals": totals, "holds": not totals["failed"]}
+
+
+def verified_table(lines: Sequence[Verified], *, width: int | None) -> str:
+    """A table of the lines with a last line of totals; `width` None is for pipes and files."""
+    totals = verified_fields(lines)["totals"]
+    text = _table(("tensor", "dtype", "shape", "pattern", "found"), map(_verified_cells, lines), width)
+    if any(line.scope is not None for line in lines):
+        text += (
+            "first: the index of a scope in the grid of scopes of [out, in, ...], and of its first element in the "
+            "tensor as it is stored\n"
+        )
+    return (
+        f"{text}checked {totals['checked']}, of which {totals['failed']} failed; skipped {totals['skipped']} "
+        f"({totals['misfits']} could not take the pattern)\n"
+    )
+
+
+def _verified_cells(line: Verified) -> tuple[str, ...]:
+    lead = (line.name, line.dtype or "", "" if line.shape is None else _shape(line.shape))
+    if line.skipped is not None:
+        return (*lead, f"skipped: {line.skipped}", "")
+    pattern = line.pattern if line.along is None else f"{line.pattern}, {line.along}"
+    if line.holds:
+        return (*lead, pattern or "", "holds")
+    if line.scope is None:
+        return (*lead, pattern or "", f"FAILS: {line.used} in use")
+    where = f"{list(line.scope)} at {list(line.index or ())}: {line.used} in use"
+    return (*lead, pattern or "", f"FAILS in {line.offending} of {line.scopes} scopes, first {where}")
+
+
+def differing_fields(lines: Sequence[Differing]) -> dict[str, Any]:
+    """The lines and their totals, ready for JSON."""
+    unequal = sum(line.status != "equal" for line in lines)
+    totals = {"tensors": len(lines), "equal": len(lines) - unequal, "unequal": unequal}
+    return {"tensors": [asdict(line) for line in lines], "totals": totals, "equal": not unequal}
+
+
+def differing_table(lines: Sequence[Differing], *, width: int | None) -> str:
+    """A table of the tensors that are not equal, and a last line of totals; `width` None is for pipes and files."""
+    totals = differing_fields(lines)["totals"]
+    unequal = [_differing_cells(line) for line in lines if line.status != "equal"]
+    text = _table(("tensor", "difference", "elements", "first at", "largest"), unequal, width) if unequal else ""
+    return f"{text}{totals['equal']} of {totals['tensors']} tensors are equal\n"
+
+
+def _differing_cells(line: Differing) -> tuple[str, ...]:
+    if line.status != "values":
+        sides = line.dtypes if line.status == "dtype" else [None if s is None else _shape(s) for s in line.shapes]
+        shown = "" if None in sides else f": {sides[0]} and {sides[1]}"
+        return (line.name, f"{line.status}{shown}", "", "", "")
+    bits = [
+        f"{count} only {what}" for count, what in ((line.zeros, "sign of zero"), (line.nans, "bits of NaN")) if count
+    ]
+    return (
+        line.name,
+        "values" + (f" ({', '.join(bits)})" if bits else ""),
+        f"{line.differing} of {line.elements}",
+        str(list(line.first or ())),
+        "" if line.largest is None else f"{line.largest:.6g}",
+    )
 
 
 def as_json(fields: Mapping[str, Any]) -> str:
@@ -155,12 +270,27 @@ def planned_table(lines: Sequence[Planned], *, width: int | None) -> str:
 def inspected_table(lines: Sequence[Inspected], *, width: int | None) -> str:
     """A table of the lines with a last line of totals; `width` None is for pipes and files."""
     totals = inspected_fields(lines)["totals"]
-    header = ("tensor", "dtype", "shape", "zeros", "NaN", "pattern")
+    header = ("tensor", "dtype", "shape", "zeros", "NaN", "detected")
     text = _table(header, (_inspected_cells(line) for line in lines), width)
     return (
         f"{text}{totals['tensors']} tensors: {totals['floating_elements']} floating elements, "
         f"{_percent(totals['zeros'], totals['floating_elements'])} zero, {totals['nans']} NaN\n"
     )
+
+
+def storage_line(*, now: int, bitmask: int, deflated: int) -> str:
+    """What the pruned tensors take, and would take without their zeros."""
+    return (
+        f"their bytes: {now} now, {bitmask} as values and a bitmask ({_percent(bitmask, now)}), "
+        f"about {deflated} deflated ({_percent(deflated, now)})\n"
+    )
+
+
+def plain_table(lines: Sequence[Mapping[str, Any]], *, width: int | None) -> str:
+    """A table with a column for each key of the lines."""
+    titles = [key.replace("_", " ") for key in (lines[0] if lines else ())]
+    rows = ([_shape(cell) if isinstance(cell, tuple) else str(cell) for cell in line.values()] for line in lines)
+    return _table(titles, rows, width)
 
 
 def bench_table(results: Mapping[str, Any], *, width: int | None) -> str:
@@ -227,8 +357,11 @@ def _inspected_cells(line: Inspected) -> tuple[str, ...]:
     lead = (line.name, line.dtype, _shape(line.shape))
     if line.zeros is None:
         return (*lead, "", "", "")
-    pattern = "" if line.pattern is None else f"{line.pattern}, {line.along}"
-    return (*lead, _percent(line.zeros, line.elements), str(line.nans or ""), pattern)
+    found = [f"keep {group['keep']} of {group['of']}, {group['along']}" for group in line.groups]
+    found += [
+        f"{_percent(block['zero'], block['blocks'])} of blocks {_shape(block['size'])} zero" for block in line.blocks
+    ]
+    return (*lead, _percent(line.zeros, line.elements), str(line.nans or ""), "; ".join(found))
 
 
 def _timing(row: Mapping[str, Any] | None, elements: int) -> str:

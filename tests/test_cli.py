@@ -591,6 +591,18 @@ def test_case80_a_full_standard_output(folder: Path) -> None:
         (["prune", DATA, "--pattern", "2:4", "--strict", "--dry-run"], 2, "'conv1.weight' cannot take the pattern"),
         (["prune", DATA, "--pattern", "2:4096", "--dry-run"], 2, "nothing to prune in 15 tensors"),
         (["prune", "nowhere", "--pattern", "2:4", "--dry-run"], 3, "'nowhere': No such file"),
+        (["prune", DATA, "--pattern", "2:4", "-o", "/x/y", "--mask-out", "/x/z"], 3, "does not exist"),
+        (["verify", DATA], 2, "Missing"),
+        (["verify", DATA, "--pattern", "2:4096"], 2, "nothing to check in 15 tensors"),
+        (["verify", DATA, "--pattern", "2:4", "--include", "nothing*"], 2, "matches none"),
+        (["verify", DATA, "--pattern", "2:4", "--strict"], 2, "'conv1.weight' cannot take the pattern"),
+        (["verify", "nowhere", "--pattern", "2:4"], 3, "'nowhere': No such file"),
+        (["diff", DATA], 2, "Missing"),
+        (["diff", DATA, "nowhere"], 3, "'nowhere': No such file"),
+        (["apply-mask", DATA, "nowhere", "-o", "/x/y"], 3, "'nowhere': No such file"),
+        (["apply-mask", DATA, DATA, "-o", "/x/y"], 3, "does not exist"),
+        (["export", DATA, "--to", "coo", "-o", "/x/y"], 2, "coo"),
+        (["export", "nowhere", "--to", "csr", "-o", "/x/y"], 3, "'nowhere': No such file"),
         (["inspect", "nowhere"], 3, "No such file"),
         (["inspect", __file__], 2, "header length"),
         (["inspect", Path(__file__).parent], 2, "not a regular file"),
@@ -690,9 +702,9 @@ def test_inspect_finds_the_pattern_that_was_pruned(run: Run, folder: Path) -> No
         assert run("prune", DATA, "-o", out, *given).code == 0
         lines = {line["name"]: line for line in run("inspect", out, "--json").json["tensors"]}
         found = lines["conv4.weight"]
-        assert (found["pattern"], found["along"]) == (f"keep {pattern[0]} of {pattern[2]}", expected)
+        assert found["groups"][0] == {"keep": int(pattern[0]), "of": int(pattern[2]), "along": expected}
         assert found["zeros"] == np.count_nonzero(load_file(out)["conv4.weight"] == 0)
-        assert lines["conv2.weight"]["pattern"] is None
+        assert lines["conv2.weight"]["groups"] == lines["conv2.weight"]["blocks"] == []
         assert f"keep {pattern[0]} of {pattern[2]}, {expected}" in run("inspect", out).out
 
 
@@ -712,7 +724,7 @@ def test_unstructured_zeros_are_no_pattern(run: Run, folder: Path) -> None:
     values[:, 32:] = 0
     values[0] = 0
     save_file({"a": values}, folder / "in")
-    assert run("inspect", folder / "in", "--json").json["tensors"][0]["pattern"] is None
+    assert run("inspect", folder / "in", "--json").json["tensors"][0]["groups"] == []
 
 
 def test_case62_names_cannot_steer_the_terminal(run: Run, folder: Path) -> None:

@@ -148,6 +148,11 @@ def open_weights(path: str | os.PathLike[str]) -> WeightFile:
     return Safetensors(path)
 
 
+def reads_side_by_side(weights: WeightFile) -> bool:
+    """Whether several threads may read this file at once: a format says so with ``side_by_side = True``."""
+    return bool(getattr(weights, "side_by_side", False))
+
+
 def numpy_dtype(tensor: Tensor) -> np.dtype[np.generic]:
     """The little-endian NumPy dtype of a float tensor; FormatError for any other."""
     import numpy as np

@@ -26,7 +26,7 @@ _COPY_BYTES = 4 << 20
 _MAX_COUNT = 1 << 63
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
-_DTYPES = {  # name in the file: (name here, bits)
+DTYPES = {  # name in the file: (name here, bits)
     "BOOL": ("bool", 8),
     "F4": ("F4", 4),
     "F6_E2M3": ("F6_E2M3", 6),
@@ -65,17 +65,20 @@ class Safetensors:
     FormatError when it is not a regular file or anything in it contradicts the format.
     """
 
+    side_by_side = True  # every read says where: threads share no position in the file
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         # O_NONBLOCK: opening a FIFO must not wait for somebody to write to it.
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             with about(f"{os.fsdecode(path)!r}"):
                 self._opened = os.fstat(self._fd)
-                self._data_start, entries = _read_header(self._fd, self._opened)
+                self._data_start, entries, metadata = _read_header(self._fd, self._opened)
         except BaseException:
             os.close(self._fd)
             raise
         self._path = os.fsdecode(path)
+        self._metadata = metadata
         self._starts = {tensor.name: start for start, tensor in entries}
         self._tensors = {tensor.name: tensor for _, tensor in entries}
 
@@ -83,6 +86,11 @@ class Safetensors:
     def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by name, in the order of their bytes."""
         return self._tensors
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What ``__metadata__`` says."""
+        return self._metadata
 
     def read(self, tensor: Tensor, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of `tensor` from byte `start` on."""
@@ -181,8 +189,8 @@ def _write_all(fd: int, data: memoryview) -> None:
         data = data[os.write(fd, data) :]
 
 
-def _read_header(fd: int, status: os.stat_result) -> tuple[int, list[tuple[int, Tensor]]]:
-    """Where the data starts, and the (start, tensor) of every tensor in the order of their bytes."""
+def _read_header(fd: int, status: os.stat_result) -> tuple[int, list[tuple[int, Tensor]], dict[str, str]]:
+    """Where the data starts, the (start, tensor) of every tensor in the order of their bytes, and the metadata."""
     if not stat.S_ISREG(status.st_mode):
         raise FormatError("this is not a regular file; needed is a safetensors file")
     head = os.pread(fd, 9, 0)
@@ -203,7 +211,9 @@ def _read_header(fd: int, status: os.stat_result) -> tuple[int, list[tuple[int, 
         if not piece:
             raise FormatError(f"the file ends at byte {8 + len(raw)}, inside its header")
         raw += piece
-    return data_start, _packed(_tensors(_parse(raw)), status.st_size - data_start)
+    header = _parse(raw)
+    metadata = _metadata(header)
+    return data_start, _packed(_tensors(header), status.st_size - data_start), metadata
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -251,10 +261,14 @@ def _refuse_number(text: str) -> NoReturn:
 
 def _tensors(header: dict[str, Any]) -> list[tuple[int, Tensor]]:
     """The (start, tensor) of every entry; each is consistent in itself."""
-    metadata = header.pop("__metadata__", {})
+    return [_entry(name, fields) for name, fields in header.items() if name != "__metadata__"]
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("__metadata__ must be an object of strings")
-    return [_entry(name, fields) for name, fields in header.items()]
+    return metadata
 
 
 def _entry(name: str, fields: Any) -> tuple[int, Tensor]:
@@ -271,7 +285,7 @@ def _entry(name: str, fields: Any) -> tuple[int, Tensor]:
         if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise FormatError("data_offsets must be two whole numbers, the first not above the second")
         start, nbytes = offsets[0], offsets[1] - offsets[0]
-        known, bits = _DTYPES.get(dtype, (dtype, None))
+        known, bits = DTYPES.get(dtype, (dtype, None))
         if bits is not None and _size(shape) * bits != nbytes * 8:
             raise FormatError(f"{dtype} of shape {shape!s:.80} does not take {nbytes} bytes")
         return start, Tensor(name, known, tuple(shape), nbytes)

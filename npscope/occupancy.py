@@ -1,0 +1,160 @@
+"""Where a file of weights is not zero: pieces of tensors as bits, and what can be counted on them without norms.
+
+A piece is read and counted while it is in the cache of one core. All of it is NumPy on the bits
+of the values: no kernel has to be compiled before a file can be checked.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npscope.backends import threads
+from npscope.options import thread_count
+from npscope.slabs import Array, Box, boxes
+from npscope.weights import Tensor, WeightFile, reads_side_by_side
+
+PIECE_BYTES = 1024 << 10
+"""About the size of a piece: what is counted stays in the cache that it was read into."""
+
+WORDS = (2, 4, 8)
+"""Numbers of bytes that make an integer."""
+
+_WIDE = 32  # elements behind an axis from which on NumPy reduces it at speed
+
+
+class PieceReader:
+    """Reads tensors of an open file piece by piece on several threads; its buffers serve one tensor after another."""
+
+    def __init__(self, weights: WeightFile) -> None:
+        self._weights = weights
+        self._buffers: list[Array] = []
+
+    def each(
+        self, tensor: Tensor, shape: tuple[int, ...], period: tuple[int, ...], work: Callable[[Box, Piece], None]
+    ) -> None:
+        """Call ``work(box, piece)`` once for every piece of `tensor` read as `shape`; none cuts a period.
+
+        Reads begin in order, one at a time unless the file can be read by several threads at once.
+        """
+        itemsize = tensor.nbytes // math.prod(shape)
+        steps = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
+        places = boxes(shape, period, PIECE_BYTES // itemsize, math.prod(shape))
+        pieces = sum(1 for _ in boxes(shape, period, PIECE_BYTES // itemsize, math.prod(shape)))
+        workers = min(thread_count(), pieces)
+        self._buffers += [np.empty(0, np.uint8)] * (workers - len(self._buffers))
+        turn, reading = threading.Lock(), nullcontext() if reads_side_by_side(self._weights) else threading.Lock()
+
+        def fill(slot: int, box: Box) -> Piece:
+            extents = tuple(part.stop - part.start for part in box)
+            size = math.prod(extents)
+            if size * (itemsize + 2) > self._buffers[slot].size:
+                self._buffers[slot] = np.empty(size * (itemsize + 2), np.uint8)
+            raw, spare = self._buffers[slot][: size * itemsize], self._buffers[slot][size * itemsize :]
+            self._weights.read(tensor, sum(part.start * step for part, step in zip(box, steps, strict=True)), raw.data)
+            return Piece(raw.view(f"<u{itemsize}").reshape(extents), spare[:size], spare[size : 2 * size])
+
+        def step(slot: int, piece: int) -> None:
+            with reading:
+                with turn:
+                    box = next(places)
+                found = fill(slot, box)
+            work(box, found)
+
+        threads.run(pieces, step, workers)
+
+
+class Piece(NamedTuple):
+    """Floats as unsigned integers, and two buffers with a byte for each: fresh ones would cost more than the work."""
+
+    bits: Array
+    flags: Array
+    spare: Array
+
+    def nonzero(self) -> Array:
+        """1 where the float is no zero of either sign, else 0: uint8, gone with the piece."""
+        found = self.flags.reshape(self.bits.shape)
+        np.not_equal(np.left_shift(self.bits, 1), 0, out=found.view(np.bool_))
+        return found
+
+    def surely_within(self, size: int, keep: int) -> bool:
+        """Whether each `size` neighbours (2, 4 or 8) hold at most `keep` numbers other than +0.0.
+
+        A -0.0 is taken for a number in use, so False only means that somebody has to look. It costs
+        less than half of an exact count, and nearly all pieces of a pruned file end here.
+        """
+        np.not_equal(self.bits.reshape(-1), 0, out=self.flags.view(np.bool_))
+        words = self.flags.view(f"u{size}")
+        ones = words.dtype.type(int.from_bytes(bytes([1] * size), "little"))
+        # The highest byte of the product is the sum of all bytes, each 0 or 1.
+        sums = np.multiply(words, ones, out=self.spare.view(words.dtype))
+        return int(sums.max(initial=0)) < (keep + 1) << (8 * (size - 1))
+
+
+def any_of(used: Array, box: Box, sizes: tuple[int, ...]) -> tuple[Array, Box]:
+    """Which blocks of `sizes` elements hold a 1 of `used`, the part `box` of a tensor; and which blocks they are.
+
+    Blocks that reach out of the box count for what is inside.
+
+    >>> any_of(np.asarray([[0, 0, 0, 1]], np.uint8), (slice(3, 4), slice(0, 4)), (2, 2))
+    (array([[0, 1]], dtype=uint8), (slice(1, 2, None), slice(0, 2, None)))
+    """
+    return _fold(np.bitwise_or, used, box, sizes, used.dtype)
+
+
+def count_of(used: Array, box: Box, sizes: tuple[int, ...]) -> tuple[Array, Box]:
+    """How many 1 of `used`, the part `box` of a grid, each scope of `sizes` blocks holds; and which scopes they are.
+
+    Scopes that reach out of the box count for what is inside.
+
+    >>> count_of(np.asarray([[0, 1, 1, 1]], np.uint8), (slice(0, 1), slice(2, 6)), (1, 4))
+    (array([[1, 2]], dtype=uint8), (slice(0, 1, None), slice(0, 2, None)))
+    """
+    groups = tuple(_groups(part, size) for part, size in zip(box, sizes, strict=True))
+    if all(group.stop - group.start == 1 for group in groups):  # one scope: the fastest of all counts
+        return np.full((1,) * len(groups), np.count_nonzero(used), np.int64), groups
+    return _fold(np.add, used, box, sizes, np.min_scalar_type(math.prod(sizes)))
+
+
+def _groups(part: slice, size: int) -> slice:
+    return slice(part.start // size, -(-part.stop // size))
+
+
+def _fold(
+    combine: np.ufunc, values: Array, box: Box, sizes: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[Array, Box]:
+    """Every axis in groups of its size, counted from the start of the whole, each combined to one number of `dtype`."""
+    for axis in reversed(range(len(box))):
+        part, size = box[axis], sizes[axis]
+        if size == 1:
+            continue
+        if part.start % size or part.stop % size:
+            edges = np.arange(_groups(part, size).start, _groups(part, size).stop) * size - part.start
+            values = combine.reduceat(values, np.maximum(edges, 0), axis=axis, dtype=dtype)
+        else:
+            values = _fold_whole(combine, values, axis, size, dtype)
+    return values, tuple(_groups(part, size) for part, size in zip(box, sizes, strict=True))
+
+
+def _fold_whole(combine: np.ufunc, values: Array, axis: int, size: int, dtype: np.dtype[Any]) -> Array:
+    lead, tail = values.shape[:axis], values.shape[axis + 1 :]
+    shape = (*lead, values.shape[axis] // size)
+    if math.prod(tail) == 1 and size in WORDS and values.dtype == np.uint8:
+        # Neighbours in one word, many at a time. The last axis is the first to be folded: here are only 0 and 1.
+        words = np.ascontiguousarray(values).reshape(*shape, size).view(f"u{size}")
+        folded = words != 0 if combine is np.bitwise_or else np.bitwise_count(words)
+        counts: Array = folded.view(np.uint8).astype(dtype, copy=False)
+        return counts.reshape(*shape, *tail)
+    grouped = values.reshape(*shape, size, *tail)
+    if math.prod(tail) >= _WIDE or size > _WIDE:
+        return np.asarray(combine.reduce(grouped, axis=axis + 1, dtype=dtype))
+    first, *others = np.moveaxis(grouped, axis + 1, 0)
+    result: Array = first.astype(dtype)
+    for other in others:
+        combine(result, other, out=result, dtype=dtype)
+    return result

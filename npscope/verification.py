@@ -1,0 +1,251 @@
+"""Whether a file has the sparsity that a pattern or recipe asks for, whoever made the file.
+
+A scope passes when at most `keep` of its blocks hold an element that is not zero; NaN is not
+zero, -0.0 is. Nothing is ranked, so a file passes whatever the pruner's norm was, and so does
+one with more zeros than asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from npscope.coupled import used_blocks
+from npscope.errors import SpecError
+from npscope.occupancy import WORDS, Piece, PieceReader, any_of, count_of
+from npscope.planning import decided
+from npscope.plans import Budget, Coupling, Decision, Plan, Skip, parts_of
+from npscope.recipe import Recipe
+from npscope.slabs import Array, Box, smallest_slab
+from npscope.weights import WeightFile, open_weights
+
+SINGLE_PASS_BYTES = 16 << 20
+"""What a thread may hold of a tensor; scopes that take more are counted across pieces."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes to do in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offence:
+    """The first scope with too many blocks in use.
+
+    `scope` is its index in the canonical ``[out, in, ...]`` grid of scopes, `start` the index of its
+    first element in the tensor as it is stored, `used` how many of its blocks are not zero.
+    """
+
+    scope: tuple[int, ...]
+    start: tuple[int, ...]
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One tensor that was checked: how many scopes have too many blocks in use, and the first of them."""
+
+    plan: Plan
+    offending: int
+    first: Offence | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether every scope passes."""
+        return not self.offending
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedBudget:
+    """Tensors with one budget: blocks in use of each, the limit for each, and the limit for all."""
+
+    budget: Budget
+    used: tuple[int, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether all together and each within its bounds have no more blocks in use than may be kept."""
+        within = all(used <= most for used, (_, most) in zip(self.used, self.budget.bounds, strict=True))
+        return within and sum(self.used) <= self.budget.keep
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedCoupling:
+    """Coupled tensors: how many scopes have too many blocks with an element in use in any of their members."""
+
+    coupling: Coupling
+    offending: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether every scope passes."""
+        return not self.offending
+
+
+Verdict = Checked | CheckedBudget | CheckedCoupling | Skip
+
+
+def verify_file(
+    path: str | os.PathLike[str], recipe: Recipe, *, strict: bool = False, progress: Progress | None = None
+) -> list[Verdict]:
+    """What was found for every tensor of the weight file at `path` that `recipe` means to prune; others are skipped.
+
+    SpecError (a ValueError) when there is nothing to check, or with `strict` when a tensor cannot take
+    the pattern; FormatError (a ValueError) when it is no weight file; OSError when it cannot be read.
+    """
+    with open_weights(path) as weights, decided(recipe, weights) as decisions:
+        verdicts = verify(weights, decisions, strict=strict, progress=progress)
+        weights.check_unchanged()
+        return verdicts
+
+
+def verify(
+    weights: WeightFile,
+    decisions: Sequence[Decision],
+    *,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> list[Verdict]:
+    """What was found for each decision, in the order given."""
+    if strict:
+        for decision in decisions:
+            if isinstance(decision, Skip) and decision.misfit:
+                raise SpecError(f"tensor {decision.tensor.name!r:.120} cannot take the pattern: {decision.reason}")
+    if all(isinstance(decision, Skip) for decision in decisions):
+        reasons = Counter(decision.reason for decision in decisions if isinstance(decision, Skip))
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        raise SpecError(f"nothing to check in {len(decisions)} tensors: {listed or 'the file holds none'}")
+    tell = _Progress(decisions, progress)
+    reader = PieceReader(weights)
+    return [_verdict(weights, reader, decision, tell) for decision in decisions]
+
+
+class _Progress:
+    """Adds up what several threads have done."""
+
+    def __init__(self, decisions: Sequence[Decision], progress: Progress | None) -> None:
+        self._total = sum(part.tensor.nbytes for decision in decisions for part in parts_of(decision))
+        self._done = 0
+        self._progress, self._lock = progress, threading.Lock()
+
+    def advance(self, nbytes: int) -> None:
+        if self._progress is not None:
+            with self._lock:
+                self._done += nbytes
+                self._progress(self._done, self._total)
+
+
+def _verdict(weights: WeightFile, reader: PieceReader, decision: Decision, tell: _Progress) -> Verdict:
+    if isinstance(decision, Skip):
+        return decision
+    if isinstance(decision, Coupling):
+        counts = used_blocks(decision, weights, tell.advance)
+        return CheckedCoupling(decision, int(np.count_nonzero(counts > decision.keep)))
+    if isinstance(decision, Budget):
+        return CheckedBudget(decision, tuple(_used(reader, plan, tell) for plan in decision.plans))
+    return _check(reader, decision, decision.keep, tell)
+
+
+def _used(reader: PieceReader, plan: Plan, tell: _Progress) -> int:
+    """Blocks in use of a plan with one scope."""
+    offence = _check(reader, plan, -1, tell).first  # any count is more than -1
+    return 0 if offence is None else offence.used
+
+
+def _check(reader: PieceReader, plan: Plan, keep: int, tell: _Progress) -> Checked:
+    counter = _Counter(plan, keep)
+
+    def work(box: Box, piece: Piece) -> None:
+        counter.add(box, piece)
+        tell.advance(piece.bits.nbytes)
+
+    reader.each(plan.tensor, plan.shape, counter.period, work)
+    return counter.result()
+
+
+class _Counter:
+    """Counts the blocks in use of one tensor, from pieces in any order and on any thread.
+
+    Memory: nothing where a piece holds whole scopes; else a number for every scope, and where a
+    block does not fit in a piece a byte for every block. All axes here are those of ``plan.shape``.
+    """
+
+    def __init__(self, plan: Plan, keep: int) -> None:
+        self._plan, self._keep = plan, keep
+        self._block, self._scope = _stored(plan, plan.block), _stored(plan, plan.scope)
+        self._grid = tuple(n // size for n, size in zip(plan.shape, self._block, strict=True))
+        self._scopes = tuple(n // size for n, size in zip(self._grid, self._scope, strict=True))
+        itemsize = plan.tensor.nbytes // math.prod(plan.shape)
+        in_elements = tuple(b * s for b, s in zip(self._block, self._scope, strict=True))
+        self._counts: Array | None = None
+        self._blocks: Array | None = None
+        self.period = in_elements
+        if smallest_slab(plan.shape, in_elements) * itemsize > SINGLE_PASS_BYTES:
+            self.period = self._block
+            self._counts = np.zeros(self._scopes, np.int64)
+            if smallest_slab(plan.shape, self._block) * itemsize > SINGLE_PASS_BYTES:
+                self.period = (1,) * len(plan.shape)
+                self._blocks = np.zeros(self._grid, np.uint8)
+        # Single elements that compete with their neighbours, every scope whole: these have a way of their own.
+        lone = max(in_elements[:-1], default=1) == 1 == self._block[-1] and self._counts is None
+        self._neighbours = self._scope[-1] if lone else 0
+        self._lock = threading.Lock()
+        self._offending = 0
+        self._first: tuple[int, int] | None = None  # canonical number of the scope, blocks in use
+
+    def add(self, box: Box, piece: Piece) -> None:
+        """Count one piece."""
+        if self._neighbours in WORDS and piece.surely_within(self._neighbours, self._keep):
+            return
+        used, blocks = any_of(piece.nonzero(), box, self._block)
+        if self._blocks is not None:
+            with self._lock:
+                self._blocks[blocks] |= used
+            return
+        counts, scopes = count_of(used, blocks, self._scope)
+        if self._counts is None:
+            self._judge(counts, scopes)
+        else:
+            with self._lock:
+                self._counts[scopes] += counts
+
+    def result(self) -> Checked:
+        """What all pieces together say."""
+        whole = tuple(slice(0, length) for length in self._grid)
+        if self._blocks is not None:
+            self._judge(*count_of(self._blocks, whole, self._scope))
+        elif self._counts is not None:
+            self._judge(self._counts, tuple(slice(0, length) for length in self._scopes))
+        first = None if self._first is None else self._offence(*self._first)
+        return Checked(self._plan, self._offending, first)
+
+    def _judge(self, counts: Array, scopes: Box) -> None:
+        """Take in the final counts of some scopes."""
+        if int(counts.max()) <= self._keep:
+            return
+        found = np.argwhere(counts > self._keep)
+        places = (found + [part.start for part in scopes])[:, self._plan.order].T
+        numbers = np.ravel_multi_index(tuple(places), tuple(self._scopes[axis] for axis in self._plan.order))
+        at = int(np.argmin(numbers))
+        first = int(numbers[at]), int(counts[tuple(found[at])])
+        with self._lock:
+            self._offending += len(found)
+            self._first = first if self._first is None else min(first, self._first)
+
+    def _offence(self, number: int, used: int) -> Offence:
+        order = self._plan.order
+        scope = np.unravel_index(number, tuple(self._scopes[axis] for axis in order))
+        sizes = zip(scope, self._plan.scope, self._plan.block, strict=True)
+        corner = [int(index) * count * size for index, count, size in sizes]
+        flat = np.ravel_multi_index(_stored(self._plan, corner), self._plan.shape)
+        start = np.unravel_index(flat, self._plan.tensor.shape)
+        return Offence(tuple(map(int, scope)), tuple(map(int, start)), used)
+
+
+def _stored(plan: Plan, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of canonical axes as those of the axes of ``plan.shape``."""
+    return tuple(sizes[plan.order.index(axis)] for axis in range(len(sizes)))
