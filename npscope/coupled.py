@@ -71,7 +71,9 @@ def drop(kept: Iterable[Kept], start: int, values: Array) -> None:
     in the middle of a block.
     """
     for window, block, mask in kept:
-        _drop(values, window.offset - start, window.shape, window.strides, block, mask)
+        outwards = _by_stride(window.strides)
+        shape, strides, sizes = (tuple(of[axis] for axis in outwards) for of in (window.shape, window.strides, block))
+        _drop(values, window.offset - start, shape, strides, sizes, mask.transpose(outwards))
 
 
 def _drop(
@@ -82,7 +84,7 @@ def _drop(
     block: tuple[int, ...],
     mask: Array,
 ) -> None:
-    """Drop blocks of the window that starts at index `first` of `values`, which may be outside."""
+    """Drop blocks of the window, its largest stride first, that starts at index `first` of `values` or outside."""
     end = first + _span(shape, strides)
     if end <= 0 or first >= values.size:
         return
@@ -176,10 +178,11 @@ class _WindowReader:
 
     def _read(self, weights: WeightFile, tensor: Tensor, window: Window, box: Box) -> Array:
         """The elements of `tensor`, which lie in it as `window` does, in a box of the window."""
-        out = np.empty([part.stop - part.start for part in box], numpy_dtype(tensor))
+        outwards = _by_stride(window.strides)
+        out = np.empty([box[axis].stop - box[axis].start for axis in outwards], numpy_dtype(tensor))
         offset = window.offset + sum(p.start * s for p, s in zip(box, window.strides, strict=True))
-        self._fill(weights, tensor, offset, window.strides, out)
-        return out
+        self._fill(weights, tensor, offset, [window.strides[axis] for axis in outwards], out)
+        return out.transpose(np.argsort(outwards))
 
     def _fill(self, weights: WeightFile, tensor: Tensor, offset: int, strides: Sequence[int], out: Array) -> None:
         span, itemsize = _span(out.shape, strides), out.itemsize
@@ -214,6 +217,11 @@ def _scaled(values: Array, factors: Array) -> Array:
     with np.errstate(all="ignore"):
         scaled: Array = np.abs(values.astype(dtype)) * factors.astype(dtype)
     return scaled
+
+
+def _by_stride(strides: Sequence[int]) -> list[int]:
+    """Axes, that of the largest stride first."""
+    return sorted(range(len(strides)), key=lambda axis: -strides[axis])
 
 
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
