@@ -25,7 +25,7 @@ Box = tuple[slice, ...]
 """A range on every axis, the ends given."""
 
 STRIP_BYTES = 16 << 20
-"""About the bytes of all members that are read for one strip; a single block may have more."""
+"""About the bytes of all members that are held for one strip, norms included; a single block may have more."""
 
 _GAP_BYTES = 256 << 10
 """A range of at most this size is read at once, however little of it is wanted."""
@@ -131,7 +131,8 @@ def _table(group: Group, ord: float, weights: WeightFile, advance: Callable[[int
 def joint_norms(group: Group, ord: float, weights: WeightFile) -> Iterator[tuple[Box, Array]]:
     """The joint norms of the blocks of a group, strip by strip: a box of the aligned grid, and the norms in it."""
     reader = _WindowReader(weights)
-    for box in _strips(group.members[0].aligned, max(1, STRIP_BYTES // _bytes_per_block(group))):
+    blocks = max(1, STRIP_BYTES // (_bytes_per_block(group) + 8))  # a number for each block is held as well
+    for box in _strips(group.members[0].aligned, blocks):
         specs = [BlockSpec(reader.ranked(member, _elements(member, box)), member.block) for member in group.members]
         yield box, BlockCoupling(specs, orders=[member.order for member in group.members]).norms(ord=ord)
 
