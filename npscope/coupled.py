@@ -11,6 +11,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,22 @@ def masks_of(
             mask = masks[leaf].transpose(np.argsort(member.order))
             kept[member.window.tensor.name].append(Kept(member.window, member.block, mask))
     return dict(kept)
+
+
+def blocks_in_use(coupling: Coupling, weights: WeightFile, advance: Callable[[int], None] | None = None) -> Array:
+    """How many blocks of every scope hold an element that is not zero in some member; NaN is not zero.
+
+    An array over the grid of scopes: a file satisfies a coupling where it is at most ``coupling.keep``.
+    `advance` is told the bytes read. FileError when `weights` ends early.
+    """
+    used: list[Array] = []
+    for group in coupling.groups:
+        stored = replace(group, members=tuple(replace(member, scores=None) for member in group.members))
+        largest = _table(stored, math.inf, weights, advance)
+        scopes = ScopeSpec(BlockSpec(largest, ()), group.scope)
+        used.append(scopes.block_to_scope(largest != 0, merge=True).sum(axis=-1))
+    counts: Array = np.sum(used, axis=0)
+    return counts
 
 
 def drop(kept: Iterable[Kept], start: int, values: Array) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from npscope import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, block_norms, coupled, slabs
-from npscope.coupled import Kept, drop, joint_norms, masks_of
+from npscope.coupled import Kept, blocks_in_use, drop, joint_norms, masks_of
 from npscope.errors import CouplingError, FormatError, SpecError
 from npscope.members import CouplingRule, MemberRule, couple, window_of
 from npscope.plans import Coupled, Coupling, Group, Member, Skip, Window
@@ -241,6 +241,24 @@ def test_float64_keeps_its_norms(tmp_path: Path) -> None:
     w[1, 0] += 1e-12
     after = pruned(tmp_path, {"w": w}, {"keep": 1, "member": [{"tensor": "w", "block": [1, -1]}]})
     assert after["w"].any(1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_blocks_in_use_are_those_that_survive(tmp_path: Path, memory: str, across: bool) -> None:
+    tensors = {f"l.{i}.w": normal(16, 6, seed=i) * (i + 1) for i in range(2)}
+    tensors["l.0.w"][0] = 1e-45  # subnormal, and its square is zero
+    tensors["l.1.w"][:] = 0
+    tensors["l.1.w"][3, 3] = np.nan
+    table = {"keep": 3, "of": 16 if across else 8, "across": across, "member": [{"tensor": "l.*.w", "block": [1, -1]}]}
+    save_file(tensors, tmp_path / "in.safetensors")
+    with open_weights(tmp_path / "in.safetensors") as weights:
+        couplings = resolve(recipe(table), weights.tensors.values())
+        used = [blocks_in_use(c, weights).reshape(-1).tolist() for c in couplings if isinstance(c, Coupling)]
+    assert used == ([[17]] if across else [[8, 8], [1, 0]])
+    pruned(tmp_path, tensors, table, nan="keep")
+    with open_weights(tmp_path / "out.safetensors") as weights:
+        used = [blocks_in_use(c, weights).reshape(-1).tolist() for c in couplings if isinstance(c, Coupling)]
+    assert used == ([[3]] if across else [[3, 3], [1, 0]])
 
 
 # --- slabs ---------------------------------------------------------------------------------------
