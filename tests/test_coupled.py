@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from npscope import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, block_norms, coupled, slabs
+from npscope import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, block_norms, coupled
 from npscope.coupled import Kept, blocks_in_use, drop, joint_norms, masks_of
 from npscope.errors import CouplingError, FormatError, SpecError
 from npscope.members import CouplingRule, MemberRule, couple, window_of
@@ -59,7 +59,7 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cut":
         monkeypatch.setattr(coupled, "STRIP_BYTES", 3000)
         monkeypatch.setattr(coupled, "_GAP_BYTES", 64)
-        monkeypatch.setattr(slabs, "SLAB_BYTES", 1000)
+        monkeypatch.setattr("npscope.slabs.SLAB_BYTES", 1000)
     return str(request.param)
 
 
