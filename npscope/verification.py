@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npscope.coupled import used_blocks
+from npscope.coupled import blocks_in_use
 from npscope.errors import SpecError
 from npscope.occupancy import WORDS, Piece, PieceReader, any_of, count_of
 from npscope.planning import decided
@@ -143,7 +143,7 @@ def _verdict(weights: WeightFile, reader: PieceReader, decision: Decision, tell:
     if isinstance(decision, Skip):
         return decision
     if isinstance(decision, Coupling):
-        counts = used_blocks(decision, weights, tell.advance)
+        counts = blocks_in_use(decision, weights, tell.advance)
         return CheckedCoupling(decision, int(np.count_nonzero(counts > decision.keep)))
     if isinstance(decision, Budget):
         return CheckedBudget(decision, tuple(_used(reader, plan, tell) for plan in decision.plans))

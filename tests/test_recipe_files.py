@@ -639,6 +639,14 @@ def test_plan_shows_couplings(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines["qkv"]["pattern"] == "keep 1 of 2 coupled blocks"
     assert (lines["o"]["blocks"], lines["o"]["keep"], lines["o"]["group"]) == (2, 1, "coupling 'heads'")
 
+    done = ["prune", tmp_path / "m.safetensors", "-r", tmp_path / "r.json", "-o", tmp_path / "out.safetensors"]
+    code, out, _ = run(capsys, *done, "--json")
+    lines = {line["name"]: line for line in json.loads(out)["tensors"]}
+    assert code == 0
+    assert lines["qkv"]["pattern"] == "keep 1 of 2 coupled blocks"
+    assert lines["qkv"]["along"] == "coupling 'heads', 3 windows"
+    assert (lines["o"]["blocks"], lines["o"]["blocks_kept"], lines["o"]["zeros_after"]) == (2, 1, 8)
+
 
 def test_the_example_of_the_readme_does_what_its_comments_say(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text().split("```toml\n")[1].split("```")[0]
