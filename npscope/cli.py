@@ -52,9 +52,16 @@ _LAYOUT = Annotated[
 ]
 
 
+_MAX_BYTES = Annotated[
+    int | None,
+    typer.Option("--max-bytes", min=0, metavar="N", help="Refuse an npz whose members inflate to more than N bytes."),
+]
+_FILES = "A safetensors, npy, npz or ONNX file, or the folder or index of a sharded model"
+
+
 @app.command()
 def prune(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A safetensors file; it is only read.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help=f"{_FILES}; it is only read.")],
     pattern: Annotated[
         str,
         typer.Option(
@@ -64,6 +71,9 @@ def prune(
         ),
     ],
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.")] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Replace IN itself, when the result is complete.")
+    ] = False,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Only tensors of these names (glob, or re:EXPRESSION); overrides the skips."),
@@ -80,6 +90,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute and report, write nothing.")] = False,
     as_json: _JSON = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
+    max_bytes: _MAX_BYTES = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No table and no progress bar.")] = False,
     debug: _DEBUG = False,
 ) -> Job:
@@ -96,11 +107,21 @@ def prune(
         recipe = Recipe(Pattern.parse(pattern), tuple(include or ()), tuple(exclude or ()), _axis(axis), layout)
         with _progress_bar(shown=not quiet) as progress:
             results = prune_file(
-                source, output, recipe, nan=nan, strict=strict, force=force, dry_run=dry_run, progress=progress
+                source,
+                output,
+                recipe,
+                nan=nan,
+                strict=strict,
+                force=force,
+                in_place=in_place,
+                dry_run=dry_run,
+                max_bytes=max_bytes,
+                progress=progress,
             )
         lines = [_pruned(result) for result in results]
         if as_json:
-            head = {"npscope": __version__, "input": source, "output": output, "dry_run": dry_run, "pattern": pattern}
+            written = source if in_place else output
+            head = {"npscope": __version__, "input": source, "output": written, "dry_run": dry_run, "pattern": pattern}
             _print(report.as_json(head | report.pruned_fields(lines)) + "\n")
         elif not quiet:
             _print(report.pruned_table(lines, width=_width()))
@@ -110,8 +131,9 @@ def prune(
 
 @app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A safetensors file.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help=f"{_FILES}.")],
     layout: _LAYOUT = "out-in",
+    max_bytes: _MAX_BYTES = None,
     as_json: _JSON = False,
     debug: _DEBUG = False,
 ) -> Job:
@@ -131,7 +153,7 @@ def inspect(
                 None if found.n_of_m is None else "keep {} of {}".format(*found.n_of_m),
                 found.along,
             )
-            for found in inspect_file(file, layout=layout)
+            for found in inspect_file(file, layout=layout, max_bytes=max_bytes)
         ]
         if as_json:
             _print(report.as_json({"npscope": __version__, "file": file} | report.inspected_fields(lines)) + "\n")

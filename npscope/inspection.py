@@ -31,13 +31,15 @@ class Inspection:
     along: str | None = None
 
 
-def inspect_file(path: str | os.PathLike[str], *, layout: Layout = "out-in") -> list[Inspection]:
+def inspect_file(
+    path: str | os.PathLike[str], *, layout: Layout = "out-in", max_bytes: int | None = None
+) -> list[Inspection]:
     """Every tensor of the file at `path`, in its order; memory is one slab.
 
     FormatError (a ValueError) when it is no weight file or a damaged one, OSError when it cannot
     be read.
     """
-    with open_weights(path) as weights:
+    with open_weights(path, max_bytes=max_bytes) as weights:
         reader = SlabReader(weights)
         inspections = [_inspect(tensor, reader, layout) for tensor in weights.tensors.values()]
         weights.check_unchanged()
@@ -65,8 +67,9 @@ def _inspect(tensor: Tensor, reader: SlabReader, layout: Layout) -> Inspection:
 def _patterns(tensor: Tensor, reader: SlabReader, layout: Layout) -> Iterator[tuple[int, int, str]]:
     """(N, M, where) of every N:M that holds along the input axis, or along the fan-in of a convolution."""
     axes = meaning(tensor, layout)
-    readings = [(tensor.shape, axes.into, f"axis {axes.into} (in)")]
-    if axes.kernel:
+    shown = len(tensor.shape) - 1 - axes.into if tensor.fortran else axes.into
+    readings = [(tensor.shape, axes.into, f"axis {shown} (in)")]
+    if axes.kernel and not tensor.fortran:
         shape, order = axes.matrix(tensor.shape)
         readings.append((shape, order[-1], "fan-in"))
     for shape, axis, along in readings:

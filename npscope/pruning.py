@@ -1,6 +1,6 @@
 """Prunes a file of weights into a new file, slab by slab.
 
-Nothing of the input is changed, and the output is there complete or not at all. Memory is one
+The output is there complete or not at all, also when it takes the place of the input. Memory is one
 slab, and for scopes that are larger than a slab the norms of their blocks: those are computed
 in a first pass over the tensor, and a second one drops the blocks that lost.
 """
@@ -50,7 +50,9 @@ def prune_file(
     nan: NanPolicy = "refuse",
     strict: bool = False,
     force: bool = False,
+    in_place: bool = False,
     dry_run: bool = False,
+    max_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome | Skip]:
     """Prune the weights in `source` into the new file `target`; say for every tensor what was done.
@@ -58,9 +60,9 @@ def prune_file(
     Parameters
     ----------
     source
-        A safetensors file. It is only read.
+        A safetensors, npy or npz file, or the folder or index of a sharded model. It is only read.
     target
-        Place for the result; may be None in a dry run.
+        Place for the result; None in place, and may be None in a dry run.
     recipe
         What to do with which tensor.
     nan
@@ -69,8 +71,12 @@ def prune_file(
         Raise when a tensor that is meant cannot take the pattern, instead of leaving it as it is.
     force
         Replace an existing `target`. The input itself is never replaced.
+    in_place
+        Replace the input itself, when the result is complete.
     dry_run
         Do everything but write.
+    max_bytes
+        Refuse an npz whose members inflate to more than that.
     progress
         Called after every slab.
 
@@ -83,10 +89,14 @@ def prune_file(
     FileError, OSError
         Reading or writing failed; there is no output then.
     """
-    if target is None and not dry_run:
-        raise SpecError("no output: give -o OUT, or --dry-run")
-    with open_weights(source) as weights:
-        place = None if target is None else weights.target(target, force=force)
+    if target is not None and in_place:
+        raise SpecError("an output and --in-place exclude each other")
+    if target is None and not in_place and not dry_run:
+        raise SpecError("no output: give -o OUT, --in-place or --dry-run")
+    with open_weights(source, max_bytes=max_bytes) as weights:
+        place = weights.own_place() if in_place else None
+        if target is not None:
+            place = weights.target(target, force=force)
         decisions = resolve(recipe, weights.tensors.values())
         _require_work(decisions, strict)
         reader, ticker = SlabReader(weights), _Ticker(decisions, progress)
