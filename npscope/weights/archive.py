@@ -23,7 +23,8 @@ STORED, DEFLATED = 0, 8
 
 _CHUNK = 1 << 16  # compressed bytes read at a time
 _INFLATE = 1 << 20  # inflated bytes made at a time
-_LIMIT = 0xFFFFFFFF
+_LIMIT = 0xFFFFFFFF  # stands for a number that is elsewhere, in 64 bits
+_WIDE = _LIMIT  # numbers from here on are written in 64 bits
 _MANY = 0xFFFF
 _ZIP64 = 1
 
@@ -379,7 +380,7 @@ class Rewritten:
     def __init__(self, fd: int, start: int, member: Member) -> None:
         self._fd = fd
         # Deflating can add a little: near the limit of 32 bits the numbers are 64-bit ones.
-        wide = member.has_zip64 or member.size > _LIMIT - (_LIMIT >> 8)
+        wide = member.has_zip64 or member.size > _WIDE - (_WIDE >> 8)
         self._member = replace(
             member, start=start, crc=0, compressed=0, flags=member.flags & ~_FLAG_DESCRIPTOR, has_zip64=wide
         )
@@ -422,8 +423,8 @@ def _local_record(member: Member) -> bytes:
 
 def _central_record(member: Member) -> bytes:
     values = (member.size, member.compressed, member.start)
-    wide = [value for value in values if value >= _LIMIT]
-    size, compressed, start = (min(value, _LIMIT) for value in values)
+    wide = [value for value in values if value >= _WIDE]
+    size, compressed, start = (_LIMIT if value >= _WIDE else value for value in values)
     extra = member.extra
     if wide:
         extra = struct.pack(f"<2H{len(wide)}Q", _ZIP64, 8 * len(wide), *wide) + extra
@@ -436,8 +437,9 @@ def _central_record(member: Member) -> bytes:
 
 def _end_records(count: int, size: int, start: int, *, has_zip64: bool) -> bytes:
     records = b""
-    if has_zip64 or count >= _MANY or size >= _LIMIT or start >= _LIMIT:
+    if has_zip64 or count >= _MANY or size >= _WIDE or start >= _WIDE:
         records += _END64.pack(b"PK\6\6", _END64.size - 12, 45, 45, 0, 0, count, count, size, start)
         records += _LOCATOR.pack(b"PK\6\7", 0, start + size, 1)
-    count, size, start = min(count, _MANY), min(size, _LIMIT), min(start, _LIMIT)
+    size, start = (_LIMIT if value >= _WIDE else value for value in (size, start))
+    count = min(count, _MANY)
     return records + _END.pack(b"PK\5\6", 0, 0, count, count, size, start, 0)

@@ -76,8 +76,11 @@ class Npz:
             stream.fill(into, self.arrays[tensor.name].header + start)
 
     def stream(self, tensor: Tensor) -> Inflated:
-        """The content of the member of `tensor` from its start."""
-        return Inflated(self.source, self.arrays[tensor.name].member, partial(self.verified.add, tensor.name))
+        """The content of the member of `tensor`, its header read: reading on from there verifies the checksum."""
+        member, header = self.arrays[tensor.name]
+        stream = Inflated(self.source, member, partial(self.verified.add, tensor.name))
+        stream.fill(memoryview(bytearray(header)), 0)
+        return stream
 
     def target(self, path: str | os.PathLike[str], *, force: bool) -> Target:
         """The place for the result at `path`."""
