@@ -194,6 +194,10 @@ def _claim(path: str, kind: Kind) -> int:
                 continue
         try:
             lock(fd, path)
+            if _is_at(fd, path):
+                if is_new:
+                    return fd
+                kind.remove(path)  # nobody holds it: left by a process that was killed
         except FileError:
             # Even what is new can be locked: by a process that found it before this one locked it, takes it
             # for a leftover and is about to remove it.
@@ -204,14 +208,6 @@ def _claim(path: str, kind: Kind) -> int:
                 _discard(fd, path, kind)
             else:
                 os.close(fd)
-            raise
-        try:
-            if _is_at(fd, path):
-                if is_new:
-                    return fd
-                kind.remove(path)  # nobody holds it: left by a process that was killed
-        except BaseException:
-            os.close(fd)
             raise
         os.close(fd)
     raise FileError(f"{path!r} is made and removed by other processes all the time; run again when they are done")
