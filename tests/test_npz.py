@@ -396,6 +396,7 @@ BAD_NPZ = {
     "case68-NUL": archive(Entry("a\0.npy", W)),
     "case68-encrypted": archive(A._replace(flags=1)),
     "case68-strongly-encrypted": archive(A._replace(flags=65)),
+    "case68-version": GOOD_NPZ.replace(b"PK\1\2\x2d\0\x2d", b"PK\1\2\x2d\0\x40"),
     "case68-patch": archive(A._replace(flags=32)),
     "case68-deflate64": archive(B._replace(method=9)),
     "case68-bzip2": archive(B._replace(method=12)),

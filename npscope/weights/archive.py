@@ -27,6 +27,7 @@ _LIMIT = 0xFFFFFFFF  # stands for a number that is elsewhere, in 64 bits
 _WIDE = _LIMIT  # numbers from here on are written in 64 bits
 _MANY = 0xFFFF
 _ZIP64 = 1
+_NEWEST = 63  # version of the format, times ten
 
 _FLAG_ENCRYPTED = 1 | 1 << 6 | 1 << 13
 _FLAG_DESCRIPTOR = 1 << 3
@@ -150,6 +151,8 @@ def _central(raw: bytes, at: int) -> tuple[Member, int]:
     with about(f"member {name!r:.120}"):
         if flags & _FLAG_ENCRYPTED:
             raise FormatError("it is encrypted")
+        if needed > _NEWEST:
+            raise FormatError(f"it needs version {needed} of the zip format; the newest known is {_NEWEST}")
         if flags & ~_KNOWN_FLAGS or disk:
             raise FormatError(f"its flags {flags:#06x} are not supported")
         if method not in (STORED, DEFLATED):

@@ -12,7 +12,7 @@ import stat
 from npscope.errors import FileError, FormatError
 
 # O_NONBLOCK: opening a FIFO must not wait for somebody to write to it.
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class Source:
