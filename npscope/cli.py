@@ -146,7 +146,7 @@ def inspect(
             report.Inspected(
                 found.tensor.name,
                 found.tensor.dtype,
-                found.tensor.shape,
+                found.tensor.saved_shape,
                 math.prod(found.tensor.shape),
                 found.zeros,
                 found.nans,
@@ -292,7 +292,7 @@ def _pruned(result: Outcome | Skip) -> report.Pruned:
         return report.Pruned(
             tensor.name,
             tensor.dtype,
-            tensor.shape,
+            tensor.saved_shape,
             math.prod(tensor.shape),
             skipped=result.reason,
             misfit=result.misfit,
@@ -301,7 +301,7 @@ def _pruned(result: Outcome | Skip) -> report.Pruned:
     return report.Pruned(
         plan.tensor.name,
         plan.tensor.dtype,
-        plan.tensor.shape,
+        plan.tensor.saved_shape,
         math.prod(plan.shape),
         pattern=plan.pattern,
         along=plan.along,

@@ -105,6 +105,13 @@ def test_a_convolution_in_fortran_order(tmp_path: Path) -> None:
         assert refused(result, "save it in C order")
 
 
+def test_arrays_in_fortran_order_are_reported_as_they_were_saved(tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", a=np.asfortranarray(np.ones((4, 8, 3), np.float32)))
+    for command in (("prune", "--dry-run", "--pattern", "2:4"), ("inspect",)):
+        assert run(*command, tmp_path / "in.npz", "--json").json["tensors"][0]["shape"] == [4, 8, 3]
+    assert "axis 1 (in)" in run("prune", tmp_path / "in.npz", "--dry-run", "--pattern", "2:4").out
+
+
 def test_a_real_model_is_pruned_as_its_safetensors(tmp_path: Path) -> None:
     weights = load_file(DATA)
     np.savez_compressed(tmp_path / "in.npz", **weights)
@@ -579,6 +586,14 @@ def test_case71_the_content_decides_and_a_wrong_name_is_an_error(content: str, n
         assert result.code == (2 if named == "json" else 0)
     else:
         assert refused(result, f"is named .{named} and its content is")
+
+
+@pytest.mark.parametrize("named", ["safetensors", "npy", "npz", "onnx", "json"])
+@pytest.mark.parametrize("content", ["safetensors", "npy", "npz"])
+def test_case71_an_output_is_not_named_as_what_it_is_not(content: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(CONTENTS[content]())
+    result = run("prune", tmp_path / "in", "-o", tmp_path / f"out.{named}", "--pattern", "2:4")
+    assert result.code == 0 if content == named else refused(result, f"is named .{named}")
 
 
 @pytest.mark.parametrize("content", ["safetensors", "npy", "npz"])

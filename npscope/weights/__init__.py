@@ -91,6 +91,11 @@ class Tensor:
     fortran: bool = False
 
     @property
+    def saved_shape(self) -> tuple[int, ...]:
+        """The shape as whoever saved the tensor knows it, whatever order it is stored in."""
+        return self.shape[::-1] if self.fortran else self.shape
+
+    @property
     def is_float(self) -> bool:
         """Real floating point of a width that npscope ranks."""
         return self.dtype in FLOATS

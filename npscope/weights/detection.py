@@ -10,7 +10,7 @@ import os
 import stat
 from typing import Literal
 
-from npscope.errors import FormatError
+from npscope.errors import FormatError, SpecError
 
 Format = Literal["safetensors", "sharded safetensors", "npy", "npz", "ONNX"]
 
@@ -57,7 +57,7 @@ def format_of(path: str | os.PathLike[str]) -> Format:
         head = os.pread(fd, _HEAD_BYTES, 0)
     finally:
         os.close(fd)
-    found, extension = _told(head), os.path.splitext(name)[1].lower()
+    found, extension = _told(head), _extension(name)
     claimed = _NAMED.get(extension)
     if found == "npz" and extension in _PICKLED:
         raise FormatError(f"{name!r} is not supported: a PyTorch checkpoint is a pickle, which can run code")
@@ -69,6 +69,20 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     if found is not None and claimed is not None and found != claimed:
         raise FormatError(f"{name!r} is named {extension} and its content is {found}; rename it if that is right")
     return found or claimed or "safetensors"
+
+
+def check_name(path: str | os.PathLike[str], written: Format) -> None:
+    """SpecError when an output at `path` is named as another format than the one that is `written`."""
+    extension = _extension(os.fsdecode(path))
+    if _NAMED.get(extension, written) != written:
+        name = os.fsdecode(path)
+        raise SpecError(
+            f"output {name!r} is named {extension} and will be {written}, as the input; choose another name"
+        )
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _told(head: bytes) -> Format | None:

@@ -77,7 +77,7 @@ def open_npy(path: str | os.PathLike[str]) -> Packed:
             header = parse_header(source.bytes_at(0, length))
             tensor = header.tensor(os.path.basename(source.path).removesuffix(".npy"))
             check_size(tensor, source.size - length)
-            return Packed(source, length, [(0, tensor)])
+            return Packed("npy", source, length, [(0, tensor)])
         except BaseException:
             source.close()
             raise

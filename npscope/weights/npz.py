@@ -17,6 +17,7 @@ from typing import NamedTuple, Self
 from npscope.errors import FormatError, about
 from npscope.weights import Tensor
 from npscope.weights.archive import ArchiveWriter, Inflated, Member, Rewritten, read_directory
+from npscope.weights.detection import check_name
 from npscope.weights.npy import PREFIX_BYTES, check_size, header_length, parse_header
 from npscope.weights.output import Target, staged
 from npscope.weights.packed import check_range, out_of_order
@@ -84,6 +85,7 @@ class Npz:
 
     def target(self, path: str | os.PathLike[str], *, force: bool) -> Target:
         """The place for the result at `path`."""
+        check_name(path, "npz")
         return Target.of(path, force=force, source=self.source.status)
 
     def own_place(self) -> Target:

@@ -13,6 +13,7 @@ from typing import Self
 
 from npscope.errors import FormatError
 from npscope.weights import Tensor
+from npscope.weights.detection import Format, check_name
 from npscope.weights.output import Target, staged, write_all
 from npscope.weights.source import Source
 
@@ -26,7 +27,8 @@ class Packed:
     file from `data_start` to its end.
     """
 
-    def __init__(self, source: Source, data_start: int, entries: Sequence[tuple[int, Tensor]]) -> None:
+    def __init__(self, format: Format, source: Source, data_start: int, entries: Sequence[tuple[int, Tensor]]) -> None:
+        self._format = format
         self.source = source
         self.data_start = data_start
         self.starts = {tensor.name: start for start, tensor in entries}
@@ -44,6 +46,7 @@ class Packed:
 
     def target(self, path: str | os.PathLike[str], *, force: bool) -> Target:
         """The place for the result at `path`."""
+        check_name(path, self._format)
         return Target.of(path, force=force, source=self.source.status)
 
     def own_place(self) -> Target:

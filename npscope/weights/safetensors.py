@@ -54,7 +54,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Packed:
     with about(f"{os.fsdecode(path)!r}"):
         source = Source(path)
         try:
-            return Packed(source, *_read_header(source))
+            return Packed("safetensors", source, *_read_header(source))
         except BaseException:
             source.close()
             raise
