@@ -73,13 +73,15 @@ class Inspection:
     blocks: tuple[Blocks, ...] = ()
 
 
-def inspect_file(path: str | os.PathLike[str], *, layout: Layout = "out-in") -> list[Inspection]:
+def inspect_file(
+    path: str | os.PathLike[str], *, layout: Layout = "out-in", max_bytes: int | None = None
+) -> list[Inspection]:
     """Every tensor of the file at `path`, in its order; memory is a few pieces of a tensor.
 
     FormatError (a ValueError) when it is no weight file or a damaged one, OSError when it cannot
     be read.
     """
-    with open_weights(path) as weights:
+    with open_weights(path, max_bytes=max_bytes) as weights:
         reader = PieceReader(weights)
         inspections = [_inspect(tensor, reader, layout) for tensor in weights.tensors.values()]
         weights.check_unchanged()

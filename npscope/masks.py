@@ -29,7 +29,8 @@ from npscope.slabs import Array
 from npscope.weights import Tensor, WeightFile, open_weights
 from npscope.weights.new_safetensors import NewSafetensors, create
 from npscope.weights.output import Target
-from npscope.weights.safetensors import Safetensors
+from npscope.weights.packed import Packed
+from npscope.weights.safetensors import open_safetensors
 
 VERSION = "1"
 
@@ -152,7 +153,7 @@ def apply_mask(
     FileError, OSError
         Reading or writing failed; there is no output then.
     """
-    with open_weights(source) as weights, Safetensors(mask) as bits:
+    with open_weights(source) as weights, open_safetensors(mask) as bits:
         place = weights.target(target, force=force)
         if os.path.exists(place.path) and os.path.samefile(mask, place.path):
             raise SpecError(f"output {os.fsdecode(target)!r} is the mask; choose another name")
@@ -176,7 +177,7 @@ def apply_mask(
         return done
 
 
-def _chunks(weights: WeightFile, tensor: Tensor, bits: Safetensors) -> Iterator[tuple[Array, Array]]:
+def _chunks(weights: WeightFile, tensor: Tensor, bits: Packed) -> Iterator[tuple[Array, Array]]:
     """(mask, values) of a tensor, chunk by chunk; the values are words, as few for an element as can be."""
     size = math.prod(tensor.shape)
     itemsize = tensor.nbytes // size if size else 1
@@ -192,7 +193,7 @@ def _chunks(weights: WeightFile, tensor: Tensor, bits: Safetensors) -> Iterator[
         yield kept, raw.view(f"<u{word}")
 
 
-def _check(bits: Safetensors, weights: WeightFile) -> None:
+def _check(bits: Packed, weights: WeightFile) -> None:
     """FormatError for what is no mask file, SpecError for one of another file of weights."""
     if bits.metadata.get("npscope.mask") != VERSION:
         raise FormatError(f"this is no mask file of version {VERSION}; `npscope prune --mask-out` writes one")

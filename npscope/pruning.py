@@ -1,6 +1,6 @@
 """Prunes a file of weights into a new file, slab by slab.
 
-Nothing of the input is changed, and the output is there complete or not at all. Memory is a few
+The output is there complete or not at all, also when it takes the place of the input. Memory is a few
 slabs, whatever the size of the file: a scope that fits in a slab is decided in the pass that
 writes, a larger one before. While a slab is worked on the next one is read and the last written.
 """
@@ -57,8 +57,10 @@ def prune_file(
     nan: NanPolicy = "refuse",
     strict: bool = False,
     force: bool = False,
+    in_place: bool = False,
     dry_run: bool = False,
     mask_out: str | os.PathLike[str] | None = None,
+    max_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome | Skip]:
     """Prune the weights in `source` into the new file `target`; say for every tensor what was done.
@@ -66,9 +68,9 @@ def prune_file(
     Parameters
     ----------
     source
-        A safetensors file. It is only read.
+        A safetensors, npy or npz file, or the folder or index of a sharded model. It is only read.
     target
-        Place for the result; may be None in a dry run.
+        Place for the result; None in place, and may be None in a dry run.
     recipe
         What to do with which tensor.
     nan
@@ -77,10 +79,14 @@ def prune_file(
         Raise when a tensor that is meant cannot take the pattern, instead of leaving it as it is.
     force
         Replace an existing `target`. The input itself is never replaced.
+    in_place
+        Replace the input itself, when the result is complete.
     dry_run
         Do everything but write.
     mask_out
         Place for a file with the masks of the pruned tensors (`npscope.masks`).
+    max_bytes
+        Refuse an npz whose members inflate to more than that.
     progress
         Called after every slab.
 
@@ -93,10 +99,18 @@ def prune_file(
     FileError, OSError
         Reading or writing failed; there is no output then.
     """
-    if target is None and not dry_run:
-        raise SpecError("no output: give -o OUT, or --dry-run")
-    with open_weights(source) as weights, decided(recipe, weights) as decisions, RankedReader(weights) as reader:
-        place = None if target is None else weights.target(target, force=force)
+    if target is not None and in_place:
+        raise SpecError("an output and --in-place exclude each other")
+    if target is None and not in_place and not dry_run:
+        raise SpecError("no output: give -o OUT, --in-place or --dry-run")
+    with (
+        open_weights(source, max_bytes=max_bytes) as weights,
+        decided(recipe, weights) as decisions,
+        RankedReader(weights) as reader,
+    ):
+        place = weights.own_place() if in_place else None
+        if target is not None:
+            place = weights.target(target, force=force)
         mask_place = None if mask_out is None else _mask_target(mask_out, source, place, force)
         _require_work(decisions, strict)
         ticker = _Ticker(weights, progress)

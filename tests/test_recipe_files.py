@@ -696,9 +696,9 @@ def test_exit_codes_of_plan(
 def test_planning_writes_nothing_and_reads_no_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Allocations by shape need no values either."""
     from npscope.planning import plan_file
-    from npscope.weights.safetensors import Safetensors
+    from npscope.weights.packed import Packed
 
-    monkeypatch.setattr(Safetensors, "read", None)
+    monkeypatch.setattr(Packed, "read", None)
     recipe = rules({"block": 1, "sparsity": "0.5", "allocation": "erk"})
     assert any(plan.keep for plan in plan_file(DATA, recipe))
     assert list(tmp_path.iterdir()) == []
