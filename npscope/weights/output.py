@@ -77,17 +77,18 @@ def staged(target: Target) -> Iterator[int]:
         os.fsync(fd)
         closing, fd = fd, -1
         os.close(closing)  # some file systems report a full disk only here
-        _publish(temporary, target)
+        publish(temporary, target)
     finally:
         if fd >= 0:
             with suppress(OSError):  # the failure that led here is the one to report
                 os.close(fd)
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
-def _publish(temporary: str, target: Target) -> None:
+def publish(temporary: str, target: Target) -> None:
+    """Give the complete file at `temporary` the name of `target`; SpecError when another file has it."""
     if target.replace:
         os.replace(temporary, target.path)
         return
@@ -103,7 +104,8 @@ def _publish(temporary: str, target: Target) -> None:
         os.rename(temporary, target.path)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
+    """Make the names in `folder` as durable as the disk can."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     try:
         os.fsync(fd)
