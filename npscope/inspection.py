@@ -66,7 +66,7 @@ def _patterns(tensor: Tensor, reader: SlabReader, layout: Layout) -> Iterator[tu
     """(N, M, where) of every N:M that holds along the input axis, or along the fan-in of a convolution."""
     axes = meaning(tensor, layout)
     readings = [(tensor.shape, axes.into, f"axis {axes.into} (in)")]
-    if axes.kernel:
+    if axes.kernel and axes.has_matrix:
         shape, order = axes.matrix(tensor.shape)
         readings.append((shape, order[-1], "fan-in"))
     for shape, axis, along in readings:

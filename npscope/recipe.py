@@ -45,6 +45,22 @@ DEFAULT_SKIPS = (
 )
 """Globs of tensors that are left alone unless ``--include`` names them; compared in lower case."""
 
+NODE_SKIPS = (
+    "*lm_head*",
+    "*classifier*",
+    "*fft*",
+    "*stft*",
+    "*cqt*",
+    "*cq_t*",
+    "*mel_basis*",
+    "*mel_filter*",
+)
+"""The same for the path of the node that uses a tensor, where names of tensors say nothing.
+
+Only heads and bases: embeddings and norms are used by other nodes than products, and converters
+call a convolution by the norm that they fold into it.
+"""
+
 CONVOLUTION_WIDTH = 16
 """A tensor of 3 axes is a 1-D convolution when its kernel axis is at most this long, else a stack of matrices."""
 
@@ -120,7 +136,7 @@ def _check_selection(include: Sequence[Names], exclude: Sequence[Names], names: 
 
 
 def _decide(recipe: Recipe, tensor: Tensor, include: Sequence[Names], exclude: Sequence[Names]) -> Plan | Skip:
-    if reason := _not_meant(tensor.name, include, exclude):
+    if reason := _not_meant(tensor, include, exclude):
         return Skip(tensor, reason)
     if include and tensor.is_opaque:
         raise SpecError(f"tensor {tensor.name!r:.120}: dtype {tensor.dtype} cannot be pruned; --exclude it")
@@ -138,16 +154,19 @@ def _decide(recipe: Recipe, tensor: Tensor, include: Sequence[Names], exclude: S
         return Skip(tensor, str(error), misfit=True)
 
 
-def _not_meant(name: str, include: Sequence[Names], exclude: Sequence[Names]) -> str | None:
-    """Why a tensor of this name is none of those to prune."""
+def _not_meant(tensor: Tensor, include: Sequence[Names], exclude: Sequence[Names]) -> str | None:
+    """Why a tensor of this name and use is none of those to prune."""
     for rule in exclude:
-        if name in rule:
+        if tensor.name in rule:
             return f"--exclude {rule.text}"
     if include:
-        return None if any(name in rule for rule in include) else "not in --include"
+        return None if any(tensor.name in rule for rule in include) else "not in --include"
     for glob in DEFAULT_SKIPS:
-        if fnmatch.fnmatchcase(name.lower(), glob):
+        if fnmatch.fnmatchcase(tensor.name.lower(), glob):
             return f"default skip {glob} (--include overrides)"
+    for glob in NODE_SKIPS if tensor.use else ():
+        if tensor.use and fnmatch.fnmatchcase(tensor.use.node.lower(), glob):
+            return f"default skip of nodes {glob} (--include overrides)"
     return None
 
 
@@ -247,7 +266,7 @@ def _cut(name: str, what: str, length: int, size: int, *, hint: str) -> tuple[in
 def _hint(recipe: Recipe, axes: Axes, shape: tuple[int, ...]) -> str:
     """The way out for a pattern along one axis of a convolution, if the fan-in is one."""
     pattern = recipe.pattern
-    if len(pattern.block) == 2 or recipe.axis == "fan-in" or not axes.kernel:
+    if len(pattern.block) == 2 or recipe.axis == "fan-in" or not axes.kernel or not axes.has_matrix:
         return ""
     fan_in = math.prod(shape[axis] for axis in (axes.into, *axes.kernel))
     period = math.prod(max(size, 1) for size in (*pattern.block, *(pattern.scope or ())))

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
-from npscope.errors import FormatError
+from npscope.errors import FormatError, SpecError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +41,24 @@ class Axes(NamedTuple):
         """The canonical order ``[stack, out, in, *kernel]``, in which positions are counted."""
         return (*self.stack, self.out, self.into, *self.kernel)
 
+    @property
+    def has_matrix(self) -> bool:
+        """Whether the fan-in is one axis, or lies side by side behind the stack with the output axis on one side."""
+        leads = self.stack == tuple(range(len(self.stack)))
+        return not self.kernel or (leads and self.out in (len(self.stack), len(self.order) - 1))
+
     def matrix(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shape and order that make `shape` a (stack of) ``[out, fan-in]``, fan-in in storage order."""
+        """Shape and order that make `shape` a (stack of) ``[out, fan-in]``, fan-in in storage order.
+
+        SpecError (a ValueError) when the axes are stored in an order of which no reshape makes one.
+        """
+        if not self.has_matrix:
+            raise SpecError(
+                f"out is axis {self.out} and the fan-in axes {(self.into, *self.kernel)}: stored like this they form "
+                "no [out, fan-in] matrix; a pattern with one size along an axis fits"
+            )
+        if not self.kernel:
+            return shape, self.order
         stack = tuple(shape[axis] for axis in self.stack)
         fan_in = math.prod(shape[axis] for axis in (self.into, *self.kernel))
         lead = tuple(range(len(stack)))
@@ -143,6 +159,10 @@ def open_weights(path: str | os.PathLike[str]) -> WeightFile:
     FormatError (a ValueError) when it is no weight file or a damaged one; OSError when it
     cannot be read. Pickles are never opened as such.
     """
+    if os.fsdecode(path).lower().endswith(".onnx"):
+        from npscope.weights.onnx import Onnx
+
+        return Onnx(path)
     from npscope.weights.safetensors import Safetensors
 
     return Safetensors(path)
