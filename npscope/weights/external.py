@@ -113,8 +113,10 @@ class Files:
         places = self.targets(target)
         ready: list[tuple[str, Target]] = []
         new: list[str] = []
+        built: os.stat_result | None = None
         try:
             with staged(target) as model:
+                built = os.fstat(model)
                 with ExitStack() as building:
 
                     def output(location: str) -> int:
@@ -137,7 +139,7 @@ class Files:
                         new.append(place.path)
                     sync_folder(os.path.dirname(place.path))
         except BaseException:
-            for path in new:
+            for path in new if not _is_at(built, target.path) else ():
                 with suppress(OSError):  # the failure that led here is the one to report
                     os.unlink(path)
             raise
@@ -233,6 +235,14 @@ def _make_way(path: str) -> str:
     if os.path.realpath(folder) != folder:
         raise SpecError(f"a symbolic link leads to {folder!r}; remove it, or choose another folder")
     return os.path.join(folder, f".{name[:40]}.npscope-{secrets.token_hex(8)}.tmp")
+
+
+def _is_at(status: os.stat_result | None, path: str) -> bool:
+    """Whether the file with this status has the name `path`."""
+    try:
+        return status is not None and os.path.samestat(status, os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _changed(name: str) -> FileError:

@@ -91,7 +91,8 @@ _TENSOR = Schema(
     },
 )
 _ENTRY = Schema("pair of strings", {1: BYTES, 2: BYTES}, {})
-_TENSOR_ATTRIBUTE = 4
+_TENSOR_KIND, _LAST_KIND = 4, 14
+"""Types of an attribute: a tensor, and the highest one that there is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -226,12 +227,14 @@ class _Reader:
                 for number in self._wire.varints(found):
                     if len(ints) <= _MAX_INTS:
                         ints.append(_signed(number))
+        if kind > _LAST_KIND:
+            raise FormatError(f"byte {at.start}: an attribute of type {kind}, which is not in the format")
         if name in node.ints:
             raise FormatError(f"the attribute {name!r:.120} stands twice")
         if 0 < len(ints) <= _MAX_INTS:
             node.ints[name] = tuple(ints)
         node.graphs += [(name, self._graph(graph, depth + 1)) for graph in graphs]
-        if value is not None and node.op == "Constant" and name == "value" and kind in (0, _TENSOR_ATTRIBUTE):
+        if value is not None and node.op == "Constant" and name == "value" and kind in (0, _TENSOR_KIND):
             if node.value is not None:
                 raise FormatError("the attribute 'value' stands twice")
             node.value = self._tensor(value)
