@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import NamedTuple
 
 from npscope.errors import FileError, FormatError, SpecError, about
 from npscope.weights.output import Target, publish, staged, sync_folder
@@ -111,8 +111,9 @@ class Files:
         whoever finds it finds all of it.
         """
         places = self.targets(target)
-        ready: list[tuple[str, Target]] = []
+        ready: list[_Ready] = []
         new: list[str] = []
+        folders: list[str] = []
         built: os.stat_result | None = None
         try:
             with staged(target) as model:
@@ -123,30 +124,29 @@ class Files:
                         building.pop_all().close()
                         if location == MODEL:
                             return model
-                        hidden = _make_way(places[location].path)
-                        ready.append((hidden, places[location]))
-                        return building.enter_context(staged(Target(hidden, places[location].mode, False)))
+                        place = places[location]
+                        folders.extend(_make_folders(os.path.dirname(place.path)))
+                        hidden = _hidden(place)
+                        fd = building.enter_context(staged(hidden))
+                        ready.append(_Ready(hidden.path, os.fstat(fd), place))
+                        return fd
 
                     yield output
                 os.fsync(model)
-                if any(place.mode is not None for _, place in ready):
+                if any(data.place.mode is not None for data in ready):
                     # What is there now must not be read with the new data, if this is where the run ends.
                     with suppress(FileNotFoundError):
                         os.unlink(target.path)
-                for hidden, place in ready:
-                    publish(hidden, place)
-                    if place.mode is None:
-                        new.append(place.path)
-                    sync_folder(os.path.dirname(place.path))
+                for data in ready:
+                    data.publish()
+                    if data.place.mode is None:
+                        new.append(data.place.path)
+                    sync_folder(os.path.dirname(data.place.path))
         except BaseException:
-            for path in new if not _is_at(built, target.path) else ():
-                with suppress(OSError):  # the failure that led here is the one to report
-                    os.unlink(path)
+            _remove([data.hidden for data in ready if _is_at(data.status, data.hidden)], [])
+            if not _is_at(built, target.path):
+                _remove(new, folders)
             raise
-        finally:
-            for hidden, _ in ready:
-                with suppress(FileNotFoundError):
-                    os.unlink(hidden)
 
     @property
     def _folder(self) -> str:
@@ -228,13 +228,49 @@ def _place(path: str, replace: bool, own: Iterable[os.stat_result]) -> Target:
     return Target(path, stat.S_IMODE(status.st_mode), replace)
 
 
-def _make_way(path: str) -> str:
-    """Make the folder of `path`; the hidden name beside it under which the file is built."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
+class _Ready(NamedTuple):
+    """A data file of the output under the name `hidden`, where it waits for all others; its status, and its place."""
+
+    hidden: str
+    status: os.stat_result
+    place: Target
+
+    def publish(self) -> None:
+        """Give the file its name; FileError when another run has put its own in the place of this one."""
+        if not _is_at(self.status, self.hidden):
+            raise FileError(f"{self.hidden!r} was replaced while the output was written; run again")
+        publish(self.hidden, self.place)
+        with suppress(FileNotFoundError):
+            os.unlink(self.hidden)
+
+
+def _hidden(place: Target) -> Target:
+    """Where a data file waits: a name that the next run to the same place takes over, should this one be killed."""
+    folder, name = os.path.split(place.path)
     if os.path.realpath(folder) != folder:
         raise SpecError(f"a symbolic link leads to {folder!r}; remove it, or choose another folder")
-    return os.path.join(folder, f".{name[:40]}.npscope-{secrets.token_hex(8)}.tmp")
+    return Target(os.path.join(folder, f".{name[:40]}.npscope-data.tmp"), place.mode, True)
+
+
+def _make_folders(folder: str) -> list[str]:
+    """Make `folder`; those that were missing, the outermost first."""
+    missing: list[str] = []
+    while not os.path.isdir(folder):
+        missing.insert(0, folder)
+        folder = os.path.dirname(folder)
+    for path in missing:
+        os.mkdir(path)
+    return missing
+
+
+def _remove(files: list[str], folders: list[str]) -> None:
+    """Remove what a failed run has made; the failure that led here is the one to report."""
+    for path in files:
+        with suppress(OSError):
+            os.unlink(path)
+    for folder in reversed(folders):
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 def _is_at(status: os.stat_result | None, path: str) -> bool:
