@@ -47,6 +47,12 @@ def meaning(tensor: Tensor, layout: Layout) -> Axes:
     return axes_of(tensor.shape[::-1], layout).reversed() if tensor.fortran else axes_of(tensor.shape, layout)
 
 
+def has_matrix(tensor: Tensor, axes: Axes) -> bool:
+    """Whether a reshape makes the tensor an ``[out, fan-in]`` matrix with the fan-in as it was saved."""
+    fan_in = (axes.into, *axes.kernel)
+    return axes.has_matrix and not (tensor.fortran and sum(tensor.shape[axis] > 1 for axis in fan_in) > 1)
+
+
 def require_axis(pattern: Pattern, axis: Axis) -> None:
     """SpecError when a pattern cannot run along `axis`."""
     if len(pattern.block) == 2 and axis not in ("in", "fan-in"):
@@ -99,7 +105,7 @@ class _Ground(NamedTuple):
 def _ground(pattern: Pattern, chosen: Axis, axes: Axes, tensor: Tensor) -> _Ground:
     shape = tensor.shape
     flat = len(pattern.block) == 2 or chosen == "fan-in"
-    if flat and tensor.fortran and sum(shape[axis] > 1 for axis in (axes.into, *axes.kernel)) > 1:
+    if flat and axes.has_matrix and not has_matrix(tensor, axes):
         raise SpecError("in Fortran order the fan-in of a convolution is no single axis; save it in C order")
     if len(pattern.block) == 2:
         matrix, order = axes.matrix(shape)
@@ -134,7 +140,7 @@ def _cut(name: str, what: str, length: int, size: int, *, hint: str) -> tuple[in
 
 def _hint(pattern: Pattern, chosen: Axis, axes: Axes, shape: tuple[int, ...]) -> str:
     """The way out for a pattern along one axis of a convolution, if the fan-in is one."""
-    if len(pattern.block) == 2 or chosen == "fan-in" or not axes.kernel:
+    if len(pattern.block) == 2 or chosen == "fan-in" or not axes.kernel or not axes.has_matrix:
         return ""
     fan_in = math.prod(shape[axis] for axis in (axes.into, *axes.kernel))
     period = math.prod(max(size, 1) for size in (*pattern.block, *(pattern.scope or ())))

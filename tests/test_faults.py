@@ -427,7 +427,7 @@ def test_case88_an_error_in_place_leaves_the_input(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["in"]
 
 
-RECIPE = Recipe(Pattern.parse("2:4"))
+RECIPE = Recipe.shorthand(Pattern.parse("2:4"))
 
 
 def test_case91_an_input_replaced_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

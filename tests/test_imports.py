@@ -87,6 +87,9 @@ HEAVY = {
     "torch": (),
     "jax": (),
     "scipy": (),
+    "onnx": (),
+    "onnxruntime": (),
+    "google": (),
 }
 """Where a library that is slow or may be missing may be imported at all."""
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND, LAST = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
-RECIPE = Recipe(Pattern.parse("2:4"))
+RECIPE = Recipe.shorthand(Pattern.parse("2:4"))
 
 
 @pytest.fixture

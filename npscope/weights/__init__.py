@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
-from npscope.errors import FormatError
+from npscope.errors import FormatError, SpecError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,8 +47,22 @@ class Axes(NamedTuple):
         stack, kernel = (tuple(last - axis for axis in axes) for axes in (self.stack, self.kernel))
         return Axes(stack, last - self.out, last - self.into, kernel)
 
+    @property
+    def has_matrix(self) -> bool:
+        """Whether the fan-in is one axis, or lies side by side behind the stack with the output axis on one side."""
+        leads = self.stack == tuple(range(len(self.stack)))
+        return not self.kernel or (leads and self.out in (len(self.stack), len(self.order) - 1))
+
     def matrix(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shape and order that make `shape` a (stack of) ``[out, fan-in]``, fan-in in storage order."""
+        """Shape and order that make `shape` a (stack of) ``[out, fan-in]``, fan-in in storage order.
+
+        SpecError (a ValueError) when the axes are stored in an order of which no reshape makes one.
+        """
+        if not self.has_matrix:
+            raise SpecError(
+                f"out is axis {self.out} and the fan-in axes {(self.into, *self.kernel)}: stored like this they form "
+                "no [out, fan-in] matrix; a pattern with one size along an axis fits"
+            )
         if not self.kernel:
             return shape, self.order
         stack = tuple(shape[axis] for axis in self.stack)

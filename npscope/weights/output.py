@@ -89,7 +89,7 @@ def staged(target: Target) -> Iterator[int]:
         os.fsync(fd)
         os.close(os.dup(fd))  # some file systems report a full disk only here; the lock stays with `fd`
         check_still_there(fd, temporary)
-        _publish(temporary, target)
+        publish(temporary, target)
     sync_folder(folder)
 
 
@@ -245,7 +245,8 @@ def reserve(fd: int, nbytes: int) -> None:
                 raise
 
 
-def _publish(temporary: str, target: Target) -> None:
+def publish(temporary: str, target: Target) -> None:
+    """Give the complete file at `temporary` the name of `target`; SpecError when another file has it."""
     if target.replace:
         os.replace(temporary, target.path)
         return
