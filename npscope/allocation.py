@@ -21,6 +21,9 @@ Array = np.ndarray[Any, Any]
 _LEADING_BITS = {4: 13, 8: 42}
 """By the width of a norm: bits to drop so that sign, exponent and 10 bits of the fraction are left."""
 
+_PIECE = 1 << 20
+"""Norms that are counted at a time, so that what is made of them stays small."""
+
 
 class Norms(NamedTuple):
     """The norms of the blocks of a tensor: distinct `values` in descending order, each with its count."""
@@ -52,15 +55,15 @@ class NormHistogram:
         """Count the norms in an array of float32 or float64, always of the same dtype."""
         flat = np.ascontiguousarray(norms).reshape(-1)
         drop = _LEADING_BITS[flat.itemsize]
-        keys = (flat.view(f"u{flat.itemsize}") >> drop).astype(np.int64)
         bins = 1 << (8 * flat.itemsize - 1 - drop)
-        wide = flat.astype(np.float64)
-        counts = np.bincount(keys, minlength=bins)
-        squares = np.bincount(keys, weights=wide * wide, minlength=bins)
         if not self._counts.size:
             self._counts, self._squares = np.zeros(bins, np.int64), np.zeros(bins)
-        self._counts += counts
-        self._squares += squares
+        for start in range(0, flat.size, _PIECE):
+            piece = flat[start : start + _PIECE]
+            keys = (piece.view(f"u{piece.itemsize}") >> drop).astype(np.int64)
+            wide = piece.astype(np.float64)
+            self._counts += np.bincount(keys, minlength=bins)
+            self._squares += np.bincount(keys, weights=wide * wide, minlength=bins)
 
     def norms(self) -> Norms:
         """What was counted."""

@@ -91,12 +91,22 @@ _OUTPUT = Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="The
 _FORCE = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
 
 
+_MAX_BYTES = Annotated[
+    int | None,
+    typer.Option("--max-bytes", min=0, metavar="N", help="Refuse an npz whose members inflate to more than N bytes."),
+]
+_FILES = "A safetensors, npy, npz or ONNX file, or the folder or index of a sharded model"
+
+
 @app.command()
 def prune(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A safetensors file; it is only read.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help=f"{_FILES}; it is only read.")],
     pattern: _PATTERN = None,
     recipe: _RECIPE = None,
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.")] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Replace IN itself, when the result is complete.")
+    ] = False,
     include: _INCLUDE = None,
     exclude: _EXCLUDE = None,
     axis: _AXIS = None,
@@ -112,6 +122,7 @@ def prune(
     ] = None,
     as_json: _JSON = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
+    max_bytes: _MAX_BYTES = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No table and no progress bar.")] = False,
     debug: _DEBUG = False,
 ) -> Job:
@@ -133,15 +144,18 @@ def prune(
                 nan=nan,
                 strict=strict,
                 force=force,
+                in_place=in_place,
                 dry_run=dry_run,
                 mask_out=mask_out,
+                max_bytes=max_bytes,
                 progress=progress,
             )
         lines = [_pruned(result) for result in results]
         zeros = {line.name: line.zeros_after or 0 for line in lines if line.skipped is None}
-        stored = None if dry_run or output is None else storage(output, zeros)
+        written = source if in_place else output
+        stored = None if dry_run or written is None else storage(written, zeros)
         if as_json:
-            head = {"npscope": __version__, "input": source, "output": output, "dry_run": dry_run}
+            head = {"npscope": __version__, "input": source, "output": written, "dry_run": dry_run}
             head |= {"pattern": pattern, "recipe": recipe, "scores": scores}
             _print(report.as_json(head | report.pruned_fields(lines) | {"bytes": stored and asdict(stored)}) + "\n")
         elif not quiet:
@@ -154,7 +168,7 @@ def prune(
 
 @app.command()
 def plan(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A safetensors file.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help=f"{_FILES}.")],
     pattern: _PATTERN = None,
     recipe: _RECIPE = None,
     include: _INCLUDE = None,
@@ -198,8 +212,9 @@ def plan(
 
 @app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A safetensors file.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help=f"{_FILES}.")],
     layout: _LAYOUT = "out-in",
+    max_bytes: _MAX_BYTES = None,
     as_json: _JSON = False,
     debug: _DEBUG = False,
 ) -> Job:
@@ -212,14 +227,14 @@ def inspect(
             report.Inspected(
                 found.tensor.name,
                 found.tensor.dtype,
-                found.tensor.shape,
+                found.tensor.saved_shape,
                 math.prod(found.tensor.shape),
                 found.zeros,
                 found.nans,
                 tuple(group._asdict() for group in found.groups),
                 tuple(block._asdict() for block in found.blocks),
             )
-            for found in inspect_file(file, layout=layout)
+            for found in inspect_file(file, layout=layout, max_bytes=max_bytes)
         ]
         if as_json:
             _print(report.as_json({"npscope": __version__, "file": file} | report.inspected_fields(lines)) + "\n")
@@ -339,8 +354,8 @@ def export(
     include: _INCLUDE = None,
     exclude: _EXCLUDE = None,
     block: Annotated[str, typer.Option(metavar="RxC", help="Size of the blocks of bsr.")] = "4x4",
-    axis: _AXIS = None,
-    layout: _RULE_LAYOUT = None,
+    axis: Annotated[str, typer.Option(help="Where 2:4 runs: in, fan-in (in x kernel), last, or a number.")] = "in",
+    layout: _LAYOUT = "out-in",
     as_json: _JSON = False,
     force: _FORCE = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No report.")] = False,
@@ -350,10 +365,12 @@ def export(
 
     def job() -> None:
         from npscope import export as exports
+        from npscope.pattern import Pattern
+        from npscope.recipe import Recipe
 
         names = tuple(include or ()), tuple(exclude or ())
         if to == "2:4":
-            rules = _recipe(None, "2:4", include, exclude, axis, layout, None)
+            rules = Recipe.shorthand(Pattern.parse("2:4"), *names, _axis(axis), layout)
             done = exports.export_two_of_four(source, output, rules, strict=bool(include), force=force)
         elif to == "bitmask":
             done = exports.export_bitmask(source, output, exports.Selection(*names), force=force)
@@ -536,24 +553,16 @@ def _verified(verdict: Verdict) -> report.Verified:
     if isinstance(verdict, Skip):
         tensor = verdict.tensor
         return report.Verified(tensor.name, tensor.dtype, tensor.shape, skipped=verdict.reason, misfit=verdict.misfit)
-    if isinstance(verdict, CheckedCoupling):
-        coupling = verdict.coupling
-        pattern = f"keep {coupling.keep} of {coupling.blocks} coupled blocks, {len(coupling.tensors)} tensors"
-        return report.Verified(
-            coupling.name,
-            None,
-            None,
-            pattern,
-            holds=verdict.holds,
-            scopes=coupling.scopes,
-            offending=verdict.offending,
-            scope=verdict.scope,
-            used=verdict.used,
-        )
     if isinstance(verdict, CheckedBudget):
         budget = verdict.budget
         pattern = f"keep {budget.keep} of {sum(plan.blocks for plan in budget.plans)}, {len(budget.plans)} tensors"
         return report.Verified(budget.name, None, None, pattern, holds=verdict.holds, used=sum(verdict.used))
+    if isinstance(verdict, CheckedCoupling):
+        coupling = verdict.coupling
+        pattern = f"keep {coupling.keep} of {coupling.blocks} coupled blocks, {len(coupling.tensors)} tensors"
+        return report.Verified(
+            coupling.name, None, None, pattern, None, verdict.holds, coupling.scopes, verdict.offending
+        )
     plan, first = verdict.plan, verdict.first
     return report.Verified(
         plan.tensor.name,
@@ -591,7 +600,7 @@ def _pruned(result: Outcome | Skip) -> report.Pruned:
         return report.Pruned(
             tensor.name,
             tensor.dtype,
-            tensor.shape,
+            tensor.saved_shape,
             math.prod(tensor.shape),
             skipped=result.reason,
             misfit=result.misfit,
@@ -600,7 +609,7 @@ def _pruned(result: Outcome | Skip) -> report.Pruned:
     return report.Pruned(
         plan.tensor.name,
         plan.tensor.dtype,
-        plan.tensor.shape,
+        plan.tensor.saved_shape,
         math.prod(plan.shape),
         pattern=plan.pattern,
         along=plan.along,

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ Box = tuple[slice, ...]
 """A range on every axis, the ends given."""
 
 STRIP_BYTES = 16 << 20
-"""About the bytes of all members that are read for one strip; a single block may have more."""
+"""About the bytes of all members that are held for one strip, norms included; a single block may have more."""
 
 _GAP_BYTES = 256 << 10
 """A range of at most this size is read at once, however little of it is wanted."""
@@ -64,6 +65,22 @@ def masks_of(
     return dict(kept)
 
 
+def blocks_in_use(coupling: Coupling, weights: WeightFile, advance: Callable[[int], None] | None = None) -> Array:
+    """How many blocks of every scope hold an element that is not zero in some member; NaN is not zero.
+
+    An array over the grid of scopes: a file satisfies a coupling where it is at most ``coupling.keep``.
+    `advance` is told the bytes read. FileError when `weights` ends early.
+    """
+    used: list[Array] = []
+    for group in coupling.groups:
+        stored = replace(group, members=tuple(replace(member, scores=None) for member in group.members))
+        largest = _table(stored, math.inf, weights, advance)
+        scopes = ScopeSpec(BlockSpec(largest, ()), group.scope)
+        used.append(scopes.block_to_scope(largest != 0, merge=True).sum(axis=-1))
+    counts: Array = np.sum(used, axis=0)
+    return counts
+
+
 def drop(kept: Iterable[Kept], start: int, values: Array) -> None:
     """Set the elements of dropped blocks to +0.0 in `values`: a tensor's elements in C order from `start` on.
 
@@ -71,7 +88,9 @@ def drop(kept: Iterable[Kept], start: int, values: Array) -> None:
     in the middle of a block.
     """
     for window, block, mask in kept:
-        _drop(values, window.offset - start, window.shape, window.strides, block, mask)
+        outwards = _by_stride(window.strides)
+        shape, strides, sizes = (tuple(of[axis] for axis in outwards) for of in (window.shape, window.strides, block))
+        _drop(values, window.offset - start, shape, strides, sizes, mask.transpose(outwards))
 
 
 def _drop(
@@ -82,7 +101,7 @@ def _drop(
     block: tuple[int, ...],
     mask: Array,
 ) -> None:
-    """Drop blocks of the window that starts at index `first` of `values`, which may be outside."""
+    """Drop blocks of the window, its largest stride first, that starts at index `first` of `values` or outside."""
     end = first + _span(shape, strides)
     if end <= 0 or first >= values.size:
         return
@@ -129,7 +148,8 @@ def _table(group: Group, ord: float, weights: WeightFile, advance: Callable[[int
 def joint_norms(group: Group, ord: float, weights: WeightFile) -> Iterator[tuple[Box, Array]]:
     """The joint norms of the blocks of a group, strip by strip: a box of the aligned grid, and the norms in it."""
     reader = _WindowReader(weights)
-    for box in _strips(group.members[0].aligned, max(1, STRIP_BYTES // _bytes_per_block(group))):
+    blocks = max(1, STRIP_BYTES // (_bytes_per_block(group) + 8))  # a number for each block is held as well
+    for box in _strips(group.members[0].aligned, blocks):
         specs = [BlockSpec(reader.ranked(member, _elements(member, box)), member.block) for member in group.members]
         yield box, BlockCoupling(specs, orders=[member.order for member in group.members]).norms(ord=ord)
 
@@ -176,10 +196,11 @@ class _WindowReader:
 
     def _read(self, weights: WeightFile, tensor: Tensor, window: Window, box: Box) -> Array:
         """The elements of `tensor`, which lie in it as `window` does, in a box of the window."""
-        out = np.empty([part.stop - part.start for part in box], numpy_dtype(tensor))
+        outwards = _by_stride(window.strides)
+        out = np.empty([box[axis].stop - box[axis].start for axis in outwards], numpy_dtype(tensor))
         offset = window.offset + sum(p.start * s for p, s in zip(box, window.strides, strict=True))
-        self._fill(weights, tensor, offset, window.strides, out)
-        return out
+        self._fill(weights, tensor, offset, [window.strides[axis] for axis in outwards], out)
+        return out.transpose(np.argsort(outwards))
 
     def _fill(self, weights: WeightFile, tensor: Tensor, offset: int, strides: Sequence[int], out: Array) -> None:
         span, itemsize = _span(out.shape, strides), out.itemsize
@@ -214,6 +235,11 @@ def _scaled(values: Array, factors: Array) -> Array:
     with np.errstate(all="ignore"):
         scaled: Array = np.abs(values.astype(dtype)) * factors.astype(dtype)
     return scaled
+
+
+def _by_stride(strides: Sequence[int]) -> list[int]:
+    """Axes, that of the largest stride first."""
+    return sorted(range(len(strides)), key=lambda axis: -strides[axis])
 
 
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:

@@ -67,8 +67,8 @@ class ByScope:
 
     def drop(self, slab: Slab) -> None:
         """Rank and drop in one call."""
-        plan, scores = self.plan, None if self.plan.scores is None else slab.ranked
-        keep_largest(slab.view, plan.keep, plan.block, plan.scope, scores=scores, ord=plan.ord, out=slab.view)
+        plan = self.plan
+        keep_largest(slab.view, plan.keep, plan.block, plan.scope, scores=slab.scores, ord=plan.ord, out=slab.view)
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ class ByLimit:
         smallest = limits + (places.min() > lasts)
         if np.all((places.max() <= lasts) | (places.min() > lasts)) and smallest.max() < keys.nan:
             norms = keys.norms(smallest)
-            scores = None if plan.scores is None else slab.ranked
-            hard_threshold(slab.view, norms, plan.block, scores=scores, ord=plan.ord, out=slab.view)
+            hard_threshold(slab.view, norms, plan.block, scores=slab.scores, ord=plan.ord, out=slab.view)
         else:
             found = keys.of(plan, slab.ranked)
             BlockSpec(slab.view, plan.block).apply_mask((found > limits) | ((found == limits) & (places <= lasts)))

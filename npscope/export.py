@@ -37,8 +37,9 @@ from typing import Any, Literal
 import numpy as np
 
 from npscope.errors import FormatError, SpecError, about
+from npscope.planning import decided
 from npscope.plans import Plan
-from npscope.recipe import Names, Recipe, resolve
+from npscope.recipe import Names, Recipe
 from npscope.slabs import Array
 from npscope.storage import bitmask_bytes
 from npscope.verification import Checked, verify
@@ -169,9 +170,9 @@ def export_two_of_four(
 
     SpecError (a ValueError) when there is none, or with `strict` when one that is meant is not 2:4.
     """
-    with open_weights(source) as weights:
+    with open_weights(source) as weights, decided(recipe, weights) as decisions:
         place = Target.of(target, force=force, source=os.stat(source))
-        checked = verify(weights, resolve(recipe, weights.tensors.values()), strict=strict)
+        checked = verify(weights, decisions, strict=strict)
         plans = [verdict.plan for verdict in checked if isinstance(verdict, Checked) and verdict.holds]
         failed = [verdict.plan for verdict in checked if isinstance(verdict, Checked) and not verdict.holds]
         if failed and (strict or not plans):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npscope.layout import Layout, meaning
+from npscope.layout import Layout, has_matrix, meaning
 from npscope.occupancy import Piece, PieceReader, any_of, count_of
 from npscope.slabs import Array, Box, count_zeros_and_nans
 from npscope.weights import Axes, Tensor, numpy_dtype, open_weights
@@ -73,13 +73,15 @@ class Inspection:
     blocks: tuple[Blocks, ...] = ()
 
 
-def inspect_file(path: str | os.PathLike[str], *, layout: Layout = "out-in") -> list[Inspection]:
+def inspect_file(
+    path: str | os.PathLike[str], *, layout: Layout = "out-in", max_bytes: int | None = None
+) -> list[Inspection]:
     """Every tensor of the file at `path`, in its order; memory is a few pieces of a tensor.
 
     FormatError (a ValueError) when it is no weight file or a damaged one, OSError when it cannot
     be read.
     """
-    with open_weights(path) as weights:
+    with open_weights(path, max_bytes=max_bytes) as weights:
         reader = PieceReader(weights)
         inspections = [_inspect(tensor, reader, layout) for tensor in weights.tensors.values()]
         weights.check_unchanged()
@@ -120,11 +122,12 @@ def _zeros_and_nans(tensor: Tensor, reader: PieceReader) -> tuple[int, int]:
 
 def _readings(tensor: Tensor, axes: Axes) -> Iterator[tuple[tuple[int, ...], int, str]]:
     """(shape, axis, what the axis is) of every way along which groups are looked for."""
-    yield tensor.shape, axes.into, f"axis {axes.into} (in)"
-    if axes.kernel:
+    into, out = (len(tensor.shape) - 1 - axis if tensor.fortran else axis for axis in (axes.into, axes.out))
+    yield tensor.shape, axes.into, f"axis {into} (in)"
+    if axes.kernel and has_matrix(tensor, axes):
         shape, order = axes.matrix(tensor.shape)
         yield shape, order[-1], "fan-in"
-    yield tensor.shape, axes.out, f"axis {axes.out} (out)"
+    yield tensor.shape, axes.out, f"axis {out} (out)"
 
 
 def _groups(tensor: Tensor, reader: PieceReader, shape: tuple[int, ...], axis: int, along: str) -> list[Groups]:
@@ -180,6 +183,8 @@ def _implies(given: Groups, found: Groups) -> bool:
 
 def _blocks(tensor: Tensor, reader: PieceReader, axes: Axes) -> list[Blocks]:
     """How many blocks are zero as a whole, for every size that divides the ``[out, fan-in]`` matrix."""
+    if not has_matrix(tensor, axes):
+        return []
     shape, order = axes.matrix(tensor.shape)
     counters = [_BlockCounter(size, shape, order) for size in _sizes(shape[order[-2]], shape[order[-1]])]
     lock = threading.Lock()

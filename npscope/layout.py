@@ -42,7 +42,15 @@ def axes_of(shape: tuple[int, ...], layout: Layout) -> Axes:
 
 def meaning(tensor: Tensor, layout: Layout) -> Axes:
     """What the axes of a tensor mean: as its file says, else by `layout`."""
-    return axes_of(tensor.shape, layout) if tensor.use is None or tensor.use.axes is None else tensor.use.axes
+    if tensor.use is not None and tensor.use.axes is not None:
+        return tensor.use.axes
+    return axes_of(tensor.shape[::-1], layout).reversed() if tensor.fortran else axes_of(tensor.shape, layout)
+
+
+def has_matrix(tensor: Tensor, axes: Axes) -> bool:
+    """Whether a reshape makes the tensor an ``[out, fan-in]`` matrix with the fan-in as it was saved."""
+    fan_in = (axes.into, *axes.kernel)
+    return axes.has_matrix and not (tensor.fortran and sum(tensor.shape[axis] > 1 for axis in fan_in) > 1)
 
 
 def require_axis(pattern: Pattern, axis: Axis) -> None:
@@ -54,7 +62,7 @@ def require_axis(pattern: Pattern, axis: Axis) -> None:
 def lay(pattern: Pattern, tensor: Tensor, *, axis: Axis = "in", layout: Layout = "out-in", rule: str = "") -> Plan:
     """The plan of `pattern` on a tensor of at least 2 axes, which `rule` asked for; SpecError when it does not fit."""
     axes = meaning(tensor, layout)
-    ground = _ground(pattern, axis, axes, tensor.shape)
+    ground = _ground(pattern, axis, axes, tensor)
     hint = _hint(pattern, axis, axes, tensor.shape)
     block, scope = [1] * len(ground.order), [1] * len(ground.order)
     grid = [ground.shape[axis] for axis in ground.order]
@@ -94,7 +102,11 @@ class _Ground(NamedTuple):
     along: str
 
 
-def _ground(pattern: Pattern, chosen: Axis, axes: Axes, shape: tuple[int, ...]) -> _Ground:
+def _ground(pattern: Pattern, chosen: Axis, axes: Axes, tensor: Tensor) -> _Ground:
+    shape = tensor.shape
+    flat = len(pattern.block) == 2 or chosen == "fan-in"
+    if flat and axes.has_matrix and not has_matrix(tensor, axes):
+        raise SpecError("in Fortran order the fan-in of a convolution is no single axis; save it in C order")
     if len(pattern.block) == 2:
         matrix, order = axes.matrix(shape)
         last = len(matrix) - 1
@@ -102,18 +114,19 @@ def _ground(pattern: Pattern, chosen: Axis, axes: Axes, shape: tuple[int, ...]) 
     if chosen == "fan-in":
         matrix, order = axes.matrix(shape)
         return _Ground(matrix, order, (len(matrix) - 1,), ("fan-in",), "fan-in")
-    axis = _axis(chosen, axes, len(shape))
-    name = f"axis {axis} (in)" if axis == axes.into else f"axis {axis}"
+    axis = _axis(chosen, axes, len(shape), fortran=tensor.fortran)
+    shown = len(shape) - 1 - axis if tensor.fortran else axis
+    name = f"axis {shown} (in)" if axis == axes.into else f"axis {shown}"
     return _Ground(shape, axes.order, (axes.order.index(axis),), (name,), name)
 
 
-def _axis(chosen: Axis, axes: Axes, ndim: int) -> int:
+def _axis(chosen: Axis, axes: Axes, ndim: int, *, fortran: bool) -> int:
     if chosen == "in":
         return axes.into
     axis = ndim - 1 if chosen == "last" else int(chosen)
     if not -ndim <= axis < ndim:
         raise SpecError(f"there is no axis {axis} in {ndim} axes")
-    return axis % ndim
+    return ndim - 1 - axis % ndim if fortran else axis % ndim
 
 
 def _cut(name: str, what: str, length: int, size: int, *, hint: str) -> tuple[int, int]:
@@ -127,7 +140,7 @@ def _cut(name: str, what: str, length: int, size: int, *, hint: str) -> tuple[in
 
 def _hint(pattern: Pattern, chosen: Axis, axes: Axes, shape: tuple[int, ...]) -> str:
     """The way out for a pattern along one axis of a convolution, if the fan-in is one."""
-    if len(pattern.block) == 2 or chosen == "fan-in" or not axes.kernel:
+    if len(pattern.block) == 2 or chosen == "fan-in" or not axes.kernel or not axes.has_matrix:
         return ""
     fan_in = math.prod(shape[axis] for axis in (axes.into, *axes.kernel))
     period = math.prod(max(size, 1) for size in (*pattern.block, *(pattern.scope or ())))

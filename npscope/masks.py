@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 
 from npscope.errors import FormatError, SpecError, about
-from npscope.plans import Budget, Coupled, Coupling, Decision, Member, Plan, Scores, Skip
+from npscope.plans import Budget, Coupling, Decision, Member, Plan, Scores, Skip, parts_of
 from npscope.slabs import Array
 from npscope.weights import Tensor, WeightFile, open_weights
 from npscope.weights.new_safetensors import NewSafetensors, create
 from npscope.weights.output import Target
-from npscope.weights.safetensors import Safetensors
+from npscope.weights.packed import Packed
+from npscope.weights.safetensors import open_safetensors
 
 VERSION = "1"
 
@@ -43,55 +44,45 @@ CHUNK_ELEMENTS = 1 << 20
 @contextmanager
 def mask_file(target: Target, decisions: Sequence[Decision]) -> Iterator[MaskWriter]:
     """Context with the writer of the mask file of these decisions, at `target` when it ends without an error."""
-    pruned = {tensor.name: (tensor, said) for decision in decisions for tensor, said in _tensors(decision)}
+    parts = {part.tensor.name: part for decision in decisions for part in parts_of(decision)}
     described = {
-        name: {"shape": list(tensor.shape), "pattern": f"{said.pattern}, {said.along}"}
-        for name, (tensor, said) in sorted(pruned.items())
+        name: {"shape": list(part.tensor.shape), "pattern": f"{part.pattern}, {part.along}"}
+        for name, part in sorted(parts.items())
     }
     metadata = {"npscope.mask": VERSION, "recipe": recipe_hash(decisions), "tensors": json.dumps(described)}
-    with create(target, [_packed(tensor) for tensor, _ in pruned.values()], metadata) as file:
+    with create(target, [_packed(part.tensor) for part in parts.values()], metadata) as file:
         yield MaskWriter(file)
 
 
-def _tensors(decision: Decision) -> Iterator[tuple[Tensor, Plan | Coupled]]:
-    """The tensors that a decision prunes, and what says how."""
-    if isinstance(decision, Coupling):
-        for tensor in decision.tensors:
-            yield tensor, Coupled(tensor, decision)
-    elif not isinstance(decision, Skip):
-        for plan in decision.plans if isinstance(decision, Budget) else (decision,):
-            yield plan.tensor, plan
-
-
 def recipe_hash(decisions: Sequence[Decision]) -> str:
-    """SHA-256, in hex, of what is asked for: which tensors, cut how, ranked by what, how many blocks survive.
+    """SHA-256, in hex, of what is asked for: which tensors, cut how, how many blocks survive.
 
     However a recipe is written, the same numbers give the same hash.
     """
-    asked = [_asked(decision) for decision in decisions if not isinstance(decision, Skip)]
+    asked = [_numbers(decision) for decision in decisions if not isinstance(decision, Skip)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _asked(decision: Plan | Budget | Coupling) -> list[Any]:
-    if isinstance(decision, Plan):
-        return [decision.keep, _numbers(decision)]
+def _numbers(decision: Plan | Budget | Coupling) -> list[Any]:
     if isinstance(decision, Budget):
-        return [decision.keep, decision.bounds, [_numbers(plan) for plan in decision.plans]]
-    groups = [[group.scope, [_member(member) for member in group.members]] for group in decision.groups]
-    return [decision.keep, decision.ord, groups]
+        return [decision.keep, decision.bounds, [_geometry(plan) for plan in decision.plans]]
+    if isinstance(decision, Coupling):
+        groups = [[group.scope, [_member(member) for member in group.members]] for group in decision.groups]
+        return [decision.keep, decision.ord, groups]
+    return [decision.keep, _geometry(decision)]
 
 
-def _numbers(plan: Plan) -> list[Any]:
-    return [plan.tensor.name, plan.shape, plan.order, plan.block, plan.scope, plan.ord, _ranking(plan.scores)]
+def _geometry(plan: Plan) -> list[Any]:
+    return [plan.tensor.name, plan.shape, plan.order, plan.block, plan.scope, plan.ord, _ranks(plan.scores)]
 
 
 def _member(member: Member) -> list[Any]:
     window = member.window
-    cut = [window.tensor.name, window.shape, window.strides, window.offset]
-    return [*cut, member.block, member.order, _ranking(member.scores)]
+    place = [window.tensor.name, window.shape, window.strides, window.offset]
+    return [*place, member.block, member.order, _ranks(member.scores)]
 
 
-def _ranking(scores: Scores | None) -> list[Any] | None:
+def _ranks(scores: Scores | None) -> list[Any] | None:
     return None if scores is None else [scores.tensor.name, scores.along]
 
 
@@ -109,25 +100,11 @@ class MaskWriter:
         self._done = 0  # elements of the tensor at work
         self._rest = np.empty(0, np.bool_)  # those that do not fill a byte yet
 
-    @contextmanager
-    def observed(self, tensor: Tensor, values: Array) -> Iterator[None]:
-        """Context in which the losers among `values`, the next of a tensor, are zeroed; what is kept is written.
-
-        Zeros that are there before are -0.0 meanwhile. They rank as they did, and only what is
-        zeroed is +0.0 then: whoever drops, and however, its mask is exact.
-        """
-        bits = values.reshape(-1).view(f"<u{values.itemsize}")
-        zeros = bits == 0
-        np.copyto(bits, bits.dtype.type(1 << (8 * values.itemsize - 1)), where=zeros)
-        yield
-        kept = bits != 0
-        np.copyto(bits, bits.dtype.type(0), where=zeros)
-        self._add(tensor, kept)
-
-    def _add(self, tensor: Tensor, kept: Array) -> None:
+    def add(self, tensor: Tensor, kept: Array) -> None:
+        """Take the mask of the next elements of a tensor, bool with one axis, in the order of its bytes."""
         self._done += kept.size
         complete = self._done == math.prod(tensor.shape)
-        bits = np.concatenate([self._rest, kept])
+        bits = np.concatenate([self._rest, kept]) if self._rest.size else kept
         ready = bits.size if complete else bits.size // 8 * 8
         if ready:
             self._file.append(tensor.name, np.packbits(bits[:ready], bitorder="little").data)
@@ -176,7 +153,7 @@ def apply_mask(
     FileError, OSError
         Reading or writing failed; there is no output then.
     """
-    with open_weights(source) as weights, Safetensors(mask) as bits:
+    with open_weights(source) as weights, open_safetensors(mask) as bits:
         place = weights.target(target, force=force)
         if os.path.exists(place.path) and os.path.samefile(mask, place.path):
             raise SpecError(f"output {os.fsdecode(target)!r} is the mask; choose another name")
@@ -200,7 +177,7 @@ def apply_mask(
         return done
 
 
-def _chunks(weights: WeightFile, tensor: Tensor, bits: Safetensors) -> Iterator[tuple[Array, Array]]:
+def _chunks(weights: WeightFile, tensor: Tensor, bits: Packed) -> Iterator[tuple[Array, Array]]:
     """(mask, values) of a tensor, chunk by chunk; the values are words, as few for an element as can be."""
     size = math.prod(tensor.shape)
     itemsize = tensor.nbytes // size if size else 1
@@ -216,7 +193,7 @@ def _chunks(weights: WeightFile, tensor: Tensor, bits: Safetensors) -> Iterator[
         yield kept, raw.view(f"<u{word}")
 
 
-def _check(bits: Safetensors, weights: WeightFile) -> None:
+def _check(bits: Packed, weights: WeightFile) -> None:
     """FormatError for what is no mask file, SpecError for one of another file of weights."""
     if bits.metadata.get("npscope.mask") != VERSION:
         raise FormatError(f"this is no mask file of version {VERSION}; `npscope prune --mask-out` writes one")

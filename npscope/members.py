@@ -38,10 +38,11 @@ class MemberRule:
     """A member as a recipe writes it.
 
     `tensor` is a name in which ``*`` stands for what tells the instances of a coupling apart, such
-    as the number of a layer: any text without a dot or slash. `slice` is taken of the stored
-    tensor, then comes `reshape` (in C order, -1 is the rest), then `take` slices the reshaped one:
-    ``"0:384, :"``, a number drops its axis. `block` counts elements (-1 is a whole axis), `order`
-    permutes the axes of the grid.
+    as the number of a layer: any text without a dot or slash. Its axes are taken as
+    ``[out, in, ...]``, however they are stored. `slice` is taken of it first, then comes `reshape`
+    (in C order, -1 is the rest), then `take` slices the reshaped one: ``"0:384, :"``, a number
+    drops its axis. `block` counts elements (-1 is a whole axis), `order` permutes the axes of the
+    grid.
     """
 
     tensor: str
@@ -57,8 +58,8 @@ class CouplingRule:
     """Members whose blocks are kept or dropped together.
 
     `amount` is as in a `Pattern`, and `scope` counts blocks of the aligned grid (``()`` is all of
-    it). With `across` the blocks of all instances compete in one scope. `layout` says which axis of
-    a tensor its inputs are, where `scores` has a number for each.
+    it). With `across` the blocks of all instances compete in one scope. `layout` says how the
+    tensors are stored, where their file does not.
     """
 
     label: str
@@ -146,27 +147,36 @@ def _member(
     with about(f"member {name!r:.120}"):
         if not tensor.is_float:
             raise SpecError(f"dtype {tensor.dtype} cannot be pruned")
-        window = window_of(tensor, member.slice, member.reshape, member.take)
+        axes = meaning(tensor, rule.layout) if len(tensor.shape) >= 2 else None
+        order = None if axes is None else axes.order
+        window = window_of(tensor, member.slice, member.reshape, member.take, order=order)
         if not window.shape or 0 in window.shape:
             raise SpecError(f"the window has shape {window.shape}; needed are axes with elements")
         tiling = Tiling.blocks(window.shape, member.block)
-        (order,) = as_orders((member.order,), (len(window.shape),))
+        (aligning,) = as_orders((member.order,), (len(window.shape),))
         if rule.scores is None:
-            return Member(window, tiling.tile, order)
-        axes = meaning(tensor, rule.layout) if len(tensor.shape) >= 2 else None
-        return Member(window, tiling.tile, order, scores_of(files[rule.scores], rule.scores, tensor, name, axes))
+            return Member(window, tiling.tile, aligning)
+        return Member(window, tiling.tile, aligning, scores_of(files[rule.scores], rule.scores, tensor, name, axes))
 
 
 def window_of(
-    tensor: Tensor, slice: str | None = None, reshape: tuple[int, ...] | None = None, take: str | None = None
+    tensor: Tensor,
+    slice: str | None = None,
+    reshape: tuple[int, ...] | None = None,
+    take: str | None = None,
+    order: tuple[int, ...] | None = None,
 ) -> Window:
     """The window of `tensor` that a slice, a reshape and another slice leave; SpecError when there is none.
+
+    `order` puts the stored axes in another order first.
 
     >>> window = window_of(Tensor("w", "float32", (12, 8), 384), "4:12", (2, 4, 8), ":, 1")
     >>> window.shape, window.strides, window.offset
     ((2, 8), (32, 1), 40)
     """
     array, origin = _addresses(tensor.shape)
+    if order is not None:
+        array = array.transpose(order)
     array = _sliced(array, slice, "slice")
     if reshape is not None:
         try:

@@ -16,7 +16,7 @@ import numpy as np
 
 from npscope.backends import threads
 from npscope.options import thread_count
-from npscope.slabs import Array, Box, boxes, extents
+from npscope.slabs import Array, Box, boxes
 from npscope.weights import Tensor, WeightFile, reads_side_by_side
 
 PIECE_BYTES = 1024 << 10
@@ -44,20 +44,20 @@ class PieceReader:
         """
         itemsize = tensor.nbytes // math.prod(shape)
         steps = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
-        cut = shape, period, PIECE_BYTES // itemsize, math.prod(shape)
-        places, pieces = boxes(*cut), sum(1 for _ in boxes(*cut))
+        places = boxes(shape, period, PIECE_BYTES // itemsize, math.prod(shape))
+        pieces = sum(1 for _ in boxes(shape, period, PIECE_BYTES // itemsize, math.prod(shape)))
         workers = min(thread_count(), pieces)
         self._buffers += [np.empty(0, np.uint8)] * (workers - len(self._buffers))
         turn, reading = threading.Lock(), nullcontext() if reads_side_by_side(self._weights) else threading.Lock()
 
         def fill(slot: int, box: Box) -> Piece:
-            sides = extents(box)
-            size = math.prod(sides)
+            extents = tuple(part.stop - part.start for part in box)
+            size = math.prod(extents)
             if size * (itemsize + 2) > self._buffers[slot].size:
                 self._buffers[slot] = np.empty(size * (itemsize + 2), np.uint8)
             raw, spare = self._buffers[slot][: size * itemsize], self._buffers[slot][size * itemsize :]
             self._weights.read(tensor, sum(part.start * step for part, step in zip(box, steps, strict=True)), raw.data)
-            return Piece(raw.view(f"<u{itemsize}").reshape(sides), spare[:size], spare[size : 2 * size])
+            return Piece(raw.view(f"<u{itemsize}").reshape(extents), spare[:size], spare[size : 2 * size])
 
         def step(slot: int, piece: int) -> None:
             with reading:

@@ -128,8 +128,8 @@ class Budget:
 class Window:
     """Elements of a tensor, as an array of `shape`: `strides` and `offset` count elements of the tensor in C order.
 
-    Windows come from slicing and reshaping, so that the elements of one index of an axis all lie
-    before those of the next.
+    Windows come from transposing, slicing and reshaping: along the axis of the largest stride, the
+    elements of one index all lie before those of the next, and so inside each index.
     """
 
     tensor: Tensor
@@ -258,3 +258,12 @@ class Coupled:
 
 Decision = Plan | Skip | Budget | Coupling
 """What is done with one tensor or several."""
+
+
+def parts_of(decision: Decision) -> tuple[Plan | Coupled, ...]:
+    """What a decision does to each of the tensors that it prunes."""
+    if isinstance(decision, Budget):
+        return decision.plans
+    if isinstance(decision, Coupling):
+        return tuple(Coupled(tensor, decision) for tensor in decision.tensors)
+    return (decision,) if isinstance(decision, Plan) else ()

@@ -1,6 +1,6 @@
 """Prunes a file of weights into a new file, slab by slab.
 
-Nothing of the input is changed, and the output is there complete or not at all. Memory is a few
+The output is there complete or not at all, also when it takes the place of the input. Memory is a few
 slabs, whatever the size of the file: a scope that fits in a slab is decided in the pass that
 writes, a larger one before. While a slab is worked on the next one is read and the last written.
 """
@@ -57,8 +57,10 @@ def prune_file(
     nan: NanPolicy = "refuse",
     strict: bool = False,
     force: bool = False,
+    in_place: bool = False,
     dry_run: bool = False,
     mask_out: str | os.PathLike[str] | None = None,
+    max_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome | Skip]:
     """Prune the weights in `source` into the new file `target`; say for every tensor what was done.
@@ -66,9 +68,9 @@ def prune_file(
     Parameters
     ----------
     source
-        A safetensors file. It is only read.
+        A safetensors, npy or npz file, or the folder or index of a sharded model. It is only read.
     target
-        Place for the result; may be None in a dry run.
+        Place for the result; None in place, and may be None in a dry run.
     recipe
         What to do with which tensor.
     nan
@@ -77,10 +79,14 @@ def prune_file(
         Raise when a tensor that is meant cannot take the pattern, instead of leaving it as it is.
     force
         Replace an existing `target`. The input itself is never replaced.
+    in_place
+        Replace the input itself, when the result is complete.
     dry_run
         Do everything but write.
     mask_out
         Place for a file with the masks of the pruned tensors (`npscope.masks`).
+    max_bytes
+        Refuse an npz whose members inflate to more than that.
     progress
         Called after every slab.
 
@@ -93,10 +99,18 @@ def prune_file(
     FileError, OSError
         Reading or writing failed; there is no output then.
     """
-    if target is None and not dry_run:
-        raise SpecError("no output: give -o OUT, or --dry-run")
-    with open_weights(source) as weights, decided(recipe, weights) as decisions, RankedReader(weights) as reader:
-        place = None if target is None else weights.target(target, force=force)
+    if target is not None and in_place:
+        raise SpecError("an output and --in-place exclude each other")
+    if target is None and not in_place and not dry_run:
+        raise SpecError("no output: give -o OUT, --in-place or --dry-run")
+    with (
+        open_weights(source, max_bytes=max_bytes) as weights,
+        decided(recipe, weights) as decisions,
+        RankedReader(weights) as reader,
+    ):
+        place = weights.own_place() if in_place else None
+        if target is not None:
+            place = weights.target(target, force=force)
         mask_place = None if mask_out is None else _mask_target(mask_out, source, place, force)
         _require_work(decisions, strict)
         ticker = _Ticker(weights, progress)
@@ -114,6 +128,15 @@ def prune_file(
         return [outcomes.get(name) or skips[name] for name in weights.tensors]
 
 
+def _mask_target(
+    path: str | os.PathLike[str], source: str | os.PathLike[str], result: Target | None, force: bool
+) -> Target:
+    place = Target.of(path, force=force, source=os.stat(source))
+    if result is not None and result.path == place.path:
+        raise SpecError(f"the mask and the output are both to be {os.fsdecode(path)!r}; choose another name for one")
+    return place
+
+
 def _droppers(decisions: Iterable[Decision], weights: WeightFile, search: Search) -> dict[str, Dropper]:
     """What drops the losers of each tensor, by its name."""
     found: dict[str, Dropper] = {}
@@ -127,15 +150,6 @@ def _droppers(decisions: Iterable[Decision], weights: WeightFile, search: Search
             masks = masks_of(decision, weights, search.tick)
             found |= {t.name: ByWindows(Coupled(t, decision), masks[t.name]) for t in decision.tensors}
     return found
-
-
-def _mask_target(
-    path: str | os.PathLike[str], source: str | os.PathLike[str], result: Target | None, force: bool
-) -> Target:
-    place = Target.of(path, force=force, source=os.stat(source))
-    if result is not None and result.path == place.path:
-        raise SpecError(f"the mask and the output are both to be {os.fsdecode(path)!r}; choose another name for one")
-    return place
 
 
 def _require_work(decisions: Sequence[Decision], strict: bool) -> None:
@@ -228,7 +242,7 @@ def _drop(
     nan: NanPolicy,
     ticker: _Ticker,
 ) -> Outcome:
-    """Drop the losers of one tensor in the next slabs, and write them, and what is kept into `masks`."""
+    """Drop the losers of one tensor in the next slabs, write them, and what was kept into `masks`."""
     plan = dropper.plan
     left = math.prod(plan.shape)
     before = after = nans = 0
@@ -241,11 +255,11 @@ def _drop(
         if math.isnan(norm):
             nans += count_zeros_and_nans(slab.values)[1]
         norm_before, before = math.hypot(norm_before, norm), before + slab.values.size - flat.nnz()
-        if masks is None:
-            dropper.drop(slab)
-        else:
-            with masks.observed(plan.tensor, slab.values):
-                dropper.drop(slab)
+        if masks is not None:
+            marks = np.ones(slab.values.shape, np.uint8)
+            dropper.drop(slab._replace(values=marks, scores=slab.ranked))
+            masks.add(plan.tensor, marks.reshape(-1).view(np.bool_))
+        dropper.drop(slab)
         norm_after, after = math.hypot(norm_after, float(flat.norms()[0])), after + slab.values.size - flat.nnz()
         if writer is not None:
             writer.write(plan.tensor, slab.values.reshape(-1).view(np.uint8).data)

@@ -21,6 +21,8 @@ class Slab(NamedTuple):
     box: Box
     values: Array
     ranked: Array
+    scores: Array | None
+    """What blocks rank by if not by the values."""
 
     @property
     def view(self) -> Array:
@@ -56,7 +58,8 @@ class RankedReader:
         for request, values in self._weights.read(requests()):
             plan = plans.pop(0)
             ranked = values if plan.scores is None else self._ranked(request, plan.scores, values)
-            yield Slab(plan, request.box, values, ranked.transpose(plan.order))
+            ranked = ranked.transpose(plan.order)
+            yield Slab(plan, request.box, values, ranked, None if plan.scores is None else ranked)
 
     def _ranked(self, request: Request, scores: Scores, values: Array) -> Array:
         if scores.along is None:

@@ -154,8 +154,7 @@ def _verified_cells(line: Verified) -> tuple[str, ...]:
         return (*lead, pattern or "", "holds")
     if line.scope is None:
         return (*lead, pattern or "", f"FAILS: {line.used} in use")
-    start = "" if line.index is None else f" at {list(line.index)}"
-    where = f"{list(line.scope)}{start}: {line.used} in use"
+    where = f"{list(line.scope)} at {list(line.index or ())}: {line.used} in use"
     return (*lead, pattern or "", f"FAILS in {line.offending} of {line.scopes} scopes, first {where}")
 
 

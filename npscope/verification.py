@@ -12,16 +12,17 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from npscope.coupled import joint_norms
+from npscope.coupled import blocks_in_use
 from npscope.errors import SpecError
 from npscope.occupancy import WORDS, Piece, PieceReader, any_of, count_of
-from npscope.plans import Budget, Coupling, Decision, Group, Plan, Skip
-from npscope.recipe import Recipe, resolve
-from npscope.slabs import Array, Box, smallest_slab, whole
+from npscope.planning import decided
+from npscope.plans import Budget, Coupling, Decision, Plan, Skip, parts_of
+from npscope.recipe import Recipe
+from npscope.slabs import Array, Box, smallest_slab
 from npscope.weights import WeightFile, open_weights
 
 SINGLE_PASS_BYTES = 16 << 20
@@ -74,12 +75,10 @@ class CheckedBudget:
 
 @dataclass(frozen=True, slots=True)
 class CheckedCoupling:
-    """Tensors that share a decision: how many scopes have too many blocks in use, the first, and how many it has."""
+    """Coupled tensors: how many scopes have too many blocks with an element in use in any of their members."""
 
     coupling: Coupling
     offending: int
-    scope: tuple[int, ...] | None
-    used: int | None
 
     @property
     def holds(self) -> bool:
@@ -95,21 +94,13 @@ def verify_file(
 ) -> list[Verdict]:
     """What was found for every tensor of the weight file at `path` that `recipe` means to prune; others are skipped.
 
-    SpecError (a ValueError) when there is nothing to check, with `strict` when a tensor cannot take the
-    pattern, or for a recipe that allocates by the values before pruning (lamp); FormatError (a
-    ValueError) when it is no weight file; OSError when it cannot be read.
+    SpecError (a ValueError) when there is nothing to check, or with `strict` when a tensor cannot take
+    the pattern; FormatError (a ValueError) when it is no weight file; OSError when it cannot be read.
     """
-    with open_weights(path) as weights:
-        decisions = resolve(_without_scores(recipe), weights.tensors.values())
+    with open_weights(path) as weights, decided(recipe, weights) as decisions:
         verdicts = verify(weights, decisions, strict=strict, progress=progress)
         weights.check_unchanged()
         return verdicts
-
-
-def _without_scores(recipe: Recipe) -> Recipe:
-    """The same recipe, without the files that its blocks rank by: only the counts are checked."""
-    rules = tuple(replace(rule, scores=None) for rule in recipe.rules)
-    return replace(recipe, rules=rules, couplings=tuple(replace(rule, scores=None) for rule in recipe.couplings))
 
 
 def verify(
@@ -130,20 +121,15 @@ def verify(
         raise SpecError(f"nothing to check in {len(decisions)} tensors: {listed or 'the file holds none'}")
     tell = _Progress(decisions, progress)
     reader = PieceReader(weights)
-    return [
-        _coupled(weights, decision, tell) if isinstance(decision, Coupling) else _verdict(reader, decision, tell)
-        for decision in decisions
-    ]
+    return [_verdict(weights, reader, decision, tell) for decision in decisions]
 
 
 class _Progress:
     """Adds up what several threads have done."""
 
     def __init__(self, decisions: Sequence[Decision], progress: Progress | None) -> None:
-        plans = [d for d in decisions if isinstance(d, Plan)]
-        plans += [plan for d in decisions if isinstance(d, Budget) for plan in d.plans]
-        coupled = [tensor for d in decisions if isinstance(d, Coupling) for tensor in d.tensors]
-        self._total, self._done = sum(tensor.nbytes for tensor in (*(plan.tensor for plan in plans), *coupled)), 0
+        self._total = sum(part.tensor.nbytes for decision in decisions for part in parts_of(decision))
+        self._done = 0
         self._progress, self._lock = progress, threading.Lock()
 
     def advance(self, nbytes: int) -> None:
@@ -153,31 +139,15 @@ class _Progress:
                 self._progress(self._done, self._total)
 
 
-def _verdict(reader: PieceReader, decision: Plan | Budget | Skip, tell: _Progress) -> Verdict:
+def _verdict(weights: WeightFile, reader: PieceReader, decision: Decision, tell: _Progress) -> Verdict:
     if isinstance(decision, Skip):
         return decision
+    if isinstance(decision, Coupling):
+        counts = blocks_in_use(decision, weights, tell.advance)
+        return CheckedCoupling(decision, int(np.count_nonzero(counts > decision.keep)))
     if isinstance(decision, Budget):
         return CheckedBudget(decision, tuple(_used(reader, plan, tell) for plan in decision.plans))
     return _check(reader, decision, decision.keep, tell)
-
-
-def _coupled(weights: WeightFile, coupling: Coupling, tell: _Progress) -> CheckedCoupling:
-    counts = sum(_used_together(weights, group) for group in coupling.groups)
-    tell.advance(sum(tensor.nbytes for tensor in coupling.tensors))
-    found = np.argwhere(np.asarray(counts) > coupling.keep)
-    if not len(found):
-        return CheckedCoupling(coupling, 0, None, None)
-    scope = tuple(map(int, found[0]))
-    return CheckedCoupling(coupling, len(found), scope, int(np.asarray(counts)[scope]))
-
-
-def _used_together(weights: WeightFile, group: Group) -> Array:
-    """How many blocks of each scope are in use in any of the members; the largest magnitude says so exactly."""
-    grid = group.members[0].aligned
-    used = np.empty(grid, np.uint8)
-    for box, norms in joint_norms(group, math.inf, weights):
-        used[box] = norms != 0
-    return count_of(used, whole(grid), group.scope)[0].astype(np.int64)
 
 
 def _used(reader: PieceReader, plan: Plan, tell: _Progress) -> int:
@@ -206,16 +176,18 @@ class _Counter:
 
     def __init__(self, plan: Plan, keep: int) -> None:
         self._plan, self._keep = plan, keep
-        self._block, self._scope = plan.stored(plan.block), plan.stored(plan.scope)
-        self._grid, self._scopes = plan.stored(plan.grid), plan.stored(plan.scope_grid)
-        in_elements = plan.stored(plan.scope_size)
+        self._block, self._scope = _stored(plan, plan.block), _stored(plan, plan.scope)
+        self._grid = tuple(n // size for n, size in zip(plan.shape, self._block, strict=True))
+        self._scopes = tuple(n // size for n, size in zip(self._grid, self._scope, strict=True))
+        itemsize = plan.tensor.nbytes // math.prod(plan.shape)
+        in_elements = tuple(b * s for b, s in zip(self._block, self._scope, strict=True))
         self._counts: Array | None = None
         self._blocks: Array | None = None
         self.period = in_elements
-        if smallest_slab(plan.shape, in_elements) * plan.itemsize > SINGLE_PASS_BYTES:
+        if smallest_slab(plan.shape, in_elements) * itemsize > SINGLE_PASS_BYTES:
             self.period = self._block
             self._counts = np.zeros(self._scopes, np.int64)
-            if smallest_slab(plan.shape, self._block) * plan.itemsize > SINGLE_PASS_BYTES:
+            if smallest_slab(plan.shape, self._block) * itemsize > SINGLE_PASS_BYTES:
                 self.period = (1,) * len(plan.shape)
                 self._blocks = np.zeros(self._grid, np.uint8)
         # Single elements that compete with their neighbours, every scope whole: these have a way of their own.
@@ -243,10 +215,11 @@ class _Counter:
 
     def result(self) -> Checked:
         """What all pieces together say."""
+        whole = tuple(slice(0, length) for length in self._grid)
         if self._blocks is not None:
-            self._judge(*count_of(self._blocks, whole(self._grid), self._scope))
+            self._judge(*count_of(self._blocks, whole, self._scope))
         elif self._counts is not None:
-            self._judge(self._counts, whole(self._scopes))
+            self._judge(self._counts, tuple(slice(0, length) for length in self._scopes))
         first = None if self._first is None else self._offence(*self._first)
         return Checked(self._plan, self._offending, first)
 
@@ -256,7 +229,7 @@ class _Counter:
             return
         found = np.argwhere(counts > self._keep)
         places = (found + [part.start for part in scopes])[:, self._plan.order].T
-        numbers = np.ravel_multi_index(tuple(places), self._plan.scope_grid)
+        numbers = np.ravel_multi_index(tuple(places), tuple(self._scopes[axis] for axis in self._plan.order))
         at = int(np.argmin(numbers))
         first = int(numbers[at]), int(counts[tuple(found[at])])
         with self._lock:
@@ -264,9 +237,15 @@ class _Counter:
             self._first = first if self._first is None else min(first, self._first)
 
     def _offence(self, number: int, used: int) -> Offence:
-        plan = self._plan
-        scope = np.unravel_index(number, plan.scope_grid)
-        corner = [int(index) * size for index, size in zip(scope, plan.scope_size, strict=True)]
-        flat = np.ravel_multi_index(plan.stored(corner), plan.shape)
-        start = np.unravel_index(flat, plan.tensor.shape)
+        order = self._plan.order
+        scope = np.unravel_index(number, tuple(self._scopes[axis] for axis in order))
+        sizes = zip(scope, self._plan.scope, self._plan.block, strict=True)
+        corner = [int(index) * count * size for index, count, size in sizes]
+        flat = np.ravel_multi_index(_stored(self._plan, corner), self._plan.shape)
+        start = np.unravel_index(flat, self._plan.tensor.shape)
         return Offence(tuple(map(int, scope)), tuple(map(int, start)), used)
+
+
+def _stored(plan: Plan, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of canonical axes as those of the axes of ``plan.shape``."""
+    return tuple(sizes[plan.order.index(axis)] for axis in range(len(sizes)))

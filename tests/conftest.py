@@ -168,3 +168,10 @@ def rng() -> np.random.Generator:
 def any_dtype(request: pytest.FixtureRequest) -> np.dtype:
     """Every supported dtype."""
     return dtype(request.param)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """The reference backend, for tests of files whose many small arrays are not worth a kernel."""
+    with npscope.use_backend("reference"):
+        yield

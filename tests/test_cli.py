@@ -466,10 +466,10 @@ def test_case91_an_input_that_changes_is_an_error(folder: Path, run: Run, monkey
         ("preadv", 1),
         ("preadv", 7),
         ("fsync", 1),
-        ("close", 1),
+        ("close", 2),  # of the file, while it is locked
         ("link", 1),
         ("fsync", 2),  # of the folder, when the file is in place
-        ("close", 2),
+        ("close", 4),
     ],
 )
 def test_case85_a_full_disk_leaves_nothing(
@@ -492,7 +492,7 @@ def test_case85_a_full_disk_leaves_nothing(
     assert result.code == 3
     assert is_one_line(result)
     assert "No space left" in result.err
-    in_place = call in ("fsync", "close") and number == 2
+    in_place = (call, number) in (("fsync", 2), ("close", 4))
     assert (folder / "out").exists() == in_place
     assert not in_place or header_of(folder / "out") == header_of(DATA)
 
@@ -592,7 +592,7 @@ def test_case80_a_full_standard_output(folder: Path) -> None:
         (["prune", DATA, "--pattern", "2:4096", "--dry-run"], 2, "nothing to prune in 15 tensors"),
         (["prune", "nowhere", "--pattern", "2:4", "--dry-run"], 3, "'nowhere': No such file"),
         (["prune", DATA, "--pattern", "2:4", "-o", "/x/y", "--mask-out", "/x/z"], 3, "does not exist"),
-        (["verify", DATA], 2, "nothing says what to prune"),
+        (["verify", DATA], 2, "Missing"),
         (["verify", DATA, "--pattern", "2:4096"], 2, "nothing to check in 15 tensors"),
         (["verify", DATA, "--pattern", "2:4", "--include", "nothing*"], 2, "matches none"),
         (["verify", DATA, "--pattern", "2:4", "--strict"], 2, "'conv1.weight' cannot take the pattern"),

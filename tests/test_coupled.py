@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from npscope import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, coupled, slabs
-from npscope.coupled import Kept, drop, masks_of
+from npscope import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, block_norms, coupled
+from npscope.coupled import Kept, blocks_in_use, drop, joint_norms, masks_of
 from npscope.errors import CouplingError, FormatError, SpecError
 from npscope.members import CouplingRule, MemberRule, couple, window_of
-from npscope.plans import Coupled, Coupling, Skip
+from npscope.plans import Coupled, Coupling, Group, Member, Skip, Window
 from npscope.pruning import Outcome, prune_file
 from npscope.recipe import Recipe, resolve
 from npscope.recipe_file import parse_recipe
-from npscope.weights import Tensor, open_weights
+from npscope.weights import Axes, Tensor, Use, open_weights
 
 UP, DOWN = "mlp.up.weight", "mlp.down.weight"
 
@@ -59,7 +59,7 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cut":
         monkeypatch.setattr(coupled, "STRIP_BYTES", 3000)
         monkeypatch.setattr(coupled, "_GAP_BYTES", 64)
-        monkeypatch.setattr(slabs, "SLAB_BYTES", 1000)
+        monkeypatch.setattr("npscope.slabs.SLAB_BYTES", 1000)
     return str(request.param)
 
 
@@ -243,38 +243,57 @@ def test_float64_keeps_its_norms(tmp_path: Path) -> None:
     assert after["w"].any(1).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("across", [False, True])
+def test_blocks_in_use_are_those_that_survive(tmp_path: Path, memory: str, across: bool) -> None:
+    tensors = {f"l.{i}.w": normal(16, 6, seed=i) * (i + 1) for i in range(2)}
+    tensors["l.0.w"][0] = 1e-45  # subnormal, and its square is zero
+    tensors["l.1.w"][:] = 0
+    tensors["l.1.w"][3, 3] = np.nan
+    table = {"keep": 3, "of": 16 if across else 8, "across": across, "member": [{"tensor": "l.*.w", "block": [1, -1]}]}
+    save_file(tensors, tmp_path / "in.safetensors")
+    with open_weights(tmp_path / "in.safetensors") as weights:
+        couplings = resolve(recipe(table), weights.tensors.values())
+        used = [blocks_in_use(c, weights).reshape(-1).tolist() for c in couplings if isinstance(c, Coupling)]
+    assert used == ([[17]] if across else [[8, 8], [1, 0]])
+    pruned(tmp_path, tensors, table, nan="keep")
+    with open_weights(tmp_path / "out.safetensors") as weights:
+        used = [blocks_in_use(c, weights).reshape(-1).tolist() for c in couplings if isinstance(c, Coupling)]
+    assert used == ([[3]] if across else [[3, 3], [1, 0]])
+
+
 # --- slabs ---------------------------------------------------------------------------------------
 
 
 @st.composite
-def windows(draw: st.DrawFn) -> tuple[tuple[int, ...], str | None, tuple[int, ...] | None, tuple[int, ...]]:
-    """A tensor's shape, a slice, a reshape, and block sizes that divide the window."""
+def windows(draw: st.DrawFn) -> tuple[Window, tuple[int, ...]]:
+    """A window of a tensor, its axes in any order, sliced, reshaped; and block sizes that divide it."""
     shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    order = tuple(draw(st.permutations(range(len(shape)))))
     parts = []
-    for length in shape:
+    for length in (shape[axis] for axis in order):
         start = draw(st.integers(0, length - 1))
         parts.append(f"{start}:{draw(st.integers(start + 1, length))}:{draw(st.integers(1, 3))}")
     text = draw(st.sampled_from([None, ", ".join(parts)]))
-    window = window_of(Tensor("w", "float32", shape, 4 * math.prod(shape)), text)
+    whole = tensor("w", *shape)
+    window = window_of(whole, text, order=order)
     split = None
     if draw(st.booleans()):  # an axis cut in two
         axis = draw(st.integers(0, len(window.shape) - 1))
         first = draw(st.sampled_from([n for n in range(1, window.shape[axis] + 1) if window.shape[axis] % n == 0]))
         split = (*window.shape[:axis], first, window.shape[axis] // first, *window.shape[axis + 1 :])
-    final = split or window.shape
-    block = tuple(draw(st.sampled_from([n for n in range(1, length + 1) if length % n == 0])) for length in final)
-    return shape, text, split, block
+    final = window_of(whole, text, split, order=order)
+    block = tuple(draw(st.sampled_from([n for n in range(1, length + 1) if length % n == 0])) for length in final.shape)
+    return final, block
 
 
 @given(windows(), st.integers(1, 40), st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None)
 def test_dropping_slab_by_slab_is_dropping_at_once(
-    window: tuple[tuple[int, ...], str | None, tuple[int, ...] | None, tuple[int, ...]], size: int, seed: int
+    window: tuple[Window, tuple[int, ...]], size: int, seed: int
 ) -> None:
-    shape, text, split, block = window
+    laid, block = window
     rng = np.random.default_rng(seed)
-    values = rng.normal(size=math.prod(shape)).astype(np.float32)
-    laid = window_of(Tensor("w", "float32", shape, values.nbytes), text, split)
+    values = rng.normal(size=math.prod(laid.tensor.shape)).astype(np.float32)
     mask = rng.random([n // b for n, b in zip(laid.shape, block, strict=True)]) < 0.5
     # The oracle: element indices that the window shows, by the window of an array of indices.
     indices = np.lib.stride_tricks.as_strided(
@@ -288,6 +307,38 @@ def test_dropping_slab_by_slab_is_dropping_at_once(
     for start in range(0, values.size, size):
         drop([Kept(laid, block, mask)], start, values[start : start + size])
     assert values.tobytes() == want.tobytes()
+
+
+class Held:
+    """A weight file in memory, as far as it is read."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.raw = memoryview(values.tobytes())
+
+    def read(self, tensor: Tensor, start: int, into: memoryview) -> None:
+        assert 0 <= start <= start + into.nbytes <= len(self.raw)
+        into.cast("B")[:] = self.raw[start : start + into.nbytes]
+
+
+@given(windows(), st.integers(4, 200), st.sampled_from([0, 16, 1 << 18]), st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None)
+def test_norms_of_a_window_do_not_depend_on_how_it_is_read(
+    cut: tuple[Window, tuple[int, ...]], strip: int, gap: int, seed: int
+) -> None:
+    laid, block = cut
+    values = np.random.default_rng(seed).normal(size=math.prod(laid.tensor.shape)).astype(np.float32)
+    shown = np.lib.stride_tricks.as_strided(values[laid.offset :], laid.shape, [4 * s for s in laid.strides])
+    grid = [n // b for n, b in zip(laid.shape, block, strict=True)]
+    order = tuple(np.random.default_rng(seed).permutation(len(block)).tolist())
+    group = Group((Member(laid, block, order),), ())
+    table = np.full([grid[axis] for axis in order], np.nan, np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coupled, "STRIP_BYTES", strip)
+        patch.setattr(coupled, "_GAP_BYTES", gap)
+        for box, norms in joint_norms(group, 2, Held(values)):  # type: ignore[arg-type]
+            assert np.isnan(table[box]).all()
+            table[box] = norms
+    assert table.tobytes() == np.ascontiguousarray(block_norms(shown, block).transpose(order)).tobytes()
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -324,15 +375,30 @@ def test_scores_that_are_nan_or_negative_are_refused(tmp_path: Path, shape: tupl
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_the_layout_says_where_the_inputs_are(tmp_path: Path) -> None:
-    """A square matrix stored [in, out]: its scores run along axis 0."""
-    w, scores = normal(8, 8), np.random.default_rng(1).random(8).astype(np.float32)
-    save_file({"w": scores}, tmp_path / "scores.safetensors")
-    path = str(tmp_path / "scores.safetensors")
-    columns = {"keep": 3, "scores": path, "layout": "in-out", "member": [{"tensor": "w", "block": [-1, 1]}]}
-    after = pruned(tmp_path, {"w": w}, columns)["w"]
-    ranked = np.linalg.norm(np.abs(w) * scores[:, None], axis=0)
-    assert np.flatnonzero(after.any(0)).tolist() == sorted(np.argsort(-ranked)[:3].tolist())
+@pytest.mark.parametrize("scored", [False, True])
+def test_members_are_out_in_however_they_are_stored(tmp_path: Path, memory: str, scored: bool) -> None:
+    """The same weights stored [in, out] are pruned by the same coupling."""
+    up, down, rng = normal(24, 24), normal(8, 24, seed=1), np.random.default_rng(2)
+    coupling = dict(NEURONS)
+    if scored:
+        scores = {UP: rng.random(24).astype(np.float32), DOWN: rng.random(24).astype(np.float32)}
+        save_file(scores, tmp_path / "scores.safetensors")
+        coupling["scores"] = str(tmp_path / "scores.safetensors")
+    plain = pruned(tmp_path, {UP: up, DOWN: down}, coupling)
+    stored = {UP: np.ascontiguousarray(up.T), DOWN: np.ascontiguousarray(down.T)}
+    other = pruned(tmp_path, stored, coupling | {"layout": "in-out"})
+    for name in (UP, DOWN):
+        assert np.array_equal(plain[name], other[name].T)
+    assert plain[UP].any(1).sum() == 12
+
+
+def test_a_graph_says_how_members_are_stored() -> None:
+    use = Use("MatMul", "MatMul_0", Axes((), 1, 0, ()))
+    stored = Tensor("w", "float32", (6, 8), 4 * 48, use)
+    (coupling,) = resolve(recipe({"keep": 1, "member": [{"tensor": "w", "block": [1, -1]}]}), [stored])
+    assert isinstance(coupling, Coupling)
+    (member,) = coupling.groups[0].members
+    assert (member.window.shape, member.window.strides, coupling.blocks) == ((8, 6), (1, 8), 8)
 
 
 # --- what cannot be meant ------------------------------------------------------------------------
@@ -450,4 +516,4 @@ def test_memory_is_that_of_a_strip(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         masks_of(decision, weights)
     assert sum(sizes[UP]) == 512 * 256 * 4
     assert max(sizes[UP]) <= 1 << 16
-    assert len(sizes[UP]) == 16
+    assert len(sizes[UP]) == 17

@@ -212,9 +212,13 @@ def test_what_is_not_two_of_four_is_refused_or_left_out(folder: Path) -> None:
     prune_file(DATA, folder / "pruned", Recipe.shorthand(Pattern.parse("2:4"), include=("conv2.weight",)))
     (done,) = export_two_of_four(folder / "pruned", folder / "out", recipe)
     assert done.tensor.name == "conv2.weight"
-    named = Recipe.shorthand(Pattern.parse("2:4"), include=("conv[23].weight",))
     with pytest.raises(SpecError, match=r"'conv3\.weight' is not 2:4"):
-        export_two_of_four(folder / "pruned", folder / "no", named, strict=True)
+        export_two_of_four(
+            folder / "pruned",
+            folder / "no",
+            Recipe.shorthand(Pattern.parse("2:4"), include=("conv[23].weight",)),
+            strict=True,
+        )
 
 
 # --- what it takes -------------------------------------------------------------------------------

@@ -44,17 +44,29 @@ LAYERS: dict[str, set[str]] = {
     "ranked": {"scores", "plans", "slabs", "weights"},
     "limits": {"plans", "ranked", "slabs", "namespace"},
     "dropping": {"limits", "coupled", "plans", "ranked", "slabs", "namespace", "block", "errors"},
-    "pruning": {
-        *("dropping", "limits", "ranked", "planning", "coupled", "recipe", "scores", "plans", "slabs", "weights"),
-        *("masks", "block", "errors"),
-    },
     "masks": {"plans", "slabs", "weights", "errors"},
+    "pruning": {
+        *(
+            "dropping",
+            "masks",
+            "limits",
+            "ranked",
+            "planning",
+            "coupled",
+            "recipe",
+            "scores",
+            "plans",
+            "slabs",
+            "weights",
+        ),
+        *("block", "errors"),
+    },
     "occupancy": {"slabs", "weights", "options", "backends"},
     "inspection": {"layout", "occupancy", "slabs", "weights", "errors"},
-    "verification": {"recipe", "coupled", "plans", "occupancy", "slabs", "weights", "errors"},
+    "verification": {"planning", "coupled", "recipe", "plans", "occupancy", "slabs", "weights", "errors"},
     "comparison": {"slabs", "weights"},
     "storage": {"weights"},
-    "export": {"recipe", "plans", "verification", "storage", "slabs", "weights", "errors"},
+    "export": {"recipe", "planning", "plans", "verification", "storage", "slabs", "weights", "errors"},
     "report": set(),
 }
 """For each module (a package counts as one) the modules of npscope that it may import; others may import all."""
@@ -75,6 +87,9 @@ HEAVY = {
     "torch": (),
     "jax": (),
     "scipy": (),
+    "onnx": (),
+    "onnxruntime": (),
+    "google": (),
 }
 """Where a library that is slow or may be missing may be imported at all."""
 

@@ -639,6 +639,14 @@ def test_plan_shows_couplings(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines["qkv"]["pattern"] == "keep 1 of 2 coupled blocks"
     assert (lines["o"]["blocks"], lines["o"]["keep"], lines["o"]["group"]) == (2, 1, "coupling 'heads'")
 
+    done = ["prune", tmp_path / "m.safetensors", "-r", tmp_path / "r.json", "-o", tmp_path / "out.safetensors"]
+    code, out, _ = run(capsys, *done, "--json")
+    lines = {line["name"]: line for line in json.loads(out)["tensors"]}
+    assert code == 0
+    assert lines["qkv"]["pattern"] == "keep 1 of 2 coupled blocks"
+    assert lines["qkv"]["along"] == "coupling 'heads', 3 windows"
+    assert (lines["o"]["blocks"], lines["o"]["blocks_kept"], lines["o"]["zeros_after"]) == (2, 1, 8)
+
 
 def test_the_example_of_the_readme_does_what_its_comments_say(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text().split("```toml\n")[1].split("```")[0]
@@ -688,9 +696,9 @@ def test_exit_codes_of_plan(
 def test_planning_writes_nothing_and_reads_no_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Allocations by shape need no values either."""
     from npscope.planning import plan_file
-    from npscope.weights.safetensors import Safetensors
+    from npscope.weights.packed import Packed
 
-    monkeypatch.setattr(Safetensors, "read", None)
+    monkeypatch.setattr(Packed, "read", None)
     recipe = rules({"block": 1, "sparsity": "0.5", "allocation": "erk"})
     assert any(plan.keep for plan in plan_file(DATA, recipe))
     assert list(tmp_path.iterdir()) == []

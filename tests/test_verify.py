@@ -204,18 +204,18 @@ def test_progress_ends_at_the_whole() -> None:
 
 def test_a_file_that_threads_cannot_share_is_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an archive is: one reader at a time, every tensor forwards."""
-    from npscope.weights.safetensors import Safetensors
+    from npscope.weights.packed import Packed
 
     monkeypatch.setattr(occupancy, "PIECE_BYTES", 1 << 12)
-    monkeypatch.setattr(Safetensors, "side_by_side", False)
+    monkeypatch.setattr(Packed, "side_by_side", False)
     starts: list[tuple[str, int]] = []
-    real = Safetensors.read
+    real = Packed.read
 
-    def read(self: Safetensors, tensor: Any, start: int, into: memoryview) -> None:
+    def read(self: Packed, tensor: Any, start: int, into: memoryview) -> None:
         starts.append((tensor.name, start))
         real(self, tensor, start, into)
 
-    monkeypatch.setattr(Safetensors, "read", read)
+    monkeypatch.setattr(Packed, "read", read)
     verify_file(DATA, Recipe.shorthand(Pattern.parse("2:4")))
     for _, group in itertools.groupby(starts, key=lambda pair: pair[0]):
         places = list(group)

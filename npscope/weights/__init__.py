@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
-from npscope.errors import FormatError
+from npscope.errors import FormatError, SpecError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +41,30 @@ class Axes(NamedTuple):
         """The canonical order ``[stack, out, in, *kernel]``, in which positions are counted."""
         return (*self.stack, self.out, self.into, *self.kernel)
 
+    def reversed(self) -> Axes:
+        """The same axes of an array that is stored in Fortran order, which is C order of the reversed shape."""
+        last = len(self.order) - 1
+        stack, kernel = (tuple(last - axis for axis in axes) for axes in (self.stack, self.kernel))
+        return Axes(stack, last - self.out, last - self.into, kernel)
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether the fan-in is one axis, or lies side by side behind the stack with the output axis on one side."""
+        leads = self.stack == tuple(range(len(self.stack)))
+        return not self.kernel or (leads and self.out in (len(self.stack), len(self.order) - 1))
+
     def matrix(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shape and order that make `shape` a (stack of) ``[out, fan-in]``, fan-in in storage order."""
+        """Shape and order that make `shape` a (stack of) ``[out, fan-in]``, fan-in in storage order.
+
+        SpecError (a ValueError) when the axes are stored in an order of which no reshape makes one.
+        """
+        if not self.has_matrix:
+            raise SpecError(
+                f"out is axis {self.out} and the fan-in axes {(self.into, *self.kernel)}: stored like this they form "
+                "no [out, fan-in] matrix; a pattern with one size along an axis fits"
+            )
+        if not self.kernel:
+            return shape, self.order
         stack = tuple(shape[axis] for axis in self.stack)
         fan_in = math.prod(shape[axis] for axis in (self.into, *self.kernel))
         lead = tuple(range(len(stack)))
@@ -71,7 +93,8 @@ class Tensor:
 
     `dtype` is the name that NumPy or ml_dtypes has for it, or what the file says where they have
     none; such a tensor can be copied but not read as numbers. `use` is None in files that hold
-    tensors alone.
+    tensors alone. `fortran` says that the file means the axes in reverse: the array that was saved
+    had shape ``shape[::-1]``.
     """
 
     name: str
@@ -79,6 +102,12 @@ class Tensor:
     shape: tuple[int, ...]
     nbytes: int
     use: Use | None = None
+    fortran: bool = False
+
+    @property
+    def saved_shape(self) -> tuple[int, ...]:
+        """The shape as whoever saved the tensor knows it, whatever order it is stored in."""
+        return self.shape[::-1] if self.fortran else self.shape
 
     @property
     def is_float(self) -> bool:
@@ -121,6 +150,9 @@ class WeightFile(Protocol):
         a file without `force`, anything of another kind. FileError when its directory does not exist.
         """
 
+    def own_place(self) -> Target:
+        """The place of this file itself, for a successor that replaces it."""
+
     def successor(self, target: Target) -> AbstractContextManager[Writer]:
         """Context with the writer of a file with the same tensors and other values.
 
@@ -137,15 +169,35 @@ class WeightFile(Protocol):
     def __exit__(self, *failure: object) -> None: ...
 
 
-def open_weights(path: str | os.PathLike[str]) -> WeightFile:
-    """The weight file at `path`, open for reading, its header checked.
+def open_weights(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> WeightFile:
+    """The weight file at `path`, open for reading, its header checked; for a sharded model its folder or index.
 
-    FormatError (a ValueError) when it is no weight file or a damaged one; OSError when it
-    cannot be read. Pickles are never opened as such.
+    The content decides which format it is. `max_bytes` limits what the members of an npz file
+    inflate to together. FormatError (a ValueError) when it is no weight file, a damaged one or
+    another than its name says; OSError when it cannot be read. Pickles are never opened as such.
     """
-    from npscope.weights.safetensors import Safetensors
+    from npscope.weights.detection import format_of
 
-    return Safetensors(path)
+    found = format_of(path)
+    if found == "npy":
+        from npscope.weights.npy import open_npy
+
+        return open_npy(path)
+    if found == "npz":
+        from npscope.weights.npz import Npz
+
+        return Npz(path, max_bytes=max_bytes)
+    if found == "sharded safetensors":
+        from npscope.weights.sharded import Sharded
+
+        return Sharded(path)
+    if found == "ONNX":
+        from npscope.weights.onnx import Onnx
+
+        return Onnx(path)
+    from npscope.weights.safetensors import open_safetensors
+
+    return open_safetensors(path)
 
 
 def reads_side_by_side(weights: WeightFile) -> bool:

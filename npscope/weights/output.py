@@ -1,19 +1,24 @@
-"""An output file that appears complete or not at all.
+"""An output file that appears complete or not at all, built by one process at a time.
 
 It is built beside its target under a hidden name, so that publishing it is one rename on one
 file system, and removed when anything goes wrong, a signal turned into an exception included.
+The hidden name is the same for every run to one target, and the file is locked while it is built:
+a second run meets the lock, which ends with the process that holds it, and what a killed run left
+is unlocked and gives way to the next.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-import secrets
+import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from npscope.errors import FileError, SpecError
 
@@ -21,6 +26,11 @@ _NAME_BYTES = 200
 """Bytes of the target's name in the temporary one; a file name has at most 255."""
 
 _NO_RESERVATION = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
+
+_ATTEMPTS = 100  # to claim a name that other processes release and claim meanwhile
+
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""How a file system says that it has no locks; two runs are then told apart by the names of their files only."""
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -49,15 +59,16 @@ class Target:
                 raise FileError(f"output {path!r}: the directory {os.path.dirname(real)!r} does not exist") from None
             return cls(real, None, force)
         if source is not None and os.path.samestat(source, status):
-            raise SpecError(f"output {os.fsdecode(path)!r} is the input; choose another name")
+            raise SpecError(f"output {os.fsdecode(path)!r} is the input; choose another name, or --in-place")
         if not stat.S_ISREG(status.st_mode):
             raise SpecError(f"output {path!r} exists and is not a regular file; choose another name")
         if not force:
-            raise _exists(real)
+            raise exists(real)
         return cls(real, stat.S_IMODE(status.st_mode), force)
 
 
-def _exists(path: str) -> SpecError:
+def exists(path: str) -> SpecError:
+    """The error of an output that is there and may not be replaced."""
     return SpecError(f"output {path!r} exists; choose another name, or --force to replace it")
 
 
@@ -66,28 +77,159 @@ def staged(target: Target) -> Iterator[int]:
     """Context with the descriptor of an empty file that becomes `target` when the body succeeds.
 
     The content is on disk before the name is. Without `replace` no file is ever replaced, whenever
-    it came into being (SpecError). A file that is replaced hands on its mode.
+    it came into being (SpecError). A file that is replaced hands on its mode. FileError when
+    another process is building the same target.
     """
     folder, name = os.path.split(target.path)
-    short = os.fsdecode(os.fsencode(name)[:_NAME_BYTES])
-    temporary = os.path.join(folder, f".{short}.npscope-{secrets.token_hex(8)}.tmp")
-    fd = -1
-    try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    temporary = os.path.join(folder, hidden_name(name, "new.tmp"))
+    with claimed(temporary, FILE) as fd:
         yield fd
         if target.mode is not None:
             os.fchmod(fd, target.mode)
         os.fsync(fd)
-        closing, fd = fd, -1
-        os.close(closing)  # some file systems report a full disk only here
-        _publish(temporary, target)
+        os.close(os.dup(fd))  # some file systems report a full disk only here; the lock stays with `fd`
+        check_still_there(fd, temporary)
+        publish(temporary, target)
+    sync_folder(folder)
+
+
+def hidden_name(name: str, ending: str) -> str:
+    """The name beside `name` under which its successor is built."""
+    short = os.fsdecode(os.fsencode(name)[:_NAME_BYTES])
+    return f".{short}.npscope-{ending}"
+
+
+def is_hidden_name(name: str) -> bool:
+    """Whether `hidden_name` makes such names."""
+    return name.startswith(".") and (name.endswith((".npscope-new.tmp", ".npscope-partial")))
+
+
+def write_all(fd: int, data: memoryview) -> None:
+    """Append all of `data`, in as many writes as that takes."""
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+class Kind(NamedTuple):
+    """How something with a name is made, opened and removed; `create` fails when something has the name."""
+
+    create: Callable[[str], int]
+    open: Callable[[str], int]
+    remove: Callable[[str], None]
+
+
+def _create_folder(path: str) -> int:
+    os.mkdir(path)
+    try:
+        return _open_folder(path)
+    except BaseException:
+        os.rmdir(path)
+        raise
+
+
+def _open_folder(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+FILE = Kind(
+    lambda path: os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666),
+    lambda path: os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC),
+    lambda path: os.unlink(path),
+)
+FOLDER = Kind(_create_folder, _open_folder, lambda path: shutil.rmtree(path))
+
+
+@contextmanager
+def claimed(path: str, kind: Kind) -> Iterator[int]:
+    """Context with the descriptor of something new at `path`, locked against other processes.
+
+    The body takes it away from `path`; when it fails, what it did not take away is removed.
+    What a dead process left at `path` is removed first. FileError when a living one holds it.
+    """
+    fd = _claim(path, kind)
+    try:
+        yield fd
+    except BaseException:
+        _discard(fd, path, kind)
+        raise
+    os.close(fd)
+
+
+def lock(fd: int, path: str) -> None:
+    """Lock what `fd` is open on until `fd` is closed; FileError when another process has it locked."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileError(
+            f"{path!r} is locked: another npscope is writing this output; wait for it, or choose another name"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def check_still_there(fd: int, path: str) -> None:
+    """FileError when what `fd` is open on has lost its name `path`."""
+    if not _is_at(fd, path):
+        raise FileError(f"{path!r} was removed or replaced while it was written; run again")
+
+
+def sync_folder(folder: str) -> None:
+    """Make the names in `folder` as durable as the disk can."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system whose directories cannot be synchronised
+            raise
     finally:
-        if fd >= 0:
-            with suppress(OSError):  # the failure that led here is the one to report
+        os.close(fd)
+
+
+def _claim(path: str, kind: Kind) -> int:
+    for _ in range(_ATTEMPTS):
+        try:
+            fd, is_new = kind.create(path), True
+        except FileExistsError:
+            try:
+                fd, is_new = kind.open(path), False
+            except FileNotFoundError:  # its owner has just finished
+                continue
+        try:
+            lock(fd, path)
+            if _is_at(fd, path):
+                if is_new:
+                    return fd
+                kind.remove(path)  # nobody holds it: left by a process that was killed
+        except FileError:
+            # Even what is new can be locked: by a process that found it before this one locked it, takes it
+            # for a leftover and is about to remove it.
+            os.close(fd)
+            raise
+        except BaseException:
+            if is_new:
+                _discard(fd, path, kind)
+            else:
                 os.close(fd)
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-    _sync_folder(folder)
+            raise
+        os.close(fd)
+    raise FileError(f"{path!r} is made and removed by other processes all the time; run again when they are done")
+
+
+def _discard(fd: int, path: str, kind: Kind) -> None:
+    """Remove what `fd` is open on and close it; there is a failure to report already, so this has none."""
+    with suppress(OSError):
+        if _is_at(fd, path):
+            kind.remove(path)
+    with suppress(OSError):
+        os.close(fd)
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def reserve(fd: int, nbytes: int) -> None:
@@ -103,28 +245,20 @@ def reserve(fd: int, nbytes: int) -> None:
                 raise
 
 
-def _publish(temporary: str, target: Target) -> None:
+def publish(temporary: str, target: Target) -> None:
+    """Give the complete file at `temporary` the name of `target`; SpecError when another file has it."""
     if target.replace:
         os.replace(temporary, target.path)
         return
     try:
         os.link(temporary, target.path)  # unlike a rename this never replaces
     except FileExistsError:
-        raise _exists(target.path) from None
+        raise exists(target.path) from None
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
         if os.path.lexists(target.path):
-            raise _exists(target.path) from None
+            raise exists(target.path) from None
         os.rename(temporary, target.path)
-
-
-def _sync_folder(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system whose directories cannot be synchronised
-            raise
-    finally:
-        os.close(fd)
+    else:
+        os.unlink(temporary)
