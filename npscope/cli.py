@@ -151,7 +151,7 @@ def prune(
                 progress=progress,
             )
         lines = [_pruned(result) for result in results]
-        zeros = {line.name: line.zeros_after or 0 for line in lines if line.skipped is None}
+        zeros = [line.zeros_after for line in lines]
         written = source if in_place else output
         stored = None if dry_run or written is None else storage(written, zeros)
         if as_json:

@@ -330,7 +330,7 @@ def _decide(rule: Rule, texts: Sequence[str], tensor: Tensor, name: str) -> Plan
     if rule.pattern is None:
         return Skip(tensor, said, rule=said)
     if rule.default_skips and not in_full and (skip := _default_skip(tensor, name)):
-        return Skip(tensor, f"{skip} (a rule that gives the name in full overrides)", rule=said)
+        return Skip(tensor, f"{skip} (--include or a rule with the name in full overrides)", rule=said)
     if rule.names and tensor.is_opaque:
         raise SpecError(f"tensor {tensor.name!r:.120}: dtype {tensor.dtype} cannot be pruned; leave it out of {said}")
     if reason := _ineligible(tensor):

@@ -77,7 +77,7 @@ def recipe_of(
             raise SpecError(f"{given[0]} and --recipe cannot both be given; a recipe says it in its rules")
         recipe = read_recipe(path)
     elif pattern is None:
-        raise SpecError("nothing says what to prune: give --pattern, or a recipe with -r")
+        raise SpecError("nothing says what to do: give --pattern, or a recipe with -r")
     else:
         chosen = "in" if axis is None else axis
         recipe = Recipe.shorthand(Pattern.parse(pattern), include, exclude, chosen, layout or "out-in")

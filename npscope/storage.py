@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npscope.weights import Tensor, WeightFile, open_weights
@@ -23,12 +23,13 @@ class Storage:
     deflated: int
 
 
-def storage(path: str | os.PathLike[str], zeros: Mapping[str, int]) -> Storage:
-    """What the tensors of the weight file at `path` take that have as many zeros as `zeros` says by name."""
+def storage(path: str | os.PathLike[str], zeros: Sequence[int | None]) -> Storage:
+    """What the tensors of the weight file at `path` take, of which each has so many zeros; None leaves one out."""
     now = bitmask = deflated = 0
     with open_weights(path) as weights:
-        for name, count in zeros.items():
-            tensor = weights.tensors[name]
+        for tensor, count in zip(weights.tensors.values(), zeros, strict=True):
+            if count is None:
+                continue
             now += tensor.nbytes
             bitmask += bitmask_bytes(tensor, count)
             deflated += round(tensor.nbytes * _deflated_share(weights, tensor))

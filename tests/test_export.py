@@ -228,7 +228,7 @@ def test_what_storing_would_take(folder: Path) -> None:
     values = sparse((64, 100), np.float32)
     big = np.zeros((256, 512), np.float16)
     save_file({"a": values, "big": big, "other": values}, folder / "in")
-    found = storage(folder / "in", {"a": int((values == 0).sum()), "big": big.size})
+    found = storage(folder / "in", [int((values == 0).sum()), big.size, None])
     assert found.now == values.nbytes + big.nbytes
     assert found.bitmask == 4 * np.count_nonzero(values) + 64 * 13 + 256 * 64
     exact = len(zlib.compress(values.tobytes())) + len(zlib.compress(big.tobytes()))

@@ -17,7 +17,7 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from npscope import cli, masks, pruning, slabs
+from npscope import cli, dropping, masks, slabs
 from npscope.errors import FormatError, SpecError
 from npscope.masks import apply_mask
 from npscope.pattern import Pattern
@@ -71,7 +71,7 @@ def test_a_mask_and_the_input_give_the_bytes_that_pruning_gave(
     save_file({name: value.astype(np.float32) for name, value in values.items()}, folder / "in")
     monkeypatch.setattr(slabs, "SLAB_BYTES", 500)
     if passes == 2:
-        monkeypatch.setattr(pruning, "SINGLE_PASS_BYTES", 0)
+        monkeypatch.setattr(dropping, "SCOPE_BYTES", 0)
     prune_file(folder / "in", folder / "out", recipe(pattern, layout=layout), mask_out=folder / "mask")
     prune_file(folder / "in", folder / "alone", recipe(pattern, layout=layout))
     assert (folder / "out").read_bytes() == (folder / "alone").read_bytes()

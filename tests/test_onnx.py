@@ -404,7 +404,7 @@ def test_heads_and_bases_are_known_by_their_node_and_folded_norms_are_not(tmp_pa
     done = prune_file(saved(model, tmp_path / "in.onnx"), tmp_path / "out.onnx", TWO_OF_FOUR)
     assert [isinstance(each, Skip) for each in done] == [True, True, False]
     assert isinstance(done[0], Skip)
-    assert done[0].reason == "default skip of nodes *lm_head* (--include overrides)"
+    assert done[0].reason == "default skip of nodes *lm_head* (--include or a rule with the name in full overrides)"
 
 
 # --- encodings ---------------------------------------------------------------------------------

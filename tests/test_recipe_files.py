@@ -306,13 +306,13 @@ def test_the_first_rule_that_matches_takes_a_tensor() -> None:
     )
     decisions = resolve(recipe, MODEL)
     assert said(decisions) == {
-        "embed.weight": "default skip *embed* (a rule that gives the name in full overrides)",
+        "embed.weight": "default skip *embed* (--include or a rule with the name in full overrides)",
         "attn.q.weight": "keep 2 of 4",
         "attn.k.weight": "keep 1 of 4",
         "attn.q.bias": "rank 1, at least 2 is needed",
         "mlp.up.weight": "keep 4 of 8 blocks of 4x4",
-        "mlp.norm.weight": "default skip *norm* (a rule that gives the name in full overrides)",
-        "lm_head.weight": "default skip *lm_head* (a rule that gives the name in full overrides)",
+        "mlp.norm.weight": "default skip *norm* (--include or a rule with the name in full overrides)",
+        "lm_head.weight": "default skip *lm_head* (--include or a rule with the name in full overrides)",
     }
     assert by_name(decisions)["attn.k.weight"].rule == "rule 2 attn.*"
     assert [d.tensor.name for d in decisions if isinstance(d, Plan | Skip)] == [t.name for t in MODEL]

@@ -34,9 +34,6 @@ _FOREIGN = {
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
-_ONNX_TAGS = {number << 3 | kind for number, kind in ((1, 0), (2, 2), (3, 2), (4, 2), (5, 0), (6, 2), (7, 2), (8, 2))}
-"""First bytes that a serialised model can have: its fields 1 to 8, as numbers (0) or strings and messages (2)."""
-
 
 def format_of(path: str | os.PathLike[str]) -> Format:
     """The format of the file or folder at `path`.
@@ -64,8 +61,6 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     for magic, kind in _FOREIGN.items():
         if found is None and head.startswith(magic):
             raise FormatError(f"{name!r} is {kind}; needed is safetensors, npy, npz or ONNX")
-    if found is None and claimed == "ONNX" and head and head[0] not in _ONNX_TAGS:
-        raise FormatError(f"{name!r} is named {extension} and starts with {head[:4]!r}, as no ONNX model does")
     if found is not None and claimed is not None and found != claimed:
         raise FormatError(f"{name!r} is named {extension} and its content is {found}; rename it if that is right")
     return found or claimed or "safetensors"
