@@ -284,7 +284,9 @@ def test_case91_an_input_that_changes_is_an_error(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [("verify", "--pattern", "2:4"), ("verify", "--pattern", "-1x1@0"), ("inspect",)])
+@pytest.mark.parametrize(
+    "arguments", [("verify", "--pattern", "2:4"), ("verify", "--pattern", "block=-1x1 scope=1x4 keep=4"), ("inspect",)]
+)
 def test_case75_memory_does_not_grow_with_the_file(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     source = tmp_path / "in"
     values = np.ones((8192, 32768), np.float16)  # 512 MiB
