@@ -592,7 +592,7 @@ def test_case80_a_full_standard_output(folder: Path) -> None:
         (["prune", DATA, "--pattern", "2:4096", "--dry-run"], 2, "nothing to prune in 15 tensors"),
         (["prune", "nowhere", "--pattern", "2:4", "--dry-run"], 3, "'nowhere': No such file"),
         (["prune", DATA, "--pattern", "2:4", "-o", "/x/y", "--mask-out", "/x/z"], 3, "does not exist"),
-        (["verify", DATA], 2, "Missing"),
+        (["verify", DATA], 2, "nothing says what to prune"),
         (["verify", DATA, "--pattern", "2:4096"], 2, "nothing to check in 15 tensors"),
         (["verify", DATA, "--pattern", "2:4", "--include", "nothing*"], 2, "matches none"),
         (["verify", DATA, "--pattern", "2:4", "--strict"], 2, "'conv1.weight' cannot take the pattern"),
