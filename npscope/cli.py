@@ -324,7 +324,7 @@ def apply_mask_command(
             {
                 "name": masked.tensor.name,
                 "dtype": masked.tensor.dtype,
-                "shape": masked.tensor.shape,
+                "shape": masked.tensor.saved_shape,
                 "elements": math.prod(masked.tensor.shape),
                 "dropped": masked.dropped,
                 "changed": masked.changed,
@@ -552,7 +552,9 @@ def _verified(verdict: Verdict) -> report.Verified:
 
     if isinstance(verdict, Skip):
         tensor = verdict.tensor
-        return report.Verified(tensor.name, tensor.dtype, tensor.shape, skipped=verdict.reason, misfit=verdict.misfit)
+        return report.Verified(
+            tensor.name, tensor.dtype, tensor.saved_shape, skipped=verdict.reason, misfit=verdict.misfit
+        )
     if isinstance(verdict, CheckedBudget):
         budget = verdict.budget
         pattern = f"keep {budget.keep} of {sum(plan.blocks for plan in budget.plans)}, {len(budget.plans)} tensors"
@@ -561,13 +563,21 @@ def _verified(verdict: Verdict) -> report.Verified:
         coupling = verdict.coupling
         pattern = f"keep {coupling.keep} of {coupling.blocks} coupled blocks, {len(coupling.tensors)} tensors"
         return report.Verified(
-            coupling.name, None, None, pattern, None, verdict.holds, coupling.scopes, verdict.offending
+            coupling.name,
+            None,
+            None,
+            pattern,
+            holds=verdict.holds,
+            scopes=coupling.scopes,
+            offending=verdict.offending,
+            scope=verdict.scope,
+            used=verdict.used,
         )
     plan, first = verdict.plan, verdict.first
     return report.Verified(
         plan.tensor.name,
         plan.tensor.dtype,
-        plan.tensor.shape,
+        plan.tensor.saved_shape,
         plan.pattern,
         plan.along,
         verdict.holds,
@@ -582,8 +592,8 @@ def _differing(found: Difference) -> report.Differing:
         found.name,
         found.status,
         (None if found.a is None else found.a.dtype, None if found.b is None else found.b.dtype),
-        (None if found.a is None else found.a.shape, None if found.b is None else found.b.shape),
-        None if found.a is None else math.prod(found.a.shape),
+        (None if found.a is None else found.a.saved_shape, None if found.b is None else found.b.saved_shape),
+        None if found.a is None else math.prod(found.a.saved_shape),
         found.differing,
         found.zeros,
         found.nans,

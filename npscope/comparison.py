@@ -1,4 +1,4 @@
-"""How two files of weights differ, tensor by tensor, whatever their formats.
+"""How two files of weights differ, tensor by tensor, whatever their formats and the order of their axes.
 
 Numbers are compared by their bits. Two kinds of difference are none in value, and are counted
 apart: zeros of unlike sign, and NaN of unlike bits.
@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from npscope.slabs import Array
+from npscope.slabs import Array, Box, boxes, extents
 from npscope.weights import Tensor, WeightFile, numpy_dtype, open_weights
 
 CHUNK_BYTES = 1 << 20
@@ -64,7 +64,7 @@ def _compare(name: str, first: WeightFile, second: WeightFile, by_value: bool) -
         return Difference(name, "only in B" if a is None else "only in A", a, b)
     if a.dtype != b.dtype:
         return Difference(name, "dtype", a, b)
-    if a.shape != b.shape or a.nbytes != b.nbytes:
+    if a.saved_shape != b.saved_shape or a.nbytes != b.nbytes:
         return Difference(name, "shape", a, b)
     differing = zeros = nans = 0
     place: int | None = None
@@ -86,6 +86,8 @@ def _compare(name: str, first: WeightFile, second: WeightFile, by_value: bool) -
     if place is None:
         return Difference(name, "equal", a, b)
     index = (place,) if _unit(a) is None else tuple(map(int, np.unravel_index(place, a.shape)))
+    if a.fortran:
+        index = index[::-1]
     return Difference(name, "values", a, b, differing, zeros, nans, index, largest)
 
 
@@ -98,15 +100,39 @@ def _unit(tensor: Tensor) -> int | None:
 def _unequal_chunks(first: WeightFile, second: WeightFile, a: Tensor, b: Tensor) -> Iterator[tuple[int, Array, Array]]:
     """(number of the first element, its words of both files) for chunks with a difference, a row for each element."""
     unit = _unit(a) or 1
-    step = CHUNK_BYTES // unit * unit
-    buffers = np.empty((2, min(step, a.nbytes)), np.uint8)
-    for start in range(0, a.nbytes, step):
-        left, right = buffers[:, : min(step, a.nbytes - start)]
-        first.read(a, start, left.data)
-        second.read(b, start, right.data)
+    shape = a.shape if _unit(a) is not None else (a.nbytes,)
+    start = 0
+    for box in boxes(shape, (1,) * len(shape), max(1, CHUNK_BYTES // unit), a.nbytes) if a.nbytes else ():
+        left = _bytes_of(first, a, shape, box, unit)
+        if a.fortran == b.fortran:
+            right = _bytes_of(second, b, shape, box, unit)
+        else:  # the same axes in reverse
+            right = _bytes_of(second, b, shape[::-1], box[::-1], unit)
+            right = right.transpose(*reversed(range(len(shape))), len(shape))
         if not np.array_equal(left, right):
-            word = math.gcd(unit, 8)
-            yield start // unit, *(raw.view(f"<u{word}").reshape(-1, unit // word) for raw in (left, right))
+            yield start, _words(left, unit), _words(right, unit)
+        start += math.prod(extents(box))
+
+
+def _words(raw: Array, unit: int) -> Array:
+    """A row of words for each element, as few as can be."""
+    word = math.gcd(unit, 8)
+    return np.ascontiguousarray(raw).view(f"<u{word}").reshape(-1, unit // word)
+
+
+def _bytes_of(weights: WeightFile, tensor: Tensor, shape: tuple[int, ...], box: Box, unit: int) -> Array:
+    """A box of a tensor whose elements have `unit` bytes: its shape, and an axis of bytes behind it."""
+    sizes = extents(box)
+    found = np.empty((*sizes, unit), np.uint8)
+    steps = [math.prod(shape[axis + 1 :]) * unit for axis in range(len(shape))]
+    cut = len(shape)  # from this axis inwards the box is one run of bytes
+    while cut and math.prod(sizes[cut:]) == math.prod(shape[cut:]):
+        cut -= 1
+    for outside in np.ndindex(sizes[:cut]):
+        at = sum((part.start + i) * step for part, i, step in zip(box, outside, steps, strict=False))
+        at += sum(part.start * step for part, step in zip(box[cut:], steps[cut:], strict=True))
+        weights.read(tensor, at, found[outside].reshape(-1).data)
+    return found
 
 
 def _values(tensor: Tensor, left: Array, right: Array) -> tuple[Array, Array, float | int | None]:

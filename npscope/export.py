@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -97,6 +97,7 @@ def export_bitmask(
     """
     with open_weights(source) as weights:
         place = Target.of(target, force=force, source=os.stat(source))
+        _require_c_order(weights.tensors.values())
         counts = {}
         for tensor in selection.of(weights.tensors):
             if len(tensor.shape) == 2 and (selection.include or tensor.name.endswith(".weight")):
@@ -147,6 +148,7 @@ def export_matrix(
         meant = selection.of(weights.tensors)
         if len(meant) != 1:
             raise SpecError(f"{len(meant)} tensors are meant, but such a file holds one matrix; --include NAME chooses")
+        _require_c_order(meant)
         (tensor,) = meant
         rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
         high, wide = block or (1, 1)
@@ -174,6 +176,7 @@ def export_two_of_four(
         place = Target.of(target, force=force, source=os.stat(source))
         checked = verify(weights, decisions, strict=strict)
         plans = [verdict.plan for verdict in checked if isinstance(verdict, Checked) and verdict.holds]
+        _require_c_order(plan.tensor for plan in plans)
         failed = [verdict.plan for verdict in checked if isinstance(verdict, Checked) and not verdict.holds]
         if failed and (strict or not plans):
             raise SpecError(
@@ -197,6 +200,12 @@ def _chunks(weights: WeightFile, tensor: Tensor, row: int) -> Iterator[Array]:
         raw = np.empty(min(step, tensor.nbytes - start), np.uint8)
         weights.read(tensor, start, raw.data)
         yield raw.view(f"<u{itemsize}").reshape(-1, row)
+
+
+def _require_c_order(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.fortran and len(tensor.shape) > 1:
+            raise SpecError(f"tensor {tensor.name!r:.120} is in Fortran order; save it in C order, then export that")
 
 
 def _used(bits: Array) -> Array:

@@ -7,7 +7,8 @@ behind the last element are 0. Its ``__metadata__`` holds
 
 - ``npscope.mask``: the version of this layout, ``1``;
 - ``recipe``: SHA-256 of what was asked for, in exact numbers (`recipe_hash`);
-- ``tensors``: a JSON object, name to ``{"shape": [...], "pattern": "keep 2 of 4, axis 1 (in)"}``.
+- ``tensors``: a JSON object, name to ``{"shape": [...], "pattern": "keep 2 of 4, axis 1 (in)"}``, and
+  ``"fortran": true`` of an array in Fortran order, whose shape and bits are those of its transpose.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def mask_file(target: Target, decisions: Sequence[Decision]) -> Iterator[MaskWri
     parts = {part.tensor.name: part for decision in decisions for part in parts_of(decision)}
     described = {
         name: {"shape": list(part.tensor.shape), "pattern": f"{part.pattern}, {part.along}"}
+        | ({"fortran": True} if part.tensor.fortran else {})
         for name, part in sorted(parts.items())
     }
     metadata = {"npscope.mask": VERSION, "recipe": recipe_hash(decisions), "tensors": json.dumps(described)}
@@ -205,8 +207,13 @@ def _check(bits: Packed, weights: WeightFile) -> None:
             tensor = weights.tensors.get(name)
             if tensor is None:
                 raise SpecError("the file of weights has none of this name")
-            if tensor.shape != shapes[name]:
-                raise SpecError(f"the mask has shape {list(shapes[name])}, the tensor {list(tensor.shape)}")
+            shape, fortran = shapes[name]
+            if tensor.shape != shape:
+                raise SpecError(f"the mask has shape {list(shape)}, the tensor {list(tensor.shape)}")
+            if tensor.fortran != fortran:
+                raise SpecError(
+                    "one of mask and tensor is in Fortran order and the other is not; prune this file itself"
+                )
             size = math.prod(tensor.shape)
             if (packed.dtype, packed.shape) != ("uint8", (-(-size // 8),)):
                 raise FormatError(f"{packed.dtype} of shape {list(packed.shape)} cannot be the mask of {size} elements")
@@ -219,11 +226,14 @@ def _check(bits: Packed, weights: WeightFile) -> None:
                     raise FormatError("bits behind the last element are set")
 
 
-def _shapes(text: str) -> Mapping[str, tuple[int, ...]]:
-    """The shapes of all tensors, from the metadata of a mask file."""
+def _shapes(text: str) -> Mapping[str, tuple[tuple[int, ...], bool]]:
+    """The shapes of all tensors, and whether they are in Fortran order, from the metadata of a mask file."""
     try:
         described = json.loads(text)
-        return {name: tuple(map(_length, fields["shape"])) for name, fields in described.items()}
+        return {
+            name: (tuple(map(_length, fields["shape"])), fields.get("fortran", False) is True)
+            for name, fields in described.items()
+        }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise FormatError("__metadata__ lacks a JSON object of tensors with their shapes") from None
 

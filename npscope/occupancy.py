@@ -16,11 +16,14 @@ import numpy as np
 
 from npscope.backends import threads
 from npscope.options import thread_count
-from npscope.slabs import Array, Box, boxes
+from npscope.slabs import Array, Box, boxes, smallest_slab
 from npscope.weights import Tensor, WeightFile, reads_side_by_side
 
-PIECE_BYTES = 1024 << 10
-"""About the size of a piece: what is counted stays in the cache that it was read into."""
+PIECE_BYTES = 2 << 20
+"""About the size of a piece: Python's share of the work is small, and a piece is counted while it is in the cache."""
+
+MEMORY_BYTES = 96 << 20
+"""What the buffers of all threads may take; where periods are large, fewer threads work."""
 
 WORDS = (2, 4, 8)
 """Numbers of bytes that make an integer."""
@@ -46,7 +49,8 @@ class PieceReader:
         steps = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
         places = boxes(shape, period, PIECE_BYTES // itemsize, math.prod(shape))
         pieces = sum(1 for _ in boxes(shape, period, PIECE_BYTES // itemsize, math.prod(shape)))
-        workers = min(thread_count(), pieces)
+        held = max(PIECE_BYTES // itemsize, smallest_slab(shape, period)) * (itemsize + 2)
+        workers = max(1, min(thread_count(), pieces, MEMORY_BYTES // held))
         self._buffers += [np.empty(0, np.uint8)] * (workers - len(self._buffers))
         turn, reading = threading.Lock(), nullcontext() if reads_side_by_side(self._weights) else threading.Lock()
 

@@ -84,7 +84,7 @@ class Verified:
     """One tensor or budget of a run of ``npscope verify``: whether its pattern `holds`, or why it was `skipped`.
 
     `offending` scopes have too many blocks in use. The first of them has the index `scope` in the
-    ``[out, in, ...]`` grid of scopes and begins at `index` of the tensor as it is stored; `used` of its
+    ``[out, in, ...]`` grid of scopes and begins at `index` of the tensor as it was saved; `used` of its
     blocks are not zero. For a budget `used` is the sum over its tensors.
     """
 
@@ -137,7 +137,7 @@ def verified_table(lines: Sequence[Verified], *, width: int | None) -> str:
     if any(line.scope is not None for line in lines):
         text += (
             "first: the index of a scope in the grid of scopes of [out, in, ...], and of its first element in the "
-            "tensor as it is stored\n"
+            "tensor as it was saved\n"
         )
     return (
         f"{text}checked {totals['checked']}, of which {totals['failed']} failed; skipped {totals['skipped']} "
@@ -154,7 +154,8 @@ def _verified_cells(line: Verified) -> tuple[str, ...]:
         return (*lead, pattern or "", "holds")
     if line.scope is None:
         return (*lead, pattern or "", f"FAILS: {line.used} in use")
-    where = f"{list(line.scope)} at {list(line.index or ())}: {line.used} in use"
+    start = "" if line.index is None else f" at {list(line.index)}"
+    where = f"{list(line.scope)}{start}: {line.used} in use"
     return (*lead, pattern or "", f"FAILS in {line.offending} of {line.scopes} scopes, first {where}")
 
 

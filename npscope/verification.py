@@ -37,7 +37,7 @@ class Offence:
     """The first scope with too many blocks in use.
 
     `scope` is its index in the canonical ``[out, in, ...]`` grid of scopes, `start` the index of its
-    first element in the tensor as it is stored, `used` how many of its blocks are not zero.
+    first element in the tensor as it was saved, `used` how many of its blocks are not zero.
     """
 
     scope: tuple[int, ...]
@@ -75,10 +75,15 @@ class CheckedBudget:
 
 @dataclass(frozen=True, slots=True)
 class CheckedCoupling:
-    """Coupled tensors: how many scopes have too many blocks with an element in use in any of their members."""
+    """Coupled tensors: how many scopes have too many blocks with an element in use in any of their members.
+
+    `scope` is the index of the first of them in the grid of scopes, `used` how many blocks are in use there.
+    """
 
     coupling: Coupling
     offending: int
+    scope: tuple[int, ...] | None
+    used: int | None
 
     @property
     def holds(self) -> bool:
@@ -143,11 +148,19 @@ def _verdict(weights: WeightFile, reader: PieceReader, decision: Decision, tell:
     if isinstance(decision, Skip):
         return decision
     if isinstance(decision, Coupling):
-        counts = blocks_in_use(decision, weights, tell.advance)
-        return CheckedCoupling(decision, int(np.count_nonzero(counts > decision.keep)))
+        return _check_coupling(weights, decision, tell)
     if isinstance(decision, Budget):
         return CheckedBudget(decision, tuple(_used(reader, plan, tell) for plan in decision.plans))
     return _check(reader, decision, decision.keep, tell)
+
+
+def _check_coupling(weights: WeightFile, coupling: Coupling, tell: _Progress) -> CheckedCoupling:
+    counts = blocks_in_use(coupling, weights, tell.advance)
+    found = np.argwhere(counts > coupling.keep)
+    if not found.size:
+        return CheckedCoupling(coupling, 0, None, None)
+    scope = tuple(map(int, found[0]))
+    return CheckedCoupling(coupling, len(found), scope, int(counts[scope]))
 
 
 def _used(reader: PieceReader, plan: Plan, tell: _Progress) -> int:
@@ -243,7 +256,8 @@ class _Counter:
         corner = [int(index) * count * size for index, count, size in sizes]
         flat = np.ravel_multi_index(_stored(self._plan, corner), self._plan.shape)
         start = np.unravel_index(flat, self._plan.tensor.shape)
-        return Offence(tuple(map(int, scope)), tuple(map(int, start)), used)
+        index = tuple(map(int, start))
+        return Offence(tuple(map(int, scope)), index[::-1] if self._plan.tensor.fortran else index, used)
 
 
 def _stored(plan: Plan, sizes: Sequence[int]) -> tuple[int, ...]:

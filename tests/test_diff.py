@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -171,3 +172,25 @@ def test_the_command_ends_with_1_when_it_finds_a_difference(tmp_path: Path, caps
     assert run(capsys, "diff", a, b, "--quiet") == (1, "", "")
     code, text, _ = run(capsys, "diff", a, tmp_path / "nowhere", "--json")
     assert (code, json.loads(text)["error"]["exit_code"]) == (3, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.complex64], ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("shape", [(6, 6), (5, 7, 3), (4,)])
+def test_other_formats_and_orders_of_axes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, shape: tuple[int, ...]
+) -> None:
+    """An array in Fortran order is the same array; indices are those of whoever saved it."""
+    monkeypatch.setattr(comparison, "CHUNK_BYTES", 64)
+    values = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    other = values.copy()
+    place = tuple(n - 2 for n in shape)
+    other[place] += 5
+    save_file({"a": values}, tmp_path / "c.safetensors")
+    np.savez(tmp_path / "f.npz", a=np.asfortranarray(values))
+    np.savez_compressed(tmp_path / "g.npz", a=np.asfortranarray(other))
+    paths = [tmp_path / name for name in ("c.safetensors", "f.npz", "g.npz")]
+    for one, two in itertools.product(paths, paths):
+        found = only(compare_files(one, two))
+        differs = (one == paths[2]) != (two == paths[2])
+        assert (found.status, found.first) == (("values", place) if differs else ("equal", None))
+        assert found.largest == (5 if differs else None)

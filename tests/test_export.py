@@ -145,6 +145,16 @@ def test_one_matrix_at_a_time_and_blocks_that_divide_it(folder: Path) -> None:
         export_matrix(DATA, folder / "out", Selection(("lstm_cell.weight_ih",)), (4, 5))
 
 
+def test_arrays_in_fortran_order_are_refused(folder: Path) -> None:
+    np.savez(folder / "in.npz", **{"w.weight": np.asfortranarray(sparse((8, 64), np.float32))})
+    for job in (export_bitmask, export_matrix):
+        with pytest.raises(SpecError, match="Fortran order"):
+            job(folder / "in.npz", folder / "out", Selection())
+    prune_file(folder / "in.npz", folder / "pruned.npz", Recipe.shorthand(Pattern.parse("2:4")))
+    with pytest.raises(SpecError, match="Fortran order"):
+        export_two_of_four(folder / "pruned.npz", folder / "out", Recipe.shorthand(Pattern.parse("2:4")))
+
+
 def test_an_empty_matrix_is_still_a_matrix(folder: Path) -> None:
     scipy_sparse = pytest.importorskip("scipy.sparse", reason="SciPy is not installed")
     save_file({"w": np.zeros((4, 8), np.float32)}, folder / "in")

@@ -140,6 +140,57 @@ def test_places_that_a_mask_cannot_have(folder: Path) -> None:
     assert source.read_bytes() == DATA.read_bytes()
 
 
+RECIPE = """
+[[rule]]
+match = ["lstm_cell.*_ih", "lstm_cell.*_hh"]
+block = "4x4"
+budget = 0.5
+max_sparsity = 0.8
+
+[[rule]]
+pattern = "2:4"
+misfit = "skip"
+
+[[coupling]]
+name = "channels"
+sparsity = 0.25
+[[coupling.member]]
+tensor = "conv1.weight"
+block = [1, -1, -1]
+[[coupling.member]]
+tensor = "conv2.weight"
+block = [-1, 1, -1]
+order = [1, 0, 2]
+"""
+
+
+def test_budgets_and_couplings_have_masks_and_can_be_verified(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "recipe.toml").write_text(RECIPE)
+    given = ("-r", folder / "recipe.toml")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        code = cli.main([str(argument) for argument in arguments])
+        return code, capsys.readouterr().out
+
+    assert run("prune", DATA, "-o", folder / "out", *given, "--mask-out", folder / "mask", "--quiet")[0] == 0
+    assert run("apply-mask", DATA, folder / "mask", "-o", folder / "again", "--quiet")[0] == 0
+    assert (folder / "again").read_bytes() == (folder / "out").read_bytes()
+    described = json.loads(metadata_of(folder / "mask")["tensors"])
+    pattern = "keep 96 of 128 coupled blocks, coupling 'channels'"
+    assert described["conv1.weight"] == {"shape": [128, 129, 3], "pattern": pattern}
+    assert elements(folder / "mask", "conv1.weight", (128, 129, 3)).any(axis=(1, 2)).sum() == 96
+
+    code, text = run("verify", folder / "out", *given, "--json")
+    assert (code, json.loads(text)["totals"]["failed"]) == (0, 0)
+    code, text = run("verify", DATA, *given, "--json")
+    found = {line["name"]: line for line in json.loads(text)["tensors"] if line["holds"] is False}
+    assert code == 1
+    assert (found["coupling 'channels'"]["scope"], found["coupling 'channels'"]["used"]) == ([0, 0, 0], 128)
+    assert found["coupling 'channels'"]["pattern"] == "keep 96 of 128 coupled blocks, 2 tensors"
+    assert sum(line["used"] for line in found.values() if line["scope"] is None) == 8192
+    assert "coupled" in run("verify", DATA, *given)[1]
+
+
 # --- applying ------------------------------------------------------------------------------------
 
 
@@ -219,6 +270,24 @@ def test_masks_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(SpecError, match="is the input"):
         apply_mask(folder / "in", good, folder / "in", force=True)
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_other_formats_and_orders_of_axes(folder: Path, order: Any) -> None:
+    """A mask counts the elements as they are stored, so it is refused where they lie in another order."""
+    values = np.asarray(np.random.default_rng(4).normal(size=(8, 8)), np.float32, order=order)
+    np.savez(folder / "in.npz", a=values, b=np.ones(3))
+    prune_file(folder / "in.npz", folder / "out.npz", recipe("2:4"), mask_out=folder / "mask")
+    apply_mask(folder / "in.npz", folder / "mask", folder / "again.npz")
+    assert (folder / "again.npz").read_bytes() == (folder / "out.npz").read_bytes()
+    save_file({"a": np.ascontiguousarray(values)}, folder / "in.safetensors")
+    if order == "C":
+        apply_mask(folder / "in.safetensors", folder / "mask", folder / "other.safetensors")
+        with np.load(folder / "out.npz") as pruned:
+            np.testing.assert_array_equal(load_file(folder / "other.safetensors")["a"], pruned["a"])
+    else:
+        with pytest.raises(SpecError, match="Fortran order"):
+            apply_mask(folder / "in.safetensors", folder / "mask", folder / "other.safetensors")
 
 
 # --- every fault ---------------------------------------------------------------------------------

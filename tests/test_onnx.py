@@ -322,7 +322,9 @@ def test_what_is_no_weight_says_why(nodes: list[Any], reason: str, tmp_path: Pat
     assert use.axes is None
     assert reason in use.reason
     with open_weights(tmp_path / "m.onnx") as weights:
-        decision = next(d for d in resolve(Recipe.shorthand(Pattern.parse("2:4"), include=("w",)), weights.tensors.values()))
+        decision = next(
+            d for d in resolve(Recipe.shorthand(Pattern.parse("2:4"), include=("w",)), weights.tensors.values())
+        )
     assert isinstance(decision, Skip)
     assert decision.reason == use.reason
 

@@ -170,6 +170,16 @@ def test_whatever_was_pruned_holds_and_one_more_block_does_not(
     assert [found.first] == offences(plan, pruned)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_first_offence_of_an_array_in_fortran_order_is_as_it_was_saved(tmp_path: Path, order: Any) -> None:
+    values = np.zeros((8, 12), np.float32)
+    values[3, 5:8] = 1
+    values[6, 0:3] = 1
+    np.savez(tmp_path / "in.npz", a=np.asarray(values, order=order))
+    found = check(tmp_path / "in.npz", Recipe.shorthand(Pattern.parse("2:4")))
+    assert (found.offending, found.first) == (2, Offence((3, 1), (3, 4), 3))
+
+
 def test_a_budget_is_one_count_over_its_tensors(tmp_path: Path) -> None:
     values = np.ones((4, 8), np.float32)
     values[0] = 0
@@ -274,7 +284,9 @@ def test_case91_an_input_that_changes_is_an_error(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [("verify", "--pattern", "2:4"), ("verify", "--pattern", "-1x1@0"), ("inspect",)])
+@pytest.mark.parametrize(
+    "arguments", [("verify", "--pattern", "2:4"), ("verify", "--pattern", "block=-1x1 scope=1x4 keep=4"), ("inspect",)]
+)
 def test_case75_memory_does_not_grow_with_the_file(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     source = tmp_path / "in"
     values = np.ones((8192, 32768), np.float16)  # 512 MiB
