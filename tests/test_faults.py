@@ -349,6 +349,22 @@ def test_case93_outputs_of_other_names_do_not_wait(tmp_path: Path) -> None:
         assert refused(run("prune", DATA, "-o", tmp_path / "one", *PATTERN), ".one.npscope-new.tmp", 3)
 
 
+def test_case93_a_failing_run_leaves_the_hidden_file_of_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename that worked and says that it did not, and a run that started in between."""
+    replace = os.replace
+
+    def overtaken(origin: str, target: str) -> None:
+        replace(origin, target)
+        Path(origin).write_text("of the next run")
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    assert run("prune", DATA, "-o", tmp_path / "out", "--force", *PATTERN).code == 3
+    assert (tmp_path / ".out.npscope-new.tmp").read_text() == "of the next run"
+
+
 @pytest.mark.parametrize("left", ["file", "empty", "link", "fifo", "folder"])
 def test_case82_whatever_lies_at_the_hidden_name(tmp_path: Path, left: str) -> None:
     """What a dead run can have left gives way; anything else stays, and is named."""
@@ -441,6 +457,21 @@ def test_case91_an_input_replaced_meanwhile_is_not_overwritten(tmp_path: Path) -
         prune_file(source, None, RECIPE, in_place=True, progress=replace)
     assert source.read_text() == "precious"
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_case91_another_file_of_the_same_size_and_time_is_another_file(tmp_path: Path) -> None:
+    source = copy_of_data(tmp_path)
+    twin = tmp_path / "twin"
+    twin.write_bytes(DATA.read_bytes()[:-1] + b"x")
+    shutil.copystat(source, twin)
+
+    def replace(done: int, total: int) -> None:
+        if twin.exists():
+            twin.rename(source)
+
+    with pytest.raises(FileError, match="changed"):
+        prune_file(source, None, RECIPE, in_place=True, progress=replace)
+    assert source.read_bytes()[-1:] == b"x"
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -22,7 +22,7 @@ from npscope.weights.source import Source
 STORED, DEFLATED = 0, 8
 
 _CHUNK = 1 << 16  # compressed bytes read at a time
-_INFLATE = 1 << 20  # inflated bytes made at a time
+_INFLATE = 1 << 20  # inflated bytes handled at a time
 _LIMIT = 0xFFFFFFFF  # stands for a number that is elsewhere, in 64 bits
 _WIDE = _LIMIT  # numbers from here on are written in 64 bits
 _MANY = 0xFFFF
@@ -392,8 +392,10 @@ class Rewritten:
 
     def write(self, data: memoryview) -> None:
         """Append bytes to the content."""
-        self._member = replace(self._member, crc=zlib.crc32(data, self._member.crc))
-        self._append(data if self._deflate is None else self._deflate.compress(data))
+        for start in range(0, len(data), _INFLATE):  # what comes out of a long piece would be as long
+            piece = data[start : start + _INFLATE]
+            self._member = replace(self._member, crc=zlib.crc32(piece, self._member.crc))
+            self._append(piece if self._deflate is None else self._deflate.compress(piece))
 
     def finish(self) -> Member:
         """The member as it is now, its header filled in."""
