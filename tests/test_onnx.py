@@ -1118,8 +1118,8 @@ def test_case93_data_of_another_run_is_never_published(tmp_path: Path, monkeypat
         """When the data waits for the model to be on disk, another run puts its own there."""
         real(fd)
         if hidden.exists():
-            hidden.unlink()
-            hidden.write_bytes(b"another's")
+            (tmp_path / "other").write_bytes(b"another's")
+            (tmp_path / "other").replace(hidden)
 
     monkeypatch.setattr(os, "fsync", interfere)
     with pytest.raises(FileError, match="was replaced while the output was written"):
