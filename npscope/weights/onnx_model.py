@@ -251,7 +251,10 @@ class _Reader:
         values = _Values()
         for found in self._wire.known(at, _TENSOR):
             if found.number == 1:
-                dims += self._wire.varints(found)
+                for length in self._wire.varints(found):
+                    dims.append(length)
+                    if len(dims) > _MAX_RANK:
+                        raise FormatError(f"byte {at.start}: a tensor of more than {_MAX_RANK} axes")
             elif found.number == 2:
                 data_type = found.value
             elif found.number == 3:
@@ -368,8 +371,6 @@ def _signed(number: int) -> int:
 
 def _size_in_bytes(dims: list[int], bits: int) -> int:
     """Bytes of a tensor; FormatError when a length is negative or they are more than any file has."""
-    if len(dims) > _MAX_RANK:
-        raise FormatError(f"{len(dims)} axes; at most {_MAX_RANK} are read")
     size = 1
     for length in dims:
         size *= length or 1
