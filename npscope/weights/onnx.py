@@ -206,9 +206,8 @@ def _in_order(found: list[Found], locations: list[str]) -> list[Found]:
     rank = {location: index for index, location in enumerate(locations)}
 
     def place(each: Found) -> tuple[int, int]:
-        stored = each.stored
-        is_outside = stored.location != MODEL and stored.payload is not None
-        return rank[stored.location], stored.payload.begin if is_outside and stored.payload else stored.at
+        at, location, payload = each.stored.at, each.stored.location, each.stored.payload
+        return rank[location], at if payload is None or location == MODEL else payload.begin
 
     return sorted(found, key=place)
 

@@ -7,13 +7,15 @@ included, is neither looked at nor held. The numbers are those of the fields in 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 from npscope.errors import FormatError, about
 from npscope.weights.external import MODEL, Files
-from npscope.weights.payload import Payload, Run, Runs, Varints
+from npscope.weights.payload import Block, Payload, Run, Runs, Varints
 from npscope.weights.protobuf import BYTES, EIGHT_BYTES, FOUR_BYTES, VARINT, Field, Schema, Span, Wire
 
 MAX_BYTES = (1 << 31) - 1
@@ -30,6 +32,10 @@ _MAX_RANK = 64  # as NumPy has
 _FLOATS, _INT32S, _STRINGS, _INT64S, _RAW, _DOUBLES, _UINT64S = 4, 5, 6, 7, 9, 10, 11
 _NUMBER_BYTES = {_FLOATS: 4, _DOUBLES: 8}
 _STRING = 8  # the data type
+
+
+_NO_INTS: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+"""Shared by all nodes without attributes that are read."""
 
 
 class _DataType(NamedTuple):
@@ -117,11 +123,11 @@ class Node:
 
     label: str
     op: str
-    inputs: list[str]
-    outputs: list[str]
-    ints: dict[str, tuple[int, ...]]
-    graphs: list[tuple[str, Graph]]
-    value: Stored | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ints: Mapping[str, tuple[int, ...]]
+    graphs: tuple[tuple[str, Graph], ...] = ()
+    value: Stored | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -190,20 +196,19 @@ class _Reader:
         return graph
 
     def _node(self, at: Span, index: int, depth: int) -> Node:
-        node = Node("", "", [], [], {}, [], None)
+        inputs, outputs, attributes = [], [], []
         texts = {3: "", 4: "", 7: ""}
-        attributes = []
         for found in self._wire.known(at, _NODE):
             if found.number == 1:
-                node.inputs.append(self._wire.text(found.at))
+                inputs.append(self._wire.text(found.at))
             elif found.number == 2:
-                node.outputs.append(self._wire.text(found.at))
+                outputs.append(self._wire.text(found.at))
             elif found.number == 5:
                 attributes.append(found.at)
             else:
                 texts[found.number] = self._wire.text(found.at)
-        node.op = _operator(texts[7], texts[4])
-        node.label = texts[3] or f"{node.op}#{index}"
+        op = _operator(texts[7], texts[4])
+        node = Node(texts[3] or f"{op}#{index}", op, tuple(inputs), tuple(outputs), _NO_INTS)
         for attribute in attributes:
             self._attribute(attribute, node, depth)
         return node
@@ -232,8 +237,8 @@ class _Reader:
         if name in node.ints:
             raise FormatError(f"the attribute {name!r:.120} stands twice")
         if 0 < len(ints) <= _MAX_INTS:
-            node.ints[name] = tuple(ints)
-        node.graphs += [(name, self._graph(graph, depth + 1)) for graph in graphs]
+            node.ints = {**node.ints, name: tuple(ints)}
+        node.graphs += tuple((name, self._graph(graph, depth + 1)) for graph in graphs)
         if value is not None and node.op == "Constant" and name == "value" and kind in (0, _TENSOR_KIND):
             if node.value is not None:
                 raise FormatError("the attribute 'value' stands twice")
@@ -246,7 +251,10 @@ class _Reader:
         values = _Values()
         for found in self._wire.known(at, _TENSOR):
             if found.number == 1:
-                dims += self._wire.varints(found)
+                for length in self._wire.varints(found):
+                    dims.append(length)
+                    if len(dims) > _MAX_RANK:
+                        raise FormatError(f"byte {at.start}: a tensor of more than {_MAX_RANK} axes")
             elif found.number == 2:
                 data_type = found.value
             elif found.number == 3:
@@ -290,6 +298,8 @@ class _Reader:
             raise FormatError(f"it holds values in the fields {sorted(values.numbers)}; needed is {meant} alone")
         if known is not None and meant in (_INT32S, _INT64S, _UINT64S):
             return Varints(self._fill, values.chunks, known.width)
+        if len(values.runs) == 1 and values.runs[0].elements == 1:
+            return Block(values.runs[0].offset, values.runs[0].nbytes)
         return Runs(values.runs)
 
     def _outside(self, entries: list[Span], nbytes: int | None) -> tuple[str, Payload]:
@@ -311,7 +321,7 @@ class _Reader:
             )
         if nbytes not in (None, length):
             raise FormatError(f"external data {location!r:.120} of {length} bytes; its shape takes {nbytes}")
-        return location, Runs([Run(offset, length, 1, 0)])
+        return location, Block(offset, length)
 
 
 class _Values:
@@ -361,8 +371,6 @@ def _signed(number: int) -> int:
 
 def _size_in_bytes(dims: list[int], bits: int) -> int:
     """Bytes of a tensor; FormatError when a length is negative or they are more than any file has."""
-    if len(dims) > _MAX_RANK:
-        raise FormatError(f"{len(dims)} axes; at most {_MAX_RANK} are read")
     size = 1
     for length in dims:
         size *= length or 1

@@ -148,7 +148,7 @@ class _Graphs:
     def _define(self, scope: _Scope, name: str, stored: Stored, label: str) -> None:
         value = _Value(scope.number, name) if name else None
         self.tensors.append((scope.path + (name or label), value, stored))
-        if value is not None:
+        if value is not None and len(stored.shape) < 2:  # all that can name axes
             self.constants[value] = stored
 
     def _use(self, scope: _Scope, name: str, node: Node | None, index: int) -> None:

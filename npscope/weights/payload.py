@@ -48,6 +48,26 @@ class Payload(Protocol):
         """What makes the bytes of the array from `start` on be `data`, by rising offset."""
 
 
+class Block(NamedTuple):
+    """Values that lie as they are, side by side; see `Payload`."""
+
+    begin: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        """Offset behind the last byte."""
+        return self.begin + self.nbytes
+
+    def read(self, fill: Fill, start: int, into: memoryview) -> None:
+        """The bytes from `start` on."""
+        fill(self.begin + start, into)
+
+    def replace(self, fill: Fill, start: int, data: memoryview) -> Iterator[Patch]:
+        """What makes the bytes from `start` on be `data`: themselves."""
+        yield self.begin + start, data
+
+
 class Run(NamedTuple):
     """As many `elements` of `width` bytes, the first at `offset`, one every `step` bytes."""
 
@@ -68,7 +88,7 @@ class Run(NamedTuple):
 
 
 class Runs:
-    """Values that lie as they are in runs of the file; see `Payload`."""
+    """Values that lie as they are, in several runs or behind a tag each; see `Payload`."""
 
     def __init__(self, runs: Iterable[Run]) -> None:
         self._runs = [run for run in runs if run.nbytes]
@@ -92,21 +112,15 @@ class Runs:
     def read(self, fill: Fill, start: int, into: memoryview) -> None:
         """The bytes from `start` on."""
         for run, first, part in self._parts(start, into):
-            if run.elements == 1:
-                fill(run.offset + first, part)
-            else:
-                offset, span, places = _span(fill, run, first, part.nbytes)
-                np.frombuffer(part, np.uint8)[:] = span[places - offset]
+            offset, span, places = _span(fill, run, first, part.nbytes)
+            np.frombuffer(part, np.uint8)[:] = span[places - offset]
 
     def replace(self, fill: Fill, start: int, data: memoryview) -> Iterator[Patch]:
         """What makes the bytes from `start` on be `data`."""
         for run, first, part in self._parts(start, data):
-            if run.elements == 1:
-                yield run.offset + first, part
-            else:
-                offset, span, places = _span(fill, run, first, part.nbytes)
-                span[places - offset] = np.frombuffer(part, np.uint8)
-                yield offset, span.data
+            offset, span, places = _span(fill, run, first, part.nbytes)
+            span[places - offset] = np.frombuffer(part, np.uint8)
+            yield offset, span.data
 
     def _parts(self, start: int, buffer: memoryview) -> Iterator[tuple[Run, int, memoryview]]:
         """(run, byte in the run, part of `buffer`) for what `buffer` covers from `start` on."""
@@ -116,9 +130,8 @@ class Runs:
             if begin >= stop:
                 return
             low, high = max(start, begin), min(stop, begin + run.nbytes)
-            size = _PIECE_BYTES if run.elements > 1 else max(high - low, 1)
-            for at in range(low, high, size):
-                yield run, at - begin, buffer[at - start : min(at + size, high) - start]
+            for at in range(low, high, _PIECE_BYTES):
+                yield run, at - begin, buffer[at - start : min(at + _PIECE_BYTES, high) - start]
 
 
 def _span(fill: Fill, run: Run, first: int, nbytes: int) -> tuple[int, Array, Array]:

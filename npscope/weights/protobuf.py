@@ -8,6 +8,7 @@ things is refused: a field given twice that may stand once, a wire type that is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -113,13 +114,15 @@ class Wire:
         inside = begin >= 0 and end <= len(self._window)
         raw = self._window[begin:end] if inside else self._read(at.start, at.stop - at.start)
         try:
-            return raw.decode("utf-8")
+            return sys.intern(raw.decode("utf-8"))  # a model says most names several times
         except UnicodeDecodeError:
             raise FormatError(f"byte {at.start}: a name is not UTF-8") from None
 
     def _varint(self, at: int, stop: int) -> tuple[int, int]:
         """The number at `at`, of at most 64 bits, and where it ends."""
         window, begin = self._window, at - self._base
+        if 0 <= begin < len(window) and at < stop and window[begin] < 0x80:
+            return window[begin], at + 1  # most are of one byte
         if begin < 0 or (begin + 10 > len(window) and self._base + len(window) < self._size):
             window = self._window = self._read(at, min(_WINDOW_BYTES, self._size - at))
             self._base, begin = at, 0
