@@ -1,0 +1,151 @@
+// Decisions written: masks, k-th values, dropped, scaled and softened blocks of any layout.
+//
+// A thread owns one element at a time; grids stride, so any grid is right.
+
+#include "decisions.cuh"
+
+#define EACH(i, count) \
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < (count); i += (i64)gridDim.x * blockDim.x)
+
+// Columns [start, start + blocks) of a mask with `row` columns.
+extern "C" __global__ void write_mask(Decision decision, i64 scopes, i64 blocks, i64 row, u8* mask) {
+    EACH(i, scopes * blocks) {
+        i64 s, j;
+        split(i, blocks, scopes, s, j);
+        mask[s * row + decision.start + j] = decide(decision, s, j) != DROP;
+    }
+}
+
+// The k-th largest values: the numbers whose keys are the cuts.
+extern "C" __global__ void write_kth(const Cutoff* cutoffs, int kind, i64 scopes, int dtype, char* out) {
+    EACH(s, scopes) write_key(out + s * width_of(dtype), dtype, (Key)cutoffs[s].key, kind);
+}
+
+// +0.0 into every element of the blocks of a leaf that are dropped.
+extern "C" __global__ void drop(Decision decision, Leaf leaf, i64 scopes, i64 blocks) {
+    i64 elements = leaf.elements;
+    EACH(i, scopes * blocks * elements) {
+        i64 b, e, s, j;
+        split(i, elements, 2, b, e);
+        split(b, blocks, scopes, s, j);
+        int verdict = decide(decision, s, j);
+        if (verdict == KEEP) continue;
+        char* at = leaf.data + scope_offset(leaf, s) + block_offset(leaf, j) + element_offset(leaf, e);
+        if (verdict == DROP)
+            write_zero(at, leaf.dtype);
+        else
+            write_nan(at, leaf.dtype);
+    }
+}
+
+// Every block times its number.
+extern "C" __global__ void scale(Numbers factors, Leaf leaf, i64 scopes, i64 blocks, i64 start) {
+    i64 elements = leaf.elements;
+    EACH(i, scopes * blocks * elements) {
+        i64 b, e, s, j;
+        split(i, elements, 2, b, e);
+        split(b, blocks, scopes, s, j);
+        char* at = leaf.data + scope_offset(leaf, s) + block_offset(leaf, j) + element_offset(leaf, e);
+        scale_at(at, dtype_of(leaf), number_at(factors, s, start + j));
+    }
+}
+
+// A real number moved by t / h towards zero: +0.0 where h * |x|, rounded to the norm's dtype, is at most t.
+__device__ inline void soften_at(char* at, int dtype, double t, double h, bool narrow) {
+    double x = real_at(at, dtype), weighted = h * fabs(x);
+    if (!(t >= 0.0) || !(h >= 1e-150 && h <= 1e150)) {
+        write_nan(at, dtype);
+    } else if (x == x && t != 0.0) {
+        if ((narrow ? widened(narrowed(weighted)) : weighted) <= t)
+            write_zero(at, dtype);
+        else
+            write_real(at, dtype, x > 0.0 ? x - t / h : x + t / h);
+    }
+}
+
+// Blocks of one real number, in the metric of a second leaf if there is one.
+extern "C" __global__ void soften(
+    Numbers thresholds, Leaf leaf, Leaf metric, int conditioned, int narrow, i64 scopes, i64 blocks, i64 start
+) {
+    EACH(i, scopes * blocks) {
+        i64 s, j;
+        split(i, blocks, scopes, s, j);
+        char* at = leaf.data + scope_offset(leaf, s) + block_offset(leaf, j);
+        double h = 1.0;
+        if (conditioned)
+            h = real_at(metric.data + scope_offset(metric, s) + block_offset(metric, j), metric.dtype);
+        soften_at(at, dtype_of(leaf), number_at(thresholds, s, start + j), h, narrow);
+    }
+}
+
+// Adds the number of elements that do not satisfy |x| <= eps.
+extern "C" __global__ void count_nonzero(Leaf leaf, i64 scopes, i64 blocks, double eps, u64* count) {
+    u64 found = 0;
+    EACH(i, scopes * blocks * leaf.elements) {
+        i64 b, e, s, j;
+        split(i, leaf.elements, 2, b, e);
+        split(b, blocks, scopes, s, j);
+        const char* at = leaf.data + scope_offset(leaf, s) + block_offset(leaf, j) + element_offset(leaf, e);
+        found += !(magnitude_at(at, dtype_of(leaf)) <= eps);
+    }
+    if (found) atomicAdd(count, found);
+}
+
+// --- elements that lie side by side, 16 bytes at a time -------------------------------------------
+
+#if ELEMENT == FLOAT16 || ELEMENT == BFLOAT16
+typedef u16 Stored;
+#else
+typedef u32 Stored;
+#endif
+#define VECTOR (16 / (i64)sizeof(Stored))
+
+#if ELEMENT == FLOAT32 || ELEMENT == FLOAT16 || ELEMENT == BFLOAT16
+
+union Vector {
+    uint4 raw;
+    Stored parts[16 / sizeof(Stored)];
+};
+
+// Blocks of one element that lie side by side in `to`, as their deciding elements do in `from`; blocks % VECTOR == 0.
+extern "C" __global__ void drop_dense(Decision decision, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
+    EACH(i, scopes * blocks / VECTOR) {
+        i64 s, j;
+        split(i * VECTOR, blocks, scopes, s, j);
+        Vector x, y;
+        x.raw = from[i];
+        bool same = from == to;
+        if (same) y.raw = x.raw; else y.raw = to[i];
+        bool changed = false;
+        Cutoff cutoff = {0, 0};
+        if (decision.rule == BY_RANK) cutoff = decision.cutoffs[s];
+#pragma unroll
+        for (int u = 0; u < VECTOR; u++) {
+            int verdict;
+            const char* at = (const char*)(x.parts + u);
+            if (decision.rule == BY_RANK)
+                verdict = by_rank(cutoff, key_at(at, ELEMENT, decision.kind), decision.start + j + u);
+            else
+                verdict = by_threshold(magnitude_at(at, ELEMENT), true, number_at(decision.numbers, s, decision.start + j + u));
+            if (verdict == DROP) write_zero((char*)(y.parts + u), ELEMENT);
+            if (verdict == SPOIL) write_nan((char*)(y.parts + u), ELEMENT);
+            changed |= verdict != KEEP;
+        }
+        if (changed) to[i] = y.raw;
+    }
+}
+
+extern "C" __global__ void soften_dense(Numbers thresholds, uint4* to, i64 scopes, i64 blocks, i64 start) {
+    EACH(i, scopes * blocks / VECTOR) {
+        i64 s = 0, j = 0;
+        if (!thresholds.constant) split(i * VECTOR, blocks, scopes, s, j);
+        Vector x;
+        x.raw = to[i];
+#pragma unroll
+        for (int u = 0; u < VECTOR; u++)
+            soften_at((char*)(x.parts + u), ELEMENT, number_at(thresholds, s, start + j + u), 1.0, true);
+        to[i] = x.raw;
+    }
+}
+
+#endif
