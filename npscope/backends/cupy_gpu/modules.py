@@ -36,7 +36,7 @@ FAST = ("float32", "float16", "bfloat16")
 
 GROUPS = (2, 4, 8, 16)
 RUNS = (1, 2, 4, 8, 16, 32, 64, 128)
-ROW_KEYS = (1, 4, 8, 16, 32)
+ROW_KEYS = (1, 4, 8, 32)
 
 
 def element_of(names: set[str]) -> int:
@@ -86,6 +86,7 @@ def blocks_for(threads: int) -> int:
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
     """Every (file, macros) that operations launch."""
     fast = [DTYPES.index(name) for name in FAST]
+    yield "upload.cu", {}
     for element in (*fast, DTYPES.index("float64"), ANY):
         for lanes in (1, 32, 256):
             yield "norms.cu", {"ELEMENT": element, "LANES": lanes}
@@ -94,15 +95,21 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
             if (element, bits) == (DTYPES.index("float64"), 32):
                 continue
             yield "writing.cu", {"ELEMENT": element, "KEY_BITS": bits}
-            for keys in ROW_KEYS:
-                yield "selection.cu", {"ELEMENT": element, "KEY_BITS": bits, "DENSE": 0, "KEYS": keys}
-                if is_dense_pair(element, bits):
-                    yield "selection.cu", {"ELEMENT": element, "KEY_BITS": bits, "DENSE": 1, "KEYS": keys}
+            for dense in (0, 1) if is_dense_pair(element, bits) else (0,):
+                yield "selection.cu", {"ELEMENT": element, "KEY_BITS": bits, "DENSE": dense}
+                for keys in ROW_KEYS:
+                    if not dense or keys % vector_of(element) == 0:
+                        yield "rows.cu", {"ELEMENT": element, "KEY_BITS": bits, "DENSE": dense, "KEYS": keys}
     for element in fast:
         for group in GROUPS:
             yield "groups.cu", {"ELEMENT": element, "GROUP": group}
         for run in RUNS:
             yield "tiles.cu", {"ELEMENT": element, "RUN": run}
+
+
+def vector_of(element: int) -> int:
+    """Elements of 16 bytes."""
+    return {"float32": 4, "float64": 2}.get(DTYPES[element], 8)
 
 
 def is_dense_pair(element: int, bits: int) -> bool:

@@ -167,7 +167,7 @@ def numbers(leaf: Leaf | None) -> tuple[Struct, Array]:
     if isinstance(array, np.ndarray | np.generic):
         given = np.asarray(array)
         if given.size == 1 or not any(given.strides):
-            return struct(NUMBERS, constant=1, value=given.flat[0] if given.size else 0), None
+            return struct(NUMBERS, constant=1, value=given[(0,) * given.ndim] if given.size else 0), None
         array = cupy.asarray(np.ascontiguousarray(given))
     return struct(NUMBERS, leaf=leaf_struct(array, leaf.cut)[0]), array
 

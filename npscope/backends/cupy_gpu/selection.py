@@ -154,10 +154,10 @@ def cut_scopes(ranking: Ranking, keep: Leaf, low: int) -> Array:
     if blocks <= ROW_BLOCKS:
         dense = len(ranking.parts) == 1 and ranking.dense(0)
         vector = 16 // ranking.leaves[0].array.dtype.itemsize if dense else 1
-        keys = next(k for k in ROW_KEYS if 32 * k >= blocks and k >= vector)
-        launch("selection.cu", "decide_rows", blocks_for(32 * scopes), args, **macros, DENSE=int(dense), KEYS=keys)
+        keys = next(k for k in ROW_KEYS if 32 * k >= blocks and k % vector == 0)
+        launch("rows.cu", "decide_rows", blocks_for(32 * scopes), args, **macros, DENSE=int(dense), KEYS=keys)
     else:
-        launch("selection.cu", "decide_scopes", scopes, args, **macros, DENSE=0, KEYS=1)
+        launch("selection.cu", "decide_scopes", scopes, args, **macros, DENSE=0)
     del kept, table
     return cutoffs
 
@@ -174,10 +174,7 @@ def _cut_large(ranking: Ranking, counts: Struct, low: int, first: int, scopes: i
     def run(name: str, grid: int | tuple[int, int], args: tuple[Any, ...], which: int | None = None) -> None:
         element = ranking.element if which is None else element_of({dtype_name(ranking.leaves[which].array.dtype)})
         dense = which is not None and ranking.dense(which)
-        launch(
-            "selection.cu", name, grid, args, ELEMENT=element, KEY_BITS=ranking.bits, DENSE=int(dense),
-            KEYS=max(ROW_KEYS[1], 16 // ranking.leaves[which].array.dtype.itemsize) if dense else 1,
-        )  # fmt: skip
+        launch("selection.cu", name, grid, args, ELEMENT=element, KEY_BITS=ranking.bits, DENSE=int(dense))
 
     run("large_start", blocks_for(scopes), (counts, np.int64(low), n, s0, np.int64(scopes), searches, cutoffs))
     sources = [ranking.sources(i)[0] for i in range(len(ranking.parts))]
