@@ -229,6 +229,7 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
     """Real numbers broadcast to the grid `shape`, converted to `dtype` once, on the device of `like`.
 
     NaN is SpecError, and so is a negative number unless `signed`. `value` is a number or an array.
+    Numbers in device memory are neither read, unless `config` asks for it, nor converted.
     """
     if isinstance(value, numbers.Real | np.bool_):
         value = np.asarray(as_number(value, what))
@@ -252,7 +253,8 @@ def _any(flags: Any) -> bool:
 def _as_grid(value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: bool) -> Array:
     xp, readable = array_namespace(value), not is_cupy(value) or checks_devices()
     with np.errstate(all="ignore"):
-        converted = xp.astype(value, getattr(xp, dtype))
+        # CuPy's conversions flush subnormal numbers to zero: its backend converts them itself.
+        converted = value if is_cupy(value) else xp.astype(value, getattr(xp, dtype))
         negative = readable and not signed and _any(value < 0)
     if readable and _any(xp.isnan(converted)):
         raise SpecError(f"{what} contains NaN")

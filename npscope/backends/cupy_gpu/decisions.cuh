@@ -29,7 +29,7 @@ __device__ inline int by_rank(const Cutoff& cutoff, Key key, i64 position) {
 
 __device__ inline int by_threshold(double size, bool narrow, double t) {
     if (t != t) return SPOIL;
-    return !((narrow ? widened(narrowed(size)) : size) < t);
+    return !(in_norm_dtype(size, narrow) < in_norm_dtype(t, narrow));
 }
 
 __device__ inline int decide(const Decision& d, i64 s, i64 j) {

@@ -129,11 +129,20 @@ __device__ inline u32 narrowed(double x) {
 #endif
 }
 
+// A number as the norm's dtype holds it.
+__device__ inline double in_norm_dtype(double x, bool narrow) { return narrow ? widened(narrowed(x)) : x; }
+
 __device__ inline u32 bits_of_half(u16 half) {
+#ifdef NPSCOPE_EMULATED
     u32 size = half & 0x7FFF, sign = (u32)(half & 0x8000) << 16;
     if (size >= 0x7C00) return sign | 0x7F800000 | (size << 13);
     if (size >= 0x0400) return sign | ((size << 13) + (112u << 23));
     return sign | narrowed((double)size * 5.9604644775390625e-8);  // 2^-24
+#else
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+    return __float_as_uint(x);
+#endif
 }
 
 __device__ inline u32 bits_of_bfloat(u16 bfloat) { return (u32)bfloat << 16; }
@@ -255,11 +264,14 @@ __device__ inline void scale_at(char* at, int dtype, double factor) {
     }
 }
 
+// Functions that unrolled loops would repeat are calls: compiling would take a minute.
+__device__ __noinline__ double number_in_memory(const Leaf& leaf, i64 s, i64 j) {
+    return real_at(leaf.data + scope_offset(leaf, s) + block_offset(leaf, j), leaf.dtype);
+}
+
 // The number of block j of scope s.
 __device__ inline double number_at(const Numbers& numbers, i64 s, i64 j) {
-    if (numbers.constant) return numbers.value;
-    const Leaf& leaf = numbers.leaf;
-    return real_at(leaf.data + scope_offset(leaf, s) + block_offset(leaf, j), leaf.dtype);
+    return numbers.constant ? numbers.value : number_in_memory(numbers.leaf, s, j);
 }
 
 // --- ordered integers ---------------------------------------------------------------------------

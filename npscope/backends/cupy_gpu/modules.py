@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ FAST = ("float32", "float16", "bfloat16")
 
 GROUPS = (2, 4, 8, 16)
 RUNS = (1, 2, 4, 8, 16, 32, 64, 128)
+METRIC_ROWS = (1, 2, 4)
 ROW_KEYS = (1, 4, 8, 32)
 
 
@@ -105,6 +107,8 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
             yield "groups.cu", {"ELEMENT": element, "GROUP": group}
         for run in RUNS:
             yield "tiles.cu", {"ELEMENT": element, "RUN": run}
+    for run, rows in product(RUNS[2:], METRIC_ROWS):
+        yield "metric_tiles.cu", {"ELEMENT": DTYPES.index("float32"), "RUN": run, "ROWS": rows}
 
 
 def vector_of(element: int) -> int:
@@ -112,6 +116,9 @@ def vector_of(element: int) -> int:
     return {"float32": 4, "float64": 2}.get(DTYPES[element], 8)
 
 
+DENSE_PAIRS = {*((DTYPES.index(name), 32) for name in FAST), (DTYPES.index("float64"), 64)}
+
+
 def is_dense_pair(element: int, bits: int) -> bool:
     """Whether keys of this width can be read from arrays of this dtype 16 bytes at a time."""
-    return bits == (64 if element == DTYPES.index("float64") else 32) and element != ANY
+    return (element, bits) in DENSE_PAIRS

@@ -135,13 +135,6 @@ extern "C" __global__ void partial_sums(
 #endif
 }
 
-// What the proximal step multiplies a block by; NaN for a threshold that is none.
-__device__ inline double shrink_factor(double norm, double wide, double t) {
-    if (!(t >= 0.0)) return not_a_number();
-    if (norm != norm || t == 0.0 || (isinf(norm) && !isinf(t))) return 1.0;
-    return norm <= t ? 0.0 : (wide - t) / wide;
-}
-
 // Norms (or factors) of the blocks of a part, into columns [start, start + blocks) of a table with `row` columns.
 extern "C" __global__ void norms(
     Leaves leaves, Measure measure, Numbers thresholds, i64 scopes, i64 blocks, i64 row, i64 start,
@@ -181,19 +174,21 @@ extern "C" __global__ void norms(
                 if (square) wide = sqrt(wide);
             }
         }
-        norm = measure.narrow ? widened(narrowed(wide)) : wide;
+        norm = in_norm_dtype(wide, measure.narrow);
         if (measure.order < LARGEST && isfinite(sum.hi) && measure.exact) {
             bool sure;
             u32 below = rounded_sum(sum.hi + sum.lo, square, wide, sure);
             norm = widened(sure ? below : settled_block(block, lane, square, below, limbs));
         } else if (square && sum.hi == sum.hi && !measure.exact && !(sum.hi > 1e-280 && isfinite(sum.hi))) {
             wide = scaled_norm(block, lane, elements, 2.0, false);
-            norm = measure.narrow ? widened(narrowed(wide)) : wide;
+            norm = in_norm_dtype(wide, measure.narrow);
         }
         if (lane == 0) {
             i64 at = block.s * row + start + block.j;
             if (measure.output == FACTOR)
-                ((double*)out)[at] = shrink_factor(norm, wide, number_at(thresholds, block.s, start + block.j));
+                ((double*)out)[at] = shrink_factor(
+                    norm, wide, in_norm_dtype(number_at(thresholds, block.s, start + block.j), measure.narrow)
+                );
             else if (measure.wide_output)
                 ((double*)out)[at] = norm;
             else

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 
-from npscope.backends.cupy_gpu.modules import DTYPES, FAST, RUNS, blocks_for, element_of, launch
+from npscope.backends.cupy_gpu.modules import FAST, RUNS, blocks_for, element_of, launch
 from npscope.backends.cupy_gpu.operands import (
     Array,
     Operand,
     Struct,
+    code_of,
+    grid_of,
     leaves_struct,
     memory_order,
     nest,
@@ -22,7 +25,7 @@ from npscope.backends.cupy_gpu.operands import (
     struct,
 )
 from npscope.dtypes import kind_of
-from npscope.tiling import Leaf, Parts
+from npscope.tiling import Cut, Leaf, Parts
 
 ORDERS = {1.0: 0, 2.0: 1, math.inf: 2}
 LARGEST, POWER = 2, 3
@@ -52,9 +55,10 @@ THREAD_ELEMENTS, WARP_ELEMENTS = 32, 4096
 PLAIN_ELEMENTS = 1024
 """Terms that a plain float64 sum may have and still be good to 2**-42."""
 
-MATRIX = np.dtype(
-    [("tiles", np.int64), ("columns", np.int64), ("pitch", np.int64), ("rows", np.int32)], align=True
-)
+TEAM_TILES = 4
+"""Tiles that a team of lanes measures at once."""
+
+MATRIX = np.dtype([("tiles", np.int64), ("columns", np.int64), ("pitch", np.int64), ("rows", np.int32)], align=True)
 
 
 class Tiles(NamedTuple):
@@ -64,9 +68,30 @@ class Tiles(NamedTuple):
     element: int
     itemsize: int
     matrix: Struct
+    rows: int
     columns: int
     pitch: int
     address: int
+
+    @property
+    def vector(self) -> int:
+        """Bytes that a lane reads at once."""
+        return min(16, self.run * self.itemsize)
+
+    @property
+    def team(self) -> int:
+        """Lanes that own a tile."""
+        return self.run * self.itemsize // self.vector
+
+    @property
+    def in_vectors(self) -> bool:
+        """Whether every vector of every row is aligned."""
+        return self.run > 1 and self.address % self.vector == 0 and self.pitch * self.itemsize % self.vector == 0
+
+    @property
+    def pointer(self) -> np.uint64:
+        """The first tile, as an argument."""
+        return np.uint64(self.address)
 
     def aligned(self, size: int) -> bool:
         """Whether every row, and every `size` bytes of a row of tiles, starts at a multiple of `size`."""
@@ -76,18 +101,24 @@ class Tiles(NamedTuple):
 
 def tiles_of(leaf: Leaf) -> Tiles | None:
     """The leaf as a matrix of tiles, if it is one."""
-    array, cut = leaf.array, leaf.cut
-    name, item = kind_of(array.dtype).name, array.dtype.itemsize
+    array = leaf.array
+    tiles = _tiles(leaf.cut, array.strides, array.dtype)
+    return None if tiles is None else tiles._replace(address=array.data.ptr)
+
+
+@lru_cache(maxsize=2048)
+def _tiles(cut: Cut, strides: tuple[int, ...], dtype: np.dtype) -> Tiles | None:
+    name, item = kind_of(dtype).name, dtype.itemsize
     if name not in FAST or cut.elements > PLAIN_ELEMENTS:
         return None
-    elements = nest(memory_order(cut, array.strides), array.strides)
+    elements = nest(memory_order(cut, strides), strides)
     run = 1
     if elements and elements[-1][1] == item:
-        run = elements.pop()[0]
+        run, elements = elements[-1][0], elements[:-1]
     if run not in RUNS or len(elements) > 1:
         return None
     rows, pitch = elements[0] if elements else (1, 0)
-    grid = nest((*cut.scope, *cut.block), array.strides) or [(1, run * item)]
+    grid = nest(cut.scope + cut.block, strides) or ((1, run * item),)
     columns, step = grid[-1]
     if len(grid) > 2 or (step != run * item and columns > 1):
         return None
@@ -100,22 +131,20 @@ def tiles_of(leaf: Leaf) -> Tiles | None:
         return None
     tiles = cut.scopes * cut.blocks
     matrix = struct(MATRIX, tiles=tiles, columns=columns, pitch=pitch // item, rows=rows)
-    return Tiles(run, DTYPES.index(name), item, matrix, columns, pitch // item, array.data.ptr)
+    return Tiles(run, code_of(dtype), item, matrix, rows, columns, pitch // item, 0)
 
 
 def measure(part: Operand, ord: float, output: int, wide: bool) -> Struct:
     """How a part is measured: that of one element is its magnitude, whatever the order."""
     order = LARGEST if part.single else ORDERS.get(ord, POWER)
-    return struct(
-        MEASURE, order=order, exact=part.exact, narrow=part.narrow, output=output, wide_output=wide, p=ord
-    )
+    return struct(MEASURE, order=order, exact=part.exact, narrow=part.narrow, output=output, wide_output=wide, p=ord)
 
 
 def lanes_for(part: Operand) -> int:
     """Threads that own a block. Where blocks lie side by side and their elements apart, one: neighbours share lines."""
     leaf = part.part[0]
     strides, item = leaf.array.strides, leaf.array.dtype.itemsize
-    grid, elements = nest((*leaf.cut.scope, *leaf.cut.block), strides), nest(memory_order(leaf.cut, strides), strides)
+    grid, elements = grid_of(leaf), nest(memory_order(leaf.cut, strides), strides)
     across = bool(grid and elements) and grid[-1][1] == item and elements[-1][1] != item and part.total >= CHUNK
     if part.elements <= THREAD_ELEMENTS or across:
         return 1
@@ -159,7 +188,6 @@ def _measure_tiles(part: Operand, ord: float, table: Array) -> bool:
     tiles = tiles_of(part.part[0]) if len(part.part) == 1 and ord in ORDERS and table.dtype == np.float32 else None
     if tiles is None or part.single:
         return False
-    vector = min(16, tiles.run * tiles.itemsize)
     order = np.int32(ORDERS[ord])
     macros = {"ELEMENT": tiles.element, "RUN": tiles.run}
     if tiles.run == 1:
@@ -170,11 +198,10 @@ def _measure_tiles(part: Operand, ord: float, table: Array) -> bool:
             (np.uint64(tiles.address), tiles.matrix, order, table), **macros,
         )  # fmt: skip
         return True
-    if tiles.address % vector or tiles.pitch * tiles.itemsize % vector:
+    if not tiles.in_vectors:
         return False
-    team = tiles.run * tiles.itemsize // vector
     launch(
-        "tiles.cu", "tile_norms", blocks_for(part.total * team),
+        "tiles.cu", "tile_norms", blocks_for(-(-part.total // TEAM_TILES) * tiles.team),
         (np.uint64(tiles.address), tiles.matrix, order, table), **macros,
     )  # fmt: skip
     return True
@@ -195,5 +222,3 @@ def norm_table(parts: Sequence[Operand], ord: float, out: Array | None = None) -
 def norms(parts: Parts, ord: float | None, out: Any = None) -> Array:
     """Norm of every block: ``(S, n)`` in the norm's dtype, in `out` if given."""
     return norm_table(operands(parts), float(ord or 2), out)
-
-

@@ -63,7 +63,12 @@ def table_on_device(structs: Sequence[Struct]) -> Array:
 # --- leaves --------------------------------------------------------------------------------------
 
 
-def nest(dims: Sequence[Dim], strides: tuple[int, ...]) -> list[tuple[int, int]]:
+Nest = tuple[tuple[int, int], ...]
+"""Loops as (size, step in bytes), outermost first."""
+
+
+@lru_cache(maxsize=4096)
+def nest(dims: tuple[Dim, ...], strides: tuple[int, ...]) -> Nest:
     """Loops over axes with these strides as (size, step) pairs; loops that continue each other are one."""
     merged: list[tuple[int, int]] = []
     for dim in dims:
@@ -71,9 +76,21 @@ def nest(dims: Sequence[Dim], strides: tuple[int, ...]) -> list[tuple[int, int]]
         if merged and merged[-1][1] == step * size:
             size *= merged.pop()[0]
         merged.append((size, step))
-    return merged
+    return tuple(merged)
 
 
+@lru_cache(maxsize=256)
+def code_of(dtype: np.dtype) -> int:
+    """The number of a dtype in elements.cuh."""
+    return DTYPES.index(dtype_name(dtype))
+
+
+def grid_of(leaf: Leaf) -> Nest:
+    """The loops over all blocks, scope by scope."""
+    return nest(leaf.cut.scope + leaf.cut.block, leaf.array.strides)
+
+
+@lru_cache(maxsize=4096)
 def memory_order(cut: Cut, strides: tuple[int, ...]) -> tuple[Dim, ...]:
     """The loops over the elements of a block, the most adjacent innermost: any order of elements will do."""
     return tuple(sorted(cut.element, key=lambda dim: -abs(dim.step * strides[dim.axis])))
@@ -91,7 +108,7 @@ def _template(cut: Cut, strides: tuple[int, ...], code: int, order: tuple[Dim, .
 def leaf_struct(array: Array, cut: Cut, order: tuple[Dim, ...] | None = None) -> Struct:
     """An array and its cut; elements in the order of memory, or in that of another leaf."""
     strides = array.strides
-    made = _template(cut, strides, DTYPES.index(dtype_name(array.dtype)), order or memory_order(cut, strides)).copy()
+    made = _template(cut, strides, code_of(array.dtype), order or memory_order(cut, strides)).copy()
     made["data"] = array.data.ptr
     return made
 

@@ -106,7 +106,7 @@ extern "C" __global__ void large_start(Numbers keep, i64 low, i64 blocks, i64 s0
 }
 
 // Counts the digits of one source's keys; thread blocks of row y work on scope s0 + y.
-extern "C" __global__ void large_histogram(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) large_histogram(
     Sources sources, i64 s0, int pass, Search* searches, u64* histograms, Key* buffer, i64 capacity, int first_source
 ) {
     __shared__ u32 bins[COPIES * BINS];
@@ -148,19 +148,20 @@ extern "C" __global__ void large_histogram(
                 matches |= (u32)match << (v * VECTOR + u);
             }
         }
+        u32 run = 0, last = 0;  // equal digits in a row are added at once
 #pragma unroll
         for (int k = 0; k < TILE_KEYS; k++) {
-            bool match = matches >> k & 1;
             u32 digit = (u32)(keys[k] >> shift) & digits;
-            // Constant data: one addition for the whole warp.
-            u32 active = __ballot_sync(FULL, match), leader = __ffs(active) - 1;
-            u32 common = __shfl_sync(FULL, digit, active ? leader : 0);
-            if (__all_sync(FULL, !match || digit == common)) {
-                if (active && t % 32 == leader) atomicAdd(own + digit, (u32)__popc(active));
-            } else if (match) {
-                atomicAdd(own + digit, 1u);
+            if (matches >> k & 1) {
+                if (run && digit != last) {
+                    atomicAdd(own + last, run);
+                    run = 0;
+                }
+                last = digit;
+                run++;
             }
         }
+        if (run) atomicAdd(own + last, run);
         if (collects) {
             u32 total, before = block_before(__popc(matches), total);
             if (t == 0) place_in_buffer = total ? atomicAdd(&search.collected, (u64)total) : 0;

@@ -8,13 +8,14 @@ from typing import Any
 import cupy
 import numpy as np
 
-from npscope.backends.cupy_gpu.modules import DTYPES, ROW_KEYS, THREADS, blocks_for, element_of, is_dense_pair, launch
+from npscope.backends.cupy_gpu.modules import ANY, DTYPES, ROW_KEYS, THREADS, blocks_for, element_of, is_dense_pair, launch
 from npscope.backends.cupy_gpu.norms import measure_part
 from npscope.backends.cupy_gpu.operands import (
     LEAF,
     Array,
     Operand,
     Struct,
+    code_of,
     leaf_struct,
     nest,
     numbers,
@@ -23,7 +24,7 @@ from npscope.backends.cupy_gpu.operands import (
     table_cut,
     table_on_device,
 )
-from npscope.dtypes import common_norm, dtype_name, kind_of
+from npscope.dtypes import common_norm, kind_of
 from npscope.tiling import Leaf, Parts
 
 MAGNITUDE, SIGNED, INTEGER = 0, 1, 2
@@ -51,7 +52,7 @@ COLLECTED_BYTES = 48 << 20
 
 SEARCH_BYTES, CUTOFF_BYTES = 32, 16
 
-FILLING = 132 * 8
+FILLING = 132 * 4
 """Thread blocks that keep a large card busy."""
 
 
@@ -80,7 +81,7 @@ class Ranking:
     @property
     def element(self) -> int:
         """The ELEMENT macro of kernels that read all sources."""
-        return element_of({dtype_name(leaf.array.dtype) for leaf in self.leaves})
+        return element_of({DTYPES[code_of(leaf.array.dtype)] for leaf in self.leaves})
 
     def sources(self, which: int | None = None) -> tuple[Struct, Array]:
         """All sources, or one of them, as an argument, and the table that must live until the kernel has run."""
@@ -91,16 +92,13 @@ class Ranking:
         ]
         table = table_on_device(made[1:]) if len(made) > 1 else None
         more = 0 if table is None else table.data.ptr
-        return struct(
-            SOURCES, count=len(made), kind=self.kind, blocks=self.blocks, more=more, first=made[0][0]
-        ), table
+        return struct(SOURCES, count=len(made), kind=self.kind, blocks=self.blocks, more=more, first=made[0][0]), table
 
     def dense(self, which: int) -> bool:
         """Whether the keys of a source's scopes lie side by side on 16-byte borders."""
         leaf = self.leaves[which]
         item = leaf.array.dtype.itemsize
-        name = dtype_name(leaf.array.dtype)
-        if name not in DTYPES[:4] or not is_dense_pair(DTYPES.index(name), self.bits):
+        if not is_dense_pair(code_of(leaf.array.dtype), self.bits):
             return False
         blocks, scopes = nest(leaf.cut.block, leaf.array.strides), nest(leaf.cut.scope, leaf.array.strides)
         return (
@@ -172,7 +170,7 @@ def _cut_large(ranking: Ranking, counts: Struct, low: int, first: int, scopes: i
     s0, n, room = np.int64(first), np.int64(ranking.blocks), np.int64(capacity)
 
     def run(name: str, grid: int | tuple[int, int], args: tuple[Any, ...], which: int | None = None) -> None:
-        element = ranking.element if which is None else element_of({dtype_name(ranking.leaves[which].array.dtype)})
+        element = ranking.element if which is None else element_of({DTYPES[code_of(ranking.leaves[which].array.dtype)]})
         dense = which is not None and ranking.dense(which)
         launch("selection.cu", name, grid, args, ELEMENT=element, KEY_BITS=ranking.bits, DENSE=int(dense))
 
@@ -201,7 +199,7 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
         cutoffs = cut_scopes(ranking, k, 1)
         launch(
             "writing.cu", "write_kth", blocks_for(ranking.scopes),
-            (cutoffs, np.int32(ranking.kind), np.int64(ranking.scopes), np.int32(DTYPES.index(dtype_name(dtype))), out),
-            ELEMENT=len(DTYPES), KEY_BITS=ranking.bits,
+            (cutoffs, np.int32(ranking.kind), np.int64(ranking.scopes), np.int32(code_of(dtype)), out),
+            ELEMENT=ANY, KEY_BITS=ranking.bits,
         )  # fmt: skip
     return out

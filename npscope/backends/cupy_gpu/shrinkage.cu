@@ -19,17 +19,6 @@ __device__ inline double safe_unit(double top) {
     return top > 0.0 && top < 1.0 / SAFE_TOP ? SAFE_UNIT : 1.0;
 }
 
-// The float32 nearest to the root of a double-double.
-__device__ inline double rounded_root(Pair sum) {
-    double root = sqrt(sum.hi);
-    if (!isfinite(root) || root > 3.5e38 || root == 0.0) return widened(narrowed(root));
-    u32 below = narrowed(root * (1 - DOUBT));
-    double middle = midpoint_above(below);
-    Pair square = two_product(middle, middle);
-    double side = ((sum.hi - square.hi) - square.lo) + sum.lo;
-    return widened(settled(below, side > 0 ? 1 : side < 0 ? -1 : 0));
-}
-
 // Calls use(|v|, h) for every element of a block that a lane has.
 template <class Use>
 __device__ inline void each(const Block& block, const Leaves& metrics, int lane, Use use) {
@@ -78,7 +67,7 @@ __device__ inline double solved(const Block& block, const Leaves& metrics, int l
         widest = largest_of(widest);
         size = total_of(size);
         double norm = sqrt(size.hi + size.lo) / unit;
-        infinite = isinf(limits.narrow ? widened(narrowed(limits.exact && unit == 1.0 ? rounded_root(size) : norm)) : norm);
+        infinite = isinf(in_norm_dtype(limits.exact && unit == 1.0 ? rounded_root(size) : norm, limits.narrow));
     }
     if (infinite) return isinf(t) ? INFINITE : 0.0;
     double scale = safe_unit(widest), limit = t * unit;
@@ -89,8 +78,7 @@ __device__ inline double solved(const Block& block, const Leaves& metrics, int l
     sum = total_of(sum);
     double norm = sqrt(sum.hi + sum.lo) / scale;
     double rounded = limits.exact && scale == 1.0 ? rounded_root(two_sum(sum.hi, sum.lo)) : norm;
-    if (limits.narrow) rounded = widened(narrowed(rounded));
-    if (rounded <= (limits.narrow ? widened(narrowed(limit)) : limit)) return INFINITE;
+    if (in_norm_dtype(rounded, limits.narrow) <= in_norm_dtype(limit, limits.narrow)) return INFINITE;
 
     double tau = limit / norm, sigma = (norm - limit) / norm, low = sigma, high = sigma / (least / most);
     for (int step = 0; step < limits.steps; step++) {
@@ -127,7 +115,8 @@ extern "C" __global__ void solve(
         Block block = {leaves, 0, 0};
         split(i, blocks, scopes, block.s, block.j);
         int failure = 0;
-        double mu = solved(block, metrics, lane, number_at(thresholds, block.s, start + block.j), limits, failure);
+        double t = in_norm_dtype(number_at(thresholds, block.s, start + block.j), limits.narrow);
+        double mu = solved(block, metrics, lane, t, limits, failure);
         if (lane == 0) {
             mus[i] = mu;
             if (failure) atomicOr(failures, failure);

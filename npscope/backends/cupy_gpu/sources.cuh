@@ -42,8 +42,12 @@ __device__ inline i64 wanted(const Numbers& keep, i64 s, i64 low, i64 blocks) {
 // --- warps and keys ------------------------------------------------------------------------------
 
 __device__ inline u32 warp_sum(u32 x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(FULL, x);
+#else
     for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(FULL, x, d);
     return x;
+#endif
 }
 
 __device__ inline u32 warp_before(u32 x) {

@@ -143,3 +143,21 @@ __device__ inline int limbs_sign(i64* limbs) {
 
 // `below` or the float32 above it: the one nearer to an exact sum, less the midpoint (squared), with this sign.
 __device__ inline u32 settled(u32 below, int side) { return side > 0 || (side == 0 && (below & 1)) ? below + 1 : below; }
+
+// What the proximal step multiplies a block by; NaN for a threshold that is none.
+__device__ inline double shrink_factor(double norm, double wide, double t) {
+    if (!(t >= 0.0)) return not_a_number();
+    if (norm != norm || t == 0.0 || (isinf(norm) && !isinf(t))) return 1.0;
+    return norm <= t ? 0.0 : (wide - t) / wide;
+}
+
+// The float32 nearest to the root of a double-double.
+__device__ inline double rounded_root(Pair sum) {
+    double root = sqrt(sum.hi);
+    if (!isfinite(root) || root > 3.5e38 || root == 0.0) return widened(narrowed(root));
+    u32 below = narrowed(root * (1 - DOUBT));
+    double middle = midpoint_above(below);
+    Pair square = two_product(middle, middle);
+    double side = ((sum.hi - square.hi) - square.lo) + sum.lo;
+    return widened(settled(below, side > 0 ? 1 : side < 0 ? -1 : 0));
+}

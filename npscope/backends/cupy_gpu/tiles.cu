@@ -3,102 +3,141 @@
 // Norms are plain float64 sums, good to 2^-42 for up to 1024 elements; the rare block that this does not
 // decide is summed again in integers. A tile's row is read by TEAM lanes, 16 bytes each (or all of a shorter run).
 
-#include "decisions.cuh"
-#include "sums.cuh"
-
-#ifndef RUN
-#define RUN 4
-#endif
-#if ELEMENT == FLOAT16 || ELEMENT == BFLOAT16
-typedef u16 Stored;
-#else
-typedef u32 Stored;
-#endif
-#define FULL 0xFFFFFFFF
-#define VECTOR (RUN * (int)sizeof(Stored) < 16 ? RUN : 16 / (int)sizeof(Stored))
-#define TEAM (RUN / VECTOR)
+#include "tiles.cuh"
 
 enum Order { ONE, TWO, LARGEST };
 
-template <int BYTES> struct Raw;
-template <> struct Raw<16> { typedef uint4 type; };
-template <> struct Raw<8> { typedef uint2 type; };
-template <> struct Raw<4> { typedef u32 type; };
-template <> struct Raw<2> { typedef u16 type; };
-typedef Raw<VECTOR * sizeof(Stored)>::type RawVector;
-
-union Vector {
-    RawVector raw;
-    Stored parts[VECTOR];
-};
-
-// A matrix of tiles: tiles (r, c) with c < columns; `pitch` elements from row to row.
-struct Matrix {
-    i64 tiles, columns, pitch;
-    int rows;
-};
-
-__device__ inline const Stored* tile_at(const Stored* x, const Matrix& m, i64 tile) {
-    i64 r, c;
-    split(tile, m.columns, 2, r, c);
-    return x + r * m.rows * m.pitch + c * RUN;
-}
-
-__device__ inline void add(const Vector& x, int order, double& sum, double& top) {
+// Adds what a vector has to a sum, or takes its maximum; NaN stays.
+__device__ inline void add(const Vector& x, int order, double& sum) {
 #pragma unroll
     for (int u = 0; u < VECTOR; u++) {
         double size = magnitude_at((const char*)(x.parts + u), ELEMENT);
         if (order == LARGEST)
-            top = size > top || size != size ? size : top;
+            sum = size > sum || size != size ? size : sum;
         else
-            sum += order == TWO ? size * size : size;
+            sum = order == TWO ? fma(size, size, sum) : sum + size;
     }
 }
 
-// The float32 bits of a tile's norm from its sum (or maximum); `wide` is the same in float64.
-__device__ inline u32 finished(const Stored* tile, const Matrix& m, int order, double sum, double top, double& wide) {
-    if (order == LARGEST || !isfinite(sum)) {
-        wide = order == LARGEST ? top : sum;
-        return narrowed(wide);
-    }
-    bool sure;
-    u32 below = rounded_sum(sum, order == TWO, wide, sure);
-    if (sure) return below;
+__device__ inline double joined(double sum, double other, int order) {
+    if (order == LARGEST) return other > sum || other != other ? other : sum;
+    return sum + other;
+}
+
+// `below` or the next float32, whichever is nearer to the exact norm. A call, because it is rare and long.
+__device__ __noinline__ u32 settled_tile(const Stored* tile, int rows, i64 pitch, bool square, u32 below) {
     i64 limbs[LIMBS];
     for (int i = 0; i < LIMBS; i++) limbs[i] = 0;
-    limbs_add<false>(limbs, midpoint_above(below), order == TWO, -1);
-    for (int r = 0; r < m.rows; r++)
+    limbs_add<false>(limbs, midpoint_above(below), square, -1);
+    for (int r = 0; r < rows; r++)
         for (int e = 0; e < RUN; e++)
-            limbs_add<false>(limbs, magnitude_at((const char*)(tile + r * m.pitch + e), ELEMENT), order == TWO, 1);
+            limbs_add<false>(limbs, magnitude_at((const char*)(tile + r * pitch + e), ELEMENT), square, 1);
     return settled(below, limbs_sign(limbs));
 }
 
-// Norm of every tile, in row-major order. A team of lanes owns a tile.
+// The float32 bits of a tile's norm from its sum (or maximum); `wide` is the same in float64.
+__device__ inline u32 finished(const Stored* tile, const Matrix& m, int order, double sum, double& wide) {
+    wide = sum;
+    if (order == LARGEST || !isfinite(sum)) return narrowed(sum);
+    bool sure;
+    u32 below = rounded_sum(sum, order == TWO, wide, sure);
+    return sure ? below : settled_tile(tile, m.rows, m.pitch, order == TWO, below);
+}
+
+// A team's part in a tile's sum.
+__device__ inline double member_sum(const Stored* tile, const Matrix& m, int member, int order) {
+    double sum = 0.0;
+#pragma unroll 4
+    for (int r = 0; r < m.rows; r++) {
+        Vector v;
+        v.raw = *(const RawVector*)(tile + r * m.pitch + member * VECTOR);
+        add(v, order, sum);
+    }
+    return sum;
+}
+
+__device__ inline double team_sum(double sum, int order) {
+#pragma unroll
+    for (int d = TEAM / 2; d; d >>= 1) sum = joined(sum, __shfl_xor_sync(FULL, sum, d), order);
+    return sum;
+}
+
+#define TILES 4  // that a team works on at once, so that its members share what is done for each
+
+// Norm of every tile, in row-major order. A team of lanes owns TILES tiles.
 extern "C" __global__ void tile_norms(const Stored* x, Matrix m, int order, u32* out) {
     int member = threadIdx.x % TEAM;
     i64 teams = (i64)gridDim.x * blockDim.x / TEAM, first = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / TEAM;
-    i64 rounds = (m.tiles + teams - 1) / teams;  // all lanes of a warp take as many
+    i64 rounds = (m.tiles + teams * TILES - 1) / (teams * TILES);  // all lanes of a warp take as many
     for (i64 round = 0; round < rounds; round++) {
-        i64 tile = round * teams + first;
-        bool there = tile < m.tiles;
-        const Stored* at = tile_at(x, m, there ? tile : 0);
-        double sum = 0.0, top = 0.0;
-        if (there) {
-#pragma unroll 4
-            for (int r = 0; r < m.rows; r++) {
-                Vector v;
-                v.raw = *(const RawVector*)(at + r * m.pitch + member * VECTOR);
-                add(v, order, sum, top);
+        const Stored* at[TILES];
+        double sums[TILES];
+        i64 tile = round * TILES * teams + first;
+        if (m.rows == 1) {
+            Vector v[TILES];
+#pragma unroll
+            for (int k = 0; k < TILES; k++) {
+                bool there = tile + k * teams < m.tiles;
+                at[k] = tile_at(x, m, there ? tile + k * teams : 0);
+                v[k].raw = *(const RawVector*)(at[k] + member * VECTOR);
+            }
+#pragma unroll
+            for (int k = 0; k < TILES; k++) {
+                sums[k] = 0.0;
+                add(v[k], order, sums[k]);
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < TILES; k++) {
+                bool there = tile + k * teams < m.tiles;
+                at[k] = tile_at(x, m, there ? tile + k * teams : 0);
+                sums[k] = there ? member_sum(at[k], m, member, order) : 0.0;
             }
         }
 #pragma unroll
-        for (int d = TEAM / 2; d; d >>= 1) {
-            sum += __shfl_xor_sync(FULL, sum, d);
-            double other = __shfl_xor_sync(FULL, top, d);
-            top = other > top || other != other ? other : top;
+        for (int k = 0; k < TILES; k++) sums[k] = team_sum(sums[k], order);
+        // Member k finishes tile k, then tile k + TEAM.
+#pragma unroll
+        for (int k = 0; k < TILES; k += TEAM) {
+            const Stored* own = at[k];
+            double sum = sums[k];
+#pragma unroll
+            for (int i = 1; i < TEAM && k + i < TILES; i++)
+                if (member == i) own = at[k + i], sum = sums[k + i];
+            i64 mine = tile + (k + member) * teams;
+            double wide;
+            if (k + member < TILES && mine < m.tiles) out[mine] = finished(own, m, order, sum, wide);
         }
-        double wide;
-        if (there && member == 0) out[tile] = finished(at, m, order, sum, top, wide);
+    }
+}
+
+// The proximal step of every tile of `from`, into `to`, which may be `from`. A team of lanes owns a tile.
+extern "C" __global__ void shrink_tiles(
+    const Stored* from, Matrix m, Numbers thresholds, i64 blocks, i64 scopes, Stored* to, Matrix written
+) {
+    int member = threadIdx.x % TEAM;
+    i64 teams = (i64)gridDim.x * blockDim.x / TEAM, first = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / TEAM;
+    i64 rounds = (m.tiles + teams - 1) / teams;
+    for (i64 round = 0; round < rounds; round++) {
+        i64 tile = round * teams + first, s = 0, j = 0;
+        bool there = tile < m.tiles;
+        if (!there) tile = 0;
+        const Stored* at = tile_at(from, m, tile);
+        double sum = team_sum(member_sum(at, m, member, TWO), TWO), wide;
+        if (!thresholds.constant) split(tile, blocks, scopes, s, j);
+        double norm = widened(finished(at, m, TWO, sum, wide));
+        double factor = shrink_factor(norm, wide, in_norm_dtype(number_at(thresholds, s, j), true));
+        __syncwarp();  // a tile may have been read again to settle its norm
+        if (!there || (factor == 1.0 && from == to)) continue;
+        Stored* into = (Stored*)tile_at(to, written, tile);
+#pragma unroll 4
+        for (int r = 0; r < m.rows; r++) {
+            Vector v;
+            v.raw = *(const RawVector*)(at + r * m.pitch + member * VECTOR);
+#pragma unroll
+            for (int u = 0; u < VECTOR; u++) scale_at((char*)(v.parts + u), ELEMENT, factor);
+            *(RawVector*)(into + r * written.pitch + member * VECTOR) = v.raw;
+        }
     }
 }
 
@@ -113,9 +152,9 @@ union WideVector {
 extern "C" __global__ void column_norms(const Stored* x, Matrix m, int order, u32* out) {
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < m.tiles / WIDE; i += (i64)gridDim.x * blockDim.x) {
         const Stored* at = tile_at(x, m, i * WIDE);
-        double sums[WIDE], tops[WIDE];
+        double sums[WIDE];
 #pragma unroll
-        for (int u = 0; u < WIDE; u++) sums[u] = tops[u] = 0.0;
+        for (int u = 0; u < WIDE; u++) sums[u] = 0.0;
 #pragma unroll 4
         for (int r = 0; r < m.rows; r++) {
             WideVector v;
@@ -124,12 +163,12 @@ extern "C" __global__ void column_norms(const Stored* x, Matrix m, int order, u3
             for (int u = 0; u < WIDE; u++) {
                 Vector one;
                 one.parts[0] = v.parts[u];
-                add(one, order, sums[u], tops[u]);
+                add(one, order, sums[u]);
             }
         }
         double wide;
 #pragma unroll
-        for (int u = 0; u < WIDE; u++) out[i * WIDE + u] = finished(at + u, m, order, sums[u], tops[u], wide);
+        for (int u = 0; u < WIDE; u++) out[i * WIDE + u] = finished(at + u, m, order, sums[u], wide);
     }
 }
 #endif

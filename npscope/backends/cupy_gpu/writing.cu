@@ -52,11 +52,12 @@ extern "C" __global__ void scale(Numbers factors, Leaf leaf, i64 scopes, i64 blo
 
 // A real number moved by t / h towards zero: +0.0 where h * |x|, rounded to the norm's dtype, is at most t.
 __device__ inline void soften_at(char* at, int dtype, double t, double h, bool narrow) {
-    double x = real_at(at, dtype), weighted = h * fabs(x);
+    double x = real_at(at, dtype);
+    t = in_norm_dtype(t, narrow);
     if (!(t >= 0.0) || !(h >= 1e-150 && h <= 1e150)) {
         write_nan(at, dtype);
     } else if (x == x && t != 0.0) {
-        if ((narrow ? widened(narrowed(weighted)) : weighted) <= t)
+        if (in_norm_dtype(h * fabs(x), narrow) <= t)
             write_zero(at, dtype);
         else
             write_real(at, dtype, x > 0.0 ? x - t / h : x + t / h);
@@ -107,45 +108,57 @@ union Vector {
     Stored parts[16 / sizeof(Stored)];
 };
 
-// Blocks of one element that lie side by side in `to`, as their deciding elements do in `from`; blocks % VECTOR == 0.
-extern "C" __global__ void drop_dense(Decision decision, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
-    EACH(i, scopes * blocks / VECTOR) {
-        i64 s, j;
-        split(i * VECTOR, blocks, scopes, s, j);
-        Vector x, y;
-        x.raw = from[i];
-        bool same = from == to;
-        if (same) y.raw = x.raw; else y.raw = to[i];
-        bool changed = false;
-        Cutoff cutoff = {0, 0};
-        if (decision.rule == BY_RANK) cutoff = decision.cutoffs[s];
+// Calls use(i, vector) for the vectors of `from`; several are loaded before the first is used.
+template <class Use>
+__device__ inline void each_vector(const uint4* from, i64 count, Use use) {
+    constexpr int loads = 4;
+    i64 step = (i64)blockDim.x * loads;
+    for (i64 base = blockIdx.x * step; base < count; base += gridDim.x * step) {
+        Vector x[loads];
 #pragma unroll
-        for (int u = 0; u < VECTOR; u++) {
-            int verdict;
-            const char* at = (const char*)(x.parts + u);
-            if (decision.rule == BY_RANK)
-                verdict = by_rank(cutoff, key_at(at, ELEMENT, decision.kind), decision.start + j + u);
-            else
-                verdict = by_threshold(magnitude_at(at, ELEMENT), true, number_at(decision.numbers, s, decision.start + j + u));
-            if (verdict == DROP) write_zero((char*)(y.parts + u), ELEMENT);
-            if (verdict == SPOIL) write_nan((char*)(y.parts + u), ELEMENT);
-            changed |= verdict != KEEP;
+        for (int k = 0; k < loads; k++) {
+            i64 i = base + k * blockDim.x + threadIdx.x;
+            if (i < count) x[k].raw = from[i];
         }
-        if (changed) to[i] = y.raw;
+#pragma unroll
+        for (int k = 0; k < loads; k++) {
+            i64 i = base + k * blockDim.x + threadIdx.x;
+            if (i < count) use(i, x[k]);
+        }
     }
 }
 
-extern "C" __global__ void soften_dense(Numbers thresholds, uint4* to, i64 scopes, i64 blocks, i64 start) {
-    EACH(i, scopes * blocks / VECTOR) {
+// Ranked blocks of one element that lie side by side in `to`, as their deciding elements do in `from`; blocks % VECTOR == 0.
+extern "C" __global__ void drop_dense(Decision decision, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
+    each_vector(from, scopes * blocks / VECTOR, [&](i64 i, const Vector& x) {
+        i64 s, j;
+        split(i * VECTOR, blocks, scopes, s, j);
+        Cutoff cutoff = decision.cutoffs[s];
+        u32 dropped = 0;
+#pragma unroll
+        for (int u = 0; u < VECTOR; u++) {
+            Key key = key_at((const char*)(x.parts + u), ELEMENT, decision.kind);
+            dropped |= (u32)!by_rank(cutoff, key, decision.start + j + u) << u;
+        }
+        if (dropped == 0) return;
+        Vector y = x;
+        if (from != to) y.raw = to[i];
+#pragma unroll
+        for (int u = 0; u < VECTOR; u++) y.parts[u] = dropped >> u & 1 ? 0 : y.parts[u];
+        to[i] = y.raw;
+    });
+}
+
+// Blocks of one element that lie side by side, softened from `from` into `to`, which may be `from`.
+extern "C" __global__ void soften_dense(Numbers thresholds, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
+    each_vector(from, scopes * blocks / VECTOR, [&](i64 i, Vector x) {
         i64 s = 0, j = 0;
         if (!thresholds.constant) split(i * VECTOR, blocks, scopes, s, j);
-        Vector x;
-        x.raw = to[i];
 #pragma unroll
         for (int u = 0; u < VECTOR; u++)
-            soften_at((char*)(x.parts + u), ELEMENT, number_at(thresholds, s, start + j + u), 1.0, true);
+            soften_at((char*)(x.parts + u), ELEMENT, number_at(thresholds, s, j + u), 1.0, true);
         to[i] = x.raw;
-    }
+    });
 }
 
 #endif

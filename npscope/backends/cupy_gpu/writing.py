@@ -9,7 +9,6 @@ import numpy as np
 
 from npscope.backends.cupy_gpu.modules import (
     ANY,
-    DTYPES,
     FAST,
     GROUPS,
     blocks_for,
@@ -23,15 +22,16 @@ from npscope.backends.cupy_gpu.operands import (
     Array,
     Operand,
     Struct,
+    code_of,
+    grid_of,
     leaf_struct,
-    nest,
     numbers,
     operands,
     struct,
     table_leaf,
 )
 from npscope.backends.cupy_gpu.selection import MAGNITUDE, SIGNED, cut_scopes, rank
-from npscope.dtypes import dtype_name, kind_of
+from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, Parts
 
 BY_RANK, BY_THRESHOLD, BY_MASK = 0, 1, 2
@@ -60,7 +60,7 @@ def fill(target: Parts) -> None:
     for part in target:
         for leaf in part:
             if leaf.origin is not None:
-                leaf.array[...] = leaf.origin
+                cupy.copyto(leaf.array, leaf.origin)
 
 
 # --- decisions -----------------------------------------------------------------------------------
@@ -207,10 +207,10 @@ def _drop(leaf: Leaf, decision: Decision) -> None:
     cut, made = leaf.cut, decision.struct
     scopes, blocks = np.int64(cut.scopes), np.int64(cut.blocks)
     source = decision.leaf
-    if decision.bits == 32 and cut.elements == 1 and source is not None and _side_by_side(leaf, source):
-        element = DTYPES.index(dtype_name(leaf.array.dtype))
+    if made["rule"][0] == BY_RANK and decision.bits == 32 and source is not None and lie_side_by_side(leaf, source):
+        element = code_of(leaf.array.dtype)
         launch(
-            "writing.cu", "drop_dense", blocks_for(cut.scopes * cut.blocks * leaf.array.dtype.itemsize // 16),
+            "writing.cu", "drop_dense", blocks_for(cut.scopes * cut.blocks * leaf.array.dtype.itemsize // 64),
             (made, source.array, leaf.array, scopes, blocks), ELEMENT=element, KEY_BITS=32,
         )  # fmt: skip
         return
@@ -227,18 +227,17 @@ def _drop(leaf: Leaf, decision: Decision) -> None:
     )  # fmt: skip
 
 
-def _side_by_side(target: Leaf, source: Leaf) -> bool:
+def lie_side_by_side(target: Leaf, source: Leaf) -> bool:
     """Whether single elements of two arrays lie densely, in the order of their blocks, on 16-byte borders."""
     item = target.array.dtype.itemsize
     return (
         _is_fast(target)
-        and dtype_name(target.array.dtype) == dtype_name(source.array.dtype)
+        and target.array.dtype == source.array.dtype
         and target.cut.blocks * item % 16 == 0
         and all(
             leaf.cut.elements == 1
             and leaf.array.data.ptr % 16 == 0
-            and nest((*leaf.cut.scope, *leaf.cut.block), leaf.array.strides)
-            == [(leaf.cut.scopes * leaf.cut.blocks, item)]
+            and grid_of(leaf) == ((leaf.cut.scopes * leaf.cut.blocks, item),)
             for leaf in (target, source)
         )
     )
@@ -264,12 +263,11 @@ def _keep_in_groups(target: Parts, source: Parts, keep: Leaf, ord: float | None)
     launch(
         "groups.cu", "keep_in_groups", blocks_for(total // held),
         (read.array, leaf.array, counts, np.int32(kind), np.int64(total // held)),
-        ELEMENT=DTYPES.index(dtype_name(leaf.array.dtype)), GROUP=group,
+        ELEMENT=code_of(leaf.array.dtype), GROUP=group,
     )  # fmt: skip
     del kept
     return True
 
 
 def _lies_densely(leaf: Leaf, item: int) -> bool:
-    grid = nest((*leaf.cut.scope, *leaf.cut.block), leaf.array.strides)
-    return leaf.array.data.ptr % 16 == 0 and grid == [(leaf.cut.scopes * leaf.cut.blocks, item)]
+    return leaf.array.data.ptr % 16 == 0 and grid_of(leaf) == ((leaf.cut.scopes * leaf.cut.blocks, item),)
