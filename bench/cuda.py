@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ import npscope
 
 FLOORS = r"""
 extern "C" __global__ void in_place(float4* x, long long n, float f) {
-    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += gridDim.x * (long long)blockDim.x) {
+    long long step = gridDim.x * (long long)blockDim.x;
+    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += step) {
         float4 v = x[i];
         v.x *= f; v.y *= f; v.z *= f; v.w *= f;
         x[i] = v;
@@ -31,7 +33,8 @@ extern "C" __global__ void in_place(float4* x, long long n, float f) {
 }
 extern "C" __global__ void read(const float4* x, long long n, float* out) {
     float sum = 0;
-    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += gridDim.x * (long long)blockDim.x) {
+    long long step = gridDim.x * (long long)blockDim.x;
+    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += step) {
         float4 v = x[i];
         sum += v.x + v.y + v.z + v.w;
     }
@@ -224,7 +227,7 @@ def main() -> int:
             case.call(view, metric)
             cupy.cuda.Device().synchronize()
             first = (time.perf_counter() - begin) * 1e3
-            times = timed(cupy, lambda: cupy.copyto(x, original), lambda c=case, v=view, m=metric: c.call(v, m), rounds)
+            times = timed(cupy, partial(cupy.copyto, x, original), partial(case.call, view, metric), rounds)
         except Exception as error:
             print(f"{case.name} {case.dtype} {case.data}: {type(error).__name__}: {error}"[:200], flush=True)
             continue

@@ -74,7 +74,7 @@ def _shortest(s: np.generic) -> str:
     return next((text for text in texts if type(s)(float(text)) == s), str(value))
 
 
-def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: str) -> np.ndarray:
+def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: str) -> Any:
     """`value` as an int64 array broadcast to `shape`, each entry in [low, high].
 
     An integer or an integer array; KindError for floats and bools, SpecError outside the range or

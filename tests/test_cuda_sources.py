@@ -113,7 +113,10 @@ def test_every_launched_kernel_is_in_its_file():
         launched |= set(re.findall(r'launch\(\s*"(\w+\.cu)",\s*"(\w+)"', path.read_text()))
     assert len(launched) > 10
     for file, name in launched:
-        assert re.search(rf"__global__ void (__launch_bounds__\(.*\) )?{name}\(", (FOLDER / file).read_text()), (file, name)
+        assert re.search(rf"__global__ void (__launch_bounds__\(.*\) )?{name}\(", (FOLDER / file).read_text()), (
+            file,
+            name,
+        )
 
 
 def test_every_kernel_is_launched():

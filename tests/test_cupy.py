@@ -129,7 +129,11 @@ def test_shrinkage_has_the_zeros_of_the_cpu_and_nearly_its_values(cupy_arrays, r
     shape = (48, 80) if block != (3, 5) else (48, 75)
     x = hostile("normal", shape, name, 20)
     h = rng.choice([0.5, 1.0, 2.0, 4.0], x.shape).astype(np.float32) if conditioned else None
-    t = (2 if conditioned else 1) * rng.uniform(0.3, 1.5, tuple(n // b for n, b in zip(shape, block, strict=True))) * math.sqrt(math.prod(block))
+    t = (
+        (2 if conditioned else 1)
+        * rng.uniform(0.3, 1.5, tuple(n // b for n, b in zip(shape, block, strict=True)))
+        * math.sqrt(math.prod(block))
+    )
     metric = None if h is None else cupy_arrays.asarray(h)
     b = cupy_arrays.to_numpy(npscope.soft_threshold(cupy_arrays.asarray(x), t, block, conditioner=metric))
     a = npscope.soft_threshold(x, t, block, conditioner=h)

@@ -43,7 +43,7 @@ ROW_KEYS = (1, 4, 8, 32)
 
 def element_of(names: set[str]) -> int:
     """The ELEMENT macro of a module that reads arrays of these dtypes."""
-    return DTYPES.index(*names) if len(names) == 1 and names <= {*FAST, "float64"} else ANY
+    return DTYPES.index(min(names)) if len(names) == 1 and names <= {*FAST, "float64"} else ANY
 
 
 @cache

@@ -8,7 +8,16 @@ from typing import Any
 import cupy
 import numpy as np
 
-from npscope.backends.cupy_gpu.modules import ANY, DTYPES, ROW_KEYS, THREADS, blocks_for, element_of, is_dense_pair, launch
+from npscope.backends.cupy_gpu.modules import (
+    ANY,
+    DTYPES,
+    ROW_KEYS,
+    THREADS,
+    blocks_for,
+    element_of,
+    is_dense_pair,
+    launch,
+)
 from npscope.backends.cupy_gpu.norms import measure_part
 from npscope.backends.cupy_gpu.operands import (
     LEAF,
@@ -123,9 +132,9 @@ def rank(parts: Parts, ord: float | None) -> Ranking:
         kind, bits = MAGNITUDE, 32 if narrow else 64
     widths = [part.cut.blocks for part in made]
     starts = [sum(widths[:i]) for i in range(len(widths))]
-    leaves, table = [], None
-    if not all(part.single for part in made):
-        table = cupy.empty((made[0].cut.scopes, sum(widths)), np.float32 if narrow else np.float64)
+    leaves: list[Leaf] = []
+    several = not all(part.single for part in made)
+    table = cupy.empty((made[0].cut.scopes, sum(widths) if several else 0), np.float32 if narrow else np.float64)
     for part, start, width in zip(made, starts, widths, strict=True):
         if part.single:
             leaves.append(part.part[0])
