@@ -19,7 +19,7 @@ union Vectors {
 };
 
 // Keeps the first-ranked elements of every group of `from` in `to`, which may be `from`; `held` threads' worth.
-extern "C" __global__ void keep_in_groups(const uint4* from, uint4* to, Numbers keep, int kind, i64 held) {
+extern "C" __global__ void keep_in_groups(const uint4* from, uint4* to, const __grid_constant__ Numbers keep, int kind, i64 held) {
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < held; i += (i64)gridDim.x * blockDim.x) {
         Vectors x;
 #pragma unroll

@@ -47,7 +47,7 @@ __device__ inline double most_of_team(double x) {
 }
 
 extern "C" __global__ void shrink_in_metric(
-    const Stored* from, Matrix m, const Stored* metric, Matrix weights, Numbers thresholds, int steps, double rtol,
+    const Stored* from, Matrix m, const Stored* metric, Matrix weights, const __grid_constant__ Numbers thresholds, int steps, double rtol,
     i64 blocks, i64 scopes, Stored* to, Matrix written
 ) {
     int member = threadIdx.x % TEAM;

@@ -137,7 +137,7 @@ extern "C" __global__ void partial_sums(
 
 // Norms (or factors) of the blocks of a part, into columns [start, start + blocks) of a table with `row` columns.
 extern "C" __global__ void norms(
-    Leaves leaves, Measure measure, Numbers thresholds, i64 scopes, i64 blocks, i64 row, i64 start,
+    Leaves leaves, Measure measure, const __grid_constant__ Numbers thresholds, i64 scopes, i64 blocks, i64 row, i64 start,
     const Partial* partials, i64 chunks, char* out
 ) {
 #if LANES > 1

@@ -200,10 +200,11 @@ def _measure_tiles(part: Operand, ord: float, table: Array) -> bool:
         return True
     if not tiles.in_vectors:
         return False
-    launch(
-        "tiles.cu", "tile_norms", blocks_for(-(-part.total // TEAM_TILES) * tiles.team),
-        (np.uint64(tiles.address), tiles.matrix, order, table), **macros,
-    )  # fmt: skip
+    args = tiles.pointer, tiles.matrix, order, table
+    if tiles.rows == 1:
+        launch("tiles.cu", "run_norms", blocks_for(-(-part.total // TEAM_TILES) * tiles.team), args, **macros)
+    else:
+        launch("tiles.cu", "tile_norms", blocks_for(part.total * tiles.team), args, **macros)
     return True
 
 

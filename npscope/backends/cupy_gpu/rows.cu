@@ -6,7 +6,7 @@
 #define KEYS 32
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) decide_rows(Sources sources, Numbers keep, i64 low, i64 scopes, Cutoff* cutoffs) {
+extern "C" __global__ void __launch_bounds__(THREADS, 3) decide_rows(Sources sources, const __grid_constant__ Numbers keep, i64 low, i64 scopes, Cutoff* cutoffs) {
     int lane = threadIdx.x % 32;
     i64 blocks = sources.blocks;
     for (i64 s = (i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; s < scopes; s += (i64)gridDim.x * (THREADS / 32)) {

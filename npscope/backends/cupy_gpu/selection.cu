@@ -37,7 +37,7 @@ __device__ inline void find_last(const Sources& sources, i64 s, Key key, i64 fro
     }
 }
 
-extern "C" __global__ void decide_scopes(Sources sources, Numbers keep, i64 low, i64 scopes, Cutoff* cutoffs) {
+extern "C" __global__ void decide_scopes(Sources sources, const __grid_constant__ Numbers keep, i64 low, i64 scopes, Cutoff* cutoffs) {
     __shared__ u32 bins[256];
     __shared__ u64 chosen, left;
     i64 blocks = sources.blocks;
@@ -97,7 +97,7 @@ __device__ inline int digit_shift(int pass) {
 
 __device__ inline int digit_width(int pass) { return pass < PASSES - 1 ? DIGIT : KEY_BITS - DIGIT * (PASSES - 1); }
 
-extern "C" __global__ void large_start(Numbers keep, i64 low, i64 blocks, i64 s0, i64 scopes, Search* searches, Cutoff* cutoffs) {
+extern "C" __global__ void large_start(const __grid_constant__ Numbers keep, i64 low, i64 blocks, i64 s0, i64 scopes, Search* searches, Cutoff* cutoffs) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= scopes) return;
     u64 need = wanted(keep, s0 + i, low, blocks);

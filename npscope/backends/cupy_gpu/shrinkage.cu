@@ -108,7 +108,7 @@ __device__ inline double solved(const Block& block, const Leaves& metrics, int l
 
 // mu of every block, in row-major order of (scope, block).
 extern "C" __global__ void solve(
-    Leaves leaves, Leaves metrics, Numbers thresholds, Limits limits, i64 scopes, i64 blocks, i64 start, double* mus, int* failures
+    Leaves leaves, Leaves metrics, const __grid_constant__ Numbers thresholds, Limits limits, i64 scopes, i64 blocks, i64 start, double* mus, int* failures
 ) {
     int lane = threadIdx.x % LANES;
     for (i64 i = (i64)blockIdx.x * OWNERS + threadIdx.x / LANES; i < scopes * blocks; i += (i64)gridDim.x * OWNERS) {

@@ -62,40 +62,44 @@ __device__ inline double team_sum(double sum, int order) {
     return sum;
 }
 
-#define TILES 4  // that a team works on at once, so that its members share what is done for each
-
-// Norm of every tile, in row-major order. A team of lanes owns TILES tiles.
+// Norm of every tile, in row-major order. A team of lanes owns a tile.
 extern "C" __global__ void tile_norms(const Stored* x, Matrix m, int order, u32* out) {
     int member = threadIdx.x % TEAM;
     i64 teams = (i64)gridDim.x * blockDim.x / TEAM, first = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / TEAM;
-    i64 rounds = (m.tiles + teams * TILES - 1) / (teams * TILES);  // all lanes of a warp take as many
+    i64 rounds = (m.tiles + teams - 1) / teams;  // all lanes of a warp take as many
+    for (i64 round = 0; round < rounds; round++) {
+        i64 tile = round * teams + first;
+        bool there = tile < m.tiles;
+        const Stored* at = tile_at(x, m, there ? tile : 0);
+        double sum = team_sum(member_sum(at, m, member, order), order), wide;
+        if (there && member == 0) out[tile] = finished(at, m, order, sum, wide);
+    }
+}
+
+#define TILES 4  // that a team works on at once, so that its members share what is done for each
+
+// The same for tiles of one row. A team of lanes owns TILES tiles.
+extern "C" __global__ void run_norms(const Stored* x, Matrix m, int order, u32* out) {
+    int member = threadIdx.x % TEAM;
+    i64 teams = (i64)gridDim.x * blockDim.x / TEAM, first = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / TEAM;
+    i64 rounds = (m.tiles + teams * TILES - 1) / (teams * TILES);
     for (i64 round = 0; round < rounds; round++) {
         const Stored* at[TILES];
+        Vector v[TILES];
         double sums[TILES];
         i64 tile = round * TILES * teams + first;
-        if (m.rows == 1) {
-            Vector v[TILES];
 #pragma unroll
-            for (int k = 0; k < TILES; k++) {
-                bool there = tile + k * teams < m.tiles;
-                at[k] = tile_at(x, m, there ? tile + k * teams : 0);
-                v[k].raw = *(const RawVector*)(at[k] + member * VECTOR);
-            }
-#pragma unroll
-            for (int k = 0; k < TILES; k++) {
-                sums[k] = 0.0;
-                add(v[k], order, sums[k]);
-            }
-        } else {
-#pragma unroll
-            for (int k = 0; k < TILES; k++) {
-                bool there = tile + k * teams < m.tiles;
-                at[k] = tile_at(x, m, there ? tile + k * teams : 0);
-                sums[k] = there ? member_sum(at[k], m, member, order) : 0.0;
-            }
+        for (int k = 0; k < TILES; k++) {
+            bool there = tile + k * teams < m.tiles;
+            at[k] = tile_at(x, m, there ? tile + k * teams : 0);
+            v[k].raw = *(const RawVector*)(at[k] + member * VECTOR);
         }
 #pragma unroll
-        for (int k = 0; k < TILES; k++) sums[k] = team_sum(sums[k], order);
+        for (int k = 0; k < TILES; k++) {
+            sums[k] = 0.0;
+            add(v[k], order, sums[k]);
+            sums[k] = team_sum(sums[k], order);
+        }
         // Member k finishes tile k, then tile k + TEAM.
 #pragma unroll
         for (int k = 0; k < TILES; k += TEAM) {
@@ -113,7 +117,7 @@ extern "C" __global__ void tile_norms(const Stored* x, Matrix m, int order, u32*
 
 // The proximal step of every tile of `from`, into `to`, which may be `from`. A team of lanes owns a tile.
 extern "C" __global__ void shrink_tiles(
-    const Stored* from, Matrix m, Numbers thresholds, i64 blocks, i64 scopes, Stored* to, Matrix written
+    const Stored* from, Matrix m, const __grid_constant__ Numbers thresholds, i64 blocks, i64 scopes, Stored* to, Matrix written
 ) {
     int member = threadIdx.x % TEAM;
     i64 teams = (i64)gridDim.x * blockDim.x / TEAM, first = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / TEAM;
@@ -176,7 +180,7 @@ extern "C" __global__ void column_norms(const Stored* x, Matrix m, int order, u3
 // +0.0 into the dropped tiles. A thread owns 32 bytes of a row, so that no sector of memory is written in part.
 #define PIECE (32 / (int)sizeof(Stored))
 
-extern "C" __global__ void drop_tiles(Stored* x, Matrix m, Decision decision, i64 blocks, i64 scopes) {
+extern "C" __global__ void drop_tiles(Stored* x, Matrix m, const __grid_constant__ Decision decision, i64 blocks, i64 scopes) {
     i64 pieces = m.columns * RUN / PIECE, total = m.tiles / m.columns * m.rows * pieces;
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < total; i += (i64)gridDim.x * blockDim.x) {
         i64 row, piece, r, inside;

@@ -8,7 +8,7 @@
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < (count); i += (i64)gridDim.x * blockDim.x)
 
 // Columns [start, start + blocks) of a mask with `row` columns.
-extern "C" __global__ void write_mask(Decision decision, i64 scopes, i64 blocks, i64 row, u8* mask) {
+extern "C" __global__ void write_mask(const __grid_constant__ Decision decision, i64 scopes, i64 blocks, i64 row, u8* mask) {
     EACH(i, scopes * blocks) {
         i64 s, j;
         split(i, blocks, scopes, s, j);
@@ -22,7 +22,7 @@ extern "C" __global__ void write_kth(const Cutoff* cutoffs, int kind, i64 scopes
 }
 
 // +0.0 into every element of the blocks of a leaf that are dropped.
-extern "C" __global__ void drop(Decision decision, Leaf leaf, i64 scopes, i64 blocks) {
+extern "C" __global__ void drop(const __grid_constant__ Decision decision, Leaf leaf, i64 scopes, i64 blocks) {
     i64 elements = leaf.elements;
     EACH(i, scopes * blocks * elements) {
         i64 b, e, s, j;
@@ -39,7 +39,7 @@ extern "C" __global__ void drop(Decision decision, Leaf leaf, i64 scopes, i64 bl
 }
 
 // Every block times its number.
-extern "C" __global__ void scale(Numbers factors, Leaf leaf, i64 scopes, i64 blocks, i64 start) {
+extern "C" __global__ void scale(const __grid_constant__ Numbers factors, Leaf leaf, i64 scopes, i64 blocks, i64 start) {
     i64 elements = leaf.elements;
     EACH(i, scopes * blocks * elements) {
         i64 b, e, s, j;
@@ -66,7 +66,7 @@ __device__ inline void soften_at(char* at, int dtype, double t, double h, bool n
 
 // Blocks of one real number, in the metric of a second leaf if there is one.
 extern "C" __global__ void soften(
-    Numbers thresholds, Leaf leaf, Leaf metric, int conditioned, int narrow, i64 scopes, i64 blocks, i64 start
+    const __grid_constant__ Numbers thresholds, Leaf leaf, Leaf metric, int conditioned, int narrow, i64 scopes, i64 blocks, i64 start
 ) {
     EACH(i, scopes * blocks) {
         i64 s, j;
@@ -129,7 +129,7 @@ __device__ inline void each_vector(const uint4* from, i64 count, Use use) {
 }
 
 // Ranked blocks of one element that lie side by side in `to`, as their deciding elements do in `from`; blocks % VECTOR == 0.
-extern "C" __global__ void drop_dense(Decision decision, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
+extern "C" __global__ void drop_dense(const __grid_constant__ Decision decision, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
     each_vector(from, scopes * blocks / VECTOR, [&](i64 i, const Vector& x) {
         i64 s, j;
         split(i * VECTOR, blocks, scopes, s, j);
@@ -150,7 +150,7 @@ extern "C" __global__ void drop_dense(Decision decision, const uint4* from, uint
 }
 
 // Blocks of one element that lie side by side, softened from `from` into `to`, which may be `from`.
-extern "C" __global__ void soften_dense(Numbers thresholds, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
+extern "C" __global__ void soften_dense(const __grid_constant__ Numbers thresholds, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
     each_vector(from, scopes * blocks / VECTOR, [&](i64 i, Vector x) {
         i64 s = 0, j = 0;
         if (!thresholds.constant) split(i * VECTOR, blocks, scopes, s, j);
