@@ -224,6 +224,14 @@ def test_host_and_device_do_not_mix(cupy_arrays):
     assert npscope.namespace(device).name == "cupy"
 
 
+def test_the_array_must_be_on_the_current_device(cupy_arrays, monkeypatch):
+    cupy = importlib.import_module("cupy")
+    device = cupy_arrays.asarray(np.ones((4, 4), np.float32))
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 1)
+    with pytest.raises(KindError, match=r"device 0, but the current device is 1; use `with cupy\.cuda\.Device\(0\)`"):
+        npscope.block_norms(device, (1, 4))
+
+
 def test_reference_serves_device_arrays_when_asked(cupy_arrays, rng):
     x = rng.standard_normal((8, 8)).astype(np.float32)
     with npscope.use_backend("reference"):

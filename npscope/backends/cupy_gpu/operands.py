@@ -14,6 +14,7 @@ import numpy as np
 
 from npscope.backends.cupy_gpu.modules import DTYPES, launch
 from npscope.dtypes import Kind, common_norm, dtype_name, kind_of
+from npscope.errors import KindError
 from npscope.tiling import Cut, Dim, Leaf, Part, Parts
 
 MAX_LOOPS = 40
@@ -106,8 +107,16 @@ def _template(cut: Cut, strides: tuple[int, ...], code: int, order: tuple[Dim, .
 
 
 def leaf_struct(array: Array, cut: Cut, order: tuple[Dim, ...] | None = None) -> Struct:
-    """An array and its cut; elements in the order of memory, or in that of another leaf."""
-    strides = array.strides
+    """An array and its cut; elements in the order of memory, or in that of another leaf.
+
+    KindError for an array that is not on the current device, on whose stream the work is queued.
+    """
+    strides, home, current = array.strides, array.device.id, cupy.cuda.runtime.getDevice()
+    if home != current:
+        raise KindError(
+            f"an array is on CUDA device {home}, but the current device is {current}; "
+            f"use `with cupy.cuda.Device({home})`"
+        )
     made = _template(cut, strides, code_of(array.dtype), order or memory_order(cut, strides)).copy()
     made["data"] = array.data.ptr
     return made
