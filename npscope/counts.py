@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from npscope.axes import array_namespace
 from npscope.errors import KindError, SpecError
+from npscope.operands import is_cupy
+from npscope.options import checks_devices
 from npscope.tiling import as_int
 
 _WRITTEN = re.compile(
@@ -75,12 +78,15 @@ def _shortest(s: np.generic) -> str:
     return next((text for text in texts if type(s)(float(text)) == s), str(value))
 
 
-def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: str) -> np.ndarray:
+def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: str) -> Any:
     """`value` as an int64 array broadcast to `shape`, each entry in [low, high].
 
-    An integer or an integer array of the host; KindError for floats and bools, SpecError
-    outside the range or when the shapes do not broadcast. Never copies to the full shape.
+    An integer or an integer array; KindError for floats and bools, SpecError outside the range or
+    when the shapes do not broadcast. Never copies to the full shape. Counts in device memory stay
+    there: their backend clamps them, and only ``config(check=True)`` reads them.
     """
+    if is_cupy(value):
+        return _on_device(value, shape, low, high, what)
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__") and getattr(value, "ndim", 0) > 0:
         value = _on_host(value, what)
     if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
@@ -102,6 +108,19 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
 def _everywhere(count: int, shape: tuple[int, ...]) -> np.ndarray:
     """One count for every scope: eight bytes that cannot be written, whatever the shape."""
     return np.broadcast_to(np.int64(count), shape)
+
+
+def _on_device(value: Any, shape: tuple[int, ...], low: int, high: int, what: str) -> Any:
+    """CuPy counts broadcast to `shape`, unread."""
+    if value.dtype.kind not in "iu":
+        raise KindError(f"{what} must be an integer or an integer array, not an array of {value.dtype}")
+    if checks_devices() and value.size and not (low <= int(value.min()) and int(value.max()) <= high):
+        worst = int(value.min()) if int(value.min()) < low else int(value.max())
+        raise SpecError(f"{what} = {worst} is outside [{low}, {high}]")
+    try:
+        return array_namespace(value).broadcast_to(value.astype("int64"), shape)
+    except ValueError:
+        raise SpecError(f"{what} of shape {value.shape} does not broadcast to the scope grid {shape}") from None
 
 
 def _on_host(value: Any, what: str) -> np.ndarray:

@@ -61,6 +61,8 @@ def backend_for(array: Any) -> Backend:
         if chosen == "cupy":
             raise KindError("the backend 'cupy' does not serve NumPy arrays; move it with cupy.asarray")
         return _numpy_backend() if chosen is None else load_backend(chosen)
+    if op.is_cupy(array) and chosen in (None, "cupy"):
+        return load_backend("cupy")
     if chosen not in (None, "reference"):
         raise KindError(f"the backend {chosen!r} does not serve {type(array).__module__}.{type(array).__name__} arrays")
     return load_backend("reference")
@@ -92,6 +94,8 @@ def _destination(backend: Backend, x: Array, out: Array | None) -> Array:
     """Where a writer puts its result: `out`, or a new array like `x`."""
     if out is not None:
         return op.as_destination(out, x, tuple(x.shape), x.dtype)
+    if op.is_cupy(x):
+        return array_namespace(x).empty_like(x)
     return np.empty_like(x, subok=False) if op.is_numpy(x) else x
 
 
@@ -107,7 +111,7 @@ def _require_unread(target: Leaf, read: Array, what: str) -> None:
 
 def _stored(x: Array, out: Array | None, target: Leaf, result: Array) -> Array:
     """The result of a writer in its place; arrays of other libraries without `out` come back as they are."""
-    return result if out is None and not op.is_numpy(x) else op.store(target.array, result)
+    return result if out is None and not op.is_strided(x) else op.store(target.array, result)
 
 
 # --- functions -----------------------------------------------------------------------------------

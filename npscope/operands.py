@@ -17,6 +17,7 @@ from npscope.axes import array_namespace
 from npscope.dtypes import dtype_name, kind_of
 from npscope.errors import KindError, SpecError, about
 from npscope.memory import meets_itself, neighbours, same_window, share_an_element
+from npscope.options import checks_devices
 from npscope.tiling import Leaf, as_int, grid_cut
 
 Array = Any
@@ -27,6 +28,40 @@ def is_numpy(array: Any) -> bool:
     return type(array) is np.ndarray or (
         isinstance(array, np.ndarray) and not isinstance(array, np.matrix | np.ma.MaskedArray)
     )
+
+
+def is_cupy(array: Any) -> bool:
+    """Whether `array` is a CuPy array; CuPy is not imported to find out."""
+    return type(array).__module__.partition(".")[0] == "cupy" and type(array).__name__ == "ndarray"
+
+
+def is_strided(array: Any) -> bool:
+    """Whether `array` is memory with strides, that may be windowed and written: of NumPy or CuPy."""
+    return is_numpy(array) or is_cupy(array)
+
+
+def geometry(array: Any) -> np.ndarray:
+    """A NumPy array with the place, shape and strides of a strided array, for questions about memory.
+
+    That of a CuPy array stands for device memory: its elements must never be looked at.
+    """
+    if is_numpy(array):
+        numpy_array: np.ndarray = array
+        return numpy_array
+    return np.asarray(_Place(array))
+
+
+class _Place:
+    """The array interface of device memory, which only answers where it is."""
+
+    def __init__(self, array: Any) -> None:
+        self.__array_interface__ = {
+            "data": (array.data.ptr or array.dtype.itemsize, False),
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.dtype.itemsize}",
+            "version": 3,
+        }
 
 
 def require_array(array: Any, what: str) -> None:
@@ -45,6 +80,8 @@ def require_array(array: Any, what: str) -> None:
 
 def _require_float64(array: Any) -> None:
     """KindError where the library or device of a foreign array has no float64: exact norms need it."""
+    if is_cupy(array):
+        return
     import array_api_compat
 
     xp, device = array_namespace(array), array_api_compat.device(array)
@@ -60,7 +97,7 @@ def require_array_of_any_dtype(array: Any, what: str) -> None:
 
 def require_castable(array: Any, window: Any, what: str) -> None:
     """KindError where writing `array` into `window` would lose its kind: complex into real, floats into integers."""
-    if is_numpy(array) and not np.can_cast(array.dtype, window.dtype, "same_kind"):
+    if is_strided(array) and not np.can_cast(array.dtype, window.dtype, "same_kind"):
         raise KindError(f"{what} has dtype {array.dtype}, which {window.dtype} cannot hold; convert it first")
 
 
@@ -95,13 +132,13 @@ def _place(array: Any) -> tuple[str, Any]:
 
 def require_writable(array: Any, what: str) -> None:
     """KindError for immutable arrays; SpecError for read-only ones and windows that meet themselves."""
-    if not is_numpy(array):
+    if not is_strided(array):
         import array_api_compat
 
         if not array_api_compat.is_writeable_array(array):
             raise KindError(f"{what} is immutable ({type(array).__name__}); use the functions, which return new arrays")
         return
-    if not array.flags.writeable:
+    if is_numpy(array) and not array.flags.writeable:
         raise SpecError(f"{what} is read-only; pass a copy, or use the functions, which return new arrays")
     if meets_itself(array.shape, array.strides, array.itemsize):
         raise SpecError(f"{what} is a window that meets itself: it can be read, but not written; pass a copy")
@@ -109,8 +146,9 @@ def require_writable(array: Any, what: str) -> None:
 
 def overlaps(written: Sequence[Any], read: Sequence[Any]) -> Iterator[tuple[int, int]]:
     """Indices (i, j) of all ``written[i]`` and ``read[j]`` that share an element, or are one object."""
-    if all(is_numpy(a) for a in (*written, *read)):
-        yield from ((i, j) for i, j in neighbours(written, read) if share_an_element(written[i], read[j]))
+    if all(is_strided(a) for a in (*written, *read)):
+        here, there = [geometry(a) for a in written], [geometry(a) for a in read]
+        yield from ((i, j) for i, j in neighbours(here, there) if share_an_element(here[i], there[j]))
     else:
         yield from ((i, j) for i, a in enumerate(written) for j, b in enumerate(read) if a is b)
 
@@ -119,8 +157,11 @@ def require_no_overlap(written: Any, read: Any, what: str, read_what: str, *, un
     """SpecError if `written` shares memory with `read`; being the same window is allowed if `unless_same`."""
     if read is written and unless_same:
         return
-    if is_numpy(written) and is_numpy(read) and share_an_element(written, read):
-        if unless_same and same_window(written, read):
+    if not (is_strided(written) and is_strided(read)):
+        return
+    here, there = geometry(written), geometry(read)
+    if share_an_element(here, there):
+        if unless_same and written.dtype == read.dtype and same_window(here, there):
             return
         raise SpecError(f"{what} overlaps {read_what}, which is read; pass a copy of one of them")
 
@@ -146,8 +187,10 @@ def store(array: Any, result: Any) -> Any:
 
 
 def as_table(place: Any) -> Any:
-    """The memory of a place for a result, as one row of blocks; None where it is not contiguous, or not NumPy's."""
-    fits = is_numpy(place) and place.flags.c_contiguous and place.flags.aligned and place.dtype.isnative
+    """The memory of a place for a result, as one row of blocks; None where it is not contiguous memory."""
+    fits = is_strided(place) and place.flags.c_contiguous
+    if is_numpy(place):
+        fits = fits and place.flags.aligned and place.dtype.isnative
     return place.reshape(1, -1) if fits else None
 
 
@@ -186,6 +229,7 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
     """Real numbers broadcast to the grid `shape`, converted to `dtype` once, on the device of `like`.
 
     NaN is SpecError, and so is a negative number unless `signed`. `value` is a number or an array.
+    Numbers in device memory are neither read, unless `config` asks for it, nor converted.
     """
     if isinstance(value, numbers.Real | np.bool_):
         value = np.asarray(as_number(value, what))
@@ -207,11 +251,12 @@ def _any(flags: Any) -> bool:
 
 
 def _as_grid(value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: bool) -> Array:
-    xp = array_namespace(value)
+    xp, readable = array_namespace(value), not is_cupy(value) or checks_devices()
     with np.errstate(all="ignore"):
-        converted = xp.astype(value, getattr(xp, dtype))
-        negative = not signed and _any(value < 0)
-    if _any(xp.isnan(converted)):
+        # CuPy's conversions flush subnormal numbers to zero: its backend converts them itself.
+        converted = value if is_cupy(value) else xp.astype(value, getattr(xp, dtype))
+        negative = readable and not signed and _any(value < 0)
+    if readable and _any(xp.isnan(converted)):
         raise SpecError(f"{what} contains NaN")
     if negative:
         raise SpecError(f"{what} contains a negative number; a shrinkage needs at least 0")

@@ -457,7 +457,7 @@ class SparseScope(ABC):
         dtype = common_norm(kind_of(w.dtype) for w in windows)
         if scale:
             wide = op.as_grid(thresholds, windows[0], self.grid_shape, "float64", "thresholds", signed=False)
-            thresholds = wide * math.sqrt(part.block.numel_per_block())
+            thresholds = array_namespace(wide).astype(wide, "float64") * math.sqrt(part.block.numel_per_block())
         return op.scope_leaf(op.as_grid(thresholds, windows[0], self.grid_shape, dtype, "thresholds", signed=False))
 
     def _operands(self, arrays: Sequence[Array]) -> Parts:

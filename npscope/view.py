@@ -39,7 +39,7 @@ class View:
     Parameters
     ----------
     array
-        C- or F-dense NumPy array that owns the window's elements.
+        C- or F-dense NumPy or CuPy array that owns the window's elements.
     shape
         Shape of the window.
     stride
@@ -84,23 +84,20 @@ class View:
     def __init__(self, array: Array, shape: Any, stride: Any, offset: Any = 0) -> None:
         with about("View"):
             op.require_array(array, "array")
-            if not op.is_numpy(array):
+            if not op.is_strided(array):
                 raise KindError(
-                    f"strided windows need a NumPy array, not {type(array).__name__}; pass the array itself as the view"
+                    f"strided windows need a NumPy or CuPy array, not {type(array).__name__}; "
+                    "pass the array itself as the view"
                 )
             sizes, steps = as_ints(shape, "shape"), as_ints(stride, "stride")
             start = as_int(offset, "offset")
             if not (array.flags.c_contiguous or array.flags.f_contiguous):
                 raise SpecError("array must be C- or F-dense; pass the strided array itself, or its base")
             _require_inside(array.size, sizes, steps, start)
-            flat = array.reshape(-1, order="A") if array.flags.c_contiguous else array.T.reshape(-1)
-            window = np.lib.stride_tricks.as_strided(
-                flat[start:],
-                sizes,
-                # Along an axis of length 1 a stride is never taken, and may be any number.
-                tuple(s * array.itemsize if n > 1 else 0 for n, s in zip(sizes, steps, strict=True)),
-                writeable=array.flags.writeable,
-            )
+            flat = array.reshape(-1) if array.flags.c_contiguous else array.T.reshape(-1)
+            # Along an axis of length 1 a stride is never taken, and may be any number.
+            strides = tuple(s * array.itemsize if n > 1 else 0 for n, s in zip(sizes, steps, strict=True))
+            window = _window(flat[start:], sizes, strides)
         self._set(array, sizes, steps, start, window)
 
     def _set(self, array: Array, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, window: Array) -> None:
@@ -129,7 +126,7 @@ class View:
             op.require_array(array_or_view, "array")
         array, view = array_or_view, object.__new__(cls)
         shape = tuple(array.shape)
-        if op.is_numpy(array):
+        if op.is_strided(array):
             with about("View"):
                 _require_whole_strides(array)
             stride = tuple(s // array.itemsize for s in array.strides)
@@ -246,6 +243,12 @@ class View:
         if self._window is self.array:
             return View.of(a)
         return View(a, self.shape, self.stride, self.offset)
+
+
+def _window(flat: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    if op.is_numpy(flat):
+        return np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=flat.flags.writeable)
+    return type(flat)(shape, flat.dtype, flat.data, strides)  # CuPy's constructor, without importing it
 
 
 def _require_whole_strides(array: np.ndarray) -> None:

@@ -105,7 +105,16 @@ def _cupy() -> Library:
             pytest.skip("no CUDA device")
     except cupy.cuda.runtime.CUDARuntimeError:
         pytest.skip("no CUDA device")
-    return Library("cupy", cupy.asarray, cupy.asnumpy, (*STANDARD, "float16"))
+    return Library("cupy", cupy.asarray, cupy.asnumpy, (*STANDARD, "float16", *_halves_of(cupy)), backend="cupy")
+
+
+def _halves_of(cupy: Any) -> tuple[str, ...]:
+    """Bfloat16, where this CuPy holds it."""
+    try:
+        cupy.asnumpy(cupy.asarray(np.ones(2, dtype("bfloat16"))))
+    except (TypeError, ValueError, KeyError):
+        return ()
+    return ("bfloat16",)
 
 
 _LIBRARIES: dict[str, Callable[[], Library]] = {
@@ -120,13 +129,13 @@ _LIBRARIES: dict[str, Callable[[], Library]] = {
 
 @contextmanager
 def no_reference(backend: str | None) -> Iterator[None]:
-    """Under "numba" the operations of the reference backend raise: nothing may fall back to it."""
+    """Under "numba" and "cupy" the operations of the reference backend raise: nothing may fall back to it."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the numba backend fell back to the reference")
+        raise AssertionError(f"the {backend} backend fell back to the reference")
 
     with pytest.MonkeyPatch.context() as patch:
-        if backend == "numba":
+        if backend in ("numba", "cupy"):
             for name in OPERATIONS:
                 patch.setattr(reference, name, refuse)
         yield
@@ -156,6 +165,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backends of NumPy arrays: for promises about memory, strides and in-place work."""
     with npscope.use_backend(request.param), no_reference(request.param):
         yield request.param
+
+
+@pytest.fixture
+def cupy_arrays() -> Library:
+    """CuPy for what only concerns device memory."""
+    return _cupy()
 
 
 @pytest.fixture

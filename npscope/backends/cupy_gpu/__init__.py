@@ -1,0 +1,29 @@
+"""The CuPy backend: CUDA kernels on device memory.
+
+Operations only queue work on the current stream: nothing is read back but what returns an integer or
+was asked for by ``config(check=True)``, so that a call can be captured in a CUDA graph. Small decisions
+(the cut of a scope, the factor of a block) are made in tables on the device and then written. What a
+call needs is allocated from CuPy's pool before its first write.
+"""
+
+from __future__ import annotations
+
+from npscope.backends.cupy_gpu.norms import norms
+from npscope.backends.cupy_gpu.selection import kth
+from npscope.backends.cupy_gpu.shrinkage import shrink
+from npscope.backends.cupy_gpu.writing import apply_mask, count_nonzero, mask, prune, scale, threshold
+
+__all__ = [
+    "NAME",
+    "apply_mask",
+    "count_nonzero",
+    "kth",
+    "mask",
+    "norms",
+    "prune",
+    "scale",
+    "shrink",
+    "threshold",
+]
+
+NAME = "cupy"

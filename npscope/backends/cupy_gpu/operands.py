@@ -1,0 +1,208 @@
+"""Leaves as kernels take them: structs of a pointer and three loop nests, passed by value.
+
+What follows from the geometry is made once and kept (`_template`); a call fills in the pointer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from npscope.backends.cupy_gpu.modules import DTYPES, launch
+from npscope.dtypes import Kind, common_norm, dtype_name, kind_of
+from npscope.errors import KindError
+from npscope.tiling import Cut, Dim, Leaf, Part, Parts
+
+MAX_LOOPS = 40
+
+LOOP = np.dtype([("size", np.int64), ("step", np.int64)])
+LEAF = np.dtype(
+    [
+        ("data", np.uint64),
+        ("elements", np.int64),
+        ("dtype", np.int32),
+        ("ranks", np.int32, 3),
+        ("loops", LOOP, MAX_LOOPS),
+    ],
+    align=True,
+)
+LEAVES = np.dtype([("count", np.int32), ("more", np.uint64), ("first", LEAF)], align=True)
+NUMBERS = np.dtype([("constant", np.int32), ("value", np.float64), ("leaf", LEAF)], align=True)
+
+UPLOAD = 3584
+"""Bytes that one launch carries into a table on the device."""
+
+Struct = np.ndarray
+Array = Any
+
+
+def struct(layout: np.dtype, /, **fields: Any) -> Struct:
+    """One struct with these fields, as a kernel's argument."""
+    result = np.zeros(1, layout)
+    for name, value in fields.items():
+        result[name] = value
+    return result
+
+
+def table_on_device(structs: Sequence[Struct]) -> Array:
+    """Structs side by side in device memory, carried there by launches, which a graph can capture."""
+    raw = np.concatenate(structs).view(np.uint8)
+    table = cupy.empty(raw.size, cupy.uint8)
+    for start in range(0, raw.size, UPLOAD):
+        piece = np.zeros(UPLOAD, np.uint8)
+        part = raw[start : start + UPLOAD]
+        piece[: part.size] = part
+        carrier = piece.view(f"V{UPLOAD}")
+        launch("upload.cu", "upload", 1, (carrier, table[start:], np.int64(part.size)))
+    return table
+
+
+# --- leaves --------------------------------------------------------------------------------------
+
+
+Nest = tuple[tuple[int, int], ...]
+"""Loops as (size, step in bytes), outermost first."""
+
+
+@lru_cache(maxsize=4096)
+def nest(dims: tuple[Dim, ...], strides: tuple[int, ...]) -> Nest:
+    """Loops over axes with these strides as (size, step) pairs; loops that continue each other are one."""
+    merged: list[tuple[int, int]] = []
+    for dim in dims:
+        size, step = dim.size, dim.step * strides[dim.axis]
+        if merged and merged[-1][1] == step * size:
+            size *= merged.pop()[0]
+        merged.append((size, step))
+    return tuple(merged)
+
+
+@lru_cache(maxsize=256)
+def code_of(dtype: np.dtype) -> int:
+    """The number of a dtype in elements.cuh."""
+    return DTYPES.index(dtype_name(dtype))
+
+
+def grid_of(leaf: Leaf) -> Nest:
+    """The loops over all blocks, scope by scope."""
+    return nest(leaf.cut.scope + leaf.cut.block, leaf.array.strides)
+
+
+@lru_cache(maxsize=4096)
+def memory_order(cut: Cut, strides: tuple[int, ...]) -> tuple[Dim, ...]:
+    """The loops over the elements of a block, the most adjacent innermost: any order of elements will do."""
+    return tuple(sorted(cut.element, key=lambda dim: -abs(dim.step * strides[dim.axis])))
+
+
+@lru_cache(maxsize=2048)
+def _template(cut: Cut, strides: tuple[int, ...], code: int, order: tuple[Dim, ...]) -> Struct:
+    nests = [nest(dims, strides) for dims in (cut.scope, cut.block, order)]
+    loops = [loop for part in nests for loop in part]
+    result = struct(LEAF, elements=cut.elements, dtype=code, ranks=[[len(part) for part in nests]])
+    result["loops"][0, : len(loops)] = np.array(loops, LOOP) if loops else []
+    return result
+
+
+def leaf_struct(array: Array, cut: Cut, order: tuple[Dim, ...] | None = None) -> Struct:
+    """An array and its cut; elements in the order of memory, or in that of another leaf.
+
+    KindError for an array that is not on the current device, on whose stream the work is queued.
+    """
+    strides, home, current = array.strides, array.device.id, cupy.cuda.runtime.getDevice()
+    if home != current:
+        raise KindError(
+            f"an array is on CUDA device {home}, but the current device is {current}; "
+            f"use `with cupy.cuda.Device({home})`"
+        )
+    made = _template(cut, strides, code_of(array.dtype), order or memory_order(cut, strides)).copy()
+    made["data"] = array.data.ptr
+    return made
+
+
+class Operand(NamedTuple):
+    """A part as kernels take it: its leaves, and what they are made of."""
+
+    part: Part
+    structs: list[Struct]
+    kinds: list[Kind]
+
+    @property
+    def cut(self) -> Cut:
+        """The scopes and blocks, which all leaves share."""
+        return self.part[0].cut
+
+    @property
+    def total(self) -> int:
+        """Blocks in all scopes."""
+        return self.cut.scopes * self.cut.blocks
+
+    @property
+    def elements(self) -> int:
+        """Elements of a block, over all leaves."""
+        return sum(leaf.cut.elements for leaf in self.part)
+
+    @property
+    def names(self) -> set[str]:
+        """The dtypes of the leaves."""
+        return {kind.name for kind in self.kinds}
+
+    @property
+    def exact(self) -> bool:
+        """Whether norms of order 1 and 2 are correctly rounded."""
+        return all(kind.rounds_correctly for kind in self.kinds)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether norms are float32."""
+        return common_norm(self.kinds) == "float32"
+
+    @property
+    def single(self) -> bool:
+        """Whether a block is one element."""
+        return len(self.part) == 1 and self.cut.elements == 1
+
+
+def operand(part: Part) -> Operand:
+    """A part, read where its elements are now."""
+    return Operand(part, [leaf_struct(x.array, x.cut) for x in part], [kind_of(x.array.dtype) for x in part])
+
+
+def operands(parts: Parts) -> list[Operand]:
+    """All parts of an operation."""
+    return [operand(part) for part in parts]
+
+
+def leaves_struct(structs: Sequence[Struct]) -> tuple[Struct, Array]:
+    """Leaves as one argument, and the table that must live until the kernel has run."""
+    table = table_on_device(structs[1:]) if len(structs) > 1 else None
+    more = 0 if table is None else table.data.ptr
+    return struct(LEAVES, count=len(structs), more=more, first=structs[0][0]), table
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def numbers(leaf: Leaf | None) -> tuple[Struct, Array]:
+    """Numbers over scopes or blocks as one argument, and the array that must live until the kernel has run."""
+    if leaf is None:
+        return struct(NUMBERS, constant=1), None
+    array = leaf.array
+    if isinstance(array, np.ndarray | np.generic):
+        given = np.asarray(array)
+        if given.size == 1 or not any(given.strides):
+            return struct(NUMBERS, constant=1, value=given[(0,) * given.ndim] if given.size else 0), None
+        array = cupy.asarray(np.ascontiguousarray(given))
+    return struct(NUMBERS, leaf=leaf_struct(array, leaf.cut)[0]), array
+
+
+def table_cut(scopes: int, blocks: int) -> Cut:
+    """The cut of an ``(S, n)`` table: one element a block."""
+    return Cut.of((Dim(0, scopes, 1),), (Dim(1, blocks, 1),), ())
+
+
+def table_leaf(table: Array) -> Leaf:
+    """A table with one number for each block."""
+    return Leaf(table, table_cut(*table.shape))

@@ -1,0 +1,214 @@
+"""Ranking: from parts and a count to the cut of every scope, decided on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+
+from npscope.backends.cupy_gpu.modules import (
+    ANY,
+    DTYPES,
+    ROW_KEYS,
+    THREADS,
+    blocks_for,
+    element_of,
+    is_dense_pair,
+    launch,
+)
+from npscope.backends.cupy_gpu.norms import measure_part
+from npscope.backends.cupy_gpu.operands import (
+    LEAF,
+    Array,
+    Operand,
+    Struct,
+    code_of,
+    leaf_struct,
+    nest,
+    numbers,
+    operands,
+    struct,
+    table_cut,
+    table_on_device,
+)
+from npscope.dtypes import common_norm, kind_of
+from npscope.tiling import Leaf, Parts
+
+MAGNITUDE, SIGNED, INTEGER = 0, 1, 2
+
+SOURCE = np.dtype([("start", np.int64), ("blocks", np.int64), ("leaf", LEAF)], align=True)
+SOURCES = np.dtype(
+    [("count", np.int32), ("kind", np.int32), ("blocks", np.int64), ("more", np.uint64), ("first", SOURCE)], align=True
+)
+
+ROW_BLOCKS = 32 * max(ROW_KEYS)
+"""Scopes up to this many blocks are ranked in the registers of one warp."""
+
+LARGE_BLOCKS = 1 << 15
+"""Scopes from this many blocks on are spread over many thread blocks."""
+
+LARGE_SCOPES = 256
+"""Large scopes worked on at a time."""
+
+BINS = 1 << 12
+PASSES = {32: 3, 64: 6}
+TILE = 16 * THREADS
+
+COLLECTED_BYTES = 48 << 20
+"""Keys that may be collected from large scopes, in all: with the histograms 64 MiB."""
+
+SEARCH_BYTES, CUTOFF_BYTES = 32, 16
+
+FILLING = 132 * 4
+"""Thread blocks that keep a large card busy."""
+
+
+@dataclass
+class Ranking:
+    """What ranks the blocks of every scope: single elements as they lie, and tables of norms."""
+
+    parts: list[Operand]
+    leaves: list[Leaf]
+    structs: list[Struct]
+    starts: list[int]
+    kind: int
+    bits: int
+    ord: float | None
+
+    @property
+    def scopes(self) -> int:
+        """Number of scopes."""
+        return self.parts[0].cut.scopes
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a scope."""
+        return self.starts[-1] + self.parts[-1].cut.blocks
+
+    @property
+    def element(self) -> int:
+        """The ELEMENT macro of kernels that read all sources."""
+        return element_of({DTYPES[code_of(leaf.array.dtype)] for leaf in self.leaves})
+
+    def sources(self, which: int | None = None) -> tuple[Struct, Array]:
+        """All sources, or one of them, as an argument, and the table that must live until the kernel has run."""
+        chosen = range(len(self.parts)) if which is None else (which,)
+        made = [
+            struct(SOURCE, start=self.starts[i], blocks=self.parts[i].cut.blocks, leaf=self.structs[i][0])
+            for i in chosen
+        ]
+        table = table_on_device(made[1:]) if len(made) > 1 else None
+        more = 0 if table is None else table.data.ptr
+        return struct(SOURCES, count=len(made), kind=self.kind, blocks=self.blocks, more=more, first=made[0][0]), table
+
+    def dense(self, which: int) -> bool:
+        """Whether the keys of a source's scopes lie side by side on 16-byte borders."""
+        leaf = self.leaves[which]
+        item = leaf.array.dtype.itemsize
+        if not is_dense_pair(code_of(leaf.array.dtype), self.bits):
+            return False
+        blocks, scopes = nest(leaf.cut.block, leaf.array.strides), nest(leaf.cut.scope, leaf.array.strides)
+        return (
+            leaf.array.data.ptr % 16 == 0
+            and leaf.cut.blocks * item % 16 == 0
+            and len(blocks) == 1
+            and blocks[0][1] == item
+            and all(step % 16 == 0 for _, step in scopes)
+        )
+
+
+def rank(parts: Parts, ord: float | None) -> Ranking:
+    """The ranking of parts; norms of larger blocks are measured now, into a table."""
+    made = operands(parts)
+    kinds = [kind for part in made for kind in part.kinds]
+    narrow = common_norm(kinds) == "float32"
+    if ord is None:
+        kind, bits = SIGNED, 32 if narrow and not kinds[0].is_integer else 64
+    elif all(part.single and part.kinds[0].is_wide_integer for part in made):
+        kind, bits = INTEGER, 64
+    else:
+        kind, bits = MAGNITUDE, 32 if narrow else 64
+    widths = [part.cut.blocks for part in made]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    leaves: list[Leaf] = []
+    several = not all(part.single for part in made)
+    table = cupy.empty((made[0].cut.scopes, sum(widths) if several else 0), np.float32 if narrow else np.float64)
+    for part, start, width in zip(made, starts, widths, strict=True):
+        if part.single:
+            leaves.append(part.part[0])
+        else:
+            measure_part(part, float(ord or 2), table, start)
+            columns = table[:, start : start + width]
+            leaves.append(Leaf(columns, table_cut(*columns.shape)))
+    structs = [leaf_struct(leaf.array, leaf.cut) for leaf in leaves]
+    return Ranking(made, leaves, structs, starts, kind, bits, ord)
+
+
+def cut_scopes(ranking: Ranking, keep: Leaf, low: int) -> Array:
+    """The cut of every scope: key and position of the last of `keep` blocks, which is clamped to [low, n]."""
+    scopes, blocks = ranking.scopes, ranking.blocks
+    cutoffs = cupy.empty((scopes, 2), np.uint64)
+    counts, kept = numbers(keep)
+    if blocks >= LARGE_BLOCKS:
+        for first in range(0, scopes, LARGE_SCOPES):
+            _cut_large(ranking, counts, low, first, min(LARGE_SCOPES, scopes - first), cutoffs)
+        return cutoffs
+    sources, table = ranking.sources()
+    args = sources, counts, np.int64(low), np.int64(scopes), cutoffs
+    macros = {"ELEMENT": ranking.element, "KEY_BITS": ranking.bits}
+    if blocks <= ROW_BLOCKS:
+        dense = len(ranking.parts) == 1 and ranking.dense(0)
+        vector = 16 // ranking.leaves[0].array.dtype.itemsize if dense else 1
+        keys = next(k for k in ROW_KEYS if 32 * k >= blocks and k % vector == 0)
+        launch("rows.cu", "decide_rows", blocks_for(32 * scopes), args, **macros, DENSE=int(dense), KEYS=keys)
+    else:
+        launch("selection.cu", "decide_scopes", scopes, args, **macros, DENSE=0)
+    del kept, table
+    return cutoffs
+
+
+def _cut_large(ranking: Ranking, counts: Struct, low: int, first: int, scopes: int, cutoffs: Array) -> None:
+    """Cut `scopes` scopes from `first` on by histograms of digits."""
+    width = ranking.bits // 8
+    capacity = min(ranking.blocks, COLLECTED_BYTES // width // scopes)
+    searches = cupy.empty((scopes, SEARCH_BYTES), np.uint8)
+    histograms = cupy.zeros((scopes, BINS), np.uint64)
+    buffer = cupy.empty((scopes, capacity * width), np.uint8)
+    s0, n, room = np.int64(first), np.int64(ranking.blocks), np.int64(capacity)
+
+    def run(name: str, grid: int | tuple[int, int], args: tuple[Any, ...], which: int | None = None) -> None:
+        element = ranking.element if which is None else element_of({DTYPES[code_of(ranking.leaves[which].array.dtype)]})
+        dense = which is not None and ranking.dense(which)
+        launch("selection.cu", name, grid, args, ELEMENT=element, KEY_BITS=ranking.bits, DENSE=int(dense))
+
+    run("large_start", blocks_for(scopes), (counts, np.int64(low), n, s0, np.int64(scopes), searches, cutoffs))
+    sources = [ranking.sources(i)[0] for i in range(len(ranking.parts))]
+    grid = max(1, min(-(-ranking.blocks // TILE), FILLING // scopes))
+    for p in range(PASSES[ranking.bits]):
+        for i, source in enumerate(sources):
+            args = source, s0, np.int32(p), searches, histograms, buffer, room, np.int32(i == 0)
+            run("large_histogram", (grid, scopes), args, i)
+        run("large_settle", (scopes, 1), (s0, n, np.int32(p), searches, histograms, room, cutoffs))
+    for i, source in enumerate(sources):
+        run("large_ties", (min(grid, BINS), scopes), (source, s0, n, searches, histograms), i)
+    everything, table = ranking.sources()
+    run("large_last", (scopes, 1), (everything, s0, searches, histograms, cutoffs))
+    del table
+
+
+def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
+    """The k-th largest rank value of every scope: ``(S,)``."""
+    ranking = rank(parts, ord)
+    kinds = [kind_of(leaf.array.dtype) for part in parts for leaf in part]
+    dtype = parts[0][0].array.dtype if ord is None else np.dtype(common_norm(kinds))
+    out = cupy.empty(ranking.scopes, dtype)
+    if ranking.scopes:
+        cutoffs = cut_scopes(ranking, k, 1)
+        launch(
+            "writing.cu", "write_kth", blocks_for(ranking.scopes),
+            (cutoffs, np.int32(ranking.kind), np.int64(ranking.scopes), np.int32(code_of(dtype)), out),
+            ELEMENT=ANY, KEY_BITS=ranking.bits,
+        )  # fmt: skip
+    return out

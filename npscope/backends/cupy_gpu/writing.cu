@@ -1,0 +1,164 @@
+// Decisions written: masks, k-th values, dropped, scaled and softened blocks of any layout.
+//
+// A thread owns one element at a time; grids stride, so any grid is right.
+
+#include "decisions.cuh"
+
+#define EACH(i, count) \
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < (count); i += (i64)gridDim.x * blockDim.x)
+
+// Columns [start, start + blocks) of a mask with `row` columns.
+extern "C" __global__ void write_mask(const __grid_constant__ Decision decision, i64 scopes, i64 blocks, i64 row, u8* mask) {
+    EACH(i, scopes * blocks) {
+        i64 s, j;
+        split(i, blocks, scopes, s, j);
+        mask[s * row + decision.start + j] = decide(decision, s, j) != DROP;
+    }
+}
+
+// The k-th largest values: the numbers whose keys are the cuts.
+extern "C" __global__ void write_kth(const Cutoff* cutoffs, int kind, i64 scopes, int dtype, char* out) {
+    EACH(s, scopes) write_key(out + s * width_of(dtype), dtype, (Key)cutoffs[s].key, kind);
+}
+
+// +0.0 into every element of the blocks of a leaf that are dropped.
+extern "C" __global__ void drop(const __grid_constant__ Decision decision, Leaf leaf, i64 scopes, i64 blocks) {
+    i64 elements = leaf.elements;
+    EACH(i, scopes * blocks * elements) {
+        i64 b, e, s, j;
+        split(i, elements, 2, b, e);
+        split(b, blocks, scopes, s, j);
+        int verdict = decide(decision, s, j);
+        if (verdict == KEEP) continue;
+        char* at = leaf.data + scope_offset(leaf, s) + block_offset(leaf, j) + element_offset(leaf, e);
+        if (verdict == DROP)
+            write_zero(at, leaf.dtype);
+        else
+            write_nan(at, leaf.dtype);
+    }
+}
+
+// Every block times its number.
+extern "C" __global__ void scale(const __grid_constant__ Numbers factors, Leaf leaf, i64 scopes, i64 blocks, i64 start) {
+    i64 elements = leaf.elements;
+    EACH(i, scopes * blocks * elements) {
+        i64 b, e, s, j;
+        split(i, elements, 2, b, e);
+        split(b, blocks, scopes, s, j);
+        char* at = leaf.data + scope_offset(leaf, s) + block_offset(leaf, j) + element_offset(leaf, e);
+        scale_at(at, dtype_of(leaf), number_at(factors, s, start + j));
+    }
+}
+
+// A real number moved by t / h towards zero: +0.0 where h * |x|, rounded to the norm's dtype, is at most t.
+__device__ inline void soften_at(char* at, int dtype, double t, double h, bool narrow) {
+    double x = real_at(at, dtype);
+    t = in_norm_dtype(t, narrow);
+    if (!(t >= 0.0) || !(h >= 1e-150 && h <= 1e150)) {
+        write_nan(at, dtype);
+    } else if (x == x && t != 0.0) {
+        if (in_norm_dtype(h * fabs(x), narrow) <= t)
+            write_zero(at, dtype);
+        else
+            write_real(at, dtype, x > 0.0 ? x - t / h : x + t / h);
+    }
+}
+
+// Blocks of one real number, in the metric of a second leaf if there is one.
+extern "C" __global__ void soften(
+    const __grid_constant__ Numbers thresholds, Leaf leaf, Leaf metric, int conditioned, int narrow, i64 scopes, i64 blocks, i64 start
+) {
+    EACH(i, scopes * blocks) {
+        i64 s, j;
+        split(i, blocks, scopes, s, j);
+        char* at = leaf.data + scope_offset(leaf, s) + block_offset(leaf, j);
+        double h = 1.0;
+        if (conditioned)
+            h = real_at(metric.data + scope_offset(metric, s) + block_offset(metric, j), metric.dtype);
+        soften_at(at, dtype_of(leaf), number_at(thresholds, s, start + j), h, narrow);
+    }
+}
+
+// Adds the number of elements that do not satisfy |x| <= eps.
+extern "C" __global__ void count_nonzero(Leaf leaf, i64 scopes, i64 blocks, double eps, u64* count) {
+    u64 found = 0;
+    EACH(i, scopes * blocks * leaf.elements) {
+        i64 b, e, s, j;
+        split(i, leaf.elements, 2, b, e);
+        split(b, blocks, scopes, s, j);
+        const char* at = leaf.data + scope_offset(leaf, s) + block_offset(leaf, j) + element_offset(leaf, e);
+        found += !(magnitude_at(at, dtype_of(leaf)) <= eps);
+    }
+    if (found) atomicAdd(count, found);
+}
+
+// --- elements that lie side by side, 16 bytes at a time -------------------------------------------
+
+#if ELEMENT == FLOAT16 || ELEMENT == BFLOAT16
+typedef u16 Stored;
+#else
+typedef u32 Stored;
+#endif
+#define VECTOR (16 / (i64)sizeof(Stored))
+
+#if ELEMENT == FLOAT32 || ELEMENT == FLOAT16 || ELEMENT == BFLOAT16
+
+union Vector {
+    uint4 raw;
+    Stored parts[16 / sizeof(Stored)];
+};
+
+// Calls use(i, vector) for the vectors of `from`; several are loaded before the first is used.
+template <class Use>
+__device__ inline void each_vector(const uint4* from, i64 count, Use use) {
+    constexpr int loads = 4;
+    i64 step = (i64)blockDim.x * loads;
+    for (i64 base = blockIdx.x * step; base < count; base += gridDim.x * step) {
+        Vector x[loads];
+#pragma unroll
+        for (int k = 0; k < loads; k++) {
+            i64 i = base + k * blockDim.x + threadIdx.x;
+            if (i < count) x[k].raw = from[i];
+        }
+#pragma unroll
+        for (int k = 0; k < loads; k++) {
+            i64 i = base + k * blockDim.x + threadIdx.x;
+            if (i < count) use(i, x[k]);
+        }
+    }
+}
+
+// Ranked blocks of one element that lie side by side in `to`, as their deciding elements do in `from`; blocks % VECTOR == 0.
+extern "C" __global__ void drop_dense(const __grid_constant__ Decision decision, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
+    each_vector(from, scopes * blocks / VECTOR, [&](i64 i, const Vector& x) {
+        i64 s, j;
+        split(i * VECTOR, blocks, scopes, s, j);
+        Cutoff cutoff = decision.cutoffs[s];
+        u32 dropped = 0;
+#pragma unroll
+        for (int u = 0; u < VECTOR; u++) {
+            Key key = key_at((const char*)(x.parts + u), ELEMENT, decision.kind);
+            dropped |= (u32)!by_rank(cutoff, key, decision.start + j + u) << u;
+        }
+        if (dropped == 0) return;
+        Vector y = x;
+        if (from != to) y.raw = to[i];
+#pragma unroll
+        for (int u = 0; u < VECTOR; u++) y.parts[u] = dropped >> u & 1 ? 0 : y.parts[u];
+        to[i] = y.raw;
+    });
+}
+
+// Blocks of one element that lie side by side, softened from `from` into `to`, which may be `from`.
+extern "C" __global__ void soften_dense(const __grid_constant__ Numbers thresholds, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
+    each_vector(from, scopes * blocks / VECTOR, [&](i64 i, Vector x) {
+        i64 s = 0, j = 0;
+        if (!thresholds.constant) split(i * VECTOR, blocks, scopes, s, j);
+#pragma unroll
+        for (int u = 0; u < VECTOR; u++)
+            soften_at((char*)(x.parts + u), ELEMENT, number_at(thresholds, s, j + u), 1.0, true);
+        to[i] = x.raw;
+    });
+}
+
+#endif

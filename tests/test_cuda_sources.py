@@ -1,0 +1,132 @@
+"""Every CUDA source compiles, in every variant that an operation may ask for: without a GPU, through NVRTC or nvcc."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import npscope
+
+FOLDER = Path(npscope.__file__).parent / "backends" / "cupy_gpu"
+ARCHITECTURE = "sm_90"
+
+Compiler = Callable[[str, tuple[str, ...]], str]
+"""From source and options to the errors and warnings."""
+
+
+@cache
+def modules() -> ModuleType:
+    """The module that knows the variants; CuPy, which it only needs to load them, is stood in for."""
+    path = FOLDER / "modules.py"
+    spec = importlib.util.spec_from_file_location("npscope_cuda_modules", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    absent = importlib.util.find_spec("cupy") is None
+    if absent:
+        sys.modules["cupy"] = ModuleType("cupy")
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        if absent:
+            del sys.modules["cupy"]
+    return module
+
+
+def nvrtc_library() -> ctypes.CDLL | None:
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(folder).glob("**/libnvrtc.so.*")):
+            if "alt" not in path.name:
+                return ctypes.CDLL(str(path))
+    return None
+
+
+def nvrtc_compiler(library: ctypes.CDLL) -> Compiler:
+    def run(source: str, options: tuple[str, ...]) -> str:
+        program = ctypes.c_void_p()
+        assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"npscope.cu", 0, None, None) == 0
+        given = [o.encode() for o in (f"-arch={ARCHITECTURE}", *options)]
+        failed = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+        size = ctypes.c_size_t()
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+        text = log.value.decode()
+        return text or "no log" if failed else text
+
+    return run
+
+
+def nvcc_compiler(nvcc: str) -> Compiler:
+    def run(source: str, options: tuple[str, ...]) -> str:
+        command = [nvcc, f"-arch={ARCHITECTURE}", "-cubin", "-x", "cu", "-o", "/dev/null", *options, "-"]
+        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=300, check=False)
+        return done.stderr + ("" if done.returncode == 0 else f"nvcc exits with {done.returncode}")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Compiler:
+    library, nvcc = nvrtc_library(), shutil.which("nvcc")
+    if library is not None:
+        return nvrtc_compiler(library)
+    if nvcc is not None:
+        return nvcc_compiler(nvcc)
+    reason = "neither NVRTC (the wheel nvidia-cuda-nvrtc, in the extra `test`) nor nvcc is here"
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+VARIANTS = [(file, tuple(sorted(macros.items()))) for file, macros in modules().variants()]
+FEW = [next(v for v in VARIANTS if v[0] == file) for file in dict(VARIANTS)]
+
+
+@pytest.mark.parametrize(
+    ("file", "macros"),
+    [pytest.param(*v, marks=() if v in FEW else pytest.mark.slow) for v in VARIANTS],
+    ids=lambda part: part if isinstance(part, str) else "-".join(f"{k}={v}" for k, v in part),
+)
+def test_compiles(compiler, file, macros):
+    options = (*modules().OPTIONS, *(f"-D{key}={value}" for key, value in macros))
+    assert compiler(modules().source_of(file), options).strip() == ""
+
+
+def test_every_launched_kernel_is_in_its_file():
+    """Names in Python are kernels in CUDA: a misspelt one would only be found on a card."""
+    launched = set()
+    for path in FOLDER.glob("*.py"):
+        launched |= set(re.findall(r'launch\(\s*"(\w+\.cu)",\s*"(\w+)"', path.read_text()))
+    assert len(launched) > 10
+    for file, name in launched:
+        assert re.search(rf"__global__ void (__launch_bounds__\(.*\) )?{name}\(", (FOLDER / file).read_text()), (
+            file,
+            name,
+        )
+
+
+def test_every_kernel_is_launched():
+    python = "".join(path.read_text() for path in FOLDER.glob("*.py"))
+    for path in FOLDER.glob("*.cu"):
+        for name in re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(", path.read_text()):
+            assert f'"{name}"' in python, f"{name} of {path.name} is launched by nothing"
+
+
+def test_dtypes_have_the_numbers_that_python_gives_them():
+    numbers = dict(re.findall(r"#define ([A-Z]+\d*) (\d+)\n", (FOLDER / "elements.cuh").read_text()))
+    for code, name in enumerate((*modules().DTYPES, "any")):
+        assert numbers[name.upper()] == str(code)
