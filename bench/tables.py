@@ -12,7 +12,6 @@ from npscope.clock import FAILED_ABOVE, Row
 from npscope.report import milliseconds
 
 OURS = "npscope numba"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 TITLES = {
     "hostile": "Hostile data: time as a multiple of that of normal data",
@@ -62,13 +61,14 @@ def summary(results: Results, folder: str, name: str, pictures: Sequence[str]) -
     return "\n\n".join(part for part in parts if part)
 
 
-def rewritten(readme: str, section: str) -> str:
-    """`readme` with `section` between its two marks."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def rewritten(readme: str, section: str, name: str = "bench") -> str:
+    """`readme` with `section` between the two marks of this name."""
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise SystemExit(f"the README has no {BEGIN} .. {END}")
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+        raise SystemExit(f"the README has no {first} .. {last}")
+    return f"{before}{first}\n{section}\n{last}{after}"
 
 
 # --- their parts ---------------------------------------------------------------------------------

@@ -339,11 +339,11 @@ def test_a_report_of_one_section_shows_no_empty_table(results):
 def test_the_report_rewrites_its_section_of_the_readme(results, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     command.main(["report", str(results), "--readme", str(readme)])
     text = readme.read_text()
-    assert text.startswith(f"before\n{tables.BEGIN}\nA CPU, 2 threads")
-    assert text.endswith(f"\n{tables.END}\nafter\n")
+    assert text.startswith("before\n<!-- bench:begin -->\nA CPU, 2 threads")
+    assert text.endswith("\n<!-- bench:end -->\nafter\n")
     assert "old" not in text
     assert "| 2:4 | 1 | 2 (0.5) |" in text
     assert "[results/tiny.md](results/tiny.md)" in text
@@ -364,7 +364,7 @@ def test_the_report_draws_its_pictures(results):
 
 def _readme(folder: Path) -> Path:
     path = folder / "README.md"
-    path.write_text(f"{tables.BEGIN}{tables.END}")
+    path.write_text("<!-- bench:begin --><!-- bench:end -->")
     return path
 
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from npscope.errors import FileError, FormatError, SpecError, about
-from npscope.weights.output import Target, publish, staged, sync_folder
+from npscope.weights.output import Target, hidden_name, publish, staged, sync_folder
 
 MODEL = ""
 """The location of the model itself."""
@@ -249,7 +249,7 @@ def _hidden(place: Target) -> Target:
     folder, name = os.path.split(place.path)
     if os.path.realpath(folder) != folder:
         raise SpecError(f"a symbolic link leads to {folder!r}; remove it, or choose another folder")
-    return Target(os.path.join(folder, f".{name[:40]}.npscope-data.tmp"), place.mode, True)
+    return Target(os.path.join(folder, hidden_name(name, "data.tmp")), place.mode, True)
 
 
 def _make_folders(folder: str) -> list[str]:

@@ -101,7 +101,7 @@ def hidden_name(name: str, ending: str) -> str:
 
 def is_hidden_name(name: str) -> bool:
     """Whether `hidden_name` makes such names."""
-    return name.startswith(".") and (name.endswith((".npscope-new.tmp", ".npscope-partial")))
+    return name.startswith(".") and (name.endswith((".npscope-new.tmp", ".npscope-data.tmp", ".npscope-partial")))
 
 
 def write_all(fd: int, data: memoryview) -> None:
