@@ -78,7 +78,7 @@ def boxes(shape: tuple[int, ...], period: tuple[int, ...], limit: int, most: int
     They have about `limit` elements and hold whole periods, unless that takes more than `most`
     elements: then they may cut periods.
 
-    >>> list(boxes((8, 2), (8, 1), 4, 8))
+    >>> list(boxes((8, 2), (8, 1), 8, 8))
     [(slice(0, 4, None), slice(0, 2, None)), (slice(4, 8, None), slice(0, 2, None))]
     """
     smallest = smallest_slab(shape, period)

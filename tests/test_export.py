@@ -238,7 +238,7 @@ def test_what_storing_would_take(folder: Path) -> None:
     values = sparse((64, 100), np.float32)
     big = np.zeros((256, 512), np.float16)
     save_file({"a": values, "big": big, "other": values}, folder / "in")
-    found = storage(folder / "in", [int((values == 0).sum()), big.size, None])
+    found = storage(folder / "in", [int((values == 0).sum()), None, big.size])
     assert found.now == values.nbytes + big.nbytes
     assert found.bitmask == 4 * np.count_nonzero(values) + 64 * 13 + 256 * 64
     exact = len(zlib.compress(values.tobytes())) + len(zlib.compress(big.tobytes()))
