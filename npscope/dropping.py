@@ -22,7 +22,7 @@ from npscope.limits import Keys, Limit, Member, Search
 from npscope.namespace import hard_threshold, keep_largest
 from npscope.plans import Budget, Coupled, Plan
 from npscope.ranked import Slab
-from npscope.slabs import SLAB_BYTES, Array, Box, boxes, extents, smallest_slab, tiles, whole
+from npscope.slabs import SLAB_BYTES, Array, Box, boxes, elements_in, extents, smallest_slab, tiles, whole
 
 SCOPE_BYTES = 16 << 20
 """A scope is decided at once when a slab of at most this size holds it."""
@@ -49,8 +49,8 @@ class Dropper(Protocol):
 
 def slabs_for(dropper: Dropper) -> Iterator[Box]:
     """Slabs that cover the tensor, contiguous and in the order of its bytes."""
-    size = dropper.plan.itemsize
-    return boxes(dropper.plan.shape, dropper.period, SLAB_BYTES // size, SCOPE_BYTES // size)
+    usual, most = (elements_in(nbytes, dropper.plan.itemsize) for nbytes in (SLAB_BYTES, SCOPE_BYTES))
+    return boxes(dropper.plan.shape, dropper.period, usual, most)
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,33 @@ class ByLimit:
     def drop(self, slab: Slab) -> None:
         """Compare with the limits of the scopes that reach into the slab."""
         plan, keys = self.plan, self.keys
-        sides = [range(*_blocks(slab.box[axis], size)) for axis, size in zip(plan.order, plan.block, strict=True)]
+        sides = [np.arange(*_blocks(slab.box[axis], size)) for axis, size in zip(plan.order, plan.block, strict=True)]
         tile = [blocks // scopes for blocks, scopes in zip(plan.grid, self.limits.shape, strict=True)]
-        places = np.zeros((), np.int64)
-        for side, count in zip(sides, tile, strict=True):
-            places = places[..., None] * count + np.asarray(side) % count
-        scopes = np.ix_(*(np.asarray(side) // count for side, count in zip(sides, tile, strict=True)))
+        inside = [side % count for side, count in zip(sides, tile, strict=True)]
+        steps = [math.prod(tile[axis + 1 :]) for axis in range(len(tile))]
+        first, last = (
+            sum(int(end(along)) * step for along, step in zip(inside, steps, strict=True)) for end in (np.min, np.max)
+        )
+        scopes = np.ix_(
+            *(
+                side // count if scopes > 1 else side[:1] // count
+                for side, count, scopes in zip(sides, tile, self.limits.shape, strict=True)
+            )
+        )
         limits, lasts = self.limits[scopes], self.lasts[scopes]
-        # Without a tie that is cut in this slab, a threshold does it in one pass.
-        smallest = limits + (places.min() > lasts)
-        if np.all((places.max() <= lasts) | (places.min() > lasts)) and smallest.max() < keys.nan:
+        # Without a tie that is cut in this slab a threshold does it in one pass, if it can be said in the dtype
+        # of these norms: those of other tensors may be wider.
+        smallest = limits + (first > lasts)
+        whole_ties = np.all((last <= lasts) | (first > lasts))
+        if whole_ties and keys.are_wide == plan.has_wide_norms and smallest.max() <= keys.infinity:
             norms = keys.norms(smallest)
             hard_threshold(slab.view, norms, plan.block, scores=slab.scores, ord=plan.ord, out=slab.view)
-        else:
-            found = keys.of(plan, slab.ranked)
-            BlockSpec(slab.view, plan.block).apply_mask((found > limits) | ((found == limits) & (places <= lasts)))
+            return
+        places = np.zeros((), np.int64)
+        for along, count in zip(inside, tile, strict=True):
+            places = places[..., None] * count + along
+        found = keys.of(plan, slab.ranked)
+        BlockSpec(slab.view, plan.block).apply_mask((found > limits) | ((found == limits) & (places <= lasts)))
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,7 @@ class ByWindows:
 
 def dropper_of(plan: Plan, search: Search) -> Dropper:
     """The dropper of a tensor that is decided alone; it may read the tensor."""
-    if _slab_bytes(plan, plan.scope_size) <= SCOPE_BYTES:
+    if _fits(plan, plan.scope_size, SCOPE_BYTES):
         return ByScope(plan, plan.scopes * plan.keep)
     keys = Keys([plan])
     if plan.keep in (0, plan.blocks):
@@ -219,7 +231,8 @@ def droppers_of(budget: Budget, search: Search) -> list[Dropper]:
     return [_by_limit(plan, keys, found[i], search) for i, plan in enumerate(plans)]
 
 
-def _by_limit(plan: Plan, keys: Keys, limit: Limit, search: Search) -> Dropper:
+def _by_limit(shared: Plan, keys: Keys, limit: Limit, search: Search) -> Dropper:
+    plan = replace(shared, keep=limit.kept)
     if _holds_blocks(plan):
         return ByLimit.single(plan, keys, limit)
     mask, grid = np.empty(plan.grid, np.bool_), (1,) * len(plan.block)
@@ -227,13 +240,14 @@ def _by_limit(plan: Plan, keys: Keys, limit: Limit, search: Search) -> Dropper:
     return ByMask(plan, mask, limit.kept)
 
 
-def _slab_bytes(plan: Plan, period: Sequence[int]) -> int:
-    return smallest_slab(plan.shape, plan.stored(period)) * plan.itemsize
+def _fits(plan: Plan, period: Sequence[int], nbytes: int) -> bool:
+    """Whether a slab of `nbytes` holds whole canonical periods."""
+    return smallest_slab(plan.shape, plan.stored(period)) <= elements_in(nbytes, plan.itemsize)
 
 
 def _holds_blocks(plan: Plan) -> bool:
     """Whether slabs hold whole blocks, and where norms depend on it, are those that a search reads."""
-    return _slab_bytes(plan, plan.block) <= (SCOPE_BYTES if plan.has_exact_norms else SLAB_BYTES)
+    return _fits(plan, plan.block, SCOPE_BYTES if plan.has_exact_norms else SLAB_BYTES)
 
 
 def _blocks(side: slice, size: int) -> tuple[int, int]:
@@ -258,14 +272,15 @@ class _Strip(NamedTuple):
 def _strips(plan: Plan, keys: Keys, search: Search) -> Iterator[_Strip]:
     """The limits of all scopes, which 0 < keep < blocks survive of, as many at once as fit in a slab."""
     grid = (1,) * len(plan.block)
-    for box in tiles(whole(plan.shape), plan.stored(plan.scope_size), max(1, SCOPE_BYTES // plan.itemsize)):
-        if math.prod(extents(box)) * plan.itemsize > SCOPE_BYTES:
+    most = elements_in(SCOPE_BYTES, plan.itemsize)
+    for box in tiles(whole(plan.shape), plan.stored(plan.scope_size), most):
+        if math.prod(extents(box)) > most:
             limit = search.limits([Member(plan, box)], plan.keep, keys)[0]
             yield _Strip(box, np.full(grid, limit.key), np.full(grid, limit.last))
             continue
         table = by_scope(keys.of(plan, search.slab(plan, box).ranked), plan.scope)
         place = table.shape[-1] - plan.keep
-        limits = np.partition(table, place, axis=-1)[..., place, None]
+        limits = np.partition(table, place, axis=-1)[..., place, None].copy()
         ties = (table == limits).cumsum(-1, dtype=np.int32)
         left = plan.keep - np.count_nonzero(table > limits, axis=-1)
         yield _Strip(box, limits[..., 0], (ties >= left[..., None]).argmax(-1), table)
@@ -282,7 +297,8 @@ def _mark(mask: Array, plan: Plan, strip: _Strip, keys: Keys, search: Search) ->
     member, limit, last = Member(plan, strip.box), strip.limits.item(), strip.lasts.item()
     for _, slab in search.slabs([member]):
         found = keys.of(plan, slab.ranked)
-        survives = (found > limit) | ((found == limit) & (member.positions(slab.box) <= last))
+        survives, ties = found > limit, found == limit
+        survives[ties] = member.positions(slab.box, ties) <= last
         mask[_on_grid(plan, slab.box, plan.block)] = survives
 
 

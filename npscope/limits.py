@@ -24,7 +24,7 @@ import numpy as np
 from npscope.namespace import block_norms
 from npscope.plans import Plan
 from npscope.ranked import RankedReader, Slab
-from npscope.slabs import SLAB_BYTES, Array, Box, extents, tiles, whole
+from npscope.slabs import SLAB_BYTES, Array, Box, elements_in, extents, tiles, whole
 
 GATHER = 1 << 21
 """Keys that a search holds at most."""
@@ -75,14 +75,14 @@ class Member:
 
     def boxes(self, nbytes: int) -> Iterator[Box]:
         """Boxes of whole blocks that cover the region, of about `nbytes`."""
-        return tiles(self.region, self.plan.stored(self.plan.block), max(1, nbytes // self.plan.itemsize))
+        return tiles(self.region, self.plan.stored(self.plan.block), elements_in(nbytes, self.plan.itemsize))
 
-    def positions(self, box: Box) -> Array:
-        """The positions of the blocks of a box, row-major in the canonical grid of the region."""
-        found = np.zeros((), np.int64)
-        for axis, size, length in zip(self.plan.order, self.plan.block, self.grid, strict=True):
-            start, stop = ((end - self.region[axis].start) // size for end in (box[axis].start, box[axis].stop))
-            found = found[..., None] * length + np.arange(start, stop)
+    def positions(self, box: Box, chosen: Array) -> Array:
+        """The positions of the `chosen` blocks of a box, row-major in the canonical grid of the region."""
+        found = np.zeros(np.count_nonzero(chosen), np.int64)
+        places = np.nonzero(chosen)
+        for axis, size, length, along in zip(self.plan.order, self.plan.block, self.grid, places, strict=True):
+            found = found * length + ((box[axis].start - self.region[axis].start) // size + along)
         return found
 
 
@@ -93,32 +93,33 @@ class Keys:
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
-        wide = any("float64" in plan.ranked_dtypes for plan in plans)
-        self.floats: type[np.floating[Any]] = np.float64 if wide else np.float32
-        self.integers: type[np.signedinteger[Any]] = np.int64 if wide else np.int32
-        narrow = not wide and all(math.prod(plan.block) == 1 and plan.scores is None for plan in plans)
+        self.are_wide = any(plan.has_wide_norms for plan in plans)
+        self.floats: type[np.floating[Any]] = np.float64 if self.are_wide else np.float32
+        self.integers: type[np.signedinteger[Any]] = np.int64 if self.are_wide else np.int32
+        narrow = not self.are_wide and all(math.prod(plan.block) == 1 and plan.scores is None for plan in plans)
         self._unused = min(_UNUSED_BITS.get(plan.tensor.dtype, 0) for plan in plans) if narrow else 0
-        self._nan = np.asarray(np.nan, self.floats).view(self.integers)
-        self._infinity = np.asarray(np.inf, self.floats).view(self.integers)
-        self.nan = int(self._nan) >> self._unused
+        self._nan_bits = np.asarray(np.nan, self.floats).view(self.integers)
+        self._infinity_bits = np.asarray(np.inf, self.floats).view(self.integers)
+        self.infinity = int(self._infinity_bits) >> self._unused
+        self.nan = int(self._nan_bits) >> self._unused
         """The key of a block with NaN, above all others."""
 
     def of(self, plan: Plan, ranked: Array) -> Array:
         """The keys of the blocks of part of a planned tensor, on their grid."""
         norms = block_norms(ranked, plan.block, ord=plan.ord).astype(self.floats, copy=False)
         keys: Array = norms.view(self.integers)
-        if keys.size and keys.max() > self._infinity:  # NaN, which all tie
-            np.copyto(keys, self._nan, where=keys > self._infinity)
+        if keys.size and keys.max() > self._infinity_bits:  # NaN, which all tie
+            np.copyto(keys, self._nan_bits, where=keys > self._infinity_bits)
         if self._unused:
             keys >>= self.integers(self._unused)
         return keys
 
     def all_or_none(self, blocks: int) -> Limit:
-        """The limit that all `blocks` are above, or for 0 none."""
-        return Limit(0, blocks, blocks) if blocks else Limit(self.nan, -1, 0)
+        """The limit that every block is above, `blocks` in number, or for 0 none."""
+        return Limit(-1, -1, blocks) if blocks else Limit(self.nan, -1, 0)
 
     def norms(self, keys: Array) -> Array:
-        """The norms of keys up to `nan`."""
+        """The norms of keys up to `infinity`."""
         found: Array = (keys << self._unused).astype(self.integers).view(self.floats)
         return found
 
@@ -139,7 +140,7 @@ class _Tally:
         self.low, self.high = low, high
         self.above, self.inside = [0] * len(members), 0
         self.gathered: list[list[Array]] | None = [[] for _ in members] if expected <= GATHER else None
-        self.by_member = width * len(members) <= BINS
+        self.by_member = width == 1 or width * len(members) <= BINS
         self.shift = 0 if self.by_member else max(0, (width - 1).bit_length() - BINS.bit_length() + 1)
         rows = len(members) if self.by_member else 1
         self.counts = np.zeros((rows, ((width - 1) >> self.shift) + 1 if self.gathered is None else 0), np.int64)
@@ -158,7 +159,10 @@ class _Tally:
         elif self.counts.size:
             bins = ((inside - inside.dtype.type(self.low)) >> inside.dtype.type(self.shift)).astype(np.intp)
             row = member if self.by_member else 0
-            self.counts[row] += np.bincount(bins, minlength=self.counts.shape[1])
+            if 16 * bins.size < self.counts.shape[1]:  # then a whole array of counts costs more than it counts
+                np.add.at(self.counts[row], bins, 1)
+            else:
+                self.counts[row] += np.bincount(bins, minlength=self.counts.shape[1])
 
 
 class _Found(NamedTuple):
@@ -277,7 +281,7 @@ class Search:
             shift = max(0, (high - low).bit_length() - BINS.bit_length() + 1)
             counts, gathered = np.zeros(((high - low) >> shift) + 1, np.int64), []
             for _, slab in self.slabs([member]):
-                places = member.positions(slab.box)[keys.of(member.plan, slab.ranked) == key]
+                places = member.positions(slab.box, keys.of(member.plan, slab.ranked) == key)
                 places = places[(places >= low) & (places <= high)]
                 if gather:
                     gathered.append(places)

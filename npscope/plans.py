@@ -76,13 +76,16 @@ class Plan:
     @property
     def has_exact_norms(self) -> bool:
         """Whether norms are correctly rounded, so that they do not depend on how the elements lie."""
-        simple = self.ord in (1, 2, math.inf) and "float64" not in self.ranked_dtypes
+        simple = self.ord in (1, 2, math.inf) and not self.has_wide_norms
         return math.prod(self.block) == 1 or simple
 
     @property
-    def ranked_dtypes(self) -> tuple[str, ...]:
-        """The dtypes that take part in ranking."""
-        return (self.tensor.dtype,) if self.scores is None else (self.tensor.dtype, self.scores.tensor.dtype)
+    def has_wide_norms(self) -> bool:
+        """Whether blocks rank by norms in float64."""
+        if self.scores is None:
+            return self.tensor.dtype == "float64"
+        own = self.scores.along is not None and self.tensor.dtype == "float64"
+        return own or self.scores.tensor.dtype == "float64"
 
     def stored(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of canonical axes as sizes of the axes of `shape`."""
@@ -115,7 +118,7 @@ class Budget:
 
     Each plan has one scope, its whole tensor. `bounds` are the least and the most blocks that
     survive of each; the `keep` blocks are those that rank first among all choices within them.
-    The `keep` of the plans themselves is without meaning.
+    The `keep` of the plans themselves is without meaning until the values have been read.
     """
 
     name: str

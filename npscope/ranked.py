@@ -71,7 +71,8 @@ class RankedReader:
             self._factors = scores, _factors(scores, request)
         factors = self._factors[1]
         sides = zip(request.box, factors.shape, strict=True)
-        return np.abs(values).astype(factors.dtype) * factors[tuple(slice(None) if n == 1 else s for s, n in sides)]
+        with np.errstate(all="ignore"):  # infinity times 0 is NaN and ranks as such
+            return np.abs(values).astype(factors.dtype) * factors[tuple(slice(None) if n == 1 else s for s, n in sides)]
 
 
 def _factors(scores: Scores, request: Request) -> Array:

@@ -41,6 +41,11 @@ Array = np.ndarray[Any, Any]
 T = TypeVar("T")
 
 
+def elements_in(nbytes: int, itemsize: int) -> int:
+    """How many elements take at most `nbytes`, as they are and as norms in float32; at least 1."""
+    return max(1, nbytes // max(4, itemsize))
+
+
 def extents(box: Box) -> tuple[int, ...]:
     """The shape of a box."""
     return tuple(side.stop - side.start for side in box)
@@ -127,9 +132,16 @@ class Background:
         return done
 
     def close(self) -> None:
-        """Wait for what has begun."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """Wait for what has begun, whatever signal comes: it uses descriptors that are closed next."""
+        interrupted: KeyboardInterrupt | None = None
+        while self._pool is not None:
+            try:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                self._pool = None
+            except KeyboardInterrupt as signal:
+                interrupted = signal
+        if interrupted is not None:
+            raise interrupted
 
     def __enter__(self) -> Self:
         return self

@@ -164,6 +164,44 @@ def test_budgets_with_bounds(tmp_path_factory: pytest.TempPathFactory, data: st.
         np.testing.assert_array_equal(result[name].view(np.uint8), expected.view(np.uint8))
 
 
+@pytest.mark.usefixtures("means")
+def test_a_budget_of_float64_and_float32(tmp_path: Path) -> None:
+    """Limits that float32 cannot say, and values that are equal in both."""
+    tensors = {"a": np.full((8, 8), 1 + 2.0**-40), "b": np.ones((8, 8), np.float32), "c": np.ones((8, 8))}
+
+    def decide(found: Any) -> list[Budget]:
+        plans = tuple(lay(Pattern.parse("1x1@0.5"), found[name]) for name in tensors)
+        return [Budget("all", plans, 100, ((0, 64),) * 3)]
+
+    result = pruned(tmp_path, tensors, decide)
+    assert [np.count_nonzero(result[name]) for name in tensors] == [64, 36, 0]
+    assert result["b"].reshape(-1)[:36].all()
+
+
+@pytest.mark.usefixtures("means")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", ["1x1@0.9", "2x2@0", "2x2@1", "block=1x2 scope=-1x2 keep=16"])
+def test_infinities_zeros_of_either_sign_and_all_or_nothing(tmp_path: Path, dtype: str, text: str) -> None:
+    values = numbers("zeros", (16, 16), dtype, 0)
+    values[::2] = -values[::2]
+    values[:, 3] = 448 if dtype == "float8_e4m3fn" else np.inf
+    scores = np.zeros((16, 16), np.float32)
+    save_file({"w": scores}, tmp_path / "scores")
+    for ranked in (None, scores):
+        with open_weights(tmp_path / "scores") as other:
+            plans: list[Plan] = []
+
+            def decide(found: Any, ranked: Any = ranked, plans: list[Plan] = plans, other: Any = other) -> list[Plan]:
+                plan = lay(Pattern.parse(text), found["w"])
+                plans.append(plan if ranked is None else replace(plan, scores=Scores(other, other.tensors["w"])))
+                return plans
+
+            found = pruned(tmp_path, {"w": values}, decide)["w"]
+        (plan,) = plans
+        expected = npscope.keep_largest(values, plan.keep, plan.block, plan.scope, scores=ranked, ord=plan.ord)
+        np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8))
+
+
 def test_a_budget_that_no_choice_meets(tmp_path: Path) -> None:
     def decide(found: Any) -> list[Budget]:
         plan = lay(Pattern.parse("1x1@0.5"), found["w"])
