@@ -24,7 +24,7 @@ from npscope.plans import Budget, Coupled, Plan
 from npscope.ranked import Slab
 from npscope.slabs import SLAB_BYTES, Array, Box, boxes, elements_in, extents, smallest_slab, tiles, whole
 
-SCOPE_BYTES = 16 << 20
+SCOPE_BYTES = 8 << 20
 """A scope is decided at once when a slab of at most this size holds it."""
 
 

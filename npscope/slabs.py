@@ -16,8 +16,8 @@ import numpy as np
 
 from npscope.weights import Tensor, WeightFile, numpy_dtype
 
-SLAB_BYTES = 8 << 20
-"""About the size of a slab: long enough for the disk, short enough that Ctrl-C is answered at once."""
+SLAB_BYTES = 5 << 20
+"""About the size of a slab, norms included: long for the disk, and short for a search over single elements."""
 
 SLABS = 3
 """Buffers of a reader: one is filled, one is worked on, one may still be written elsewhere."""
