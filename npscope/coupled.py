@@ -19,7 +19,7 @@ import numpy as np
 from npscope.block import BlockCoupling, BlockSpec
 from npscope.plans import Coupling, Group, Member, Scores, Window
 from npscope.scope import ScopeCoupling, ScopeSpec
-from npscope.scores import Array, input_vector, require_usable
+from npscope.scores import Array, input_vector, require_usable, scaled
 from npscope.weights import Tensor, WeightFile, numpy_dtype
 
 Box = tuple[slice, ...]
@@ -192,7 +192,7 @@ class _WindowReader:
             require_usable(scores.tensor, values)
             return values
         values = self._read(self._weights, window.tensor, window, box)
-        return _scaled(values, _factors(scores, window, box))
+        return scaled(values, _factors(scores, window, box))
 
     def _read(self, weights: WeightFile, tensor: Tensor, window: Window, box: Box) -> Array:
         """The elements of `tensor`, which lie in it as `window` does, in a box of the window."""
@@ -227,14 +227,6 @@ def _factors(scores: Scores, window: Window, box: Box) -> Array:
         places = places + steps.reshape([-1 if other == axis else 1 for other in range(len(box))])
     channels: Array = input_vector(scores)[places // math.prod(shape[along + 1 :]) % shape[along]]
     return channels
-
-
-def _scaled(values: Array, factors: Array) -> Array:
-    """``|values| * factors`` in the dtype of the norm."""
-    dtype = np.result_type(np.float64 if np.float64 in (values.dtype, factors.dtype) else np.float32)
-    with np.errstate(all="ignore"):
-        scaled: Array = np.abs(values.astype(dtype)) * factors.astype(dtype)
-    return scaled
 
 
 def _by_stride(strides: Sequence[int]) -> list[int]:

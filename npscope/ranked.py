@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from npscope.plans import Coupled, Plan, Scores
-from npscope.scores import input_vector, require_usable
+from npscope.scores import input_vector, require_usable, scaled
 from npscope.slabs import Array, Box, Request, SlabReader
 from npscope.weights import WeightFile
 
@@ -71,15 +71,12 @@ class RankedReader:
             self._factors = scores, _factors(scores, request)
         factors = self._factors[1]
         sides = zip(request.box, factors.shape, strict=True)
-        with np.errstate(all="ignore"):  # infinity times 0 is NaN and ranks as such
-            return np.abs(values).astype(factors.dtype) * factors[tuple(slice(None) if n == 1 else s for s, n in sides)]
+        return scaled(values, factors[tuple(slice(None) if n == 1 else s for s, n in sides)])
 
 
 def _factors(scores: Scores, request: Request) -> Array:
-    """The numbers that multiply a weight's magnitudes, in the dtype of the norm, broadcastable to its reading."""
-    wide = np.float64 if "float64" in (request.tensor.dtype, scores.tensor.dtype) else np.float32
-    numbers = input_vector(scores).astype(wide)
-    return _spread(numbers, scores.along or 0, request.tensor.shape, request.shape)
+    """The numbers that multiply a weight's magnitudes, broadcastable to its reading."""
+    return _spread(input_vector(scores), scores.along or 0, request.tensor.shape, request.shape)
 
 
 def _spread(numbers: Array, along: int, stored: tuple[int, ...], shape: tuple[int, ...]) -> Array:

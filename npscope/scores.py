@@ -69,3 +69,11 @@ def input_vector(scores: Scores) -> Array:
     scores.weights.read(scores.tensor, 0, vector.view(np.uint8).data)
     require_usable(scores.tensor, vector)
     return vector
+
+
+def scaled(values: Array, factors: Array) -> Array:
+    """``|values| * factors`` in the dtype of the norm; infinity times 0 is NaN, and ranks as such."""
+    dtype = np.result_type(np.float64 if np.float64 in (values.dtype, factors.dtype) else np.float32)
+    with np.errstate(all="ignore"):
+        product: Array = np.abs(values.astype(dtype)) * factors.astype(dtype)
+    return product

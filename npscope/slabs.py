@@ -168,14 +168,6 @@ class SlabReader:
             self._ahead.close()
             self._ahead = None
 
-    def slabs(self, tensor: Tensor, shape: tuple[int, ...], period: tuple[int, ...]) -> Iterator[tuple[Box, Array]]:
-        """(box, values) of one float tensor read as `shape`, in boxes of whole periods in the order of its bytes."""
-        size = numpy_dtype(tensor).itemsize
-        for request, values in self.read(
-            Request(tensor, shape, box) for box in boxes(shape, period, SLAB_BYTES // size, 1 << 62)
-        ):
-            yield request.box, values
-
     def read(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Array]]:
         """(request, values) for each request; the values are gone `SLABS` - 1 slabs later."""
         if self._ahead is None:
