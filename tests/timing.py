@@ -1,0 +1,50 @@
+"""Processor time, for tests that say how much work something may be.
+
+Not the clock's time: other processes run beside the tests. No collections of garbage in between:
+their cost grows with everything that the tests before have left alive.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def collections_off() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail if the body takes the process more than `seconds`."""
+    with collections_off():
+        start = time.process_time()
+        yield
+        taken = time.process_time() - start
+    assert taken < seconds
+
+
+def assert_linear(work: Callable[[int], None], small: int, factor: int = 10) -> None:
+    """Fail if `factor` times as much of something takes far more than `factor` times as long.
+
+    Quadratic time is `factor` squared; the line is drawn at half of that, as one slow moment must not cross it.
+    """
+
+    def seconds(count: int) -> float:
+        start = time.process_time()
+        work(count)
+        return time.process_time() - start
+
+    with collections_off():
+        seconds(small)
+        few = min(seconds(small) for _ in range(3))
+        many = min(seconds(factor * small) for _ in range(2))
+    assert many < factor**2 / 2 * few + 0.5
