@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from npscope.cli.report import milliseconds
 from npscope.clock import FAILED_ABOVE, Row
-from npscope.report import milliseconds
 
 OURS = "npscope numba"
 

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from npscope import nnz_from_sparsity, planning
-from npscope.allocation import NormHistogram, Norms, erk, lamp, uniform
+from npscope import nnz_from_sparsity
 from npscope.errors import SpecError
-from npscope.planning import plan_file
-from npscope.pruning import prune_file
-from npscope.recipe_file import parse_recipe
+from npscope.recipes import planning
+from npscope.recipes.allocation import NormHistogram, Norms, erk, lamp, uniform
+from npscope.recipes.planning import plan_file
+from npscope.recipes.recipe_file import parse_recipe
+from npscope.streaming.pruning import prune_file
 
 SHARES = st.integers(0, 100).map(lambda percent: f"{percent / 100:.2f}")
 

@@ -23,11 +23,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import npscope
-from npscope import cli, dropping, limits, pruning, report, slabs
+from npscope import cli
+from npscope.cli import report
 from npscope.errors import SpecError
-from npscope.pattern import Pattern
-from npscope.plans import Skip
-from npscope.recipe import Recipe
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.plans import Skip
+from npscope.recipes.recipe import Recipe
+from npscope.streaming import dropping, limits, pruning, slabs
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
@@ -511,7 +513,8 @@ def test_case76_out_of_memory(run: Run, folder: Path, monkeypatch: pytest.Monkey
 SLOW = """
 import sys, time
 import npscope
-from npscope import cli, dropping
+from npscope import cli
+from npscope.streaming import dropping
 def slow(*arguments, **options):
     time.sleep(60)
 dropping.keep_largest = slow
@@ -762,7 +765,7 @@ def test_help_is_quick_and_needs_no_kernels() -> None:
     assert process.returncode == 0
     assert "--pattern" in process.stdout
     loaded = process.stdout.splitlines()[-1]
-    for module in ("numba", "ml_dtypes", "rich.table", "npscope.pruning"):
+    for module in ("numba", "ml_dtypes", "rich.table", "npscope.streaming.pruning"):
         assert f"'{module}'" not in loaded
 
 

@@ -18,14 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from npscope import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, block_norms, coupled
-from npscope.coupled import Kept, blocks_in_use, drop, joint_norms, masks_of
+from npscope import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, block_norms
 from npscope.errors import CouplingError, FormatError, SpecError
-from npscope.members import CouplingRule, MemberRule, couple, window_of
-from npscope.plans import Coupled, Coupling, Group, Member, Skip, Window
-from npscope.pruning import Outcome, prune_file
-from npscope.recipe import Recipe, resolve
-from npscope.recipe_file import parse_recipe
+from npscope.recipes import coupled
+from npscope.recipes.coupled import Kept, blocks_in_use, drop, joint_norms, masks_of
+from npscope.recipes.members import CouplingRule, MemberRule, couple, window_of
+from npscope.recipes.plans import Coupled, Coupling, Group, Member, Skip, Window
+from npscope.recipes.recipe import Recipe, resolve
+from npscope.recipes.recipe_file import parse_recipe
+from npscope.streaming.pruning import Outcome, prune_file
 from npscope.weights import Axes, Tensor, Use, open_weights
 
 UP, DOWN = "mlp.up.weight", "mlp.down.weight"
@@ -59,7 +60,7 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cut":
         monkeypatch.setattr(coupled, "STRIP_BYTES", 3000)
         monkeypatch.setattr(coupled, "_GAP_BYTES", 64)
-        monkeypatch.setattr("npscope.slabs.SLAB_BYTES", 1000)
+        monkeypatch.setattr("npscope.streaming.slabs.SLAB_BYTES", 1000)
     return str(request.param)
 
 

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from npscope import cli, comparison
-from npscope.comparison import Difference, compare_files
+from npscope import cli
 from npscope.errors import FileError
+from npscope.streaming import comparison
+from npscope.streaming.comparison import Difference, compare_files
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from npscope import cli, export
+from npscope import cli
 from npscope.errors import FormatError, SpecError
-from npscope.export import Selection, export_bitmask, export_matrix, export_two_of_four
-from npscope.pattern import Pattern
-from npscope.pruning import prune_file
-from npscope.recipe import Recipe
-from npscope.storage import storage
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.recipe import Recipe
+from npscope.streaming import export
+from npscope.streaming.export import Selection, export_bitmask, export_matrix, export_two_of_four
+from npscope.streaming.pruning import prune_file
+from npscope.streaming.storage import storage
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]

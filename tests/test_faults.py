@@ -27,9 +27,9 @@ from files import DATA, contents, refused, run, save_sharded, small
 from safetensors.numpy import load_file, save_file
 
 from npscope.errors import FileError
-from npscope.pattern import Pattern
-from npscope.pruning import prune_file
-from npscope.recipe import Recipe
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.recipe import Recipe
+from npscope.streaming.pruning import prune_file
 from npscope.weights import open_weights
 from npscope.weights.output import Target, staged
 

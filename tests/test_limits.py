@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import npscope
-from npscope import dropping, limits, pruning, slabs
 from npscope.errors import FormatError, SpecError
-from npscope.layout import lay
-from npscope.pattern import Pattern
-from npscope.plans import Budget, Plan, Scores
-from npscope.recipe import Recipe
+from npscope.recipes.layout import lay
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.plans import Budget, Plan, Scores
+from npscope.recipes.recipe import Recipe
+from npscope.streaming import dropping, limits, pruning, slabs
 from npscope.weights import numpy_dtype, open_weights
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float64")

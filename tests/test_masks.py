@@ -17,12 +17,13 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from npscope import cli, dropping, masks, slabs
+from npscope import cli
 from npscope.errors import FormatError, SpecError
-from npscope.masks import apply_mask
-from npscope.pattern import Pattern
-from npscope.pruning import prune_file
-from npscope.recipe import Recipe
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.recipe import Recipe
+from npscope.streaming import dropping, masks, slabs
+from npscope.streaming.masks import apply_mask
+from npscope.streaming.pruning import prune_file
 from npscope.weights import Tensor
 from npscope.weights.new_safetensors import create
 from npscope.weights.output import Target

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from npscope import nnz_from_sparsity
 from npscope.errors import SpecError
-from npscope.pattern import Pattern
-from npscope.plans import Plan, Skip
-from npscope.recipe import DEFAULT_SKIPS, Recipe, resolve
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.plans import Plan, Skip
+from npscope.recipes.recipe import DEFAULT_SKIPS, Recipe, resolve
 from npscope.weights import Tensor
 
 

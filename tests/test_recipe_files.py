@@ -21,12 +21,12 @@ from safetensors.numpy import save_file
 
 from npscope import cli
 from npscope.errors import FileError, FormatError, NpscopeError, SpecError
-from npscope.pattern import Pattern
-from npscope.plans import Budget, Coupling, Decision, Plan, Skip
-from npscope.pruning import prune_file
-from npscope.recipe import Recipe, Rule, resolve
-from npscope.recipe_file import MAX_BYTES, parse_recipe, read_recipe, recipe_of
-from npscope.scores import check_scores_unchanged, require_usable, scores_of
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.plans import Budget, Coupling, Decision, Plan, Skip
+from npscope.recipes.recipe import Recipe, Rule, resolve
+from npscope.recipes.recipe_file import MAX_BYTES, parse_recipe, read_recipe, recipe_of
+from npscope.recipes.scores import check_scores_unchanged, require_usable, scores_of
+from npscope.streaming.pruning import prune_file
 from npscope.weights import Axes, Tensor, Use, open_weights
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
@@ -695,7 +695,7 @@ def test_exit_codes_of_plan(
 
 def test_planning_writes_nothing_and_reads_no_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Allocations by shape need no values either."""
-    from npscope.planning import plan_file
+    from npscope.recipes.planning import plan_file
     from npscope.weights.packed import Packed
 
     monkeypatch.setattr(Packed, "read", None)

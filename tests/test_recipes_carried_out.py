@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from npscope import BlockSpec, ScopeSpec, cli, keep_largest
 from npscope.errors import FormatError
-from npscope.pruning import prune_file
-from npscope.recipe_file import parse_recipe, read_recipe
+from npscope.recipes.recipe_file import parse_recipe, read_recipe
+from npscope.streaming.pruning import prune_file
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
 

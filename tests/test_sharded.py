@@ -19,9 +19,9 @@ from files import DATA, contents, load_sharded, refused, run, save_sharded, smal
 from safetensors.numpy import load_file, save_file
 
 from npscope.errors import FileError, FormatError
-from npscope.pattern import Pattern
-from npscope.pruning import prune_file
-from npscope.recipe import Recipe
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.recipe import Recipe
+from npscope.streaming.pruning import prune_file
 from npscope.weights import open_weights
 
 pytestmark = pytest.mark.usefixtures("uncompiled")

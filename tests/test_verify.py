@@ -18,14 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from npscope import cli, occupancy, verification
+from npscope import cli
 from npscope.errors import SpecError
-from npscope.inspection import Blocks, Groups, inspect_file
-from npscope.pattern import Pattern
-from npscope.plans import Budget, Plan, Skip
-from npscope.pruning import prune_file
-from npscope.recipe import Recipe, resolve
-from npscope.verification import Checked, CheckedBudget, Offence, verify, verify_file
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.plans import Budget, Plan, Skip
+from npscope.recipes.recipe import Recipe, resolve
+from npscope.streaming import occupancy, verification
+from npscope.streaming.inspection import Blocks, Groups, inspect_file
+from npscope.streaming.pruning import prune_file
+from npscope.streaming.verification import Checked, CheckedBudget, Offence, verify, verify_file
 from npscope.weights import open_weights
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"

@@ -105,7 +105,7 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class Differing:
-    """One tensor of a run of ``npscope diff``; the counts are those of `npscope.comparison.Difference`."""
+    """One tensor of a run of ``npscope diff``; the counts are those of `npscope.streaming.comparison.Difference`."""
 
     name: str
     status: str

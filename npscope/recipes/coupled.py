@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from npscope.block import BlockCoupling, BlockSpec
-from npscope.plans import Coupling, Group, Member, Scores, Window
+from npscope.recipes.plans import Coupling, Group, Member, Scores, Window
+from npscope.recipes.scores import Array, input_vector, require_usable, scaled
 from npscope.scope import ScopeCoupling, ScopeSpec
-from npscope.scores import Array, input_vector, require_usable, scaled
 from npscope.weights import Tensor, WeightFile, numpy_dtype
 
 Box = tuple[slice, ...]

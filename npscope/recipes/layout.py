@@ -10,8 +10,8 @@ import math
 from typing import Literal, NamedTuple
 
 from npscope.errors import SpecError
-from npscope.pattern import Pattern
-from npscope.plans import Plan
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.plans import Plan
 from npscope.weights import Axes, Tensor
 
 CONVOLUTION_WIDTH = 16

@@ -18,9 +18,9 @@ import numpy as np
 
 from npscope.counts import nnz_from_sparsity
 from npscope.errors import CouplingError, SpecError, about
-from npscope.layout import Layout, meaning
-from npscope.plans import Coupling, Group, Member, Window
-from npscope.scores import scores_of
+from npscope.recipes.layout import Layout, meaning
+from npscope.recipes.plans import Coupling, Group, Member, Window
+from npscope.recipes.scores import scores_of
 from npscope.tiling import Tiling, as_orders
 from npscope.weights import Tensor, WeightFile
 

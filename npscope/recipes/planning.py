@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npscope.allocation import NormHistogram, Norms
-from npscope.coupled import joint_norms
-from npscope.members import window_of
-from npscope.plans import Budget, Coupled, Coupling, Decision, Group, Member, Plan, Skip
-from npscope.recipe import Recipe, resolve
+from npscope.recipes.allocation import NormHistogram, Norms
+from npscope.recipes.coupled import joint_norms
+from npscope.recipes.members import window_of
+from npscope.recipes.plans import Budget, Coupled, Coupling, Decision, Group, Member, Plan, Skip
+from npscope.recipes.recipe import Recipe, resolve
 from npscope.weights import Axes, Tensor, WeightFile, open_weights
 
 EXACT_BLOCKS = 1 << 16
@@ -24,7 +24,7 @@ EXACT_BLOCKS = 1 << 16
 def decided(recipe: Recipe, weights: WeightFile) -> Iterator[list[Decision]]:
     """Context with the decisions of `recipe` on an open file, in which the files of its scores are open.
 
-    SpecError and FormatError (ValueErrors) as `npscope.recipe.resolve` and `npscope.weights.open_weights`.
+    SpecError and FormatError (ValueErrors) as `npscope.recipes.recipe.resolve` and `npscope.weights.open_weights`.
     """
     with ExitStack() as stack:
         scores = {path: stack.enter_context(open_weights(path)) for path in recipe.score_files}

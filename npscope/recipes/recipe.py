@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal, Self
 
-from npscope import allocation
 from npscope.counts import nnz_from_sparsity
 from npscope.errors import SpecError, about
-from npscope.layout import Axis, Layout, lay, meaning, require_axis
-from npscope.members import CouplingRule, couple
-from npscope.pattern import Pattern
-from npscope.plans import Budget, Decision, Plan, Skip
-from npscope.scores import scores_of
+from npscope.recipes import allocation
+from npscope.recipes.layout import Axis, Layout, lay, meaning, require_axis
+from npscope.recipes.members import CouplingRule, couple
+from npscope.recipes.pattern import Pattern
+from npscope.recipes.plans import Budget, Decision, Plan, Skip
+from npscope.recipes.scores import scores_of
 from npscope.weights import Tensor, WeightFile
 
 DEFAULT_SKIPS = (
@@ -70,7 +70,7 @@ call a convolution by the norm that they fold into it.
 
 Spread = Literal["each", "budget", "uniform", "erk", "lamp"]
 """How the amount of a pattern is spread over the tensors of a rule: the same for each scope, as one
-budget for which all blocks compete, or as a share for each tensor (`npscope.allocation`)."""
+budget for which all blocks compete, or as a share for each tensor (`npscope.recipes.allocation`)."""
 
 NormsOf = Callable[[Plan], allocation.Norms]
 """Reads the norms of all blocks of a plan."""

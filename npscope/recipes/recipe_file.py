@@ -20,10 +20,10 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 from npscope.errors import FormatError, SpecError, about
-from npscope.layout import Axis, Layout, require_axis
-from npscope.members import CouplingRule, MemberRule
-from npscope.pattern import Pattern, as_ord, as_share
-from npscope.recipe import Recipe, Rule, Spread
+from npscope.recipes.layout import Axis, Layout, require_axis
+from npscope.recipes.members import CouplingRule, MemberRule
+from npscope.recipes.pattern import Pattern, as_ord, as_share
+from npscope.recipes.recipe import Recipe, Rule, Spread
 
 MAX_BYTES = 4 << 20
 """A longer file is no recipe."""

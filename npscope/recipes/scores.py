@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from npscope.errors import FormatError, SpecError
-from npscope.plans import Budget, Coupling, Decision, Plan, Scores
+from npscope.recipes.plans import Budget, Coupling, Decision, Plan, Scores
 from npscope.weights import Axes, Tensor, WeightFile, numpy_dtype
 
 Array = np.ndarray[Any, Any]

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from npscope.slabs import Array, Box, boxes, extents
+from npscope.streaming.slabs import Array, Box, boxes, extents
 from npscope.weights import Tensor, WeightFile, numpy_dtype, open_weights
 
 CHUNK_BYTES = 1 << 20

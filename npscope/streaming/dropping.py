@@ -16,13 +16,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from npscope.block import BlockSpec
-from npscope.coupled import Kept, drop
 from npscope.errors import SpecError
-from npscope.limits import Keys, Limit, Member, Search
 from npscope.namespace import hard_threshold, keep_largest
-from npscope.plans import Budget, Coupled, Plan
-from npscope.ranked import Slab
-from npscope.slabs import SLAB_BYTES, Array, Box, boxes, elements_in, extents, smallest_slab, tiles, whole
+from npscope.recipes.coupled import Kept, drop
+from npscope.recipes.plans import Budget, Coupled, Plan
+from npscope.streaming.limits import Keys, Limit, Member, Search
+from npscope.streaming.ranked import Slab
+from npscope.streaming.slabs import SLAB_BYTES, Array, Box, boxes, elements_in, extents, smallest_slab, tiles, whole
 
 SCOPE_BYTES = 8 << 20
 """A scope is decided at once when a slab of at most this size holds it."""

@@ -37,12 +37,12 @@ from typing import Any, Literal
 import numpy as np
 
 from npscope.errors import FormatError, SpecError, about
-from npscope.planning import decided
-from npscope.plans import Plan
-from npscope.recipe import Names, Recipe
-from npscope.slabs import Array
-from npscope.storage import bitmask_bytes
-from npscope.verification import Checked, verify
+from npscope.recipes.planning import decided
+from npscope.recipes.plans import Plan
+from npscope.recipes.recipe import Names, Recipe
+from npscope.streaming.slabs import Array
+from npscope.streaming.storage import bitmask_bytes
+from npscope.streaming.verification import Checked, verify
 from npscope.weights import Tensor, WeightFile, numpy_dtype, open_weights
 from npscope.weights.new_safetensors import NewSafetensors, create
 from npscope.weights.output import Target, staged

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npscope.layout import Layout, has_matrix, meaning
-from npscope.occupancy import Piece, PieceReader, any_of, count_of
-from npscope.slabs import Array, Box, count_zeros_and_nans
+from npscope.recipes.layout import Layout, has_matrix, meaning
+from npscope.streaming.occupancy import Piece, PieceReader, any_of, count_of
+from npscope.streaming.slabs import Array, Box, count_zeros_and_nans
 from npscope.weights import Axes, Tensor, numpy_dtype, open_weights
 
 GROUP_SIZES = (2, 4, 8, 16)

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npscope.namespace import block_norms
-from npscope.plans import Plan
-from npscope.ranked import RankedReader, Slab
-from npscope.slabs import SLAB_BYTES, Array, Box, elements_in, extents, tiles, whole
+from npscope.recipes.plans import Plan
+from npscope.streaming.ranked import RankedReader, Slab
+from npscope.streaming.slabs import SLAB_BYTES, Array, Box, elements_in, extents, tiles, whole
 
 GATHER = 1 << 21
 """Keys that a search holds at most."""

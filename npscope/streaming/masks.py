@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from npscope.errors import FormatError, SpecError, about
-from npscope.plans import Budget, Coupling, Decision, Member, Plan, Scores, Skip, parts_of
-from npscope.slabs import Array
+from npscope.recipes.plans import Budget, Coupling, Decision, Member, Plan, Scores, Skip, parts_of
+from npscope.streaming.slabs import Array
 from npscope.weights import Tensor, WeightFile, open_weights
 from npscope.weights.new_safetensors import NewSafetensors, create
 from npscope.weights.output import Target

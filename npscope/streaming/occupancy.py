@@ -16,7 +16,7 @@ import numpy as np
 
 from npscope.backends import threads
 from npscope.options import thread_count
-from npscope.slabs import Array, Box, boxes, smallest_slab
+from npscope.streaming.slabs import Array, Box, boxes, smallest_slab
 from npscope.weights import Tensor, WeightFile, reads_side_by_side
 
 PIECE_BYTES = 2 << 20

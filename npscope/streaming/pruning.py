@@ -19,17 +19,17 @@ from typing import Literal
 import numpy as np
 
 from npscope.block import BlockSpec
-from npscope.coupled import masks_of
-from npscope.dropping import ByWindows, Dropper, dropper_of, droppers_of, slabs_for
 from npscope.errors import FormatError, SpecError
-from npscope.limits import Search
-from npscope.masks import MaskWriter, mask_file
-from npscope.planning import decided
-from npscope.plans import Budget, Coupled, Coupling, Decision, Plan, Skip
-from npscope.ranked import RankedReader, Slab
-from npscope.recipe import Recipe
-from npscope.scores import check_scores_unchanged
-from npscope.slabs import Background, count_zeros_and_nans
+from npscope.recipes.coupled import masks_of
+from npscope.recipes.planning import decided
+from npscope.recipes.plans import Budget, Coupled, Coupling, Decision, Plan, Skip
+from npscope.recipes.recipe import Recipe
+from npscope.recipes.scores import check_scores_unchanged
+from npscope.streaming.dropping import ByWindows, Dropper, dropper_of, droppers_of, slabs_for
+from npscope.streaming.limits import Search
+from npscope.streaming.masks import MaskWriter, mask_file
+from npscope.streaming.ranked import RankedReader, Slab
+from npscope.streaming.slabs import Background, count_zeros_and_nans
 from npscope.weights import Tensor, WeightFile, Writer, open_weights
 from npscope.weights.output import Target
 
@@ -84,7 +84,7 @@ def prune_file(
     dry_run
         Do everything but write.
     mask_out
-        Place for a file with the masks of the pruned tensors (`npscope.masks`).
+        Place for a file with the masks of the pruned tensors (`npscope.streaming.masks`).
     max_bytes
         Refuse an npz whose members inflate to more than that.
     progress

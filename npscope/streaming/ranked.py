@@ -8,9 +8,9 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from npscope.plans import Coupled, Plan, Scores
-from npscope.scores import input_vector, require_usable, scaled
-from npscope.slabs import Array, Box, Request, SlabReader
+from npscope.recipes.plans import Coupled, Plan, Scores
+from npscope.recipes.scores import input_vector, require_usable, scaled
+from npscope.streaming.slabs import Array, Box, Request, SlabReader
 from npscope.weights import WeightFile
 
 

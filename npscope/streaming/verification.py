@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npscope.coupled import blocks_in_use
 from npscope.errors import SpecError
-from npscope.occupancy import WORDS, Piece, PieceReader, any_of, count_of
-from npscope.planning import decided
-from npscope.plans import Budget, Coupling, Decision, Plan, Skip, parts_of
-from npscope.recipe import Recipe
-from npscope.slabs import Array, Box, smallest_slab
+from npscope.recipes.coupled import blocks_in_use
+from npscope.recipes.planning import decided
+from npscope.recipes.plans import Budget, Coupling, Decision, Plan, Skip, parts_of
+from npscope.recipes.recipe import Recipe
+from npscope.streaming.occupancy import WORDS, Piece, PieceReader, any_of, count_of
+from npscope.streaming.slabs import Array, Box, smallest_slab
 from npscope.weights import WeightFile, open_weights
 
 SINGLE_PASS_BYTES = 16 << 20

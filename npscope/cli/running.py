@@ -1,0 +1,116 @@
+"""From arguments to an exit code: signals, failures, and what is said of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import typer
+
+from npscope import __version__
+from npscope.cli import report
+from npscope.cli.terminal import print_text
+from npscope.errors import FileError, NpscopeError, SpecError
+
+Job = Callable[[], int | None]
+"""What a command does when it is parsed; it returns its exit code, None for 0."""
+
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""What the parser raises for wrong use, wherever this version of typer keeps it."""
+
+
+def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
+    """Run the command of `app` that `arguments` (those of the process by default) name; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with _signals_raise():
+            return _run(app, given)
+    except BaseException as error:
+        return _fail(error, options=set(given[: given.index("--")] if "--" in given else given))
+
+
+def _run(app: typer.Typer, arguments: list[str]) -> int:
+    if sys.platform == "win32":
+        raise SpecError("the command line is not supported on Windows; the Python functions are")
+    try:
+        job = app(arguments, prog_name="npscope", standalone_mode=False)
+    except SystemExit:  # how the parser ends when nobody reads its help
+        raise BrokenPipeError from None
+    code = job() if callable(job) else None
+    sys.stdout.flush()
+    return code or 0
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Context in which SIGINT, SIGTERM and SIGHUP raise `Stopped`, unless the caller ignores them."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread() and sys.platform != "win32":
+        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(ending) is not signal.SIG_IGN:
+                before[ending] = signal.signal(ending, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fail(error: BaseException, options: set[str]) -> int:
+    """Report a failure in one line; the exit code that it has."""
+    if isinstance(error, BrokenPipeError):
+        _discard_output()
+        return 128 + signal.SIGPIPE
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+    code, message = _explained(error)
+    if "--json" in options:
+        with suppress(OSError):
+            fields = {"kind": type(error).__name__, "message": message, "exit_code": code}
+            print_text(report.as_json({"npscope": __version__, "error": fields}) + "\n")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+    with suppress(OSError):
+        if "--debug" in options:
+            traceback.print_exception(error)
+        print(f"npscope: error: {report.printable(message)}", file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """Send standard output nowhere: what is left in its buffer would fail again, loudly, when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _explained(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of an error."""
+    if isinstance(error, UsageError):
+        return 2, error.format_message() + " (npscope --help)"  # type: ignore[attr-defined]
+    if isinstance(error, NpscopeError):
+        return 3 if isinstance(error, FileError) else 2, str(error)
+    if isinstance(error, MemoryError):
+        return 3, f"out of memory {error}".rstrip()
+    if isinstance(error, OSError):
+        return 3, f"{error.filename!r}: {error.strerror}" if error.filename is not None else str(error)
+    return 3, f"{type(error).__name__}: {error} (this should not happen; --debug shows where it did)"
