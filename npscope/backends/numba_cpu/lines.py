@@ -133,6 +133,15 @@ def strip_blocks(layout: Layout, multiple: int = 1) -> int:
 
 
 @inner
+def length_of(nest: Any) -> int:
+    """How many steps the loops of a nest make."""
+    total = 1
+    for d in range(nest.shape[1]):
+        total *= nest[0, d]
+    return total
+
+
+@inner
 def copy(source: Any, count: int, target: Any, start: int) -> None:
     """The first `count` numbers of `source` to `target`. Signed indices, which may count from the end, are slow."""
     first = np.uintp(start)
@@ -151,8 +160,8 @@ def measurer(layout: Layout, code: int) -> Any:
     run = layout.run
     code = INF if run * layout.rows == 1 else code  # the norm of one element is its magnitude, whatever the order
     # Long runs are compiled once for all, but for what does not fill a vector.
-    whole, rest = divmod(run, LANES) if run > CHUNK else (0, run)
-    return _measure_runs(layout.form, layout.codec, rest, whole > 0, code)
+    rest = run % LANES if layout.is_long else run
+    return _measure_runs(layout.form, layout.codec, rest, layout.is_long, code)
 
 
 @cache
@@ -169,10 +178,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     ) -> None:
         start, width = i, grid[0, -1]
         size = elements[0, -1] if long else run
-        rows = 1
-        for d in range(elements.shape[1]):
-            rows *= elements[0, d]
-        rows //= size
+        rows = length_of(elements) // size
         most = max(LANES, FLAT_RUN // size) if rows == 1 else stop - i if many else PART_BLOCKS
         while i < stop:
             after = min(stop, i + width - i % width, i + most)
@@ -299,13 +305,13 @@ def _rescale(codec: Codec) -> Any:
 @cache
 def dropper(layout: Layout) -> Any:
     """``drop(target, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
-    form, run, rows, keep = layout.form, layout.run, layout.rows, layout.codec.keep
+    form, run, long, keep = layout.form, layout.run, layout.is_long, layout.codec.keep
     vectors = run <= 32
     together = vector_selection.runs_of_lines(form, run)
     many, one = (vector_selection.drop_runs(form, run if vectors else 1, blocks) for blocks in (together, 1))
 
     @merged
-    def drop_run(buffer: Any, at: int, count: int, mask: Any, j: int) -> None:
+    def drop_run(buffer: Any, at: int, count: int, size: int, mask: Any, j: int) -> None:
         stop = j + count
         while vectors and together > 1 and j + together <= stop:
             many(buffer, at, mask, j)
@@ -315,21 +321,23 @@ def dropper(layout: Layout) -> Any:
             if vectors:
                 one(buffer, at, mask, j)
             elif not mask[j]:
-                for e in range(run):
+                for e in range(size):
                     keep(buffer, at + e, False)
-            at += run
+            at += size
             j += 1
 
     @merged
     def drop(target: Any, i: int, stop: int, mask: Any) -> None:
         buffer, origin, grid, elements = target
+        size = elements[0, -1] if long else run
+        rows = length_of(elements) // size
         width = grid[0, -1]
         start = i
         while i < stop:
             after = min(stop, i + width - i % width)
             at = origin + place(i, grid)
             for row in range(rows):
-                drop_run(buffer, at + place(row * run, elements), after - i, mask, i - start)
+                drop_run(buffer, at + place(row * size, elements), after - i, size, mask, i - start)
             i = after
 
     return drop
@@ -338,13 +346,13 @@ def dropper(layout: Layout) -> Any:
 @cache
 def scaler(layout: Layout) -> Any:
     """``scale(buffer, origin, grid, elements, i, stop, factors)``: multiply the blocks of a strip by their factors."""
-    form, run, rows, scale_one = layout.form, layout.run, layout.rows, layout.codec.scale
-    vectors = form.name == "float32" and run <= CHUNK
+    form, run, long, scale_one = layout.form, layout.run, layout.is_long, layout.codec.scale
+    vectors = form.name == "float32" and not long
     together = vector_selection.runs_per_line(form, run) if vectors else 1
     many, one = (vector_selection.scale_runs(form, run if vectors else 1, blocks) for blocks in (together, 1))
 
     @merged
-    def scale_run(buffer: Any, at: int, count: int, factors: Any, j: int) -> None:
+    def scale_run(buffer: Any, at: int, count: int, size: int, factors: Any, j: int) -> None:
         stop = j + count
         while vectors and together > 1 and j + together <= stop:
             many(buffer, at, factors, j)
@@ -354,20 +362,22 @@ def scaler(layout: Layout) -> Any:
             if vectors:
                 one(buffer, at, factors, j)
             elif factors[j] != 1.0:
-                for e in range(run):
+                for e in range(size):
                     scale_one(buffer, at + e, factors[j])
-            at += run
+            at += size
             j += 1
 
     @merged
     def scale(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, factors: Any) -> None:
+        size = elements[0, -1] if long else run
+        rows = length_of(elements) // size
         width = grid[0, -1]
         start = i
         while i < stop:
             after = min(stop, i + width - i % width)
             at = origin + place(i, grid)
             for row in range(rows):
-                scale_run(buffer, at + place(row * run, elements), after - i, factors, i - start)
+                scale_run(buffer, at + place(row * size, elements), after - i, size, factors, i - start)
             i = after
 
     return scale
@@ -387,13 +397,16 @@ def scale_kernel(layout: Layout) -> Any:
 
 @cache
 def norm_kernel(layout: Layout, code: int) -> Any:
-    """The kernel that writes the norms of blocks [i0, i1), dense; and in float64 if `wide` is not empty."""
+    """The kernel that writes the norms of blocks [i0, i1), dense; and in float64 if `wide` is not empty.
+
+    `strip` is `strip_blocks` of the blocks.
+    """
     measure = measurer(layout, code)
-    strip, largest = strip_blocks(layout), code == INF
+    largest = code == INF
 
     @kernel
     def norms_of_blocks(
-        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, out: Any, wide: Any,
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int, out: Any, wide: Any,
         sums: Any, norms: Any, limbs: Any,
     ) -> None:  # fmt: skip
         for i in range(i0, i1, strip):

@@ -41,20 +41,20 @@ def code_of(ord: float, elements: int) -> int:
 class LineNorms:
     """The norms of up to `length` blocks of a part that one kernel measures line by line."""
 
-    def __init__(self, part: Competitors, kernel: Function, where: lines.Where, length: int) -> None:
-        self.kernel, self.where = kernel, where
+    def __init__(self, part: Competitors, kernel: Function, where: lines.Where, strip: int, length: int) -> None:
+        self.kernel, self.where, self.strip = kernel, where, strip
         self.buffers = lines.NormBuffers(dtype=part.norm).all
         self.norm, self.wide = np.empty(length, dtype=part.norm), np.empty(length)
 
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
         """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
         norm, wide = self.norm[: i1 - i0], self.wide[: i1 - i0]
-        self.kernel(*self.where, i0, i1, norm, wide, *self.buffers)
+        self.kernel(*self.where, i0, i1, self.strip, norm, wide, *self.buffers)
         return norm, wide
 
     def fill_into(self, i0: int, i1: int, norm: np.ndarray) -> None:
         """The norms of blocks [i0, i1) into a dense array, which may be any."""
-        self.kernel(*self.where, i0, i1, norm, _NOT_WIDE, *self.buffers)
+        self.kernel(*self.where, i0, i1, self.strip, norm, _NOT_WIDE, *self.buffers)
 
 
 class PassNorms:
@@ -141,8 +141,8 @@ def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms |
     if found is None:
         return lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS
     layout, where = found
-    kernel = lines.norm_kernel(layout, code_of(ord, part.elements))
-    return lambda length: LineNorms(part, kernel, where, length), STRIPS_ELEMENTS
+    kernel, strip = lines.norm_kernel(layout.compiled, code_of(ord, part.elements)), lines.strip_blocks(layout)
+    return lambda length: LineNorms(part, kernel, where, strip, length), STRIPS_ELEMENTS
 
 
 def workspace_of(part: Competitors, ord: float) -> int:

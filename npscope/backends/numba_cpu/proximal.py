@@ -21,7 +21,7 @@ from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.kernels import TWO, place, read_numbers
-from npscope.backends.numba_cpu.lines import measurer, scaler, strip_blocks
+from npscope.backends.numba_cpu.lines import measurer, scaler
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.vectors import (
     LANES,
@@ -102,11 +102,11 @@ def shrink_factors(norms: Any, wide: Any, t: Any) -> None:
 @cache
 def shrink_kernel(layout: Layout) -> Any:
     """The kernel that shrinks the blocks [i0, i1) by their norm."""
-    measure, scale, strip = measurer(layout, TWO), scaler(layout), strip_blocks(layout)
+    measure, scale = measurer(layout, TWO), scaler(layout)
 
     @kernel
     def shrink_blocks(
-        x: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int,
+        x: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int,
         t: Any, t_origin: int, t_grid: Any, repeat: int, limits: Any, sums: Any, norms: Any, limbs: Any,
     ) -> None:  # fmt: skip
         for i in range(i0, i1, strip):

@@ -62,7 +62,7 @@ def source_of(
         return Source(strips.element_reader(key), leaf.where, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
-        read = strips.norm_reader(leaf.layout, code, width == 64)
+        read = strips.norm_reader(leaf.layout.compiled, code, width == 64)
         return Source(read, leaf.where, lines.strip_blocks(leaf.layout))
     return None
 

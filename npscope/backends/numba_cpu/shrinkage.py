@@ -91,11 +91,12 @@ def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand 
 def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> Callable[[], None]:
     """The job that shrinks every block of `written` by its norm in `source`, whose elements it has by then."""
     x = written.leaves[0]
-    if not source.spans_leaves and source.exact and lines.can_sum(x.layout, nk.TWO):
-        shrink, t = proximal.shrink_kernel(x.layout), _thresholds(thresholds, written)
+    if x.layout is not None and not source.spans_leaves and source.exact and lines.can_sum(x.layout, nk.TWO):
+        shrink, t = proximal.shrink_kernel(x.layout.compiled), _thresholds(thresholds, written)
+        strip = lines.strip_blocks(x.layout)
         return in_place(
             written,
-            lambda i0, i1, limits, norms: shrink(*x.where, i0, i1, *t, limits, *norms.all),
+            lambda i0, i1, limits, norms: shrink(*x.where, i0, i1, strip, *t, limits, *norms.all),
             lambda: np.empty(lines.STRIP_BLOCKS, dtype=thresholds.array.dtype),
             lines.NormBuffers,
         )

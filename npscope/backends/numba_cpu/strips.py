@@ -20,6 +20,7 @@ from npscope.backends.numba_cpu import lines, search, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import inner, kernel, merged
 from npscope.backends.numba_cpu.kernels import place, read_numbers
+from npscope.backends.numba_cpu.lines import length_of
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.search import count_from, kth_key, mark, selector
 
@@ -144,15 +145,6 @@ def _across(step: Function, planes: bool) -> Function:
 
 
 @inner
-def length_of(nest: Any) -> int:
-    """How many steps the loops of a nest make."""
-    total = 1
-    for d in range(nest.shape[1]):
-        total *= nest[0, d]
-    return total
-
-
-@inner
 def _itself(keys: Any, i: int) -> Any:
     return keys[np.uintp(i)]
 
@@ -185,7 +177,7 @@ def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
 
 def dropper(operand: Operand) -> Function:
     """Write +0.0 to the blocks whose mask is False."""
-    return _dropper(operand.codec) if operand.layout is None else lines.dropper(operand.layout)
+    return _dropper(operand.codec) if operand.layout is None else lines.dropper(operand.layout.compiled)
 
 
 @cache

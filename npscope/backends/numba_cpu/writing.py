@@ -50,7 +50,7 @@ def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray) -> None:
     """Multiply the blocks [i0, i1) of a part by their factors, in all its leaves."""
     for leaf in part.leaves:
         if leaf.layout is not None:
-            lines.scale_kernel(leaf.layout)(*leaf.where, i0, i1, factors)
+            lines.scale_kernel(leaf.layout.compiled)(*leaf.where, i0, i1, factors)
         else:
             nk.kernels(leaf.codec).rescale(*leaf.where, i0, i1, leaf.size, factors)
 
