@@ -16,7 +16,7 @@ from unittest import mock
 from npscope import cli
 
 CALLS = [
-    *("open", "close", "dup", "pread", "preadv", "write", "pwrite", "fsync", "fchmod"),
+    *("open", "close", "dup", "pread", "preadv", "write", "pwrite", "copy_file_range", "fsync", "fchmod"),
     *("fstat", "stat", "lstat", "listdir", "scandir", "mkdir", "rmdir", "unlink", "link", "rename", "replace"),
 ]
 

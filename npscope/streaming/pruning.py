@@ -114,14 +114,16 @@ def prune_file(
         mask_place = None if mask_out is None else _mask_target(mask_out, source, place, force)
         _require_work(decisions, strict)
         ticker = _Ticker(weights, progress)
-        droppers = _droppers(decisions, weights, Search(reader, ticker.more))
+        search = Search(reader, ticker.more)
         if place is None or dry_run:
+            droppers = _droppers(decisions, weights, search)
             outcomes = _write(weights, droppers, reader, None, None, nan, ticker)
             weights.check_unchanged()
             check_scores_unchanged(decisions)
         else:
             masking = nullcontext() if mask_place is None else mask_file(mask_place, decisions)
             with weights.successor(place) as writer, masking as masks, Background() as background:
+                droppers = _droppers(decisions, weights, search)
                 outcomes = _write(weights, droppers, reader, _Behind(writer, background), masks, nan, ticker)
                 check_scores_unchanged(decisions)
         skips = {decision.tensor.name: decision for decision in decisions if isinstance(decision, Skip)}

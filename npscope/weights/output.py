@@ -110,6 +110,13 @@ def write_all(fd: int, data: memoryview) -> None:
         data = data[os.write(fd, data) :]
 
 
+def overwrite(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` over what is there from `offset` on; the position of `fd` stays."""
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
 class Kind(NamedTuple):
     """How something with a name is made, opened and removed; `create` fails when something has the name."""
 

@@ -7,6 +7,7 @@ included.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Self
@@ -14,10 +15,13 @@ from typing import Self
 from npscope.errors import FormatError
 from npscope.weights import Tensor
 from npscope.weights.detection import Format, check_name
-from npscope.weights.output import Target, reserve, staged, write_all
+from npscope.weights.output import Target, overwrite, reserve, staged, write_all
 from npscope.weights.source import Source
 
 _COPY_BYTES = 4 << 20
+
+_AHEAD_BYTES = 64 << 20
+"""What a copy ahead does in one call: a few times a second it looks whether it shall stop, or waits for Python."""
 
 
 class Packed:
@@ -67,9 +71,12 @@ class Packed:
     def successor(self, target: Target) -> Iterator[PackedWriter]:
         """Context with the writer of a file like this at `target`, the head written."""
         with staged(target) as fd:
-            writer = PackedWriter(self, self.source, fd)
-            yield writer
-            writer.finish()
+            writer = PackedWriter(self, self.source.twin(), fd)
+            try:
+                yield writer
+                writer.finish()
+            finally:
+                writer.close()
             self.check_unchanged()
 
     def check_unchanged(self) -> None:
@@ -90,40 +97,94 @@ class Packed:
 class PackedWriter:
     """Writes the head and the tensors of one packed file, in its order, into another file.
 
-    What is copied comes from `source`: that of `weights`, or a twin of it.
+    Until the first tensor comes, the file is copied as it is: pages of new files cost more than
+    what is written into them, and there are kernels to compile and limits to find meanwhile.
+    `source` is a twin of that of `weights`; `close` closes it.
     """
 
     def __init__(self, weights: Packed, source: Source, fd: int) -> None:
         self._weights = weights
         self._source = source
         self._fd = fd
-        self._written = 0  # bytes behind the head
+        self._written = 0  # bytes behind the head that are as they shall be
         self._size = source.size - weights.data_start
         reserve(fd, source.size)
-        copy_range(source, 0, weights.data_start, fd)
+        self._ahead: CopyAhead | None = CopyAhead(source, fd, weights.data_start)
+        self._copied = 0  # bytes behind the head that are there
 
     def copy(self, tensor: Tensor) -> None:
         """Take over the next tensor of the file as it is."""
         self._expect(tensor, tensor.nbytes)
-        copy_range(self._source, self._weights.data_start + self._written, tensor.nbytes, self._fd)
-        self._written += tensor.nbytes
+        start, self._written = max(self._written, self._copied), self._written + tensor.nbytes
+        if start < self._written:
+            copy_range(self._source, self._weights.data_start + start, self._written - start, self._fd)
 
     def write(self, tensor: Tensor, data: memoryview) -> None:
         """Append bytes to the next tensor of the file."""
         view = data.cast("B")
         self._expect(tensor, view.nbytes)
-        write_all(self._fd, view)
+        there = max(0, min(view.nbytes, self._copied - self._written))
+        overwrite(self._fd, view[:there], self._weights.data_start + self._written)
+        write_all(self._fd, view[there:])
         self._written += view.nbytes
 
     def finish(self) -> None:
         """FormatError unless every byte of every tensor was written."""
+        self._stop_ahead()
         if self._written != self._size:
             raise FormatError(f"{self._written} of {self._size} bytes of tensors were written")
 
+    def close(self) -> None:
+        """End what goes on beside, and give the descriptor of the source back."""
+        if self._ahead is not None:
+            self._ahead.end()
+        self._source.close()
+
     def _expect(self, tensor: Tensor, nbytes: int) -> None:
+        self._stop_ahead()
         start = self._weights.starts[tensor.name]
         if not (start <= self._written and self._written + nbytes <= start + tensor.nbytes):
             raise out_of_order(tensor)
+
+    def _stop_ahead(self) -> None:
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            self._copied = ahead.stop() - self._weights.data_start
+
+
+class CopyAhead:
+    """Copies a file into another in a thread of its own, until it is told to stop; its first `least` bytes always."""
+
+    def __init__(self, source: Source, fd: int, least: int) -> None:
+        self._source = source
+        self._fd = fd
+        self._least = least
+        self._done = 0
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> int:
+        """How many bytes are there; raises what went wrong."""
+        self.end()
+        if self._failure is not None:
+            raise self._failure
+        return self._done
+
+    def end(self) -> None:
+        """Return when nothing is written any more."""
+        self._stopping = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._done < self._source.size and not (self._stopping and self._done >= self._least):
+                piece = min(_AHEAD_BYTES, self._source.size - self._done)
+                copy_range(self._source, self._done, piece, self._fd)
+                self._done += piece
+        except BaseException as failure:  # raised again by `stop`
+            self._failure = failure
 
 
 def check_range(tensor: Tensor, start: int, into: memoryview) -> None:
@@ -141,8 +202,10 @@ def out_of_order(tensor: Tensor) -> FormatError:
 
 def copy_range(source: Source, offset: int, nbytes: int, fd: int) -> None:
     """Append `nbytes` bytes of `source` from `offset` on to the file `fd`."""
-    buffer = memoryview(bytearray(min(_COPY_BYTES, nbytes)))
-    for done in range(0, nbytes, _COPY_BYTES):
+    done = source.copy_to(fd, offset, nbytes)
+    buffer = memoryview(bytearray(min(_COPY_BYTES, nbytes - done)))
+    while done < nbytes:
         piece = buffer[: min(_COPY_BYTES, nbytes - done)]
         source.fill(piece, offset + done)
         write_all(fd, piece)
+        done += piece.nbytes

@@ -65,10 +65,9 @@ class Sharded:
             self._keep_open(name)
             self._shards[name].read(tensor, start, into)
 
-    def shard_of(self, tensor: Tensor) -> tuple[str, Packed]:
-        """Name and file of the shard that holds `tensor`."""
-        name = self._shard_of[tensor.name]
-        return name, self._shards[name]
+    def shard_of(self, tensor: Tensor) -> str:
+        """Name of the shard that holds `tensor`."""
+        return self._shard_of[tensor.name]
 
     def target(self, path: str | os.PathLike[str], *, force: bool) -> Target:
         """The place for the resulting folder at `path`; a folder with files in it is never replaced."""
@@ -94,6 +93,7 @@ class Sharded:
         with stage as folder:
             writer = ShardedWriter(self, folder, self._shards, keep_modes=in_place)
             try:
+                writer.begin()
                 yield writer
                 writer.finish()
             finally:
@@ -130,12 +130,22 @@ class ShardedWriter:
     def __init__(self, weights: Sharded, folder: str, shards: Mapping[str, Packed], *, keep_modes: bool) -> None:
         self._weights = weights
         self._folder = folder
+        self._shards = shards
         self._to_come = list(shards)
         self._keep_modes = keep_modes
         self._name = ""
-        self._source: Source | None = None  # of its own: reading and writing may run in two threads
         self._writer: PackedWriter | None = None
         self._fd = -1
+
+    def begin(self) -> PackedWriter:
+        """Make the file of the next shard."""
+        self._name = self._to_come.pop(0)
+        shard = self._shards[self._name]
+        self._fd = _new_file(os.path.join(self._folder, self._name), 0o666)
+        if self._keep_modes:
+            os.fchmod(self._fd, stat.S_IMODE(shard.source.status.st_mode))
+        self._writer = PackedWriter(shard, shard.source.twin(), self._fd)
+        return self._writer
 
     def copy(self, tensor: Tensor) -> None:
         """Take over the next tensor as it is."""
@@ -153,27 +163,21 @@ class ShardedWriter:
 
     def close(self) -> None:
         """Give the descriptors back."""
-        if self._source is not None:
-            self._source.close()
+        if self._writer is not None:
+            self._writer.close()
         if self._fd >= 0:
             closing, self._fd = self._fd, -1
             os.close(closing)
 
     def _at(self, tensor: Tensor) -> PackedWriter:
         """The writer of the shard of `tensor`."""
-        name, shard = self._weights.shard_of(tensor)
+        name = self._weights.shard_of(tensor)
         if self._writer is not None and name == self._name:
             return self._writer
         if self._to_come[:1] != [name]:
             raise out_of_order(tensor)
         self._finish_shard()
-        self._name = self._to_come.pop(0)
-        self._fd = _new_file(os.path.join(self._folder, name), 0o666)
-        if self._keep_modes:
-            os.fchmod(self._fd, stat.S_IMODE(shard.source.status.st_mode))
-        self._source = shard.source.twin()
-        self._writer = PackedWriter(shard, self._source, self._fd)
-        return self._writer
+        return self.begin()
 
     def _finish_shard(self) -> None:
         if self._writer is not None:

@@ -6,10 +6,14 @@ Values are read with `preadv`: a mapped file that someone truncates kills the pr
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import stat
 
 from npscope.errors import FileError, FormatError
+
+_CANNOT_COPY = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV}
+"""How a kernel or file system says that it does not copy between these two files."""
 
 # O_NONBLOCK: opening a FIFO must not wait for somebody to write to it.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -49,6 +53,26 @@ class Source:
             if not got:
                 raise FileError(f"{self.path!r} ends at byte {offset}; it was truncated while it was read")
             rest, offset = rest[got:], offset + got
+
+    def copy_to(self, fd: int, offset: int, nbytes: int) -> int:
+        """Append the bytes from `offset` on to the file `fd` without taking them through memory of this process.
+
+        Returns how many of `nbytes` were copied; the file system may not know how.
+        """
+        if self._fd < 0:
+            self._reopen()
+        done = 0
+        while hasattr(os, "copy_file_range") and done < nbytes:
+            try:
+                got = os.copy_file_range(self._fd, fd, nbytes - done, offset + done)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise
+                break
+            if not got:
+                break
+            done += got
+        return done
 
     def bytes_at(self, offset: int, nbytes: int) -> bytes:
         """The `nbytes` bytes from `offset` on."""
