@@ -6,8 +6,8 @@ What follows from the geometry is made once and kept (`leaf_template`); a call f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any
 
 import cupy
 import numpy as np
@@ -126,12 +126,17 @@ def leaf_struct(array: Array, cut: Cut, order: tuple[Dim, ...] | None = None) ->
     return made
 
 
-class Operand(NamedTuple):
+class Operand:
     """A part as kernels take it: its leaves, and what they are made of."""
 
-    part: Part
-    structs: list[Struct]
-    kinds: list[Kind]
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.kinds: list[Kind] = [kind_of(leaf.array.dtype) for leaf in part]
+
+    @cached_property
+    def structs(self) -> list[Struct]:
+        """The leaves as structs: not every kernel takes them."""
+        return [leaf_struct(leaf.array, leaf.cut) for leaf in self.part]
 
     @property
     def cut(self) -> Cut:
@@ -171,7 +176,9 @@ class Operand(NamedTuple):
 
 def operand(part: Part) -> Operand:
     """A part, read where its elements are now."""
-    return Operand(part, [leaf_struct(x.array, x.cut) for x in part], [kind_of(x.array.dtype) for x in part])
+    for leaf in part:
+        require_current(leaf.array)
+    return Operand(part)
 
 
 def operands(parts: Parts) -> list[Operand]:

@@ -96,7 +96,7 @@ struct Search {
     u64 prefix, need, collected;
     u64 above, high_ties, low_ties;  // keys above the higher border, at it, and at the lower one
     int collecting;                  // keys with the first digit, during the second pass
-    int gathered;                    // the buffer holds all keys between the borders
+    int gathered;                    // the buffer holds all keys between the borders, and their positions after them
     int settled;                     // the key is known
     int done;                        // and all blocks with it are kept
     u32 finished;                    // thread blocks of this launch that are
@@ -289,12 +289,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) large_histogram(
 }
 
 #define SPARE 1024  // keys that a thread block may hold before a tile
+#define POSITIONED (KEY_BITS == 32)  // of wider keys, positions would not fit beside them in shared memory
 
 // Counts keys above and at the borders of a scope, and collects those between; decides what is left to do.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) large_gather(
     Sources sources, i64 s0, i64 scopes, Search* searches, Key* buffer, i64 capacity, Cutoff* cutoffs
 ) {
     __shared__ Key stage[SPARE + TILE];
+#if POSITIONED
+    __shared__ u32 stage_positions[SPARE + TILE];
+#endif
     __shared__ u32 staged;
     __shared__ u64 place_in_buffer;
     Search& search = searches[blockIdx.y];
@@ -302,6 +306,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) large_gather(
     const Search* borders = searches + scopes + 2 * blockIdx.y;
     const Source& source = sources.first;
     Key high = (Key)borders[0].prefix, low = (Key)borders[1].prefix, *kept = buffer + (i64)blockIdx.y * capacity;
+#if POSITIONED
+    u32* positions = (u32*)(buffer + (i64)gridDim.y * capacity) + (i64)blockIdx.y * capacity;
+#endif
     i64 blocks = source.blocks;
     const char* base = source.leaf.data + scope_offset(source.leaf, s0 + blockIdx.y);
     u32 above = 0, high_ties = 0, low_ties = 0;  // of a thread: fewer than 2^32
@@ -312,8 +319,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) large_gather(
         u32 count = staged;
         if (t == 0) place_in_buffer = count ? atomicAdd(&search.collected, (u64)count) : 0;
         __syncthreads();
-        for (u32 i = t; i < count; i += THREADS)
-            if (place_in_buffer + i < (u64)capacity) kept[place_in_buffer + i] = stage[i];
+        for (u32 i = t; i < count; i += THREADS) {
+            if (place_in_buffer + i >= (u64)capacity) continue;
+            kept[place_in_buffer + i] = stage[i];
+#if POSITIONED
+            positions[place_in_buffer + i] = stage_positions[i];
+#endif
+        }
         __syncthreads();
         if (t == 0) staged = 0;
         __syncthreads();
@@ -335,7 +347,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) large_gather(
             Key key = keys[k];
             above += key > high;
             if (key > high || key < low) continue;
-            if (tile + (i64)(k / VECTOR * THREADS + t) * VECTOR + k % VECTOR >= blocks) continue;
+            i64 at = tile + (i64)(k / VECTOR * THREADS + t) * VECTOR + k % VECTOR;
+            if (at >= blocks) continue;
             if (key == high) {
                 high_ties++;
             } else if (key == low) {
@@ -343,6 +356,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) large_gather(
             } else {
                 u32 place = atomicAdd(&staged, 1u);
                 stage[place] = key;
+#if POSITIONED
+                stage_positions[place] = (u32)at;
+#endif
                 full = full || place >= SPARE;
             }
         }
@@ -376,11 +392,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) large_gather(
 }
 
 // Where not all ties are kept: how many lie in each of BINS stretches of positions.
-extern "C" __global__ void large_ties(Sources sources, i64 s0, i64 blocks, Search* searches, u64* histograms) {
+extern "C" __global__ void large_ties(
+    Sources sources, i64 s0, i64 blocks, Search* searches, u64* histograms, const Key* buffer, i64 capacity
+) {
     Search& search = searches[blockIdx.y];
     if (search.done) return;
     const Source& source = sources.first;
     i64 s = s0 + blockIdx.y, stretch = (blocks + BINS - 1) / BINS;
+#if POSITIONED
+    if (search.gathered && blocks >> 32 == 0) {
+        const Key* kept = buffer + (i64)blockIdx.y * capacity;
+        const u32* positions = (const u32*)(buffer + (i64)gridDim.y * capacity) + (i64)blockIdx.y * capacity;
+        i64 step = (i64)gridDim.x * THREADS;
+        for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < (i64)search.collected; i += step)
+            if (kept[i] == (Key)search.prefix) atomicAdd(histograms + blockIdx.y * BINS + positions[i] / (u32)stretch, 1ULL);
+        return;
+    }
+#endif
     const char* base = source.leaf.data + scope_offset(source.leaf, s);
     Key key = (Key)search.prefix;
     for (i64 b = blockIdx.x; b < BINS; b += gridDim.x) {
@@ -396,6 +424,8 @@ extern "C" __global__ void large_ties(Sources sources, i64 s0, i64 blocks, Searc
     }
 }
 
+#define PIECES THREADS
+
 // The position of the last kept tie.
 extern "C" __global__ void large_last(Sources sources, i64 s0, Search* searches, u64* histograms, Cutoff* cutoffs) {
     __shared__ u64 bin, left, inside;
@@ -403,6 +433,22 @@ extern "C" __global__ void large_last(Sources sources, i64 s0, Search* searches,
     if (search.done) return;
     find_bin(histograms + blockIdx.x * BINS, false, search.need, &bin, &left, &inside);
     i64 s = s0 + blockIdx.x, stretch = (sources.blocks + BINS - 1) / BINS, from = (i64)bin * stretch;
-    i64 to = from + stretch < sources.blocks ? from + stretch : sources.blocks;
-    find_last(sources, s, (Key)search.prefix, from, to, left, &cutoffs[s].last);
+    i64 to = from + stretch < sources.blocks ? from + stretch : sources.blocks, piece = (to - from + PIECES - 1) / PIECES;
+    Key key = (Key)search.prefix;
+    // First the piece of the stretch in which it lies, all of them counted at once.
+    __shared__ u32 counts[PIECES];
+    __shared__ i64 begin;
+    __shared__ u64 rest;
+    for (int p = threadIdx.x / 32; p < PIECES; p += THREADS / 32) {
+        i64 stop = from + (p + 1) * piece < to ? from + (p + 1) * piece : to;
+        u32 equal = 0;
+        for (i64 j = from + p * piece + threadIdx.x % 32; j < stop; j += 32) equal += key_of(sources, s, j) == key;
+        equal = warp_sum(equal);
+        if (threadIdx.x % 32 == 0) counts[p] = equal;
+    }
+    __syncthreads();
+    u32 mine = counts[threadIdx.x], total, before = block_before(mine, total);
+    if (before < left && left <= (u64)before + mine) begin = from + threadIdx.x * piece, rest = left - before;
+    __syncthreads();
+    find_last(sources, s, key, begin, begin + piece < to ? begin + piece : to, rest, &cutoffs[s].last);
 }

@@ -161,14 +161,17 @@ def rank(parts: Parts, ord: float | None) -> Ranking:
     return Ranking(made, leaves, structs, starts, kind, bits, ord)
 
 
-def cut_scopes(ranking: Ranking, keep: Leaf, low: int) -> Array:
-    """The cut of every scope: key and position of the last of `keep` blocks, which is clamped to [low, n]."""
+def cut_scopes(ranking: Ranking, keep: Leaf, low: int, *, places: bool = True) -> Array:
+    """The cut of every scope: key and position of the last of `keep` blocks, which is clamped to [low, n].
+
+    Without `places` only the keys need be right.
+    """
     scopes, blocks = ranking.scopes, ranking.blocks
     cutoffs = cupy.empty((scopes, 2), np.uint64)
     counts, kept = numbers(keep)
     if blocks >= LARGE_BLOCKS:
         for first in range(0, scopes, LARGE_SCOPES):
-            _cut_large(ranking, counts, low, first, min(LARGE_SCOPES, scopes - first), cutoffs)
+            _cut_large(ranking, counts, low, first, min(LARGE_SCOPES, scopes - first), cutoffs, places)
         return cutoffs
     sources, table = ranking.sources()
     args = sources, counts, np.int64(low), np.int64(scopes), cutoffs
@@ -205,16 +208,19 @@ def _dense_template(cut: Cut, strides: tuple[int, ...], dtype: np.dtype, kind: i
     return made, row_keys(cut.blocks, 16 // dtype.itemsize)
 
 
-def _cut_large(ranking: Ranking, counts: Struct, low: int, first: int, scopes: int, cutoffs: Array) -> None:
+def _cut_large(
+    ranking: Ranking, counts: Struct, low: int, first: int, scopes: int, cutoffs: Array, places: bool
+) -> None:
     """Cut `scopes` scopes from `first` on, between the borders that a sample gives, or by histograms of digits."""
     width = ranking.bits // 8
-    capacity = min(ranking.blocks, COLLECTED_BYTES // width // scopes)
+    entry = width + (4 if width == 4 else 0)  # narrow keys have their positions beside them
+    capacity = min(ranking.blocks, COLLECTED_BYTES // entry // scopes)
     sampled = len(ranking.parts) == 1 and ranking.blocks >= SAMPLED_BLOCKS and capacity * BRACKET >= ranking.blocks
     samples = min(SAMPLES, capacity, ranking.blocks // 8) if sampled else 0
     each = 3 if samples else 1
     searches = cupy.empty((scopes * each, SEARCH_BYTES), np.uint8)
     histograms = cupy.zeros((scopes * each, BINS), np.uint64)
-    buffer = cupy.empty((scopes, capacity * width), np.uint8)
+    buffer = cupy.empty((scopes, capacity * entry), np.uint8)
     s0, n, room = np.int64(first), np.int64(ranking.blocks), np.int64(capacity)
     taken, none = np.int64(samples), np.int64(0)
 
@@ -242,8 +248,10 @@ def _cut_large(ranking: Ranking, counts: Struct, low: int, first: int, scopes: i
             ends = (yes if i == 0 else no), (yes if i == len(sources) - 1 else no)
             args = source, s0, n, np.int32(p), searches, histograms, buffer, room, *ends, none, cutoffs
             run("large_histogram", (grid, scopes), args, i)
+    if not places:
+        return
     for i, source in enumerate(sources):
-        run("large_ties", (min(grid, BINS), scopes), (source, s0, n, searches, histograms), i)
+        run("large_ties", (min(grid, BINS), scopes), (source, s0, n, searches, histograms, buffer, room), i)
     everything, table = ranking.sources()
     run("large_last", (scopes, 1), (everything, s0, searches, histograms, cutoffs))
     del table
@@ -256,7 +264,7 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
     dtype = parts[0][0].array.dtype if ord is None else np.dtype(common_norm(kinds))
     out = cupy.empty(ranking.scopes, dtype)
     if ranking.scopes:
-        cutoffs = cut_scopes(ranking, k, 1)
+        cutoffs = cut_scopes(ranking, k, 1, places=False)
         launch(
             "writing.cu", "write_kth", blocks_for(ranking.scopes),
             (cutoffs, np.int32(ranking.kind), np.int64(ranking.scopes), np.int32(code_of(dtype)), out),

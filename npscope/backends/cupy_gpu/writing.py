@@ -61,16 +61,7 @@ def fill(target: Parts) -> None:
     for part in target:
         for leaf in part:
             if leaf.origin is not None:
-                _copy(leaf.array, leaf.origin)
-
-
-def _copy(to: Array, origin: Array) -> None:
-    """Bytes where both are contiguous: `cupy.copyto` was seen to lose the sign of a float16 zero of no axes."""
-    if to.flags.c_contiguous and origin.flags.c_contiguous and to.dtype == origin.dtype:
-        if to.nbytes:
-            to.data.copy_from_device_async(origin.data, to.nbytes)
-    else:
-        cupy.copyto(to, origin)
+                cupy.copyto(leaf.array, leaf.origin)
 
 
 # --- decisions -----------------------------------------------------------------------------------
