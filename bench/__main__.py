@@ -17,7 +17,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench import suite, tables
+from bench import cuda_report, suite, tables
 from bench.plots import draw
 from npscope.bench import Plan
 
@@ -70,6 +70,9 @@ def _with_progress(chosen: list[suite.Task], plan: Plan) -> dict[str, object]:
 
 def report(path: Path, readme: Path | None) -> None:
     """Tables and pictures beside the JSON, and the section of the README if it is given."""
+    if cuda_report.is_cuda(json.loads(path.read_text())):
+        _report_cuda(path, readme)
+        return
     results = tables.load(path)
     pictures = draw(results, path.parent, path.stem) if find_spec("matplotlib") else []
     path.with_suffix(".md").write_text(tables.document(results, pictures))
@@ -78,6 +81,18 @@ def report(path: Path, readme: Path | None) -> None:
             results, Path(os.path.relpath(path.parent, readme.parent)).as_posix(), path.stem, pictures
         )
         readme.write_text(tables.rewritten(readme.read_text(), section))
+
+
+def _report_cuda(path: Path, readme: Path | None) -> None:
+    """That of a card, with the CPU beside it where its results lie in the same folder."""
+    gpu = cuda_report.load(path)
+    cpu = tables.load(path.with_name("cpu.json")) if path.with_name("cpu.json").exists() else None
+    pictures = cuda_report.draw(cpu, gpu, path.parent) if find_spec("matplotlib") else []
+    path.with_suffix(".md").write_text(cuda_report.document(gpu, pictures))
+    if readme is not None and cpu is not None:
+        folder = Path(os.path.relpath(path.parent, readme.parent)).as_posix()
+        section = cuda_report.side_by_side(cpu, gpu, folder, pictures)
+        readme.write_text(tables.rewritten(readme.read_text(), section, "cuda"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,7 @@ class Case:
     dtype: str = "float32"
     data: str = "normal"
     shape: tuple[int, int] | None = None
+    peers: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Row:
     fraction: float
     bar: float
     first_ms: float
+    peers: dict[str, float] = field(default_factory=dict)
 
 
 def prune(block: tuple[int, int], scope: tuple[int, int], share: float = 0.5) -> Callable[[Any, Any], Any]:
@@ -91,24 +93,155 @@ def soft(block: tuple[int, int], conditioned: bool = False) -> Callable[[Any, An
     return lambda x, h: npscope.soft_threshold(x, t, block, conditioner=h if conditioned else None, out=x)
 
 
+# --- what a user of another library would write ----------------------------------------------------
+
+
+def tiled(x: Any, block: tuple[int, int]) -> Any:
+    return x.reshape(x.shape[0] // block[0], block[0], x.shape[1] // block[1], block[1])
+
+
+def tensor(x: Any) -> Any:
+    """A torch tensor on the memory of `x`."""
+    import torch
+
+    return torch.from_dlpack(x)
+
+
+def cupy_norms(x: Any, block: tuple[int, int]) -> Any:
+    import cupy
+
+    tiles = tiled(x, block)
+    return cupy.sqrt((tiles * tiles).sum(axis=(1, 3)))
+
+
+def torch_norms(x: Any, block: tuple[int, int]) -> Any:
+    import torch
+
+    return torch.linalg.vector_norm(tiled(tensor(x), block), dim=(1, 3))
+
+
+def norm_peers(block: tuple[int, int]) -> dict[str, Callable[[Any], Any]]:
+    return {"cupy": lambda x: cupy_norms(x, block), "torch": lambda x: torch_norms(x, block)}
+
+
+def row_peers(columns: int, keep: int) -> dict[str, Callable[[Any], Any]]:
+    """Scopes of single elements side by side: `cupy.partition` for a threshold; topk and scatter."""
+
+    def by_cupy(x: Any) -> None:
+        import cupy
+
+        rows = x.reshape(-1, columns)
+        sizes = cupy.abs(rows)
+        rows[sizes < cupy.partition(sizes, columns - keep, axis=1)[:, columns - keep, None]] = 0
+
+    def by_torch(x: Any) -> None:
+        rows = tensor(x).reshape(-1, columns)
+        dropped = rows.abs().topk(columns - keep, dim=1, largest=False, sorted=False).indices
+        rows.scatter_(1, dropped, 0)
+
+    return {"cupy": by_cupy, "torch": by_torch}
+
+
+def global_peers(block: tuple[int, int]) -> dict[str, Callable[[Any], Any]]:
+    def by_cupy(x: Any) -> None:
+        import cupy
+
+        table = cupy_norms(x, block) if block != (1, 1) else cupy.abs(x)
+        n = table.size
+        kept = table >= cupy.partition(table.ravel(), n // 2)[n // 2]
+        tiled(x, block)[...] *= kept[:, None, :, None]
+
+    def by_torch(x: Any) -> None:
+        table = torch_norms(x, block) if block != (1, 1) else tensor(x).abs()
+        least = table.reshape(-1).topk(table.numel() // 2, sorted=False).values.min()
+        tiled(tensor(x), block).masked_fill_((table < least)[:, None, :, None], 0)
+
+    return {"cupy": by_cupy, "torch": by_torch}
+
+
+def kth_peers(share: float) -> dict[str, Callable[[Any], Any]]:
+    def by_cupy(x: Any) -> Any:
+        import cupy
+
+        k = int(x.size * share)
+        return cupy.partition(x.ravel(), x.size - k)[x.size - k]
+
+    return {
+        "cupy": by_cupy,
+        "torch": lambda x: tensor(x).reshape(-1).topk(int(x.size * share), sorted=False).values.min(),
+    }
+
+
+def soft_peers(block: tuple[int, int]) -> dict[str, Callable[[Any], Any]]:
+    t = 0.7 * float(np.sqrt(np.prod(block)))
+
+    def by_cupy(x: Any) -> None:
+        import cupy
+
+        if block == (1, 1):
+            x[...] = cupy.sign(x) * cupy.maximum(cupy.abs(x) - cupy.float32(t), 0)
+        else:
+            factors = cupy.maximum(1 - cupy.float32(t) / cupy_norms(x, block), 0)
+            tiled(x, block)[...] *= factors[:, None, :, None]
+
+    def by_torch(x: Any) -> None:
+        import torch
+
+        if block == (1, 1):
+            tensor(x).copy_(torch.nn.functional.softshrink(tensor(x), t))
+        else:
+            tiled(tensor(x), block).mul_((1 - t / torch_norms(x, block)).clamp_(min=0)[:, None, :, None])
+
+    return {"cupy": by_cupy, "torch": by_torch}
+
+
+def measured_peers(cupy: Any, case: Case, restore: Callable[[], None], view: Any) -> dict[str, float]:
+    """Median milliseconds of each peer, of three calls after one; what is not installed or fails is left out."""
+    found = {}
+    for name, call in case.peers.items():
+        try:
+            restore()
+            call(view)
+            found[name] = statistics.median(timed(cupy, restore, partial(call, view), 3))
+        except Exception as error:
+            print(f"{case.name} by {name}: {type(error).__name__}: {error}"[:150], flush=True)
+        if name == "cupy":
+            cupy.get_default_memory_pool().free_all_blocks()
+        elif "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+    return found
+
+
 def cases(size: int) -> list[Case]:
     rows = (size * size // 1024, 1024)
     made = [
-        Case(f"block_norms {r}x{c}", norms((r, c)), 1, 1 / (r * c), 0.85)
+        Case(f"block_norms {r}x{c}", norms((r, c)), 1, 1 / (r * c), 0.85, peers=norm_peers((r, c)))
         for r, c in ((1, 4), (1, 16), (4, 4), (16, 1), (16, 16), (32, 32))
     ]
-    made += [Case(f"{n}:{m}", prune((1, 1), (1, m), n / m), 0, 1, 0.85) for n, m in ((2, 4), (4, 8), (8, 16))]
     made += [
-        Case("rows of 1024, half", prune((1, 1), (1, -1)), 0, 1, 0.5, shape=rows),
+        Case(f"{n}:{m}", prune((1, 1), (1, m), n / m), 0, 1, 0.85, peers=row_peers(m, n))
+        for n, m in ((2, 4), (4, 8), (8, 16))
+    ]
+    made += [
+        Case("rows of 1024, half", prune((1, 1), (1, -1)), 0, 1, 0.5, shape=rows, peers=row_peers(1024, 512)),
         Case("1x16 blocks, 1024 a scope, half", prune((1, 16), (1, 1024)), 0, 1, 0.6),
-        Case("4x4 global half", prune((4, 4), (-1, -1)), 1, 1, 0.6),
-        Case("16x16 global half", prune((16, 16), (-1, -1)), 1, 0.5, 0.6),
-        Case("1x1 global half", prune((1, 1), (-1, -1)), 3, 1, 1),
-        Case("kth_largest, k half", lambda x, h: npscope.kth_largest(x, x.size // 2, None), 3, 0, 1),
-        Case("kth_largest, k 1 %", lambda x, h: npscope.kth_largest(x, x.size // 100, None), 3, 0, 1),
-        Case("soft_threshold 1x1", soft((1, 1)), 0, 1, 0.85),
-        Case("soft_threshold 4x4", soft((4, 4)), 0, 1, 0.8),
-        Case("soft_threshold 16x16", soft((16, 16)), 0, 1, 0.8),
+        Case("4x4 global half", prune((4, 4), (-1, -1)), 1, 1, 0.6, peers=global_peers((4, 4))),
+        Case("16x16 global half", prune((16, 16), (-1, -1)), 1, 0.5, 0.6, peers=global_peers((16, 16))),
+        Case("1x1 global half", prune((1, 1), (-1, -1)), 3, 1, 1, peers=global_peers((1, 1))),
+        Case(
+            "kth_largest, k half", lambda x, h: npscope.kth_largest(x, x.size // 2, None), 3, 0, 1, peers=kth_peers(0.5)
+        ),
+        Case(
+            "kth_largest, k 1 %",
+            lambda x, h: npscope.kth_largest(x, x.size // 100, None),
+            3,
+            0,
+            1,
+            peers=kth_peers(0.01),
+        ),
+        Case("soft_threshold 1x1", soft((1, 1)), 0, 1, 0.85, peers=soft_peers((1, 1))),
+        Case("soft_threshold 4x4", soft((4, 4)), 0, 1, 0.8, peers=soft_peers((4, 4))),
+        Case("soft_threshold 16x16", soft((16, 16)), 0, 1, 0.8, peers=soft_peers((16, 16))),
         Case("soft_threshold 4x4 conditioned", soft((4, 4), True), 1, 1, 0.4),
         Case("soft_threshold 1x16 conditioned", soft((1, 16), True), 1, 1, 0.4),
     ]
@@ -165,6 +298,7 @@ def small_calls(cupy: Any) -> dict[str, float]:
         ("block_norms 4x4", lambda: npscope.block_norms(x, (4, 4))),
         ("rows", lambda: npscope.keep_largest(x, 32, (1, 1), (1, -1), out=x)),
         ("4x4 global", lambda: npscope.keep_largest(x, 128, (4, 4), (-1, -1), out=x)),
+        ("kth_largest", lambda: npscope.kth_largest(x, 32)),
         ("soft_threshold 4x4", lambda: npscope.soft_threshold(x, 0.1, (4, 4), out=x)),
     ):
         call()
@@ -180,6 +314,10 @@ def small_calls(cupy: Any) -> dict[str, float]:
     return results
 
 
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main() -> int:
     import cupy
 
@@ -187,6 +325,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=16384, help="rows and columns of the matrix")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", default="")
+    parser.add_argument("--commit", default="", help="of the code, where there is no repository to ask")
     args = parser.parse_args()
     count, rounds = args.size * args.size, args.rounds
     floors = cupy.RawModule(code=FLOORS)
@@ -234,22 +373,26 @@ def main() -> int:
         lowest = case.reads * read + case.passes * in_place
         middle = statistics.median(times)
         row = Row(case.name, case.dtype, case.data, count, lowest, middle, min(times), lowest / middle, case.bar, first)
+        if case.data == "normal":
+            row.peers = measured_peers(cupy, case, partial(cupy.copyto, x, original), view)
         table.append(row)
         verdict = "ok" if row.fraction >= row.bar else "MISSED"
         print(
             f"{row.name:34s} {row.dtype:9s} {row.data:13s} {middle:9.3f} ms  floor {lowest:6.3f}  "
-            f"{row.fraction:6.3f} of it, bar {row.bar:.2f} {verdict}  first {first:.0f} ms",
+            f"{row.fraction:6.3f} of it, bar {row.bar:.2f} {verdict}  first {first:.0f} ms"
+            + "".join(f"  {name} {ms:.2f}" for name, ms in row.peers.items()),
             flush=True,
         )
     small = small_calls(cupy)
     print("64x64, us a call:", small)
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = args.commit or _commit()
     report = {
         "device": properties["name"].decode(),
         "cupy": cupy.__version__,
         "numpy": np.__version__,
         "npscope": npscope.__version__,
+        "torch": sys.modules["torch"].__version__ if "torch" in sys.modules else None,
         "commit": commit,
         "in_place_ms": in_place,
         "read_ms": read,

@@ -66,7 +66,7 @@ class _Place:
 
 def require_array(array: Any, what: str) -> None:
     """KindError with the way out unless `array` is an array with a supported dtype."""
-    if is_numpy(array):
+    if is_strided(array):
         kind_of(array.dtype)
         return
     if not _is_foreign(array):
@@ -80,8 +80,6 @@ def require_array(array: Any, what: str) -> None:
 
 def _require_float64(array: Any) -> None:
     """KindError where the library or device of a foreign array has no float64: exact norms need it."""
-    if is_cupy(array):
-        return
     import array_api_compat
 
     xp, device = array_namespace(array), array_api_compat.device(array)
@@ -114,6 +112,8 @@ def _is_foreign(array: Any) -> bool:
 def require_alike(array: Any, other: Any, what: str, other_what: str) -> None:
     """KindError naming both unless the two arrays belong to one library and one device."""
     if is_numpy(array) and is_numpy(other):
+        return
+    if is_cupy(array) and is_cupy(other) and array.data.device_id == other.data.device_id:
         return
     places = [_place(a) for a in (array, other)]
     same_library = not is_numpy(array) and not is_numpy(other) and array_namespace(array) is array_namespace(other)

@@ -19,7 +19,7 @@ from npscope.clock import Floor, Row, Timed, steps, summary, take_turns
 pytest.importorskip("bench.cases", reason="the full benchmark is part of a checkout, not of the wheel")
 
 from bench import __main__ as command
-from bench import cases, suite, tables
+from bench import cases, cuda_report, suite, tables
 from bench.peers import installed
 
 TINY = core.Plan(mib=1 / 64, slow_mib=1 / 64, rounds=3, seconds=0.01)
@@ -377,3 +377,13 @@ def test_parts_are_chosen_by_name():
     assert names[0] == "2:4"
     assert {"2:4, constant", "2:4, sizes", "2:4, threads", "2:4, ScopeSpec"} <= set(names)
     assert not [name for name in names if not name.startswith("2:4")]
+
+
+def test_the_report_of_a_card_is_that_of_its_json():
+    """Written again from the committed JSON, `cuda.md` is what it is, and the README has the section."""
+    folder = command.ROOT / "bench" / "results"
+    gpu, cpu = cuda_report.load(folder / "cuda.json"), tables.load(folder / "cpu.json")
+    assert cuda_report.is_cuda(gpu)
+    assert (folder / "cuda.md").read_text() == cuda_report.document(gpu, ["cpu-and-gpu.png"])
+    section = cuda_report.side_by_side(cpu, gpu, "bench/results", ["cpu-and-gpu.png"])
+    assert section in (command.ROOT / "README.md").read_text()

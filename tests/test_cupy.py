@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -100,6 +102,27 @@ def test_keys_that_do_not_fit_the_buffer_are_read_again(cupy_arrays, monkeypatch
     device = cupy_arrays.asarray(x)
     for k in (10, 20_000):
         assert np.array_equal(cupy_arrays.to_numpy(npscope.topk_mask(device, k)), npscope.topk_mask(x, k))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("name", [*FAST, "float64", "int32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_scopes_bracketed_by_a_sample(cupy_arrays, monkeypatch, kind, name, fits):
+    """What lies between the borders is collected; where that does not fit, all is read again."""
+    cupy_arrays.require(name)
+    selection = importlib.import_module("npscope.backends.cupy_gpu.selection")
+    monkeypatch.setattr(selection, "SAMPLED_BLOCKS", 1)
+    monkeypatch.setattr(selection, "SAMPLES", 1000)
+    if not fits:
+        monkeypatch.setattr(selection, "COLLECTED_BYTES", 10_000)
+    columns = 50_000 if fits else 50_001
+    x = hostile(kind, (2, columns), name, 22)
+    device = cupy_arrays.asarray(x)
+    for k in (1, 500, 25_000, columns - 1, columns):
+        assert np.array_equal(cupy_arrays.to_numpy(npscope.topk_mask(device, k)), npscope.topk_mask(x, k))
+        assert same_values(cupy_arrays.to_numpy(npscope.kth_largest(device, k)), npscope.kth_largest(x, k))
+        kept = npscope.keep_largest(x, k, (1, 1), (1, -1))
+        assert same_bits(cupy_arrays.to_numpy(npscope.keep_largest(device, k, (1, 1), (1, -1))), kept)
 
 
 @pytest.mark.parametrize("block", [(1, 300_000), (-1, -1), (3, 1000)])
@@ -343,9 +366,30 @@ def test_out_of_memory_comes_before_the_first_write(cupy_arrays, rng):
     before = cupy.asnumpy(x)
     pool = cupy.cuda.MemoryPool()
     pool.set_limit(size=1024)
-    with cupy.cuda.using_allocator(pool.malloc), pytest.raises(MemoryError):
+    with cupy.cuda.using_allocator(pool.malloc), pytest.raises(MemoryError, match="nothing was written"):
         npscope.keep_largest(x, 900, (4, 4), (-1, -1), out=x)
     assert same_bits(cupy.asnumpy(x), before)
+
+
+FORK = """
+import os, sys, cupy, npscope
+x = cupy.ones((4, 8), "float32")
+npscope.block_norms(x, (1, 4))
+cupy.cuda.Device().synchronize()
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    npscope.block_norms(x, (1, 4))
+except RuntimeError as error:
+    os._exit(0 if "spawn" in str(error) else 3)
+os._exit(4)
+"""
+
+
+def test_a_forked_process_is_told_so(cupy_arrays):
+    real_cupy(cupy_arrays)
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=120, check=False).returncode == 0
 
 
 def test_torch_tensors_through_dlpack(cupy_arrays, rng):

@@ -8,10 +8,9 @@ call needs is allocated from CuPy's pool before its first write.
 
 from __future__ import annotations
 
-from npscope.backends.cupy_gpu.norms import norms
-from npscope.backends.cupy_gpu.selection import kth
-from npscope.backends.cupy_gpu.shrinkage import shrink
-from npscope.backends.cupy_gpu.writing import apply_mask, count_nonzero, mask, prune, scale, threshold
+from npscope.backends.cupy_gpu import norms as _norms
+from npscope.backends.cupy_gpu import selection, shrinkage, writing
+from npscope.backends.cupy_gpu.guard import guarded
 
 __all__ = [
     "NAME",
@@ -27,3 +26,13 @@ __all__ = [
 ]
 
 NAME = "cupy"
+
+norms = guarded(_norms.norms)
+kth = guarded(selection.kth)
+mask = guarded(writing.mask)
+prune = guarded(writing.prune)
+threshold = guarded(writing.threshold)
+apply_mask = guarded(writing.apply_mask)
+scale = guarded(writing.scale)
+shrink = guarded(shrinkage.shrink)
+count_nonzero = guarded(writing.count_nonzero)

@@ -10,9 +10,9 @@
 #endif
 #define HELD (ROWS * VECTOR)
 #define ROUGH_STEPS 8
-#define ROUGH 1e-5f
-#define LEAST_METRIC 1e-150
-#define BEYOND 1.1579208231755e77  // squares of norms from about here on round to infinity in float32
+#define ROUGH 3e-4f
+#define SMALL 1e-5                  // steps from here on are known to be the last
+#define NEARLY_INFINITE 0x7A000000  // 2^117: smaller ones have a finite norm, 1024 of them too
 #define INFINITE __longlong_as_double(0x7FF0000000000000LL)
 
 __device__ inline double over_team(double x) {
@@ -37,13 +37,43 @@ __device__ inline Pair over_team(Pair sum) {
     return sum;
 }
 
-__device__ inline double most_of_team(double x) {
+__device__ inline u32 most_of_team(u32 x) {
 #pragma unroll
-    for (int d = TEAM / 2; d; d >>= 1) {
-        double other = __shfl_xor_sync(FULL, x, d);
-        x = other > x || other != other ? other : x;
-    }
+    for (int d = TEAM / 2; d; d >>= 1) x = max(x, __shfl_xor_sync(FULL, x, d));
     return x;
+}
+
+__device__ inline float quick_inverse(float x) {
+#ifdef NPSCOPE_EMULATED
+    return 1.0f / x;
+#else
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    return inverse;
+#endif
+}
+
+// 1 / sqrt(x)
+__device__ inline float quick_root(float x) {
+#ifdef NPSCOPE_EMULATED
+    return 1.0f / sqrtf(x);
+#else
+    float root;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+    return root;
+#endif
+}
+
+// 1 / x to 2^-50 for positive x, from the 20 bits that the hardware gives. A division would take three times as long.
+__device__ inline double inverse_of(double x) {
+#ifdef NPSCOPE_EMULATED
+    return 1.0 / x;
+#else
+    double r;
+    asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(x));
+    double e = fma(-x, r, 1.0);
+    return fma(r, fma(e, e, e), r);
+#endif
 }
 
 extern "C" __global__ void shrink_in_metric(
@@ -67,23 +97,26 @@ extern "C" __global__ void shrink_in_metric(
         if (!thresholds.constant) split(tile, blocks, scopes, scope, j);
         double t = in_norm_dtype(number_at(thresholds, scope, j), true);
 
-        double plain = 0.0, sum = 0.0, least = INFINITE, most = 0.0;
+        // Positive numbers order as their bits do; what is no number, or negative, is beyond all of them.
+        double sum = 0.0;
+        u32 least_bits = 0xFFFFFFFF, most_bits = 0, size = 0;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
-            double v = widened(x[k / VECTOR].parts[k % VECTOR]), c = widened(h[k / VECTOR].parts[k % VECTOR]), w = c * v;
-            plain = fma(v, v, plain);
-            sum += w * w;
-            most = c > most || c != c ? c : most;
-            least = c < least ? c : least;
+            u32 v = x[k / VECTOR].parts[k % VECTOR], c = h[k / VECTOR].parts[k % VECTOR];
+            double w = widened(c) * widened(v);
+            sum = fma(w, w, sum);
+            most_bits = max(most_bits, c);
+            least_bits = min(least_bits, c);
+            size = max(size, v & 0x7FFFFFFF);
         }
-        plain = over_team(plain);
         sum = over_team(sum);
-        most = most_of_team(most);
-        least = -most_of_team(-least);
-        double norm, wide;
-        bool sure, infinite = plain >= BEYOND;
+        most_bits = most_of_team(most_bits);
+        least_bits = ~most_of_team(~least_bits);
+        size = most_of_team(size);
+        double norm, wide, least = widened(least_bits), most = widened(most_bits);
+        bool sure, infinite = size == 0x7F800000, valid = least_bits > 0 && most_bits < 0x7F800000;
         norm = widened(rounded_sum(sum, true, wide, sure));
-        if (__any_sync(FULL, !sure || fabs(plain / BEYOND - 1.0) < 1e-6)) {
+        if (__any_sync(FULL, !sure || size >= NEARLY_INFINITE)) {
             Pair sizes = {0.0, 0.0}, exact = {0.0, 0.0};
 #pragma unroll
             for (int k = 0; k < HELD; k++) {
@@ -93,16 +126,16 @@ extern "C" __global__ void shrink_in_metric(
             }
             sizes = over_team(sizes);
             exact = over_team(exact);
-            infinite = isinf(rounded_root(two_sum(sizes.hi, sizes.lo)));
+            infinite = infinite || isinf(rounded_root(two_sum(sizes.hi, sizes.lo)));
             norm = isfinite(exact.hi) ? rounded_root(two_sum(exact.hi, exact.lo)) : exact.hi;
         }
 
         // mu: 0 leaves a tile as it is, infinity makes it zero, NaN spoils it.
         double mu = not_a_number();
         bool open = false;
-        if (!(least >= LEAST_METRIC && isfinite(most)) || !(t >= 0.0)) {
+        if (!valid || !(t >= 0.0)) {
             ;
-        } else if (plain != plain || t == 0.0) {
+        } else if (size > 0x7F800000 || t == 0.0) {
             mu = 0.0;
         } else if (infinite) {
             mu = isinf(t) ? INFINITE : 0.0;
@@ -112,35 +145,39 @@ extern "C" __global__ void shrink_in_metric(
             open = true;
         }
 
-        double low = (wide - t) / most, high = (wide - t) / least, s = low;
+        // The ends of the bracket may be a little wide; s = 0 is never reached.
+        double low = (wide - t) * inverse_of(most) * (1 - 1e-12), high = (wide - t) * inverse_of(least) * (1 + 1e-12), s = low;
         if (steps > 4) {
-            float rough = 0.0f, tau = (float)(t / wide), start = (float)((wide - t) / wide);
-            float g[HELD], w[HELD];
-            double to_w = 1.0 / wide, to_g = 1.0 / most;
+            // In float32, from where the tangent at 0 meets 1: the reciprocal norm is concave, so that is below the root.
+            double per_norm = inverse_of(wide);
+            float tau = (float)(t * per_norm), start = (float)((wide - t) * per_norm), to_g = quick_inverse(__uint_as_float(most_bits));
+            float g[HELD], w[HELD], mean = 0.0f, to_w = (float)(most * per_norm);
 #pragma unroll
             for (int k = 0; k < HELD; k++) {
-                double c = widened(h[k / VECTOR].parts[k % VECTOR]);
-                g[k] = (float)(c * to_g);
-                w[k] = (float)(c * widened(x[k / VECTOR].parts[k % VECTOR]) * to_w);
+                g[k] = __uint_as_float(h[k / VECTOR].parts[k % VECTOR]) * to_g;
+                w[k] = g[k] * (__uint_as_float(x[k / VECTOR].parts[k % VECTOR]) * to_w);
+                mean = fmaf(w[k] * w[k], g[k], mean);
             }
-            rough = start;
+            mean = over_team(mean);
+            float rough = start;
+            if (mean > 0.0f && mean < 1.0f) rough = start * quick_inverse(mean);
             bool moves = open;
             for (int step = 0; step < ROUGH_STEPS && __any_sync(FULL, moves); step++) {
                 float squares = 0.0f, slope = 0.0f;
 #pragma unroll
                 for (int k = 0; k < HELD; k++) {
-                    float inverse = __fdividef(1.0f, fmaf(g[k], rough, tau)), q = w[k] * inverse;
+                    float inverse = quick_inverse(fmaf(g[k], rough, tau)), q = w[k] * inverse;
                     q *= q;
                     squares += q;
                     slope = fmaf(q, g[k] * inverse, slope);
                 }
                 squares = over_team(squares);
                 slope = over_team(slope);
-                float next = rough + (sqrtf(squares) - 1.0f) * squares / slope;
+                float next = rough + (squares * quick_root(squares) - 1.0f) * squares * quick_inverse(slope);
                 moves = moves && next > rough * (1.0f + ROUGH);
                 if (next > rough && next < 3e38f) rough = next;
             }
-            s = fmin(fmax((double)rough * (wide / most), low), high);
+            s = fmin(fmax((double)rough * wide * inverse_of(most), low), high);
         }
         bool seeks = open;
         for (int step = 0; step < steps && __any_sync(FULL, seeks); step++) {
@@ -148,10 +185,10 @@ extern "C" __global__ void shrink_in_metric(
 #pragma unroll
             for (int k = 0; k < HELD; k++) {
                 double c = widened(h[k / VECTOR].parts[k % VECTOR]);
-                double inverse = 1.0 / fma(c, s, t), q = c * widened(x[k / VECTOR].parts[k % VECTOR]) * inverse;
+                double inverse = inverse_of(fma(c, s, t)) * c, q = widened(x[k / VECTOR].parts[k % VECTOR]) * inverse;
                 q *= q;
                 squares += q;
-                slope = fma(q, c * inverse, slope);
+                slope = fma(q, inverse, slope);
             }
             squares = over_team(squares);
             slope = over_team(slope);
@@ -159,13 +196,14 @@ extern "C" __global__ void shrink_in_metric(
             double length = sqrt(squares);
             if (length >= 1.0) low = s;
             if (length <= 1.0) high = s;
-            double newton = s + (length - 1.0) * squares / slope, next = sqrt(low) * sqrt(high);
-            if (isfinite(newton)) next = fmin(fmax(newton, low), high);
-            // A step down can only come from a start above the root, and ends quadratically near it.
-            seeks = next > s * (1.0 + rtol) || next < s * (1.0 - 1e-6) || !isfinite(length);
+            double next = s + (length - 1.0) * squares * inverse_of(slope);
+            next = isfinite(next) ? fmin(fmax(next, low), high) : sqrt(low) * sqrt(high);
+            // A step leaves an error of about its square; steps down only come from a start just above the root.
+            double change = next - s;
+            seeks = !(change * change <= rtol * s * s && fabs(change) < SMALL * s) || !isfinite(length);
             s = next;
         }
-        if (open && !seeks) mu = t / s;
+        if (open && !seeks) mu = t * inverse_of(s);
         if (!there || (mu == 0.0 && from == to)) continue;
         Stored* into = (Stored*)tile_at(to, written, tile);
 #pragma unroll
@@ -173,7 +211,8 @@ extern "C" __global__ void shrink_in_metric(
 #pragma unroll
             for (int u = 0; u < VECTOR; u++) {
                 double c = widened(h[r].parts[u]);
-                scale_at((char*)(x[r].parts + u), ELEMENT, c / (c + mu));
+                double factor = isinf(mu) ? 0.0 : c * inverse_of(c + mu);
+                scale_at((char*)(x[r].parts + u), ELEMENT, mu == 0.0 ? 1.0 : factor);
             }
             *(RawVector*)(into + r * written.pitch + member * VECTOR) = x[r].raw;
         }

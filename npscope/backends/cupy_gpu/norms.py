@@ -190,12 +190,10 @@ def _measure_tiles(part: Operand, ord: float, table: Array) -> bool:
         return False
     order = np.int32(ORDERS[ord])
     macros = {"ELEMENT": tiles.element, "RUN": tiles.run}
-    if tiles.run == 1:
-        if not tiles.aligned(16):
-            return False
+    if tiles.vector < 16 and (tiles.rows > 1 or tiles.run == 1) and tiles.aligned(16):
         launch(
-            "tiles.cu", "column_norms", blocks_for(part.total * tiles.itemsize // 16),
-            (np.uint64(tiles.address), tiles.matrix, order, table), **macros,
+            "tiles.cu", "narrow_norms", blocks_for(part.total * tiles.vector // 16),
+            (tiles.pointer, tiles.matrix, order, table), **macros,
         )  # fmt: skip
         return True
     if not tiles.in_vectors:

@@ -1,13 +1,13 @@
 """Leaves as kernels take them: structs of a pointer and three loop nests, passed by value.
 
-What follows from the geometry is made once and kept (`_template`); a call fills in the pointer.
+What follows from the geometry is made once and kept (`leaf_template`); a call fills in the pointer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any
 
 import cupy
 import numpy as np
@@ -98,7 +98,8 @@ def memory_order(cut: Cut, strides: tuple[int, ...]) -> tuple[Dim, ...]:
 
 
 @lru_cache(maxsize=2048)
-def _template(cut: Cut, strides: tuple[int, ...], code: int, order: tuple[Dim, ...]) -> Struct:
+def leaf_template(cut: Cut, strides: tuple[int, ...], code: int, order: tuple[Dim, ...]) -> Struct:
+    """The struct of arrays that lie like this, without a pointer; to be copied."""
     nests = [nest(dims, strides) for dims in (cut.scope, cut.block, order)]
     loops = [loop for part in nests for loop in part]
     result = struct(LEAF, elements=cut.elements, dtype=code, ranks=[[len(part) for part in nests]])
@@ -106,28 +107,36 @@ def _template(cut: Cut, strides: tuple[int, ...], code: int, order: tuple[Dim, .
     return result
 
 
-def leaf_struct(array: Array, cut: Cut, order: tuple[Dim, ...] | None = None) -> Struct:
-    """An array and its cut; elements in the order of memory, or in that of another leaf.
-
-    KindError for an array that is not on the current device, on whose stream the work is queued.
-    """
-    strides, home, current = array.strides, array.device.id, cupy.cuda.runtime.getDevice()
+def require_current(array: Array) -> None:
+    """KindError for an array that is not on the current device, on whose stream the work is queued."""
+    home, current = array.data.device_id, cupy.cuda.runtime.getDevice()
     if home != current:
         raise KindError(
             f"an array is on CUDA device {home}, but the current device is {current}; "
             f"use `with cupy.cuda.Device({home})`"
         )
-    made = _template(cut, strides, code_of(array.dtype), order or memory_order(cut, strides)).copy()
+
+
+def leaf_struct(array: Array, cut: Cut, order: tuple[Dim, ...] | None = None) -> Struct:
+    """An array and its cut; elements in the order of memory, or in that of another leaf."""
+    require_current(array)
+    strides = array.strides
+    made = leaf_template(cut, strides, code_of(array.dtype), order or memory_order(cut, strides)).copy()
     made["data"] = array.data.ptr
     return made
 
 
-class Operand(NamedTuple):
+class Operand:
     """A part as kernels take it: its leaves, and what they are made of."""
 
-    part: Part
-    structs: list[Struct]
-    kinds: list[Kind]
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.kinds: list[Kind] = [kind_of(leaf.array.dtype) for leaf in part]
+
+    @cached_property
+    def structs(self) -> list[Struct]:
+        """The leaves as structs: not every kernel takes them."""
+        return [leaf_struct(leaf.array, leaf.cut) for leaf in self.part]
 
     @property
     def cut(self) -> Cut:
@@ -167,7 +176,9 @@ class Operand(NamedTuple):
 
 def operand(part: Part) -> Operand:
     """A part, read where its elements are now."""
-    return Operand(part, [leaf_struct(x.array, x.cut) for x in part], [kind_of(x.array.dtype) for x in part])
+    for leaf in part:
+        require_current(leaf.array)
+    return Operand(part)
 
 
 def operands(parts: Parts) -> list[Operand]:
@@ -193,9 +204,15 @@ def numbers(leaf: Leaf | None) -> tuple[Struct, Array]:
     if isinstance(array, np.ndarray | np.generic):
         given = np.asarray(array)
         if given.size == 1 or not any(given.strides):
-            return struct(NUMBERS, constant=1, value=given[(0,) * given.ndim] if given.size else 0), None
+            return _constant(float(given[(0,) * given.ndim]) if given.size else 0.0), None
         array = cupy.asarray(np.ascontiguousarray(given))
     return struct(NUMBERS, leaf=leaf_struct(array, leaf.cut)[0]), array
+
+
+@lru_cache(maxsize=256)
+def _constant(value: float) -> Struct:
+    """One number for all; never written to. A zero of either sign is one key here, and no one's sign matters."""
+    return struct(NUMBERS, constant=1, value=value)
 
 
 def table_cut(scopes: int, blocks: int) -> Cut:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cupy
@@ -26,15 +27,17 @@ from npscope.backends.cupy_gpu.operands import (
     Struct,
     code_of,
     leaf_struct,
+    leaf_template,
     nest,
     numbers,
     operands,
+    require_current,
     struct,
     table_cut,
     table_on_device,
 )
 from npscope.dtypes import common_norm, kind_of
-from npscope.tiling import Leaf, Parts
+from npscope.tiling import Cut, Leaf, Parts
 
 MAGNITUDE, SIGNED, INTEGER = 0, 1, 2
 
@@ -42,6 +45,9 @@ SOURCE = np.dtype([("start", np.int64), ("blocks", np.int64), ("leaf", LEAF)], a
 SOURCES = np.dtype(
     [("count", np.int32), ("kind", np.int32), ("blocks", np.int64), ("more", np.uint64), ("first", SOURCE)], align=True
 )
+
+POINTER = (SOURCES.fields["first"][1] + SOURCE.fields["leaf"][1]) // 8 if SOURCES.fields and SOURCE.fields else 0
+"""The word of the only source's address."""
 
 ROW_BLOCKS = 32 * max(ROW_KEYS)
 """Scopes up to this many blocks are ranked in the registers of one warp."""
@@ -59,7 +65,16 @@ TILE = 16 * THREADS
 COLLECTED_BYTES = 48 << 20
 """Keys that may be collected from large scopes, in all: with the histograms 64 MiB."""
 
-SEARCH_BYTES, CUTOFF_BYTES = 32, 16
+SEARCH_BYTES = 72
+
+SAMPLED_BLOCKS = 1 << 24
+"""Single sources from this many blocks on are bracketed by a sample, which saves reading them twice."""
+
+SAMPLES = 1 << 19
+"""Keys of a sample: it brackets the cut between 0.6 % of all keys, or fewer."""
+
+BRACKET = 96
+"""The part of all keys that must fit the buffer for a bracket to be worth it."""
 
 FILLING = 132 * 4
 """Thread blocks that keep a large card busy."""
@@ -146,22 +161,24 @@ def rank(parts: Parts, ord: float | None) -> Ranking:
     return Ranking(made, leaves, structs, starts, kind, bits, ord)
 
 
-def cut_scopes(ranking: Ranking, keep: Leaf, low: int) -> Array:
-    """The cut of every scope: key and position of the last of `keep` blocks, which is clamped to [low, n]."""
+def cut_scopes(ranking: Ranking, keep: Leaf, low: int, *, places: bool = True) -> Array:
+    """The cut of every scope: key and position of the last of `keep` blocks, which is clamped to [low, n].
+
+    Without `places` only the keys need be right.
+    """
     scopes, blocks = ranking.scopes, ranking.blocks
     cutoffs = cupy.empty((scopes, 2), np.uint64)
     counts, kept = numbers(keep)
     if blocks >= LARGE_BLOCKS:
         for first in range(0, scopes, LARGE_SCOPES):
-            _cut_large(ranking, counts, low, first, min(LARGE_SCOPES, scopes - first), cutoffs)
+            _cut_large(ranking, counts, low, first, min(LARGE_SCOPES, scopes - first), cutoffs, places)
         return cutoffs
     sources, table = ranking.sources()
     args = sources, counts, np.int64(low), np.int64(scopes), cutoffs
     macros = {"ELEMENT": ranking.element, "KEY_BITS": ranking.bits}
     if blocks <= ROW_BLOCKS:
         dense = len(ranking.parts) == 1 and ranking.dense(0)
-        vector = 16 // ranking.leaves[0].array.dtype.itemsize if dense else 1
-        keys = next(k for k in ROW_KEYS if 32 * k >= blocks and k % vector == 0)
+        keys = row_keys(blocks, 16 // ranking.leaves[0].array.dtype.itemsize if dense else 1)
         launch("rows.cu", "decide_rows", blocks_for(32 * scopes), args, **macros, DENSE=int(dense), KEYS=keys)
     else:
         launch("selection.cu", "decide_scopes", scopes, args, **macros, DENSE=0)
@@ -169,30 +186,72 @@ def cut_scopes(ranking: Ranking, keep: Leaf, low: int) -> Array:
     return cutoffs
 
 
-def _cut_large(ranking: Ranking, counts: Struct, low: int, first: int, scopes: int, cutoffs: Array) -> None:
-    """Cut `scopes` scopes from `first` on by histograms of digits."""
+def row_keys(blocks: int, vector: int) -> int:
+    """Keys that a lane holds where a warp owns a scope, in vectors of so many."""
+    return next(k for k in ROW_KEYS if 32 * k >= blocks and k % vector == 0)
+
+
+def dense_source(leaf: Leaf, kind: int) -> tuple[Struct, int]:
+    """The only source of scopes of single elements that lie densely, and how many keys a lane takes."""
+    require_current(leaf.array)
+    template, keys = _dense_template(leaf.cut, leaf.array.strides, leaf.array.dtype, kind)
+    made = template.copy()
+    made.view(np.uint64)[POINTER] = leaf.array.data.ptr
+    return made, keys
+
+
+@lru_cache(maxsize=2048)
+def _dense_template(cut: Cut, strides: tuple[int, ...], dtype: np.dtype, kind: int) -> tuple[Struct, int]:
+    leaf = leaf_template(cut, strides, code_of(dtype), cut.element)
+    first = struct(SOURCE, blocks=cut.blocks, leaf=leaf[0])
+    made = struct(SOURCES, count=1, kind=kind, blocks=cut.blocks, first=first[0])
+    return made, row_keys(cut.blocks, 16 // dtype.itemsize)
+
+
+def _cut_large(
+    ranking: Ranking, counts: Struct, low: int, first: int, scopes: int, cutoffs: Array, places: bool
+) -> None:
+    """Cut `scopes` scopes from `first` on, between the borders that a sample gives, or by histograms of digits."""
     width = ranking.bits // 8
-    capacity = min(ranking.blocks, COLLECTED_BYTES // width // scopes)
-    searches = cupy.empty((scopes, SEARCH_BYTES), np.uint8)
-    histograms = cupy.zeros((scopes, BINS), np.uint64)
-    buffer = cupy.empty((scopes, capacity * width), np.uint8)
+    entry = width + (4 if width == 4 else 0)  # narrow keys have their positions beside them
+    capacity = min(ranking.blocks, COLLECTED_BYTES // entry // scopes)
+    sampled = len(ranking.parts) == 1 and ranking.blocks >= SAMPLED_BLOCKS and capacity * BRACKET >= ranking.blocks
+    samples = min(SAMPLES, capacity, ranking.blocks // 8) if sampled else 0
+    each = 3 if samples else 1
+    searches = cupy.empty((scopes * each, SEARCH_BYTES), np.uint8)
+    histograms = cupy.zeros((scopes * each, BINS), np.uint64)
+    buffer = cupy.empty((scopes, capacity * entry), np.uint8)
     s0, n, room = np.int64(first), np.int64(ranking.blocks), np.int64(capacity)
+    taken, none = np.int64(samples), np.int64(0)
 
     def run(name: str, grid: int | tuple[int, int], args: tuple[Any, ...], which: int | None = None) -> None:
         element = ranking.element if which is None else element_of({DTYPES[code_of(ranking.leaves[which].array.dtype)]})
         dense = which is not None and ranking.dense(which)
         launch("selection.cu", name, grid, args, ELEMENT=element, KEY_BITS=ranking.bits, DENSE=int(dense))
 
-    run("large_start", blocks_for(scopes), (counts, np.int64(low), n, s0, np.int64(scopes), searches, cutoffs))
+    run(
+        "large_start", blocks_for(scopes),
+        (counts, np.int64(low), n, s0, np.int64(scopes), taken, searches, cutoffs),
+    )  # fmt: skip
     sources = [ranking.sources(i)[0] for i in range(len(ranking.parts))]
     grid = max(1, min(-(-ranking.blocks // TILE), FILLING // scopes))
+    yes, no = np.int32(1), np.int32(0)
+    if samples:
+        run("large_sample", (max(1, FILLING // scopes), scopes), (sources[0], s0, taken, buffer, room), 0)
+        borders, bins = searches[scopes:], histograms[scopes:]
+        for p in range(PASSES[ranking.bits]):
+            args = sources[0], s0, n, np.int32(p), borders, bins, buffer, room, yes, yes, taken, cutoffs
+            run("large_histogram", (-(-samples // TILE), 2 * scopes), args, 0)
+        run("large_gather", (grid, scopes), (sources[0], s0, np.int64(scopes), searches, buffer, room, cutoffs), 0)
     for p in range(PASSES[ranking.bits]):
         for i, source in enumerate(sources):
-            args = source, s0, np.int32(p), searches, histograms, buffer, room, np.int32(i == 0)
+            ends = (yes if i == 0 else no), (yes if i == len(sources) - 1 else no)
+            args = source, s0, n, np.int32(p), searches, histograms, buffer, room, *ends, none, cutoffs
             run("large_histogram", (grid, scopes), args, i)
-        run("large_settle", (scopes, 1), (s0, n, np.int32(p), searches, histograms, room, cutoffs))
+    if not places:
+        return
     for i, source in enumerate(sources):
-        run("large_ties", (min(grid, BINS), scopes), (source, s0, n, searches, histograms), i)
+        run("large_ties", (min(grid, BINS), scopes), (source, s0, n, searches, histograms, buffer, room), i)
     everything, table = ranking.sources()
     run("large_last", (scopes, 1), (everything, s0, searches, histograms, cutoffs))
     del table
@@ -205,7 +264,7 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
     dtype = parts[0][0].array.dtype if ord is None else np.dtype(common_norm(kinds))
     out = cupy.empty(ranking.scopes, dtype)
     if ranking.scopes:
-        cutoffs = cut_scopes(ranking, k, 1)
+        cutoffs = cut_scopes(ranking, k, 1, places=False)
         launch(
             "writing.cu", "write_kth", blocks_for(ranking.scopes),
             (cutoffs, np.int32(ranking.kind), np.int64(ranking.scopes), np.int32(code_of(dtype)), out),

@@ -7,16 +7,18 @@
 
 enum Order { ONE, TWO, LARGEST };
 
-// Adds what a vector has to a sum, or takes its maximum; NaN stays.
+// Adds an element to a sum, or takes the maximum; NaN stays.
+__device__ inline void add(Stored x, int order, double& sum) {
+    double size = magnitude_at((const char*)&x, ELEMENT);
+    if (order == LARGEST)
+        sum = size > sum || size != size ? size : sum;
+    else
+        sum = order == TWO ? fma(size, size, sum) : sum + size;
+}
+
 __device__ inline void add(const Vector& x, int order, double& sum) {
 #pragma unroll
-    for (int u = 0; u < VECTOR; u++) {
-        double size = magnitude_at((const char*)(x.parts + u), ELEMENT);
-        if (order == LARGEST)
-            sum = size > sum || size != size ? size : sum;
-        else
-            sum = order == TWO ? fma(size, size, sum) : sum + size;
-    }
+    for (int u = 0; u < VECTOR; u++) add(x.parts[u], order, sum);
 }
 
 __device__ inline double joined(double sum, double other, int order) {
@@ -44,15 +46,25 @@ __device__ inline u32 finished(const Stored* tile, const Matrix& m, int order, d
     return sure ? below : settled_tile(tile, m.rows, m.pitch, order == TWO, below);
 }
 
+// Adds COUNT rows from `r` on while there are as many; all are loaded before the first is used.
+template <int COUNT>
+__device__ inline void add_rows(const Stored* at, const Matrix& m, int order, int& r, double& sum) {
+    for (; r + COUNT <= m.rows; r += COUNT) {
+        Vector v[COUNT];
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) v[k].raw = *(const RawVector*)(at + (r + k) * m.pitch);
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) add(v[k], order, sum);
+    }
+}
+
 // A team's part in a tile's sum.
 __device__ inline double member_sum(const Stored* tile, const Matrix& m, int member, int order) {
     double sum = 0.0;
-#pragma unroll 4
-    for (int r = 0; r < m.rows; r++) {
-        Vector v;
-        v.raw = *(const RawVector*)(tile + r * m.pitch + member * VECTOR);
-        add(v, order, sum);
-    }
+    int r = 0;
+    if (TEAM > 1) add_rows<8>(tile + member * VECTOR, m, order, r, sum);  // small tiles want the registers
+    add_rows<4>(tile + member * VECTOR, m, order, r, sum);
+    add_rows<1>(tile + member * VECTOR, m, order, r, sum);
     return sum;
 }
 
@@ -145,34 +157,31 @@ extern "C" __global__ void shrink_tiles(
     }
 }
 
-#if RUN == 1
-// Norm of every tile that is a column of `rows` elements: a thread owns WIDE neighbours.
+#if RUN < 4 || (RUN < 8 && ELEMENT != FLOAT32)
+// Norms of tiles with rows of less than 16 bytes: a thread owns the neighbours that 16 bytes hold.
 #define WIDE (16 / (int)sizeof(Stored))
 union WideVector {
     uint4 raw;
     Stored parts[WIDE];
 };
 
-extern "C" __global__ void column_norms(const Stored* x, Matrix m, int order, u32* out) {
-    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < m.tiles / WIDE; i += (i64)gridDim.x * blockDim.x) {
-        const Stored* at = tile_at(x, m, i * WIDE);
-        double sums[WIDE];
+extern "C" __global__ void narrow_norms(const Stored* x, Matrix m, int order, u32* out) {
+    constexpr int tiles = WIDE / RUN;
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < m.tiles / tiles; i += (i64)gridDim.x * blockDim.x) {
+        const Stored* at = tile_at(x, m, i * tiles);
+        double sums[tiles];
 #pragma unroll
-        for (int u = 0; u < WIDE; u++) sums[u] = 0.0;
+        for (int k = 0; k < tiles; k++) sums[k] = 0.0;
 #pragma unroll 4
         for (int r = 0; r < m.rows; r++) {
             WideVector v;
             v.raw = *(const uint4*)(at + r * m.pitch);
 #pragma unroll
-            for (int u = 0; u < WIDE; u++) {
-                Vector one;
-                one.parts[0] = v.parts[u];
-                add(one, order, sums[u]);
-            }
+            for (int u = 0; u < WIDE; u++) add(v.parts[u], order, sums[u / RUN]);
         }
         double wide;
 #pragma unroll
-        for (int u = 0; u < WIDE; u++) out[i * WIDE + u] = finished(at + u, m, order, sums[u], wide);
+        for (int k = 0; k < tiles; k++) out[i * tiles + k] = finished(at + k * RUN, m, order, sums[k], wide);
     }
 }
 #endif

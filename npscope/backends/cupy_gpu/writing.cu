@@ -130,17 +130,29 @@ __device__ inline void each_vector(const uint4* from, i64 count, Use use) {
 
 // Ranked blocks of one element that lie side by side in `to`, as their deciding elements do in `from`; blocks % VECTOR == 0.
 extern "C" __global__ void drop_dense(const __grid_constant__ Decision decision, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
+    Cutoff only = decision.cutoffs[0];
     each_vector(from, scopes * blocks / VECTOR, [&](i64 i, const Vector& x) {
-        i64 s, j;
-        split(i * VECTOR, blocks, scopes, s, j);
-        Cutoff cutoff = decision.cutoffs[s];
-        u32 dropped = 0;
+        i64 s = 0, j = i * VECTOR;
+        Cutoff cutoff = only;
+        if (scopes > 1) {
+            split(i * VECTOR, blocks, scopes, s, j);
+            cutoff = decision.cutoffs[s];
+        }
+        Key border = (Key)cutoff.key;
+        u32 dropped = 0, ties = 0;
 #pragma unroll
         for (int u = 0; u < VECTOR; u++) {
             Key key = key_at((const char*)(x.parts + u), ELEMENT, decision.kind);
-            dropped |= (u32)!by_rank(cutoff, key, decision.start + j + u) << u;
+            dropped |= (u32)(key < border) << u;
+            ties |= (u32)(key == border) << u;
         }
-        if (dropped == 0) return;
+        if (ties) {
+#pragma unroll
+            for (int u = 0; u < VECTOR; u++)
+                if (decision.start + j + u > cutoff.last) dropped |= ties & 1u << u;
+        }
+        // Lanes write in pairs, so that sectors of 32 bytes are written whole: worth nothing here, 9 % in rows.cu.
+        if ((dropped | __shfl_xor_sync(__activemask(), dropped, 1)) == 0) return;
         Vector y = x;
         if (from != to) y.raw = to[i];
 #pragma unroll
@@ -149,14 +161,51 @@ extern "C" __global__ void drop_dense(const __grid_constant__ Decision decision,
     });
 }
 
+// a - b, rounded once; an instruction that does not flush subnormals.
+__device__ inline u32 difference(u32 a, u32 b) {
+#ifdef NPSCOPE_EMULATED
+    return narrowed(widened(a) - widened(b));
+#else
+    float result;
+    asm("sub.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
+    return __float_as_uint(result);
+#endif
+}
+
+// As soften_at with h = 1, in float32, where a difference has the one rounding that it would have from float64.
+__device__ inline Stored softened(Stored x, u32 limit, bool spoils) {
+    u32 bits = float_bits_at((const char*)&x, ELEMENT), size = bits & 0x7FFFFFFF;
+    if (spoils) {
+        write_nan((char*)&x, ELEMENT);
+        return x;
+    }
+    if (size > 0x7F800000 || limit == 0) return x;
+    if (size <= limit) return 0;
+    bits = difference(size, limit) | (bits & 0x80000000);
+#if ELEMENT == FLOAT16
+    return half_of(bits);
+#elif ELEMENT == BFLOAT16
+    return bfloat_of(bits);
+#else
+    return bits;
+#endif
+}
+
 // Blocks of one element that lie side by side, softened from `from` into `to`, which may be `from`.
 extern "C" __global__ void soften_dense(const __grid_constant__ Numbers thresholds, const uint4* from, uint4* to, i64 scopes, i64 blocks) {
+    u32 limit = narrowed(thresholds.value);
+    bool spoils = !(thresholds.value >= 0.0);
     each_vector(from, scopes * blocks / VECTOR, [&](i64 i, Vector x) {
         i64 s = 0, j = 0;
         if (!thresholds.constant) split(i * VECTOR, blocks, scopes, s, j);
 #pragma unroll
-        for (int u = 0; u < VECTOR; u++)
-            soften_at((char*)(x.parts + u), ELEMENT, number_at(thresholds, s, j + u), 1.0, true);
+        for (int u = 0; u < VECTOR; u++) {
+            if (!thresholds.constant) {
+                double t = number_in_memory(thresholds.leaf, s, j + u);
+                limit = narrowed(t), spoils = !(t >= 0.0);
+            }
+            x.parts[u] = softened(x.parts[u], limit & 0x7FFFFFFF, spoils);
+        }
         to[i] = x.raw;
     });
 }

@@ -27,10 +27,11 @@ from npscope.backends.cupy_gpu.operands import (
     leaf_struct,
     numbers,
     operands,
+    require_current,
     struct,
     table_leaf,
 )
-from npscope.backends.cupy_gpu.selection import MAGNITUDE, SIGNED, cut_scopes, rank
+from npscope.backends.cupy_gpu.selection import MAGNITUDE, ROW_BLOCKS, SIGNED, cut_scopes, dense_source, rank
 from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, Parts
 
@@ -132,7 +133,7 @@ def mask(parts: Parts, keep: Leaf, ord: float | None) -> Array:
 
 def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[Array]:
     """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""
-    if not _keep_in_groups(target, source, keep, ord):
+    if not (_keep_in_groups(target, source, keep, ord) or _keep_in_rows(target, source, keep, ord)):
         _drop_all(target, ranked(source, keep, ord))
     return arrays(target)
 
@@ -243,20 +244,30 @@ def lie_side_by_side(target: Leaf, source: Leaf) -> bool:
     )
 
 
-def _keep_in_groups(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> bool:
-    """N:M of single elements that lie side by side, in one pass; False where it is something else."""
-    if len(target) != 1 or len(target[0]) != 1 or source[0][0].cut.blocks not in GROUPS:
-        return False
+def _one_pass(target: Parts, source: Parts) -> tuple[Leaf, Leaf] | None:
+    """The one leaf as written and as read, if its single elements lie densely and rank themselves."""
+    if len(target) != 1 or len(target[0]) != 1:
+        return None
     leaf, read = target[0][0], source[0][0]
-    item, group, total = leaf.array.dtype.itemsize, read.cut.blocks, read.cut.scopes * read.cut.blocks
     from_origin = leaf.origin is not None and leaf.origin is read.array and read.cut is leaf.cut
     if not (from_origin or (leaf.origin is None and leaf.array is read.array)):
+        return None
+    require_current(leaf.array)
+    item = leaf.array.dtype.itemsize
+    if not _is_fast(leaf) or leaf.cut.elements != 1 or read.cut.scopes * read.cut.blocks == 0:
+        return None
+    return (leaf, read) if all(_lies_densely(x, item) for x in (leaf, read)) else None
+
+
+def _keep_in_groups(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> bool:
+    """N:M of single elements that lie side by side, in one pass; False where it is something else."""
+    group = source[0][0].cut.blocks
+    found = _one_pass(target, source) if group in GROUPS else None
+    if found is None:
         return False
-    held = max(group, 16 // item)
-    written = Leaf(leaf.array, leaf.cut)
-    if total == 0 or total % held or not _is_fast(leaf) or leaf.cut.elements != 1:
-        return False
-    if not all(_lies_densely(x, item) for x in (written, read)):
+    leaf, read = found
+    total, held = read.cut.scopes * group, max(group, 16 // leaf.array.dtype.itemsize)
+    if total % held:
         return False
     counts, kept = numbers(keep)
     kind = SIGNED if ord is None else MAGNITUDE
@@ -264,6 +275,27 @@ def _keep_in_groups(target: Parts, source: Parts, keep: Leaf, ord: float | None)
         "groups.cu", "keep_in_groups", blocks_for(total // held),
         (read.array, leaf.array, counts, np.int32(kind), np.int64(total // held)),
         ELEMENT=code_of(leaf.array.dtype), GROUP=group,
+    )  # fmt: skip
+    del kept
+    return True
+
+
+def _keep_in_rows(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> bool:
+    """Scopes of single elements that lie side by side, each in the registers of a warp, in one pass."""
+    blocks = source[0][0].cut.blocks
+    found = _one_pass(target, source) if blocks <= ROW_BLOCKS else None
+    if found is None:
+        return False
+    leaf, read = found
+    if blocks * read.array.dtype.itemsize % 16:
+        return False
+    counts, kept = numbers(keep)
+    kind = SIGNED if ord is None else MAGNITUDE
+    sources, keys = dense_source(read, kind)
+    launch(
+        "rows.cu", "keep_rows", blocks_for(32 * read.cut.scopes),
+        (sources, counts, np.int64(read.cut.scopes), leaf.array),
+        ELEMENT=code_of(leaf.array.dtype), KEY_BITS=32, DENSE=1, KEYS=keys,
     )  # fmt: skip
     del kept
     return True
