@@ -24,6 +24,7 @@ from timing import assert_linear, within
 
 from npscope.errors import FileError, FormatError
 from npscope.weights import Tensor, numpy_dtype, open_weights
+from npscope.weights import packed as packed_files
 from npscope.weights import safetensors as own
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
@@ -326,3 +327,26 @@ def test_opening_leaves_no_descriptor_behind(tmp_path: Path) -> None:
     after = os.dup(0)
     os.close(after)
     assert after == probe
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 40, 100, 10**9])
+def test_however_much_was_copied_ahead_the_file_is_the_same(
+    ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(self: packed_files.CopyAhead) -> int:
+        done = min(self._least + ahead, self._source.size)
+        packed_files.copy_range(self._source, 0, done, self._fd)
+        return done
+
+    monkeypatch.setattr(packed_files.CopyAhead, "_copy", copy)
+    source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    safetensors.numpy.save_file({name: np.arange(20, dtype=np.float32) for name in "abc"}, source)
+    with open_weights(source) as weights, weights.successor(weights.target(target, force=False)) as writer:
+        a, b, c = weights.tensors.values()
+        writer.copy(a)
+        for start in range(0, 80, 16):
+            writer.write(b, memoryview(bytes([start + 1] * 16)))
+        writer.copy(c)
+    expected = bytearray(source.read_bytes())
+    expected[-160:-80] = b"".join(bytes([start + 1] * 16) for start in range(0, 80, 16))
+    assert target.read_bytes() == expected

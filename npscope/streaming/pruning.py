@@ -29,8 +29,9 @@ from npscope.streaming.dropping import ByWindows, Dropper, dropper_of, droppers_
 from npscope.streaming.limits import Search
 from npscope.streaming.masks import MaskWriter, mask_file
 from npscope.streaming.ranked import RankedReader, Slab
-from npscope.streaming.slabs import Background, count_zeros_and_nans
+from npscope.streaming.slabs import count_zeros_and_nans
 from npscope.weights import Tensor, WeightFile, Writer, open_weights
+from npscope.weights.background import Background
 from npscope.weights.output import Target
 
 NanPolicy = Literal["refuse", "keep"]

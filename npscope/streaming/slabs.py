@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Self, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from npscope.weights import Tensor, WeightFile, numpy_dtype
+from npscope.weights.background import Background
 
 SLAB_BYTES = 5 << 20
 """About the size of a slab, norms included: long for the disk, and short for a search over single elements."""
@@ -37,8 +38,6 @@ Box = tuple[slice, ...]
 """A range on every axis, the ends given."""
 
 Array = np.ndarray[Any, Any]
-
-T = TypeVar("T")
 
 
 def elements_in(nbytes: int, itemsize: int) -> int:
@@ -109,45 +108,6 @@ class Request(NamedTuple):
     tensor: Tensor
     shape: tuple[int, ...]
     box: Box
-
-
-class Background:
-    """One thread that works ahead; where none can be started, the caller's own."""
-
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "npscope-io")
-
-    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Begin ``function(*arguments)``; its result or failure is in the future."""
-        if self._pool is not None:
-            try:
-                return self._pool.submit(function, *arguments)
-            except RuntimeError:  # no thread to be had
-                self._pool = None
-        done: Future[T] = Future()
-        try:
-            done.set_result(function(*arguments))
-        except Exception as error:
-            done.set_exception(error)
-        return done
-
-    def close(self) -> None:
-        """Wait for what has begun, whatever signal comes: it uses descriptors that are closed next."""
-        interrupted: KeyboardInterrupt | None = None
-        while self._pool is not None:
-            try:
-                self._pool.shutdown(wait=True, cancel_futures=True)
-                self._pool = None
-            except KeyboardInterrupt as signal:
-                interrupted = signal
-        if interrupted is not None:
-            raise interrupted
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.close()
 
 
 class SlabReader:

@@ -7,13 +7,13 @@ included.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Self
 
 from npscope.errors import FormatError
 from npscope.weights import Tensor
+from npscope.weights.background import Background
 from npscope.weights.detection import Format, check_name
 from npscope.weights.output import Target, overwrite, reserve, staged, write_all
 from npscope.weights.source import Source
@@ -109,21 +109,21 @@ class PackedWriter:
         self._written = 0  # bytes behind the head that are as they shall be
         self._size = source.size - weights.data_start
         reserve(fd, source.size)
-        self._ahead: CopyAhead | None = CopyAhead(source, fd, weights.data_start)
-        self._copied = 0  # bytes behind the head that are there
+        self._ahead = CopyAhead(source, fd, weights.data_start)
+        self._copied: int | None = None  # bytes behind the head that are there, known when no more are copied
 
     def copy(self, tensor: Tensor) -> None:
         """Take over the next tensor of the file as it is."""
-        self._expect(tensor, tensor.nbytes)
-        start, self._written = max(self._written, self._copied), self._written + tensor.nbytes
+        copied = self._expect(tensor, tensor.nbytes)
+        start, self._written = max(self._written, copied), self._written + tensor.nbytes
         if start < self._written:
             copy_range(self._source, self._weights.data_start + start, self._written - start, self._fd)
 
     def write(self, tensor: Tensor, data: memoryview) -> None:
         """Append bytes to the next tensor of the file."""
         view = data.cast("B")
-        self._expect(tensor, view.nbytes)
-        there = max(0, min(view.nbytes, self._copied - self._written))
+        copied = self._expect(tensor, view.nbytes)
+        there = max(0, min(view.nbytes, copied - self._written))
         overwrite(self._fd, view[:there], self._weights.data_start + self._written)
         write_all(self._fd, view[there:])
         self._written += view.nbytes
@@ -136,55 +136,51 @@ class PackedWriter:
 
     def close(self) -> None:
         """End what goes on beside, and give the descriptor of the source back."""
-        if self._ahead is not None:
-            self._ahead.end()
+        self._ahead.close()
         self._source.close()
 
-    def _expect(self, tensor: Tensor, nbytes: int) -> None:
-        self._stop_ahead()
+    def _expect(self, tensor: Tensor, nbytes: int) -> int:
+        """Check that it is the turn of these bytes; how many bytes behind the head were copied."""
+        copied = self._stop_ahead()
         start = self._weights.starts[tensor.name]
         if not (start <= self._written and self._written + nbytes <= start + tensor.nbytes):
             raise out_of_order(tensor)
+        return copied
 
-    def _stop_ahead(self) -> None:
-        if self._ahead is not None:
-            ahead, self._ahead = self._ahead, None
-            self._copied = ahead.stop() - self._weights.data_start
+    def _stop_ahead(self) -> int:
+        if self._copied is None:
+            self._copied = self._ahead.stop() - self._weights.data_start
+        return self._copied
 
 
 class CopyAhead:
-    """Copies a file into another in a thread of its own, until it is told to stop; its first `least` bytes always."""
+    """Copies a file into another beside other work until it is told to stop; its first `least` bytes always."""
 
     def __init__(self, source: Source, fd: int, least: int) -> None:
         self._source = source
         self._fd = fd
         self._least = least
-        self._done = 0
         self._stopping = False
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        self._background = Background()
+        self._copied = self._background.submit(self._copy)
 
     def stop(self) -> int:
         """How many bytes are there; raises what went wrong."""
-        self.end()
-        if self._failure is not None:
-            raise self._failure
-        return self._done
+        self._stopping = True
+        return self._copied.result()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Return when nothing is written any more."""
         self._stopping = True
-        self._thread.join()
+        self._background.close()
 
-    def _run(self) -> None:
-        try:
-            while self._done < self._source.size and not (self._stopping and self._done >= self._least):
-                piece = min(_AHEAD_BYTES, self._source.size - self._done)
-                copy_range(self._source, self._done, piece, self._fd)
-                self._done += piece
-        except BaseException as failure:  # raised again by `stop`
-            self._failure = failure
+    def _copy(self) -> int:
+        done = 0
+        while done < self._source.size and not (self._stopping and done >= self._least):
+            piece = min(_AHEAD_BYTES, self._source.size - done)
+            copy_range(self._source, done, piece, self._fd)
+            done += piece
+        return done
 
 
 def check_range(tensor: Tensor, start: int, into: memoryview) -> None:
