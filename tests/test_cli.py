@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -782,16 +782,30 @@ def test_signal_handlers_are_put_back(run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["2:4", "4x4@0.5"])
-def test_case75_memory_does_not_grow_with_the_file(folder: Path, pattern: str) -> None:
-    source = folder / "in"
-    save_file({"a": np.ones((8192, 16384), np.float16)}, source)  # 256 MiB
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((8192, 16384), ("--pattern", "2:4")),
+        ((8192, 16384), ("--pattern", "4x4@0.5")),
+        ((8192, 16384), ("--pattern", "1x1@0.5", "--scores", "scores")),
+        ((8, 4 << 20), ("--pattern", "2:4", "--layout", "in-out")),
+        ((8, 4 << 20), ("--pattern", "4x4@0.5", "--mask-out", "mask")),
+    ],
+    ids=["2:4", "4x4", "float64 scores", "many scopes in wide rows", "blocks in wide rows, mask"],
+)
+def test_case75_memory_does_not_grow_with_the_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], options: Sequence[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    save_file({"a": np.ones(shape, np.float16 if shape[0] > 8 else np.float32)}, "in")
+    if "--scores" in options:
+        save_file({"a": np.ones(shape)}, "scores")
 
-    def peak(*arguments: object) -> int:
+    def peak(*arguments: str) -> int:
         code = "import resource, sys; from npscope.cli import main; c = main(); "
         code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(c)"
-        process = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+        process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
         return int(process.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
-    assert peak("prune", source, "-o", folder / "out", "--pattern", pattern) - peak("--help") < 256 << 20
+    assert peak("prune", "in", "-o", "out", *options) - peak("--help") < 256 << 20

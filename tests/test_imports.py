@@ -42,8 +42,9 @@ LAYERS: dict[str, set[str]] = {
     "coupled": {"scores", "plans", "weights", "block", "scope"},
     "planning": {"recipe", "coupled", "members", "allocation", "plans", "weights", "errors"},
     "ranked": {"scores", "plans", "slabs", "weights"},
+    "marks": {"slabs"},
     "limits": {"plans", "ranked", "slabs", "namespace"},
-    "dropping": {"limits", "coupled", "plans", "ranked", "slabs", "namespace", "block", "errors"},
+    "dropping": {"limits", "marks", "coupled", "plans", "ranked", "slabs", "namespace", "block", "errors"},
     "masks": {"plans", "slabs", "weights", "errors"},
     "pruning": {
         *(

@@ -25,6 +25,7 @@ from npscope.recipes.pattern import Pattern
 from npscope.recipes.plans import Budget, Plan, Scores
 from npscope.recipes.recipe import Recipe
 from npscope.streaming import dropping, limits, pruning, slabs
+from npscope.streaming.marks import Marks
 from npscope.weights import numpy_dtype, open_weights
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float64")
@@ -40,6 +41,9 @@ def means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     for module in (limits, dropping, slabs):
         monkeypatch.setattr(module, "SLAB_BYTES", 160, raising=False)
     monkeypatch.setattr(dropping, "SCOPE_BYTES", scope_bytes)
+    if request.param_index != 1:
+        monkeypatch.setattr(dropping, "LIMITS", 1)
+        monkeypatch.setattr(dropping, "MARK_BYTES", 2)
 
 
 def numbers(kind: str, shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
@@ -246,6 +250,39 @@ def test_scores_that_are_no_scores(tmp_path: Path, bad: float) -> None:
 
         with pytest.raises(FormatError, match="scores of tensor 'w' hold 1 "):
             pruned(tmp_path, {"w": np.ones((1, 4), np.float32)}, decide)
+
+
+@pytest.mark.parametrize("text", ["2:4", "block=1x2 scope=2x2 keep=2"])
+@pytest.mark.parametrize("rows", [8, 64])
+def test_marks_are_found_by_reading_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, rows: int
+) -> None:
+    """In windows of whole rows, one after another."""
+    monkeypatch.setattr(dropping, "SCOPE_BYTES", 1024)
+    monkeypatch.setattr(dropping, "LIMITS", 1)
+    monkeypatch.setattr(dropping, "MARK_BYTES", rows * 512 // 8)
+    values = numbers("normal", (64, 512), "float32", 4)
+    save_file({"w": values}, tmp_path / "in")
+    seen = [0]
+    recipe = Recipe.shorthand(Pattern.parse(text), layout="in-out")
+    progress = lambda done, total: seen.append(total)  # noqa: E731
+    (done,) = pruning.prune_file(tmp_path / "in", None, recipe, dry_run=True, progress=progress)
+    assert seen[-1] == 2 * values.nbytes
+    assert isinstance(done, pruning.Outcome)
+    assert done.zeros_after == values.size // 2
+
+
+@given(data=st.data())
+def test_marks_are_those_that_were_put(data: st.DataObject) -> None:
+    region = tuple(slice(at, at + size) for at, size in ((2, 3), (0, 2), (5, 21)))
+    marks, oracle = Marks(region), np.zeros((5, 2, 26), bool)
+    boxes = st.tuples(*(st.tuples(*[st.integers(side.start, side.stop)] * 2) for side in region))
+    for number in range(4):
+        box = tuple(slice(*sorted(side)) for side in data.draw(boxes))
+        oracle[box] = np.random.default_rng(number).integers(0, 2, oracle[box].shape)
+        marks.put(box, oracle[box])
+        box = tuple(slice(*sorted(side)) for side in data.draw(boxes))
+        np.testing.assert_array_equal(marks.get(box), oracle[box])
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,9 @@ class Plan:
     rule: str = ""
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.tensor.nbytes // math.prod(self.shape)
+    def width(self) -> int:
+        """Bytes of one element, or of what it ranks by where that is wider."""
+        return max(self.tensor.nbytes // math.prod(self.shape), 8 if self.has_wide_norms else 0)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -219,7 +219,7 @@ class Coupled:
         return None
 
     @property
-    def itemsize(self) -> int:
+    def width(self) -> int:
         """Bytes of one element."""
         return self.tensor.nbytes // math.prod(self.shape)
 

@@ -1,7 +1,9 @@
 """How the losers of a planned tensor are found, and zeroed slab by slab, whatever the size of its scopes.
 
 A scope that fits in a slab is decided there. For a larger one a search goes first: its limits
-tell of every block whether it survives, so that no slab need know of another.
+tell of every block whether it survives, so that no slab need know of another. Where there would be
+too many limits, or a slab cannot tell what the norms of its blocks are, the survivors are marked
+window by window, when the first slab of a window comes.
 """
 
 from __future__ import annotations
@@ -9,23 +11,43 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 
 from npscope.block import BlockSpec
 from npscope.errors import SpecError
-from npscope.namespace import hard_threshold, keep_largest
+from npscope.namespace import block_mask, hard_threshold, keep_largest
 from npscope.recipes.coupled import Kept, drop
 from npscope.recipes.plans import Budget, Coupled, Plan
 from npscope.streaming.limits import Keys, Limit, Member, Search
+from npscope.streaming.marks import Marks
 from npscope.streaming.ranked import Slab
-from npscope.streaming.slabs import SLAB_BYTES, Array, Box, boxes, elements_in, extents, smallest_slab, tiles, whole
+from npscope.streaming.slabs import (
+    SLAB_BYTES,
+    Array,
+    Box,
+    boxes,
+    cells,
+    common,
+    elements_in,
+    smallest_slab,
+    tile_sizes,
+    tiles,
+    whole,
+)
 
 SCOPE_BYTES = 8 << 20
 """A scope is decided at once when a slab of at most this size holds it."""
+
+LIMITS = 1 << 18
+"""Limits that are held of one tensor at most: they take 16 bytes each."""
+
+MARK_BYTES = 8 << 20
+"""About the bytes of the marks of one window."""
 
 
 class Dropper(Protocol):
@@ -49,7 +71,7 @@ class Dropper(Protocol):
 
 def slabs_for(dropper: Dropper) -> Iterator[Box]:
     """Slabs that cover the tensor, contiguous and in the order of its bytes."""
-    usual, most = (elements_in(nbytes, dropper.plan.itemsize) for nbytes in (SLAB_BYTES, SCOPE_BYTES))
+    usual, most = (elements_in(nbytes, dropper.plan.width) for nbytes in (SLAB_BYTES, SCOPE_BYTES))
     return boxes(dropper.plan.shape, dropper.period, usual, most)
 
 
@@ -128,15 +150,17 @@ class ByLimit:
         BlockSpec(slab.view, plan.block).apply_mask((found > limits) | ((found == limits) & (places <= lasts)))
 
 
-@dataclass(frozen=True)
-class ByMask:
-    """It is known of every block; slabs may cut blocks."""
+class ByMarks:
+    """Survivors are marked in one window after another; slabs may cut blocks, and windows.
 
-    plan: Plan
-    mask: Array
-    """True where a block survives, over the canonical grid."""
+    `mark` finds the marks of a window, a box of the stored tensor, over the stored axes. It reads
+    the window, and again when it is wanted again: that is when a window is a part of rows only.
+    """
 
-    kept: int
+    def __init__(self, plan: Plan, kept: int, windows: tuple[int, ...], mark: Callable[[Box], Marks]) -> None:
+        self.plan, self.kept = plan, kept
+        self._windows, self._mark = windows, mark
+        self._marks: dict[tuple[int, ...], Marks] = {}
 
     @property
     def period(self) -> tuple[int, ...]:
@@ -144,14 +168,32 @@ class ByMask:
         return self.plan.stored(self.plan.block)
 
     def drop(self, slab: Slab) -> None:
-        """Apply the part of the mask."""
-        steps, at = [], []
-        for axis, size in zip(self.plan.order, self.plan.block, strict=True):
-            side = slab.box[axis]
+        """Apply the marks of the windows that reach into the slab."""
+        around = tuple(slice(side.start // n * n, side.stop) for side, n in zip(slab.box, self._windows, strict=True))
+        for part in cells(around, self._windows):
+            marks = self._marks_of(tuple(side.start for side in part))
+            # The first part of an axis may start before the slab does, and the last one ends with it.
+            box = tuple(slice(max(p.start, s.start), p.stop) for p, s in zip(part, slab.box, strict=True))
+            inside = tuple(slice(b.start - s.start, b.stop - s.start) for b, s in zip(box, slab.box, strict=True))
+            self._drop(slab.values[inside], box, marks)
+
+    def _drop(self, values: Array, box: Box, marks: Marks) -> None:
+        sizes = self.plan.stored(self.plan.block)
+        steps, places = [], []
+        for side, size in zip(box, sizes, strict=True):
             step = 1 if side.start % size or side.stop % size else size
             steps.append(step)
-            at.append(np.arange(side.start, side.stop, step) // size)
-        BlockSpec(slab.view, tuple(steps)).apply_mask(self.mask[np.ix_(*at)])
+            places.append(np.arange(side.start, side.stop, step) // size - side.start // size)
+        BlockSpec(values, tuple(steps)).apply_mask(marks.get(_on_grid(box, sizes))[np.ix_(*places)])
+
+    def _marks_of(self, corner: tuple[int, ...]) -> Marks:
+        """The marks of the window that starts there."""
+        if corner not in self._marks:
+            while len(self._marks) > 1:  # a slab may reach from one window into the next
+                del self._marks[next(iter(self._marks))]
+            sides = zip(corner, self._windows, self.plan.shape, strict=True)
+            self._marks[corner] = self._mark(tuple(slice(at, min(at + size, length)) for at, size, length in sides))
+        return self._marks[corner]
 
 
 @dataclass(frozen=True)
@@ -179,24 +221,22 @@ class ByWindows:
 
 
 def dropper_of(plan: Plan, search: Search) -> Dropper:
-    """The dropper of a tensor that is decided alone; it may read the tensor."""
+    """The dropper of a tensor that is decided alone; it may read the tensor, now and when it drops."""
+    kept = plan.scopes * plan.keep
     if _fits(plan, plan.scope_size, SCOPE_BYTES):
-        return ByScope(plan, plan.scopes * plan.keep)
+        return ByScope(plan, kept)
     keys = Keys([plan])
     if plan.keep in (0, plan.blocks):
         elements = replace(plan, block=(1,) * len(plan.block))  # blocks do not matter, and slabs may cut them
-        return ByLimit.single(elements, keys, keys.all_or_none(plan.scopes * plan.keep))
-    kept = plan.scopes * plan.keep
-    if _holds_blocks(plan) and (plan.has_exact_norms or plan.scopes == 1):
-        limits, lasts = np.empty(plan.scope_grid, np.int64), np.empty(plan.scope_grid, np.int64)
-        for strip in _strips(plan, keys, search):
-            at = _on_grid(plan, strip.box, plan.scope_size)
-            limits[at], lasts[at] = strip.limits, strip.lasts
+        return ByLimit.single(elements, keys, keys.all_or_none(kept))
+    by_limit = plan.scopes <= LIMITS and _holds_blocks(plan) and (plan.has_exact_norms or plan.scopes == 1)
+    if not by_limit and math.prod(plan.scope_size) <= elements_in(SCOPE_BYTES, plan.width):
+        scope = plan.stored(plan.scope_size)
+        return ByMarks(plan, kept, _windows(plan, scope), partial(_marks_by_scope, plan, search))
+    limits, lasts = _limits(plan, keys, search)
+    if by_limit:
         return ByLimit(plan, keys, limits, lasts, kept)
-    mask = np.empty(plan.grid, np.bool_)
-    for strip in _strips(plan, keys, search):
-        _mark(mask, plan, strip, keys, search)
-    return ByMask(plan, mask, kept)
+    return _by_marks(plan, keys, limits, lasts, kept, search)
 
 
 def droppers_of(budget: Budget, search: Search) -> list[Dropper]:
@@ -233,16 +273,25 @@ def droppers_of(budget: Budget, search: Search) -> list[Dropper]:
 
 def _by_limit(shared: Plan, keys: Keys, limit: Limit, search: Search) -> Dropper:
     plan = replace(shared, keep=limit.kept)
+    found = ByLimit.single(plan, keys, limit)
     if _holds_blocks(plan):
-        return ByLimit.single(plan, keys, limit)
-    mask, grid = np.empty(plan.grid, np.bool_), (1,) * len(plan.block)
-    _mark(mask, plan, _Strip(whole(plan.shape), np.full(grid, limit.key), np.full(grid, limit.last)), keys, search)
-    return ByMask(plan, mask, limit.kept)
+        return found
+    return _by_marks(plan, keys, found.limits, found.lasts, limit.kept, search)
+
+
+def _by_marks(plan: Plan, keys: Keys, limits: Array, lasts: Array, kept: int, search: Search) -> ByMarks:
+    """The dropper that compares with the limits of large scopes what a search reads."""
+    scope = plan.stored(plan.scope_size)
+    # Windows hold whole boxes of the search, so that norms come out as they did there.
+    boxes = tile_sizes(scope, plan.stored(plan.block), elements_in(SLAB_BYTES, plan.width))
+    sides = zip(boxes, scope, plan.shape, strict=True)
+    unit = tuple(box if size % box == 0 or size == length else size for box, size, length in sides)
+    return ByMarks(plan, kept, _windows(plan, unit), partial(_marks_by_limit, plan, keys, limits, lasts, search))
 
 
 def _fits(plan: Plan, period: Sequence[int], nbytes: int) -> bool:
     """Whether a slab of `nbytes` holds whole canonical periods."""
-    return smallest_slab(plan.shape, plan.stored(period)) <= elements_in(nbytes, plan.itemsize)
+    return smallest_slab(plan.shape, plan.stored(period)) <= elements_in(nbytes, plan.width)
 
 
 def _holds_blocks(plan: Plan) -> bool:
@@ -250,56 +299,82 @@ def _holds_blocks(plan: Plan) -> bool:
     return _fits(plan, plan.block, SCOPE_BYTES if plan.has_exact_norms else SLAB_BYTES)
 
 
+def _windows(plan: Plan, unit: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of windows of whole units that take about `MARK_BYTES` of marks; contiguous, if units allow."""
+    block = plan.stored(plan.block)
+    bits = MARK_BYTES * min(8, plan.shape[-1] // block[-1])
+    return tile_sizes(plan.shape, unit, bits * math.prod(block))
+
+
 def _blocks(side: slice, size: int) -> tuple[int, int]:
     return side.start // size, side.stop // size
 
 
-def _on_grid(plan: Plan, box: Box, sizes: Sequence[int]) -> Box:
-    """A box as a box of the canonical grid of things of `sizes` elements."""
-    return tuple(slice(*_blocks(box[axis], size)) for axis, size in zip(plan.order, sizes, strict=True))
+def _on_grid(box: Box, sizes: Sequence[int]) -> Box:
+    """The things of `sizes` elements that reach into a box, as a box of their grid."""
+    return tuple(slice(side.start // size, -(-side.stop // size)) for side, size in zip(box, sizes, strict=True))
 
 
-class _Strip(NamedTuple):
-    """Scopes that lie in a box, over their grid the limits, and the keys of their blocks if they were few."""
-
-    box: Box
-    limits: Array
-    lasts: Array
-    table: Array | None = None
-    """Keys over the grid of scopes and then by position."""
-
-
-def _strips(plan: Plan, keys: Keys, search: Search) -> Iterator[_Strip]:
-    """The limits of all scopes, which 0 < keep < blocks survive of, as many at once as fit in a slab."""
-    grid = (1,) * len(plan.block)
-    most = elements_in(SCOPE_BYTES, plan.itemsize)
-    for box in tiles(whole(plan.shape), plan.stored(plan.scope_size), most):
-        if math.prod(extents(box)) > most:
-            limit = search.limits([Member(plan, box)], plan.keep, keys)[0]
-            yield _Strip(box, np.full(grid, limit.key), np.full(grid, limit.last))
-            continue
-        table = by_scope(keys.of(plan, search.slab(plan, box).ranked), plan.scope)
+def _limits(plan: Plan, keys: Keys, search: Search) -> tuple[Array, Array]:
+    """Keys and last positions of the limits of all scopes, which 0 < keep < blocks survive of, over their grid."""
+    limits, lasts = np.empty(plan.scope_grid, np.int64), np.empty(plan.scope_grid, np.int64)
+    scope = plan.stored(plan.scope_size)
+    most = elements_in(SCOPE_BYTES, plan.width)
+    strips = tiles(whole(plan.shape), scope, most)
+    if math.prod(scope) > most:
+        for strip in strips:
+            limit = search.limits([Member(plan, strip)], plan.keep, keys)[0]
+            at = _canonical(plan, _on_grid(strip, scope))
+            limits[at], lasts[at] = limit.key, limit.last
+        return limits, lasts
+    for slab in search.slabs(plan, strips):
+        table = by_scope(keys.of(plan, slab.ranked), plan.scope)
         place = table.shape[-1] - plan.keep
-        limits = np.partition(table, place, axis=-1)[..., place, None].copy()
-        ties = (table == limits).cumsum(-1, dtype=np.int32)
-        left = plan.keep - np.count_nonzero(table > limits, axis=-1)
-        yield _Strip(box, limits[..., 0], (ties >= left[..., None]).argmax(-1), table)
+        found = np.partition(table, place, axis=-1)[..., place, None].copy()
+        ties = (table == found).cumsum(-1, dtype=np.int32)
+        left = plan.keep - np.count_nonzero(table > found, axis=-1)
+        at = _canonical(plan, _on_grid(slab.box, scope))
+        limits[at], lasts[at] = found[..., 0], (ties >= left[..., None]).argmax(-1)
+    return limits, lasts
 
 
-def _mark(mask: Array, plan: Plan, strip: _Strip, keys: Keys, search: Search) -> None:
-    """Say of every block of a strip whether it survives."""
-    if strip.table is not None:
-        places, table = np.arange(strip.table.shape[-1]), strip.table
-        limits, lasts = strip.limits[..., None], strip.lasts[..., None]
-        survives = (table > limits) | ((table == limits) & (places <= lasts))
-        mask[_on_grid(plan, strip.box, plan.block)] = by_block(survives, plan.scope)
-        return
-    member, limit, last = Member(plan, strip.box), strip.limits.item(), strip.lasts.item()
-    for _, slab in search.slabs([member]):
-        found = keys.of(plan, slab.ranked)
-        survives, ties = found > limit, found == limit
-        survives[ties] = member.positions(slab.box, ties) <= last
-        mask[_on_grid(plan, slab.box, plan.block)] = survives
+def _canonical(plan: Plan, box: Box) -> Box:
+    """A box of stored axes as one of canonical axes."""
+    return tuple(box[axis] for axis in plan.order)
+
+
+def _marks_by_scope(plan: Plan, search: Search, window: Box) -> Marks:
+    """The survivors in a window of whole scopes, as many of which are decided at once as fit in a slab."""
+    block = plan.stored(plan.block)
+    marks = Marks(_on_grid(window, block))
+    strips = tiles(window, plan.stored(plan.scope_size), elements_in(SCOPE_BYTES, plan.width))
+    for slab in search.slabs(plan, strips):
+        survives = block_mask(slab.view, plan.keep, plan.block, plan.scope, scores=slab.scores, ord=plan.ord)
+        marks.put(_on_grid(slab.box, block), _to_stored(plan, survives))
+    return marks
+
+
+def _marks_by_limit(plan: Plan, keys: Keys, limits: Array, lasts: Array, search: Search, window: Box) -> Marks:
+    """The survivors in a window of whole boxes of the search that found these limits."""
+    block, scope = plan.stored(plan.block), plan.stored(plan.scope_size)
+    marks = Marks(_on_grid(window, block))
+    for region in cells(whole(plan.shape), scope):
+        if common(region, window) is None:
+            continue
+        at = _canonical(plan, _on_grid(region, scope))
+        limit, last, member = limits[at].item(), lasts[at].item(), Member(plan, region)
+        inside = (box for box in member.boxes(SLAB_BYTES) if common(box, window) is not None)
+        for slab in search.slabs(plan, inside):
+            found = keys.of(plan, slab.ranked)
+            survives, ties = found > limit, found == limit
+            survives[ties] = member.positions(slab.box, ties) <= last
+            marks.put(_on_grid(slab.box, block), _to_stored(plan, survives))
+    return marks
+
+
+def _to_stored(plan: Plan, table: Array) -> Array:
+    """A table over the canonical grid as one over the stored axes."""
+    return table.transpose(np.argsort(plan.order))
 
 
 def by_scope(table: Array, scope: Sequence[int]) -> Array:
@@ -312,11 +387,3 @@ def by_scope(table: Array, scope: Sequence[int]) -> Array:
     split = [size for length, count in zip(table.shape, scope, strict=True) for size in (length // count, count)]
     axes = (*range(0, len(split), 2), *range(1, len(split), 2))
     return table.reshape(split).transpose(axes).reshape(*split[::2], -1)
-
-
-def by_block(table: Array, scope: Sequence[int]) -> Array:
-    """The reverse of `by_scope`."""
-    ndim = len(scope)
-    axes = [axis for pair in zip(range(ndim), range(ndim, 2 * ndim), strict=True) for axis in pair]
-    shape = [length * count for length, count in zip(table.shape[:-1], scope, strict=True)]
-    return table.reshape(*table.shape[:-1], *scope).transpose(axes).reshape(shape)

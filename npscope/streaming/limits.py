@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ class Member:
 
     def boxes(self, nbytes: int) -> Iterator[Box]:
         """Boxes of whole blocks that cover the region, of about `nbytes`."""
-        return tiles(self.region, self.plan.stored(self.plan.block), elements_in(nbytes, self.plan.itemsize))
+        return tiles(self.region, self.plan.stored(self.plan.block), elements_in(nbytes, self.plan.width))
 
     def positions(self, box: Box, chosen: Array) -> Array:
         """The positions of the `chosen` blocks of a box, row-major in the canonical grid of the region."""
@@ -196,21 +196,23 @@ class Search:
             limits.append(Limit(found.key, last, above + here))
         return limits
 
-    def slab(self, plan: Plan, box: Box) -> Slab:
-        """One slab."""
-        slab = next(self._reader.read([(plan, box)]))
-        self.tick(slab.values.nbytes)
-        return slab
+    def slabs(self, plan: Plan, boxes: Iterable[Box]) -> Iterator[Slab]:
+        """The slabs of boxes of one tensor, new with every slab."""
+        return (slab for _, slab in self._slabs((0, plan, box) for box in boxes))
 
-    def slabs(self, members: Sequence[Member]) -> Iterator[tuple[int, Slab]]:
-        """(number of the member, slab) for slabs that cover the members in order; they are new with every slab."""
+    def _members(self, members: Sequence[Member]) -> Iterator[tuple[int, Slab]]:
+        """(number of the member, slab) for slabs that cover the members in order."""
+        return self._slabs(
+            (i, member.plan, box) for i, member in enumerate(members) for box in member.boxes(SLAB_BYTES)
+        )
+
+    def _slabs(self, wanted: Iterable[tuple[int, Plan, Box]]) -> Iterator[tuple[int, Slab]]:
         numbers: list[int] = []
 
         def work() -> Iterator[tuple[Plan, Box]]:
-            for number, member in enumerate(members):
-                for box in member.boxes(SLAB_BYTES):
-                    numbers.append(number)
-                    yield member.plan, box
+            for number, plan, box in wanted:
+                numbers.append(number)
+                yield plan, box
 
         for slab in self._reader.read(work()):
             yield numbers.pop(0), slab
@@ -225,7 +227,7 @@ class Search:
             guess, expected = self._guess(members, keep / blocks, blocks, keys)
         while True:
             tally = _Tally(members, *guess, expected)
-            for number, slab in self.slabs(members):
+            for number, slab in self._members(members):
                 tally.add(number, keys.of(members[number].plan, slab.ranked))
             above = sum(tally.above)
             if keep <= above:
@@ -280,7 +282,7 @@ class Search:
             gather = ties <= GATHER
             shift = max(0, (high - low).bit_length() - BINS.bit_length() + 1)
             counts, gathered = np.zeros(((high - low) >> shift) + 1, np.int64), []
-            for _, slab in self.slabs([member]):
+            for _, slab in self._members([member]):
                 places = member.positions(slab.box, keys.of(member.plan, slab.ranked) == key)
                 places = places[(places >= low) & (places <= high)]
                 if gather:

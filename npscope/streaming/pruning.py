@@ -107,7 +107,7 @@ def prune_file(
     with (
         open_weights(source, max_bytes=max_bytes) as weights,
         decided(recipe, weights) as decisions,
-        RankedReader(weights) as reader,
+        Background() as ahead,
     ):
         place = weights.own_place() if in_place else None
         if target is not None:
@@ -115,7 +115,7 @@ def prune_file(
         mask_place = None if mask_out is None else _mask_target(mask_out, source, place, force)
         _require_work(decisions, strict)
         ticker = _Ticker(weights, progress)
-        search = Search(reader, ticker.more)
+        search, reader = Search(RankedReader(weights, ahead), ticker.more), RankedReader(weights, ahead)
         if place is None or dry_run:
             droppers = _droppers(decisions, weights, search)
             outcomes = _write(weights, droppers, reader, None, None, nan, ticker)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from npscope.recipes.plans import Coupled, Plan, Scores
 from npscope.recipes.scores import input_vector, require_usable, scaled
 from npscope.streaming.slabs import Array, Box, Request, SlabReader
 from npscope.weights import WeightFile
+from npscope.weights.background import Background
 
 
 class Slab(NamedTuple):
@@ -31,20 +31,12 @@ class Slab(NamedTuple):
 
 
 class RankedReader:
-    """Reads planned tensors of an open file; a context, in which it works ahead."""
+    """Reads planned tensors of an open file, one slab ahead where `ahead` does the work."""
 
-    def __init__(self, weights: WeightFile) -> None:
-        self._weights = SlabReader(weights)
+    def __init__(self, weights: WeightFile, ahead: Background | None = None) -> None:
+        self._weights = SlabReader(weights, ahead)
         self._scores: dict[int, SlabReader] = {}
         self._factors: tuple[Scores, Array] | None = None
-        self._open = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._open.enter_context(self._weights)
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._open.close()
 
     def read(self, work: Iterable[tuple[Plan | Coupled, Box]]) -> Iterator[Slab]:
         """The slab of every (plan, box); its values are gone two slabs later, what it ranks by one."""

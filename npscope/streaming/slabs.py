@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,9 +40,9 @@ Box = tuple[slice, ...]
 Array = np.ndarray[Any, Any]
 
 
-def elements_in(nbytes: int, itemsize: int) -> int:
-    """How many elements take at most `nbytes`, as they are and as norms in float32; at least 1."""
-    return max(1, nbytes // max(4, itemsize))
+def elements_in(nbytes: int, width: int) -> int:
+    """How many elements take at most `nbytes`, of `width` bytes each and as norms in float32; at least 1."""
+    return max(1, nbytes // max(4, width))
 
 
 def extents(box: Box) -> tuple[int, ...]:
@@ -64,16 +64,40 @@ def tiles(region: Box, period: tuple[int, ...], limit: int) -> Iterator[Box]:
     >>> list(tiles((slice(0, 8), slice(0, 2)), (4, 1), 8))
     [(slice(0, 4, None), slice(0, 2, None)), (slice(4, 8, None), slice(0, 2, None))]
     """
+    return cells(region, tile_sizes(extents(region), period, limit))
+
+
+def tile_sizes(shape: tuple[int, ...], period: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """The sizes of the `tiles` of an array of `shape`, but for those that its end cuts."""
     sizes = list(period)
-    for axis in reversed(range(len(region))):
-        length, others = extents(region)[axis], math.prod(sizes[:axis]) * math.prod(sizes[axis + 1 :])
-        sizes[axis] = min(length, period[axis] * max(1, limit // (period[axis] * others)))
-        if sizes[axis] < length:
+    for axis in reversed(range(len(shape))):
+        others = math.prod(sizes[:axis]) * math.prod(sizes[axis + 1 :])
+        sizes[axis] = min(shape[axis], period[axis] * max(1, limit // (period[axis] * others)))
+        if sizes[axis] < shape[axis]:
             break
+    return tuple(sizes)
+
+
+def cells(region: Box, sizes: tuple[int, ...]) -> Iterator[Box]:
+    """Boxes of `sizes` that cover `region` in row-major order, cut where it ends.
+
+    >>> list(cells((slice(0, 3), slice(4, 6)), (2, 2)))
+    [(slice(0, 2, None), slice(4, 6, None)), (slice(2, 3, None), slice(4, 6, None))]
+    """
     starts = (range(side.start, side.stop, size) for side, size in zip(region, sizes, strict=True))
     for corner in itertools.product(*starts):
         sides = zip(corner, sizes, region, strict=True)
         yield tuple(slice(start, min(start + size, side.stop)) for start, size, side in sides)
+
+
+def common(one: Box, other: Box) -> Box | None:
+    """The box that two boxes share, None where there is none.
+
+    >>> common((slice(0, 4),), (slice(2, 6),))
+    (slice(2, 4, None),)
+    """
+    sides = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True)]
+    return None if any(side.start >= side.stop for side in sides) else tuple(sides)
 
 
 def boxes(shape: tuple[int, ...], period: tuple[int, ...], limit: int, most: int) -> Iterator[Box]:
@@ -111,22 +135,16 @@ class Request(NamedTuple):
 
 
 class SlabReader:
-    """Reads tensors of an open file slab by slab; a context, in which it has a thread of its own."""
+    """Reads tensors of an open file slab by slab into buffers of its own, one slab ahead where `ahead` does the work.
 
-    def __init__(self, weights: WeightFile) -> None:
+    All reads that one `Background` does of a file come one after another, whichever reader asks for them.
+    """
+
+    def __init__(self, weights: WeightFile, ahead: Background | None = None) -> None:
         self._weights = weights
+        self._ahead = ahead
         self._buffers = [np.empty(0, np.uint8)] * SLABS
         self._next = 0
-        self._ahead: Background | None = None
-
-    def __enter__(self) -> Self:
-        self._ahead = Background()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
 
     def read(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Array]]:
         """(request, values) for each request; the values are gone `SLABS` - 1 slabs later."""
