@@ -6,6 +6,7 @@ shows "no CUDA device".
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import signal
@@ -37,6 +38,7 @@ def wants_slow(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("slow" if wants_slow(config) else "fast")
+    gc.set_threshold(100_000, 50, 1000)  # compiling makes millions of objects that stay: looking at them is a tenth
     # What runs in the background of a shell ignores SIGINT, and hands that on: tests that interrupt would not end.
     for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
         if signal.getsignal(number) is signal.SIG_IGN:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu.codecs import Real
-from npscope.backends.numba_cpu.jit import inner
+from npscope.backends.numba_cpu.jit import inner, merged
+from npscope.backends.numba_cpu.scalars import bits_of, float_of
 
 LIMBS = 30
 LIMB_ORIGIN = 352
@@ -27,7 +28,7 @@ def two_sum(a: float, b: float) -> tuple[float, float]:
     return s, (a - (s - t)) + (b - t)
 
 
-@inner
+@merged
 def limbs_add(limbs: Any, row: int, x: float, square: bool, sign: int) -> None:
     """Add sign * x (or x squared) exactly; x >= 0 with at most 25 significant bits."""
     if x == 0.0:
@@ -50,7 +51,7 @@ def limbs_add(limbs: Any, row: int, x: float, square: bool, sign: int) -> None:
         limbs[row, limb + 1] += sign * (shifted >> 32)
 
 
-@inner
+@merged
 def limbs_sign(limbs: Any, row: int) -> int:
     """Sign of an exact sum; normalises its limbs."""
     carry = 0
@@ -65,10 +66,10 @@ def limbs_sign(limbs: Any, row: int) -> int:
     return 1 if nonzero or carry > 0 else 0
 
 
-@inner
+@merged
 def midpoint_above(a: Real) -> Real:
     """Halfway from the float32 `a` >= 0 to the next larger one, exact in float64 (2**128 stands for inf)."""
-    above = np.uint32(np.float32(a).view(np.uint32) + np.uint32(1)).view(np.float32)
+    above = float_of(np.uint32(bits_of(np.float32(a)) + np.uint32(1)))
     top = 3.402823669209384634e38 if np.isinf(above) else np.float64(above)
     return (np.float64(a) + top) / 2
 
@@ -82,9 +83,9 @@ def round_root(hi: Real, lo: Real) -> Real:
     below = np.float32(root * (1 - 2.0**-42))
     middle = midpoint_above(below)
     side = (hi - middle * middle) + lo
-    bits = np.float32(below).view(np.uint32)
+    bits = bits_of(below)
     if side > 0 or (side == 0 and bits & np.uint32(1)):
-        return np.uint32(bits + np.uint32(1)).view(np.float32)
+        return float_of(np.uint32(bits + np.uint32(1)))
     return below
 
 

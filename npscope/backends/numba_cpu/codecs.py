@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from npscope.backends.numba_cpu.jit import inner
+from npscope.backends.numba_cpu.jit import inner, merged
+from npscope.backends.numba_cpu.scalars import bits_of, float_of
 from npscope.dtypes import Kind
 
 Function = Callable[..., Any]
@@ -64,24 +65,24 @@ class Codec:
 # --- ordered integers ----------------------------------------------------------------------------
 
 
-@inner
+@merged
 def key_of_float32(size: Real) -> Bits:
     """The bits of a non-negative float32, which order as integers; every NaN is the largest key."""
-    bits = np.float32(size).view(np.uint32) & np.uint32(0x7FFFFFFF)
+    bits = bits_of(np.float32(size)) & np.uint32(0x7FFFFFFF)
     return _NAN32 if bits > _INF32 else bits
 
 
-@inner
+@merged
 def key_of_float64(size: Real) -> Bits:
     """The bits of a non-negative float64, which order as integers; every NaN is the largest key."""
-    bits = np.float64(size).view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF)
+    bits = bits_of(np.float64(size)) & np.uint64(0x7FFFFFFFFFFFFFFF)
     return _NAN64 if bits > _INF64 else bits
 
 
 @inner
 def signed_key_of_float32(x: Real) -> Bits:
     """An integer that orders like the signed float32; -0.0 like +0.0, NaN the largest."""
-    bits = np.float32(x).view(np.uint32)
+    bits = bits_of(np.float32(x))
     size = bits & np.uint32(0x7FFFFFFF)
     if size > _INF32:
         return _NAN32
@@ -93,7 +94,7 @@ def signed_key_of_float32(x: Real) -> Bits:
 @inner
 def signed_key_of_float64(x: Real) -> Bits:
     """An integer that orders like the signed float64; -0.0 like +0.0, NaN the largest."""
-    bits = np.float64(x).view(np.uint64)
+    bits = bits_of(np.float64(x))
     size = bits & np.uint64(0x7FFFFFFFFFFFFFFF)
     if size > _INF64:
         return _NAN64
@@ -111,14 +112,14 @@ def _half_to_float32(bits: Bits) -> Real:
     size = np.uint32(bits) & np.uint32(0x7FFF)
     sign = (np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16)
     if size >= np.uint32(0x7C00):
-        return np.uint32((size << np.uint32(13)) | np.uint32(0x7F800000) | sign).view(np.float32)
-    scaled = np.float32(np.uint32(size << np.uint32(13)).view(np.float32) * np.float32(2.0**112))
-    return np.uint32(scaled.view(np.uint32) | sign).view(np.float32)
+        return float_of(np.uint32((size << np.uint32(13)) | np.uint32(0x7F800000) | sign))
+    scaled = np.float32(float_of(np.uint32(size << np.uint32(13))) * np.float32(2.0**112))
+    return float_of(np.uint32(bits_of(scaled) | sign))
 
 
 @inner
 def _float32_to_half(x: Real) -> Bits:
-    bits = np.float32(x).view(np.uint32)
+    bits = bits_of(np.float32(x))
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     size = bits & np.uint32(0x7FFFFFFF)
     if size > np.uint32(0x7F800000):
@@ -126,8 +127,8 @@ def _float32_to_half(x: Real) -> Bits:
     if size >= np.uint32(0x477FF000):  # 65520 and above round to infinity
         return np.uint16(sign | np.uint32(0x7C00))
     if size < np.uint32(0x38800000):  # subnormal: adding 0.5 rounds at the right bit
-        shifted = np.float32(np.uint32(size).view(np.float32) + np.float32(0.5))
-        return np.uint16(sign | (shifted.view(np.uint32) - np.uint32(0x3F000000)))
+        shifted = np.float32(float_of(np.uint32(size)) + np.float32(0.5))
+        return np.uint16(sign | (bits_of(shifted) - np.uint32(0x3F000000)))
     odd = (size >> np.uint32(13)) & np.uint32(1)
     rounded = size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd
     return np.uint16(sign | (rounded >> np.uint32(13)))
@@ -135,12 +136,12 @@ def _float32_to_half(x: Real) -> Bits:
 
 @inner
 def _bfloat_to_float32(bits: Bits) -> Real:
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+    return float_of(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
 @inner
 def _float32_to_bfloat(x: Real) -> Bits:
-    bits = np.float32(x).view(np.uint32)
+    bits = bits_of(np.float32(x))
     if (bits & np.uint32(0x7FFFFFFF)) > _INF32:
         return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
     odd = (bits >> np.uint32(16)) & np.uint32(1)
@@ -157,12 +158,12 @@ def _e4m3fn_to_float32(bits: Bits) -> Real:
     size = np.uint32(bits) & np.uint32(0x7F)
     sign = (np.uint32(bits) & np.uint32(0x80)) << np.uint32(24)
     if size == np.uint32(0x7F):
-        return np.uint32(np.uint32(0x7FC00000) | sign).view(np.float32)
-    scaled = np.float32(np.uint32(size << np.uint32(20)).view(np.float32) * np.float32(2.0**120))
-    return np.uint32(scaled.view(np.uint32) | sign).view(np.float32)
+        return float_of(np.uint32(np.uint32(0x7FC00000) | sign))
+    scaled = np.float32(float_of(np.uint32(size << np.uint32(20))) * np.float32(2.0**120))
+    return float_of(np.uint32(bits_of(scaled) | sign))
 
 
-@inner
+@merged
 def _same(x: Any) -> Any:
     return x
 
@@ -184,11 +185,11 @@ def _native(scalar: str) -> tuple[Function, Function]:
     """(fetch, place) of a scalar in an aligned buffer of native byte order."""
     # Signed indices may count from the end, and that test keeps LLVM from making vectors of a loop.
 
-    @inner
+    @merged
     def fetch(buffer: Any, i: int) -> Any:
         return buffer[np.uintp(i)]
 
-    @inner
+    @merged
     def place(buffer: Any, i: int, x: Any) -> None:
         buffer[np.uintp(i)] = x
 
@@ -204,7 +205,7 @@ def _bytewise(scalar: str, swapped: bool) -> tuple[Function, Function]:
     number = dtype.type
     little = (np.little_endian and not swapped) or (not np.little_endian and swapped)
 
-    @inner
+    @merged
     def fetch(buffer: Any, i: int) -> Any:
         bits = np.uint64(0)
         for b in range(width):
@@ -212,7 +213,7 @@ def _bytewise(scalar: str, swapped: bool) -> tuple[Function, Function]:
             bits |= np.uint64(buffer[i + b]) << shift
         return unsigned(bits).view(number)
 
-    @inner
+    @merged
     def place(buffer: Any, i: int, x: Any) -> None:
         bits = np.uint64(number(x).view(unsigned))
         for b in range(width):
@@ -343,11 +344,11 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
 
         @inner
         def signed_key(buffer: Any, i: int) -> Bits:
-            return np.int64(fetch(buffer, i)).view(np.uint64) ^ _SIGN64
+            return np.uint64(np.int64(fetch(buffer, i))) ^ _SIGN64
 
         @inner
         def exact_key64(buffer: Any, i: int) -> Bits:
-            bits = np.int64(fetch(buffer, i)).view(np.uint64)
+            bits = np.uint64(np.int64(fetch(buffer, i)))
             return (~bits) + np.uint64(1) if bits >= _SIGN64 else bits
     else:
 

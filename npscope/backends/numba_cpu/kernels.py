@@ -31,6 +31,7 @@ from npscope.backends.numba_cpu.arithmetic import (
 )
 from npscope.backends.numba_cpu.codecs import Codec, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import inner, inner_any_order, kernel
+from npscope.backends.numba_cpu.scalars import bits_of, float_of, least
 from npscope.backends.numba_cpu.vector_norms import (
     INF as INF,
 )
@@ -101,9 +102,9 @@ def finish_unsure(limbs: Any, unsure: Any, count: int, square: bool, norm: Any) 
         i = unsure[row]
         limbs_add(limbs, row, midpoint_above(norm[i]), square, -1)
         side = limbs_sign(limbs, row)
-        bits = np.float32(norm[i]).view(np.uint32)
+        bits = bits_of(norm[i])
         if side > 0 or (side == 0 and bits & np.uint32(1)):
-            norm[i] = np.uint32(bits + np.uint32(1)).view(np.float32)
+            norm[i] = float_of(np.uint32(bits + np.uint32(1)))
 
 
 @kernel
@@ -206,12 +207,12 @@ def read_numbers(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop:
         entry = i // repeat
         at = origin + place(entry, grid)
         if repeat > 1 or step == 0:  # one number for several blocks
-            after = min(stop, (entry + 1) * repeat if repeat > 1 else i + width - i % width)
+            after = least(stop, (entry + 1) * repeat if repeat > 1 else i + width - i % width)
             value = buffer[at]
             for j in range(after - i):
                 out[np.uintp(i - start + j)] = value
         else:
-            after = min(stop, i + width - i % width)
+            after = least(stop, i + width - i % width)
             for j in range(after - i):
                 out[np.uintp(i - start + j)] = buffer[at + j * step]
         i = after
@@ -231,9 +232,9 @@ def scatter(numbers: Any, i0: int, i1: int, buffer: Any, origin: int, grid: Any)
     across = np.uintp(grid[1, -2] if turned else 0)
     i = i0
     while i < i1:
-        count, rows = min(i1 - i, run - i % run), 1
+        count, rows = least(i1 - i, run - i % run), 1
         if turned and count == run:
-            rows = min((i1 - i) // run, grid[0, -2] - i // run % grid[0, -2])
+            rows = least((i1 - i) // run, grid[0, -2] - i // run % grid[0, -2])
         at, first = np.uintp(origin + place(i, grid)), np.uintp(i - i0)
         for j in range(np.uintp(count)):
             for r in range(np.uintp(rows)):
@@ -281,7 +282,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
             a, b = hi[i - i0], lo[i - i0]
             e = e0
             while e < e1:
-                count = min(e1 - e, run - e % run, chunk)
+                count = least(least(e1 - e, run - e % run), chunk)
                 first = at + place(e, elements)
                 if code == INF:
                     if not np.isnan(a):
@@ -311,7 +312,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
             th, tl = dd_log(largest, 0.0) if precise else (0.0, 0.0)
             e = e0
             while e < e1:
-                count = min(e1 - e, run - e % run)
+                count = least(e1 - e, run - e % run)
                 first = at + place(e, elements)
                 for j in range(count):
                     x = magnitude(buffer, first + j * step)
@@ -380,7 +381,7 @@ def counter(codec: Codec, form: Format | None) -> Any:
             start = origin + place(e, elements)
             i = i0
             while i < i1:
-                run = min(i1 - i, width - i % width)
+                run = least(i1 - i, width - i % width)
                 at = start + place(i, grid)
                 i += run
                 r = 0

@@ -21,6 +21,7 @@ from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.jit import inner, kernel, merged
 from npscope.backends.numba_cpu.kernels import place
 from npscope.backends.numba_cpu.operands import Layout, Operand, layout_of
+from npscope.backends.numba_cpu.scalars import bits_of, float_of, greatest, least
 from npscope.backends.numba_cpu.vector_norms import (
     INF,
     ONE,
@@ -179,9 +180,9 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
         start, width = i, grid[0, -1]
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size
-        most = max(LANES, FLAT_RUN // size) if rows == 1 else stop - i if many else PART_BLOCKS
+        most = greatest(LANES, FLAT_RUN // size) if rows == 1 else stop - i if many else PART_BLOCKS
         while i < stop:
-            after = min(stop, i + width - i % width, i + most)
+            after = least(least(stop, i + width - i % width), i + most)
             at, j, end = origin + place(i, grid), i - start, after - start
             for row in range(rows):
                 here = at + place(row * size, elements)
@@ -236,7 +237,7 @@ def _settle(codec: Codec, square: bool) -> Any:
     """``settle(buffer, at, elements, wide, limbs)``: a norm in doubt, and rounded as the exact sum demands."""
     magnitude = codec.magnitude
 
-    @inner
+    @merged
     def exact_side(buffer: Any, at: int, elements: Any, total: int, border: float, limbs: Any) -> float:
         for limb in range(LIMBS):
             limbs[0, limb] = 0
@@ -265,9 +266,9 @@ def _settle(codec: Codec, square: bool) -> Any:
         side = (high - (border * border if square else border)) + low
         if not exact and abs(side) <= high * 2.0**-60:
             side = exact_side(buffer, at, elements, total, border, limbs)
-        bits = below.view(np.uint32)
+        bits = bits_of(below)
         if side > 0 or (side == 0 and bits & np.uint32(1)):
-            return wide, np.uint32(bits + np.uint32(1)).view(np.float32)
+            return wide, float_of(np.uint32(bits + np.uint32(1)))
         return wide, below
 
     return settle
@@ -334,7 +335,7 @@ def dropper(layout: Layout) -> Any:
         width = grid[0, -1]
         start = i
         while i < stop:
-            after = min(stop, i + width - i % width)
+            after = least(stop, i + width - i % width)
             at = origin + place(i, grid)
             for row in range(rows):
                 drop_run(buffer, at + place(row * size, elements), after - i, size, mask, i - start)
@@ -374,7 +375,7 @@ def scaler(layout: Layout) -> Any:
         width = grid[0, -1]
         start = i
         while i < stop:
-            after = min(stop, i + width - i % width)
+            after = least(stop, i + width - i % width)
             at = origin + place(i, grid)
             for row in range(rows):
                 scale_run(buffer, at + place(row * size, elements), after - i, size, factors, i - start)
@@ -410,7 +411,7 @@ def norm_kernel(layout: Layout, code: int) -> Any:
         sums: Any, norms: Any, limbs: Any,
     ) -> None:  # fmt: skip
         for i in range(i0, i1, strip):
-            stop = min(i1, i + strip)
+            stop = least(i1, i + strip)
             measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)
             copy(norms, stop - i, out, i - i0)
             if wide.size:
@@ -438,7 +439,7 @@ def prune_groups_kernel(form: Format, n: int) -> Any:
         width, width2 = grid[0, -1], grid2[0, -1]
         i = i0
         while i < i1:
-            after = min(i1, i + width - i % width, i + width2 - i % width2)
+            after = least(i1, least(i + width - i % width, i + width2 - i % width2))
             at, at2 = origin + place(i, grid), origin2 + place(i, grid2)
             count = after - i
             whole = count - count % size

@@ -23,6 +23,7 @@ from npscope.backends.numba_cpu.jit import inner, kernel
 from npscope.backends.numba_cpu.kernels import TWO, place, read_numbers
 from npscope.backends.numba_cpu.lines import measurer, scaler
 from npscope.backends.numba_cpu.operands import Layout
+from npscope.backends.numba_cpu.scalars import greatest, least
 from npscope.backends.numba_cpu.vectors import (
     LANES,
 )
@@ -45,7 +46,7 @@ def soften_kernel(codec: Codec, adjacent: bool, metric: Codec | None) -> Any:
         step, h_step = (1, 1) if adjacent else (grid[1, -1], h_grid[1, -1])
         i = i0
         while i < i1:
-            stop = min(i1, i + limits.size, i + width - i % width, i + h_width - i % h_width)
+            stop = least(least(i1, i + limits.size), least(i + width - i % width, i + h_width - i % h_width))
             read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
             at, h_at = origin + place(i, grid), h_origin + place(i, h_grid)
             for j in range(stop - i):
@@ -67,7 +68,7 @@ def outside_kernel(codec: Codec, adjacent: bool) -> Any:
         found = 0
         i = i0
         while i < i1:
-            stop = min(i1, i + width - i % width)
+            stop = least(i1, i + width - i % width)
             at = origin + place(i, grid)
             for j in range(stop - i):
                 x = value(buffer, at + j * step)
@@ -110,7 +111,7 @@ def shrink_kernel(layout: Layout) -> Any:
         t: Any, t_origin: int, t_grid: Any, repeat: int, limits: Any, sums: Any, norms: Any, limbs: Any,
     ) -> None:  # fmt: skip
         for i in range(i0, i1, strip):
-            stop = min(i1, i + strip)
+            stop = least(i1, i + strip)
             measure(x, origin, grid, elements, i, stop, sums, norms, limbs)
             read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
             form_factors(norms, sums, limits, stop - i)
@@ -157,7 +158,7 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
         columns, stride = grid[0, -1], grid[1, -1]
         start, length = i, stop - i
         while i < stop:
-            after = min(stop, i + columns - i % columns)
+            after = least(stop, i + columns - i % columns)
             ahead = place(i + length, grid) - place(i, grid)
             at, b, count = origin + place(i, grid), i - start, after - i
             done = 0
@@ -172,7 +173,7 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
             for j in range(done, count):
                 e = e0
                 while e < e1:
-                    run_stop = min(e1, e + size - e % size)
+                    run_stop = least(e1, e + size - e % size)
                     first = at + j * stride + place(e, elements) - e * step
                     target = (row - e0) * width + b + j
                     for k in range(e, run_stop):
@@ -197,7 +198,7 @@ def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
     @inner
     def deal(leaves: Any, i: int, stop: int, e0: int, e1: int, row: int, v: Any, h: Any, width: int) -> None:
         x, x_origin, x_grid, x_elements, hh, h_origin, h_grid, h_elements, size = leaves[0]
-        first, last = max(e0, 0), min(e1, size)
+        first, last = greatest(e0, 0), least(e1, size)
         if first < last:
             whole = first == 0 and last == size
             deal_v(x, x_origin, x_grid, x_elements, i, stop, first, last, whole, v, row, width)
@@ -371,7 +372,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
         hi, low, size, size_low, cubes = 0.0, 0.0, 0.0, 0.0, 0.0
         for turn in range(3):
             for e0 in range(0, total, chunk):
-                e1 = min(total, e0 + chunk)
+                e1 = least(total, e0 + chunk)
                 if chunk < total:
                     deal(leaves, i, stop, e0, e1, 0, v, h, width)
                 for k in range(b, (e1 - e0) * width, width):
@@ -416,15 +417,15 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
         leaves: Any, i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, total: int,
         width: int, max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
     ) -> bool:  # fmt: skip
-        chunk = min(total, v.size // width)
+        chunk = least(total, v.size // width)
         for i in range(i0, i1, width):
-            stop = min(i1, i + width)
+            stop = least(i1, i + width)
             count = stop - i
             read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
             limits[count:] = 0  # blocks that are not there are not open
             s[SQUARES:NORM] = 0.0
             for e0 in range(0, total, chunk):
-                e1 = min(total, e0 + chunk)
+                e1 = least(total, e0 + chunk)
                 deal(leaves, i, stop, e0, e1, 0, v, h, width)
                 for b in range(0, count, LANES):
                     measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, DISTANCE)
@@ -439,7 +440,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
                     return False
                 s[SQUARES:NORM] = 0.0
                 for e0 in range(0, total, chunk):
-                    e1 = min(total, e0 + chunk)
+                    e1 = least(total, e0 + chunk)
                     if chunk < total:
                         deal(leaves, i, stop, e0, e1, 0, v, h, width)
                     for b in range(0, count, LANES):
@@ -473,15 +474,17 @@ def weigh_kernel(data: Codec, metric: Codec, run: int) -> Any:
         x_width, h_width, size = x_grid[0, -1], h_grid[0, -1], STRIP
         i = i0
         while i < i1:
-            stop = min(i1, i + max(1, size // run), i + x_width - i % x_width, i + h_width - i % h_width)
+            stop = least(
+                least(i1, i + greatest(1, size // run)), least(i + x_width - i % x_width, i + h_width - i % h_width)
+            )
             x_at, h_at, length = x_origin + place(i, x_grid), h_origin + place(i, h_grid), (stop - i) * run
             for b in range(stop - i):
-                for k in range(min(run, size)):
+                for k in range(least(run, size)):
                     mu[np.uintp(b * run + k)] = mus[i + b]
             for e in range(0, total, run):
                 for c in range(0, length, size):
                     x_first, h_first = x_at + place(e, x_elements) + c, h_at + place(e, h_elements) + c
-                    for k in range(min(size, length - c)):
+                    for k in range(least(size, length - c)):
                         c = weight(h, h_first + k)
                         scale(x, x_first + k, c / (c + mu[np.uintp(k)]))
             i = stop

@@ -17,7 +17,8 @@ import numpy as np
 
 from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.codecs import signed_key_of_float32, signed_key_of_float64
-from npscope.backends.numba_cpu.jit import inner
+from npscope.backends.numba_cpu.jit import inner, merged
+from npscope.backends.numba_cpu.scalars import float_of, greatest, least
 
 QUICK_PROBES = 6
 """Guesses before the search always looks for the keys next to a guess; normal data needs 5.8 in rows of 1024."""
@@ -37,10 +38,10 @@ FIRST_GUESS, FIRST_SPACING = np.uint64(1 << 30), 65536.0
 @inner
 def count_from(keys: Any, start: int, n: int, limit: Any) -> Any:
     """How many of n keys are at least `limit`."""
-    least = keys.dtype.type(limit)
+    border = keys.dtype.type(limit)
     count = np.uint32(0)  # half as wide as an int64, so twice as many in a vector
     for i in range(n):
-        count = np.uint32(count + np.uint32(keys[np.uintp(start + i)] >= least))
+        count = np.uint32(count + np.uint32(keys[np.uintp(start + i)] >= border))
     return np.int64(count)
 
 
@@ -50,133 +51,159 @@ def neighbours_of(keys: Any, start: int, n: int, limit: Any) -> tuple[Any, Any]:
     border = keys.dtype.type(limit)
     zero = keys.dtype.type(0)
     ones = keys.dtype.type(~np.uint64(0))
-    least, most = ones, zero
+    above, below = ones, zero
     for i in range(n):
         key = keys[np.uintp(start + i)]
-        least = min(least, key if key >= border else ones)
-        most = max(most, zero if key >= border else key)
-    return np.uint64(least), np.uint64(most)
+        # Numba's own: of comparisons and choices LLVM makes a vector's minimum here, of its intrinsic none.
+        above = min(above, key if key >= border else ones)
+        below = max(below, zero if key >= border else key)
+    return np.uint64(above), np.uint64(below)
+
+
+# --- numbers along which keys are spread evenly enough to interpolate ----------------------------
+
+
+@merged
+def _real_of_key(key: Any, itemsize: int) -> float:
+    return np.float64(key)
+
+
+@merged
+def _key_near(real: float, itemsize: int) -> Any:
+    return np.uint64(real)
 
 
 @inner
-def real_of(key: Any, itemsize: int, signed: bool) -> float:
-    """A number along which keys are spread evenly enough to interpolate: the key, or the float of a `signed` one.
-
-    Signed keys crowd around zero, by their exponents; there 14 guesses are needed and not 6.
-    """
-    if not signed:
-        return np.float64(key)
+def _real_of_signed_key(key: Any, itemsize: int) -> Any:
+    """The float itself: signed keys crowd around zero, by their exponents; there 14 guesses are needed and not 6."""
     if itemsize == 4:
         bits = np.uint32(key)
-        return np.float64(np.uint32(bits ^ _SIGN32 if bits >= _SIGN32 else ~bits).view(np.float32))
+        return np.float64(float_of(np.uint32(bits ^ _SIGN32 if bits >= _SIGN32 else ~bits)))
     wide = np.uint64(key)
-    return np.uint64(wide ^ _SIGN64 if wide >= _SIGN64 else ~wide).view(np.float64)
+    return float_of(np.uint64(wide ^ _SIGN64 if wide >= _SIGN64 else ~wide))
 
 
 @inner
-def key_near(real: float, itemsize: int, signed: bool) -> Any:
-    """A key near a number of `real_of`."""
-    if not signed:
-        return np.uint64(real)
+def _signed_key_near(real: float, itemsize: int) -> Any:
     if itemsize == 4:
         return np.uint64(signed_key_of_float32(np.float32(real)))
     return signed_key_of_float64(real)
 
 
-@inner
-def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float, signed: bool) -> tuple[Any, int, float]:
-    """(limit, ties, spacing): the first-ranked k of n keys are those above `limit` and the first `ties` equal to it.
+@cache
+def separator(signed: bool) -> Any:
+    """``separate(keys, start, n, k, guess, spacing)``: (limit, ties, spacing), for 0 < k < n.
 
-    0 < k < n. Where `ties` is n, exactly k keys are at least `limit`, which need not be one of them. `spacing`
-    says how far apart keys lie near there, for the next guess. `signed`: keys of signed floats.
+    The first-ranked k of n keys are those above `limit` and the first `ties` equal to it. Where `ties` is n,
+    exactly k keys are at least `limit`, which need not be one of them. `spacing` says how far apart keys lie
+    near there, for the next guess. `signed`: the keys are of signed floats.
 
     Invariant: more than k keys are at least `low`, fewer than k are above `high`.
     """
-    one = np.uint64(1)
-    low, high = np.uint64(0), np.uint64(keys.dtype.type(~np.uint64(0)))
-    count_low, count_high = n, 0
-    guessed_low = guessed_high = False
-    p = guess
-    probes = 0
-    last = 0
-    while low < high:
-        p = min(max(p, low + one), high)
-        count = count_from(keys, start, n, p)
-        probes += 1
-        stuck = count == last  # between two guesses lies no key, so keys are few and many are equal
-        last = count
-        if guessed_low and guessed_high:
-            distance = real_of(high, keys.itemsize, signed) - real_of(low, keys.itemsize, signed)
-            if distance < np.inf:
-                spacing = distance / np.float64(count_low - count_high)
-        if count == k:
-            return p, n, spacing
-        above, below = p, p - one
-        if stuck or probes > QUICK_PROBES:
-            above, below = neighbours_of(keys, start, n, p)
-        if count > k:
-            low, count_low, guessed_low = above, count, True
-        else:
-            high, count_high, guessed_high = below, count, True
-        width = high - low
-        if probes > QUICK_PROBES and probes & 1:
-            p = low + (width >> one)
-        else:
-            bottom, top = real_of(low, keys.itemsize, signed), real_of(high, keys.itemsize, signed)
+    real_of, key_near = (_real_of_signed_key, _signed_key_near) if signed else (_real_of_key, _key_near)
+    first, beyond = (-np.finfo(np.float64).max, np.inf) if signed else (0.0, 1.8e19)
+
+    @inner
+    def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, int, float]:
+        one = np.uint64(1)
+        low, high = np.uint64(0), np.uint64(keys.dtype.type(~np.uint64(0)))
+        count_low, count_high = n, 0
+        guessed_low = guessed_high = False
+        p = guess
+        probes = 0
+        last = 0
+        while low < high:
+            p = least(greatest(p, low + one), high)
+            count = count_from(keys, start, n, p)
+            probes += 1
+            stuck = count == last  # between two guesses lies no key, so keys are few and many are equal
+            last = count
             if guessed_low and guessed_high:
-                real = bottom + (top - bottom) * (np.float64(count_low - k) / np.float64(count_low - count_high))
+                distance = real_of(high, keys.itemsize) - real_of(low, keys.itemsize)
+                if distance < np.inf:
+                    spacing = distance / np.float64(count_low - count_high)
+            if count == k:
+                return p, n, spacing
+            above, below = p, p - one
+            if stuck or probes > QUICK_PROBES:
+                above, below = neighbours_of(keys, start, n, p)
+            if count > k:
+                low, count_low, guessed_low = above, count, True
             else:
-                step = spacing * np.float64(abs(count - k))
-                real = bottom + step if count > k else top - step
-                spacing *= 2.0  # a guess far off: the next step is bolder
-            p = low + (width >> one)
-            if (signed and np.isfinite(real)) or (not signed and 0.0 <= real < 1.8e19):
-                p = key_near(real, keys.itemsize, signed)
-    return low, k - count_high, spacing
+                high, count_high, guessed_high = below, count, True
+            width = high - low
+            if probes > QUICK_PROBES and probes & 1:
+                p = low + (width >> one)
+            else:
+                bottom, top = real_of(low, keys.itemsize), real_of(high, keys.itemsize)
+                if guessed_low and guessed_high:
+                    real = bottom + (top - bottom) * (np.float64(count_low - k) / np.float64(count_low - count_high))
+                else:
+                    step = spacing * np.float64(abs(count - k))
+                    real = bottom + step if count > k else top - step
+                    spacing *= 2.0  # a guess far off: the next step is bolder
+                p = low + (width >> one)
+                if first <= real < beyond:
+                    p = key_near(real, keys.itemsize)
+        return low, k - count_high, spacing
+
+    return separate
+
+
+_separate = separator(False)
+
+
+# --- ranks ---------------------------------------------------------------------------------------
 
 
 @inner
 def mark(keys: Any, start: int, n: int, limit: Any, ties: Any, mask: Any, at: int) -> Any:
     """Mask of n keys: above `limit`, or among the first `ties` equal to it; how many ties are left."""
-    least = keys.dtype.type(limit)
+    border = keys.dtype.type(limit)
     for c in range(0, n, CHUNK):
-        count = min(CHUNK, n - c)
+        count = least(CHUNK, n - c)
         equal = np.uint32(0)
         for i in range(count):
             key = keys[np.uintp(start + c + i)]
-            mask[np.uintp(at + c + i)] = key >= least
-            equal = np.uint32(equal + np.uint32(key == least))
+            mask[np.uintp(at + c + i)] = key >= border
+            equal = np.uint32(equal + np.uint32(key == border))
         if equal > ties:
             for i in range(count):
                 key = keys[np.uintp(start + c + i)]
-                ties -= np.int64(key == least)
-                mask[np.uintp(at + c + i)] = (key > least) | ((key == least) & (ties >= 0))
+                ties -= np.int64(key == border)
+                mask[np.uintp(at + c + i)] = (key > border) | ((key == border) & (ties >= 0))
             ties = 0
         else:
             ties -= np.int64(equal)
     return ties
 
 
-@inner
+@merged
 def limit_of(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, Any, Any, float]:
-    """`separate` for any k, with where to start the next search: (limit, ties, guess, spacing)."""
+    """`separator` for any k, with where to start the next search: (limit, ties, guess, spacing)."""
     if k <= 0:
         return ~np.uint64(0), 0, guess, spacing
     if k >= n:
         return np.uint64(0), n, guess, spacing
-    limit, ties, spacing = separate(keys, start, n, k, guess, spacing, False)
+    limit, ties, spacing = _separate(keys, start, n, k, guess, spacing)
     return limit, ties, limit, spacing
 
 
-@inner
-def kth_key(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float, signed: bool) -> tuple[Any, float]:
-    """(k-th largest of n keys, spacing); 1 <= k <= n."""
-    limit, ties = np.uint64(0), n
-    if k < n:
-        limit, ties, spacing = separate(keys, start, n, k, guess, spacing, signed)
-    if ties == n:
-        limit, _ = neighbours_of(keys, start, n, limit)
-    return limit, spacing
+@cache
+def kth_finder(signed: bool) -> Any:
+    """``kth_key(keys, start, n, k, guess, spacing)``: (k-th largest of n keys, spacing); 1 <= k <= n."""
+    separate = separator(signed)
+
+    @merged
+    def kth_key(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, float]:
+        limit, ties = np.uint64(0), n
+        if k < n:
+            limit, ties, spacing = separate(keys, start, n, k, guess, spacing)
+        if ties == n:
+            limit, _ = neighbours_of(keys, start, n, limit)
+        return limit, spacing
+
+    return kth_key
 
 
 def group_of(n: int) -> int:
@@ -204,7 +231,7 @@ def selector(group: int, width: int) -> Any:
 
     step, together = vector_selection.mark_groups(width, group), vector_selection.groups_per_line(width, group)
 
-    @inner
+    @merged
     def select_groups(
         keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float
     ) -> tuple[Any, float]:
@@ -215,7 +242,7 @@ def selector(group: int, width: int) -> Any:
     return select_groups
 
 
-@inner
+@merged
 def select_planes(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float) -> tuple[Any, float]:
     """As a `selector` of small groups, for keys in planes: the first of all groups, the second, ..."""
     ranks = mask.view(np.uint8)

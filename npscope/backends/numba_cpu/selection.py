@@ -179,26 +179,26 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
 def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
     source, limits = ranking.sources[0], (counts.buffer, counts.origin, counts.grid)
     if len(ranking.parts) == 1 and source is not None:
-        kernel, rows = strips.kth_kernel(source.read), ranking.scopes_of_a_strip(source.strip)
+        kernel, rows = strips.kth_kernel(source.read, ranking.signed), ranking.scopes_of_a_strip(source.strip)
 
         def make_strips(slots: int, length: int) -> Callable[[int, int, int], None]:
             works = [Scratch(rows * ranking.blocks, rows, ranking.key).all for _ in range(slots)]
 
             def work(slot: int, s0: int, s1: int) -> None:
-                kernel(source.where, limits, s0, s1, ranking.blocks, rows, ranking.signed, found, works[slot])
+                kernel(source.where, limits, s0, s1, ranking.blocks, rows, found, works[slot])
 
             return work
 
         return ranges(ranking.scopes, ranking.elements, make_strips, workspace=0, piece=STRIPS_ELEMENTS)
 
-    dense = strips.kth_kernel(strips.dense_reader())
+    dense = strips.kth_kernel(strips.dense_reader(), ranking.signed)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
             keys = works[slot].load(s0, s1)
-            dense(keys, limits, s0, s1, ranking.blocks, works[slot].rows, ranking.signed, found, works[slot].scratch)
+            dense(keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, works[slot].scratch)
 
         return work
 

@@ -22,7 +22,8 @@ from npscope.backends.numba_cpu.jit import inner, kernel, merged
 from npscope.backends.numba_cpu.kernels import place, read_numbers
 from npscope.backends.numba_cpu.lines import length_of
 from npscope.backends.numba_cpu.operands import Layout, Operand
-from npscope.backends.numba_cpu.search import count_from, kth_key, mark, selector
+from npscope.backends.numba_cpu.scalars import least
+from npscope.backends.numba_cpu.search import count_from, kth_finder, mark, selector
 
 STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
@@ -64,7 +65,7 @@ def element_reader(key: Function) -> Function:
         width, stride = grid[0, -1], grid[1, -1]
         start = i
         while i < stop:
-            after = min(stop, i + width - i % width)
+            after = least(stop, i + width - i % width)
             at = origin + place(i, grid)
             for j in range(after - i):
                 keys[np.uintp(i - start + j)] = key(buffer, at + j * stride)
@@ -127,7 +128,7 @@ def _across(step: Function, planes: bool) -> Function:
         first, last = i // n, stop // n
         s = first
         while s < last:
-            after = min(last, s + width - s % width)
+            after = least(last, s + width - s % width)
             at = origin + place(s, scopes)
             for j in range(n):
                 here = at + place(j, blocks)
@@ -192,7 +193,7 @@ def _dropper(codec: Codec) -> Function:
         total = length_of(elements)
         start = i
         while i < stop:
-            after = min(stop, i + width - i % width)
+            after = least(stop, i + width - i % width)
             at = origin + place(i, grid)
             for j in range(after - i):
                 if not mask[i - start + j]:
@@ -217,7 +218,7 @@ def cutter(form: vectors.Format, codec: Codec) -> Function:
         out, origin_out, grid_out, _ = target
         width, width_out = grid[0, -1], grid_out[0, -1]
         while i < stop:
-            after = min(stop, i + width - i % width, i + width_out - i % width_out)
+            after = least(stop, least(i + width - i % width, i + width_out - i % width_out))
             at, at_out, count = origin + place(i, grid), origin_out + place(i, grid_out), after - i
             whole = count - count % size
             for e in range(0, whole, size):
@@ -269,7 +270,7 @@ def scopes_kernel(
             keys, mask, keep, sums, norms, limbs = scratch
             guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
             for s in range(s0, s1, rows):
-                stop = min(s1, s + rows)
+                stop = least(s1, s + rows)
                 read_numbers(*counts, 1, s, stop, keep)
                 read(source, s * n, stop * n, keys, sums, norms, limbs)
                 for r in range(stop - s):
@@ -292,7 +293,7 @@ def scopes_kernel(
         keys, mask, keep, sums, norms, limbs = scratch
         guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
         for s in range(s0, s1, rows):
-            stop = min(s1, s + rows)
+            stop = least(s1, s + rows)
             read_numbers(*counts, 1, s, stop, keep)
             read(source, s * n, stop * n, keys, sums, norms, limbs)
             guess, spacing = select(keys, stop - s, n, keep, mask, guess, spacing)
@@ -302,21 +303,22 @@ def scopes_kernel(
 
 
 @cache
-def kth_kernel(read: Function) -> Function:
-    """The kernel that finds the k-th largest key of scopes [s0, s1)."""
+def kth_kernel(read: Function, signed: bool) -> Function:
+    """The kernel that finds the k-th largest key of scopes [s0, s1); `signed`: keys of signed floats."""
+    kth_key = kth_finder(signed)
 
     @kernel
     def kth_of_scopes(
-        source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, signed: bool, found: Any, scratch: Any
+        source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any
     ) -> None:
         keys, _mask, keep, sums, norms, limbs = scratch
         guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
         for s in range(s0, s1, rows):
-            stop = min(s1, s + rows)
+            stop = least(s1, s + rows)
             read_numbers(*counts, 1, s, stop, keep)
             read(source, s * n, stop * n, keys, sums, norms, limbs)
             for r in range(stop - s):
-                guess, spacing = kth_key(keys, r * n, n, keep[r], guess, spacing, signed)
+                guess, spacing = kth_key(keys, r * n, n, keep[r], guess, spacing)
                 found[s + r] = guess
 
     return kth_of_scopes
@@ -339,11 +341,11 @@ def survey_kernel(read: Function, width: int) -> Function:
         source: Any, i0: int, i1: int, low: Any, high: Any, found: Any, start: int, scratch: Any
     ) -> tuple[int, int, int]:
         keys, _mask, _keep, sums, norms, limbs = scratch
-        least, span = keys.dtype.type(low), keys.dtype.type(high - low)
+        bottom, span = keys.dtype.type(low), keys.dtype.type(high - low)
         most, ones = np.uint64(high), np.uint64(keys.dtype.type(~np.uint64(0)))
         above, inside, end = 0, 0, start
         for i in range(i0, i1, STRIP_ELEMENTS):
-            stop = min(i1, i + STRIP_ELEMENTS)
+            stop = least(i1, i + STRIP_ELEMENTS)
             count = stop - i
             read(source, i, stop, keys, sums, norms, limbs)
             over = 0 if most == ones else count_from(keys, 0, count, most + np.uint64(1))
@@ -354,10 +356,10 @@ def survey_kernel(read: Function, width: int) -> Function:
             before = end
             whole = count - count % lanes_
             for e in range(0, whole, lanes_):
-                end += collect(keys, e, found, end, least, span)
+                end += collect(keys, e, found, end, bottom, span)
             for e in range(whole, count):
                 found[end] = keys[e]
-                end += keys[e] - least <= span
+                end += keys[e] - bottom <= span
             inside += end - before
         return above, inside, end - start
 
@@ -391,7 +393,7 @@ def read_kernel(read: Function) -> Function:
     def read_blocks(source: Any, i0: int, i1: int, strip: int, out: Any, scratch: Any) -> None:
         keys, _mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
-            stop = min(i1, i + strip)
+            stop = least(i1, i + strip)
             read(source, i, stop, keys, sums, norms, limbs)
             for j in range(stop - i):
                 out[np.uintp(i - i0 + j)] = keys[np.uintp(j)]
@@ -412,7 +414,7 @@ def cut_kernel(read: Function, write: Function) -> Function:
     ) -> Any:
         keys, mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
-            stop = min(i1, i + strip)
+            stop = least(i1, i + strip)
             read(source, start + i - i0, start + stop - i0, keys, sums, norms, limbs)
             ties = mark(keys, 0, stop - i, limit, ties, mask, 0)
             write(target, i, stop, mask)
@@ -457,7 +459,7 @@ def threshold_kernel(read: Function, write: Function, wide: bool) -> Function:
     ) -> None:
         keys, mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
-            stop = min(i1, i + strip)
+            stop = least(i1, i + strip)
             read_numbers(*thresholds, repeat, i, stop, limits)
             read(source, i, stop, keys, sums, norms, limbs)
             for j in range(stop - i):
