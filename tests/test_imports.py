@@ -43,7 +43,8 @@ LAYERS: dict[str, set[str]] = {
     "planning": {"recipe", "coupled", "members", "allocation", "plans", "weights", "errors"},
     "ranked": {"scores", "plans", "slabs", "weights"},
     "marks": {"slabs"},
-    "limits": {"plans", "ranked", "slabs", "namespace"},
+    "narrowing": {"slabs"},
+    "limits": {"plans", "ranked", "narrowing", "slabs", "namespace"},
     "dropping": {"limits", "marks", "coupled", "plans", "ranked", "slabs", "namespace", "block", "errors"},
     "masks": {"plans", "slabs", "weights", "errors"},
     "pruning": {

@@ -6,6 +6,7 @@ for a few keys and samples of a few places, so that every way through them is ta
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from npscope.recipes.layout import lay
 from npscope.recipes.pattern import Pattern
 from npscope.recipes.plans import Budget, Plan, Scores
 from npscope.recipes.recipe import Recipe
-from npscope.streaming import dropping, limits, pruning, slabs
+from npscope.recipes.recipe_file import recipe_of
+from npscope.streaming import dropping, limits, narrowing, pruning, slabs
 from npscope.streaming.marks import Marks
 from npscope.weights import numpy_dtype, open_weights
 
@@ -34,8 +36,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float64")
 @pytest.fixture(params=[(5, 16, 200), (1 << 21, 1 << 20, 200), (5, 16, 0)], ids=["few", "enough", "cut blocks"])
 def means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     gather, bins, scope_bytes = request.param
-    monkeypatch.setattr(limits, "GATHER", gather)
-    monkeypatch.setattr(limits, "BINS", bins)
+    for module in (limits, narrowing):
+        monkeypatch.setattr(module, "GATHER", gather)
+        monkeypatch.setattr(module, "BINS", bins)
     monkeypatch.setattr(limits, "PIECES", 4)
     monkeypatch.setattr(limits, "PIECE_BYTES", 32)
     for module in (limits, dropping, slabs):
@@ -291,6 +294,7 @@ def test_marks_are_those_that_were_put(data: st.DataObject) -> None:
 def test_how_often_a_search_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, reads: int) -> None:
     """Once where the sample is like the rest; at most twice more for the key, and once for where its ties end."""
     monkeypatch.setattr(limits, "GATHER", 4000)
+    monkeypatch.setattr(narrowing, "GATHER", 4000)
     monkeypatch.setattr(dropping, "SCOPE_BYTES", 4)
     values = numbers(kind, (512, 512), "float32", 2)
     seen = [0]
@@ -299,3 +303,34 @@ def test_how_often_a_search_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     progress = lambda done, total: seen.append(total)  # noqa: E731
     pruning.prune_file(tmp_path / "in", None, recipe, dry_run=True, progress=progress)
     assert seen[-1] <= (1 + reads) * values.nbytes
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "constant", "sorted", "two-valued"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_how_often_a_bounded_budget_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
+) -> None:
+    """Three times for the ends of all tensors, whether bounds stop them or not, and little more than once for ties."""
+    monkeypatch.setattr(limits, "SLAB_BYTES", 1 << 13)
+    for module in (limits, narrowing):
+        monkeypatch.setattr(module, "GATHER", 1 << 11)
+        monkeypatch.setattr(module, "BINS", 1 << 16)
+    scales = [0.25, 0.5, 1, 1, 1.5, 2, 3, 4]
+    tensors = {f"t{i}": (numbers(kind, (128, 256), "float32", i) * x) for i, x in enumerate(scales)}
+    tensors = {name: values.astype(getattr(ml_dtypes, dtype, dtype)) for name, values in tensors.items()}
+    size = sum(values.nbytes for values in tensors.values())
+    save_file(tensors, tmp_path / "in")
+    (tmp_path / "recipe.toml").write_text(
+        '[[rule]]\nmatch = "*"\nblock = "1x1"\nbudget = 0.5\nmin_sparsity = 0.45\nmax_sparsity = 0.55\n'
+    )
+    seen = [0]
+    progress = lambda done, total: seen.append(total)  # noqa: E731
+    outcomes = pruning.prune_file(
+        tmp_path / "in", None, recipe_of(str(tmp_path / "recipe.toml")), dry_run=True, nan="keep", progress=progress
+    )
+    assert seen[-1] <= (1 + 3 + 1.1) * size
+    kept = [outcome.blocks_kept for outcome in outcomes if isinstance(outcome, pruning.Outcome)]
+    n = 128 * 256
+    least, most = n - math.floor(0.55 * n), math.floor(0.55 * n)
+    assert sum(kept) == len(scales) * n // 2
+    assert {min(kept), max(kept)} == {least, most}

@@ -240,35 +240,17 @@ def dropper_of(plan: Plan, search: Search) -> Dropper:
 
 
 def droppers_of(budget: Budget, search: Search) -> list[Dropper]:
-    """The droppers of the tensors that share a budget; SpecError when no choice is within its bounds.
-
-    The first choice within bounds has one limit for the tensors where they do not bind. A tensor that
-    a common limit takes beyond a bound is at that bound, if what lacks on this side of the bounds
-    outweighs what is too much on the other, or the reverse (Bitran and Hax 1981, "Disaggregation and
-    resource allocation using convex knapsack problems with bounded variables").
-    """
+    """The droppers of the tensors that share a budget; SpecError when no choice is within its bounds."""
     plans, keys = budget.plans, Keys(budget.plans)
-    least, most = ([bound[side] for bound in budget.bounds] for side in (0, 1))
-    if not sum(least) <= budget.keep <= sum(most):
+    least, most = (sum(bound[side] for bound in budget.bounds) for side in (0, 1))
+    if not least <= budget.keep <= most:
         raise SpecError(
-            f"budget {budget.name!r:.80}: {budget.keep} blocks are to survive; its bounds allow "
-            f"{sum(least)} to {sum(most)}"
+            f"budget {budget.name!r:.80}: {budget.keep} blocks are to survive; its bounds allow {least} to {most}"
         )
-    bound: dict[int, int] = {}
-    while True:
-        free = [i for i in range(len(plans)) if i not in bound]
-        members = [Member.all_of(plans[i]) for i in free]
-        found = dict(zip(free, search.limits(members, budget.keep - sum(bound.values()), keys), strict=True))
-        lacks = {i: least[i] - limit.kept for i, limit in found.items() if limit.kept < least[i]}
-        exceeds = {i: limit.kept - most[i] for i, limit in found.items() if limit.kept > most[i]}
-        if not lacks and not exceeds:
-            break
-        lacking, exceeding = sum(lacks.values()), sum(exceeds.values())
-        bound |= {i: least[i] for i in lacks if lacking >= exceeding}
-        bound |= {i: most[i] for i in exceeds if exceeding >= lacking}
-    for i, keep in bound.items():
-        found[i] = search.limits([Member.all_of(plans[i])], keep, keys)[0]
-    return [_by_limit(plan, keys, found[i], search) for i, plan in enumerate(plans)]
+    members = [Member.all_of(plan) for plan in plans]
+    free = all(bound == (0, member.blocks) for bound, member in zip(budget.bounds, members, strict=True))
+    found = search.limits(members, budget.keep, keys, None if free else budget.bounds)
+    return [_by_limit(plan, keys, limit, search) for plan, limit in zip(plans, found, strict=True)]
 
 
 def _by_limit(shared: Plan, keys: Keys, limit: Limit, search: Search) -> Dropper:

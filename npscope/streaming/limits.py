@@ -4,10 +4,9 @@ The blocks of a scope rank by (norm descending, position ascending). A `Limit` i
 that order after which all are dropped: the key of the last survivors, and the last position
 among the blocks of that key. Keys are norms as integers of the same order.
 
-A search reads the tensors a few times and never holds their norms. A sample of the blocks gives
-a guess, an interval of keys; a pass counts the blocks above it and gathers what lies inside.
-Where the guess is wrong or holds too many blocks, the next pass works on the interval that is
-left: every pass narrows it, whatever the data.
+A search reads the tensors a few times and never holds their norms: `npscope.streaming.narrowing`
+says how it goes on from pass to pass, whatever the data. Without bounds a sample of the blocks
+gives a first guess, so that one pass is mostly enough.
 """
 
 from __future__ import annotations
@@ -23,14 +22,9 @@ import numpy as np
 
 from npscope.namespace import block_norms
 from npscope.recipes.plans import Plan
+from npscope.streaming.narrowing import BINS, GATHER, Narrowing
 from npscope.streaming.ranked import RankedReader, Slab
 from npscope.streaming.slabs import SLAB_BYTES, Array, Box, elements_in, extents, tiles, whole
-
-GATHER = 1 << 21
-"""Keys that a search holds at most."""
-
-BINS = 1 << 20
-"""Counters of a pass that counts keys in bins."""
 
 PIECES = 256
 """Places from which a sample is taken."""
@@ -85,6 +79,14 @@ class Member:
             found = found * length + ((box[axis].start - self.region[axis].start) // size + along)
         return found
 
+    def span(self, box: Box) -> tuple[int, int]:
+        """The positions of the first and the last block of a box."""
+        first = last = 0
+        for axis, size, length in zip(self.plan.order, self.plan.block, self.grid, strict=True):
+            start, stop = ((end - self.region[axis].start) // size for end in (box[axis].start, box[axis].stop))
+            first, last = first * length + start, last * length + stop - 1
+        return first, last
+
 
 class Keys:
     """How norms become keys: integers of 64 bits where a norm of some plan is float64, else of 32.
@@ -128,73 +130,44 @@ _UNUSED_BITS = {"bfloat16": 16, "float16": 13, "float8_e4m3fn": 20, "float8_e5m2
 """Low bits that are zero in every such number as float32, subnormal ones included."""
 
 
-class _Tally:
-    """What a pass over the members finds of the interval ``low <= key <= high``.
-
-    The keys inside are gathered when `expected` of them fit, else counted: each value for itself
-    and for each member where that takes few counters, else in bins of ``1 << shift`` values.
-    """
-
-    def __init__(self, members: Sequence[Member], low: int, high: int, expected: float) -> None:
-        width = high - low + 1
-        self.low, self.high = low, high
-        self.above, self.inside = [0] * len(members), 0
-        self.gathered: list[list[Array]] | None = [[] for _ in members] if expected <= GATHER else None
-        self.by_member = width == 1 or width * len(members) <= BINS
-        self.shift = 0 if self.by_member else max(0, (width - 1).bit_length() - BINS.bit_length() + 1)
-        rows = len(members) if self.by_member else 1
-        self.counts = np.zeros((rows, ((width - 1) >> self.shift) + 1 if self.gathered is None else 0), np.int64)
-
-    def add(self, member: int, keys: Array) -> None:
-        """Take in some keys of a member."""
-        above = int(np.count_nonzero(keys > self.high))
-        self.above[member] += above
-        inside = keys[(keys >= self.low) & (keys <= self.high)]
-        self.inside += inside.size
-        if self.gathered is not None:
-            if self.inside > GATHER:  # more than expected: the count is still worth something
-                self.gathered = None
-            else:
-                self.gathered[member].append(inside)
-        elif self.counts.size:
-            bins = ((inside - inside.dtype.type(self.low)) >> inside.dtype.type(self.shift)).astype(np.intp)
-            row = member if self.by_member else 0
-            if 16 * bins.size < self.counts.shape[1]:  # then a whole array of counts costs more than it counts
-                np.add.at(self.counts[row], bins, 1)
-            else:
-                self.counts[row] += np.bincount(bins, minlength=self.counts.shape[1])
-
-
-class _Found(NamedTuple):
-    """The key of the last survivors; for each member how many blocks lie above it and how many have it."""
-
-    key: int
-    above: list[int]
-    ties: list[int]
-
-
 class Search:
     """Finds limits of scopes in one file; `tick` is called with the bytes of every slab that was read."""
 
     def __init__(self, reader: RankedReader, tick: Callable[[int], None] = lambda nbytes: None) -> None:
         self._reader, self.tick = reader, tick
 
-    def limits(self, members: Sequence[Member], keep: int, keys: Keys) -> list[Limit]:
-        """The limit for each member that leaves the first `keep` of the blocks of all.
+    def limits(
+        self, members: Sequence[Member], keep: int, keys: Keys, bounds: Sequence[tuple[int, int]] | None = None
+    ) -> list[Limit]:
+        """The limit for each member that leaves the first `keep` of the blocks of all, as far as `bounds` allow.
 
         Blocks of one key survive in the order of the members, and in each in the order of positions.
+        `bounds` are the least and the most survivors of each member; all together allow `keep`.
         """
-        if keep in (0, sum(member.blocks for member in members)):
-            return [keys.all_or_none(member.blocks if keep else 0) for member in members]
-        found = self._key(members, keep, keys)
-        left, limits = keep - sum(found.above), []
-        for member, above, ties in zip(members, found.above, found.ties, strict=True):
-            here = min(left, ties)
-            left -= here
-            partly = 0 < here < ties
-            last = self._position(member, found.key, here, ties, keys) if partly else member.blocks if here else -1
-            limits.append(Limit(found.key, last, above + here))
-        return limits
+        counts = [member.blocks for member in members]
+        narrowing = Narrowing(counts, bounds or [(0, count) for count in counts], keep, keys.nan)
+        if bounds is None and narrowing.open and sum(counts) > GATHER:
+            narrowing.guess(*self._guess(members, keep / sum(counts), sum(counts), keys))
+        while open_ := narrowing.open:
+            narrowing.begin()
+            for number, slab in self._members([members[i] for i in open_]):
+                narrowing.add(open_[number], keys.of(members[open_[number]].plan, slab.ranked))
+            narrowing.settle()
+        ties = [
+            _Ties(member, cut.key, cut.taken, cut.ties)
+            for member, cut in zip(members, narrowing.cuts, strict=True)
+            if 0 < cut.taken < cut.ties
+        ]
+        self._cut(ties, keys)
+        lasts = iter([each.last for each in ties])
+        return [
+            Limit(
+                cut.key,
+                next(lasts) if 0 < cut.taken < cut.ties else member.blocks if cut.taken else -1,
+                cut.above + cut.taken,
+            )
+            for member, cut in zip(members, narrowing.cuts, strict=True)
+        ]
 
     def slabs(self, plan: Plan, boxes: Iterable[Box]) -> Iterator[Slab]:
         """The slabs of boxes of one tensor, new with every slab."""
@@ -218,42 +191,7 @@ class Search:
             yield numbers.pop(0), slab
             self.tick(slab.values.nbytes)
 
-    def _key(self, members: Sequence[Member], keep: int, keys: Keys) -> _Found:
-        """The `keep`-th largest key."""
-        blocks = sum(member.blocks for member in members)
-        low, high = 0, keys.nan  # it lies between these
-        guess, expected = (low, high), float(blocks)
-        if blocks > GATHER:
-            guess, expected = self._guess(members, keep / blocks, blocks, keys)
-        while True:
-            tally = _Tally(members, *guess, expected)
-            for number, slab in self._members(members):
-                tally.add(number, keys.of(members[number].plan, slab.ranked))
-            above = sum(tally.above)
-            if keep <= above:
-                low, expected = tally.high + 1, above
-            elif keep > above + tally.inside:
-                high, expected = tally.low - 1, blocks - above - tally.inside
-            elif tally.gathered is not None:
-                return _among(tally.above, [_joined(part, keys) for part in tally.gathered], keep - above)
-            elif not tally.counts.size:  # gathered too many
-                low, high, expected = tally.low, tally.high, tally.inside
-            else:
-                totals = tally.counts.sum(0)[::-1].cumsum()
-                at = int(np.searchsorted(totals, keep - above))
-                chosen = tally.counts.shape[1] - 1 - at
-                if tally.by_member:
-                    over = tally.counts[:, chosen + 1 :].sum(1).tolist()
-                    beyond = [a + b for a, b in zip(tally.above, over, strict=True)]
-                    return _Found(tally.low + chosen, beyond, tally.counts[:, chosen].tolist())
-                expected = int(tally.counts[0, chosen])
-                low, high = (
-                    tally.low + (chosen << tally.shift),
-                    min(tally.high, tally.low + ((chosen + 1) << tally.shift) - 1),
-                )
-            guess = low, high
-
-    def _guess(self, members: Sequence[Member], share: float, blocks: int, keys: Keys) -> tuple[tuple[int, int], float]:
+    def _guess(self, members: Sequence[Member], share: float, blocks: int, keys: Keys) -> tuple[int, int, float]:
         """An interval that should hold the key which `share` of the blocks reach, and how many blocks it holds.
 
         From a sample that takes pieces at even distances over all members. Blocks of a piece are
@@ -273,43 +211,81 @@ class Search:
         low = 0 if first < 0 else int(sample[first])
         high = keys.nan if last >= sample.size else int(sample[last])
         inside = np.searchsorted(sample, high, "right") - np.searchsorted(sample, low, "left")
-        return (low, high), 1.1 * float(inside) * blocks / sample.size
+        return low, high, 1.1 * float(inside) * blocks / sample.size
 
-    def _position(self, member: Member, key: int, count: int, ties: int, keys: Keys) -> int:
-        """The position of the `count`-th of the `ties` blocks with this key."""
-        low, high, before = 0, member.blocks - 1, 0  # it lies between these, and `before` ties lie below
-        while True:
-            gather = ties <= GATHER
-            shift = max(0, (high - low).bit_length() - BINS.bit_length() + 1)
-            counts, gathered = np.zeros(((high - low) >> shift) + 1, np.int64), []
-            for _, slab in self._members([member]):
-                places = member.positions(slab.box, keys.of(member.plan, slab.ranked) == key)
-                places = places[(places >= low) & (places <= high)]
-                if gather:
-                    gathered.append(places)
-                else:
-                    counts += np.bincount((places - low) >> shift, minlength=counts.size)
-            if gather:
-                return int(np.partition(np.concatenate(gathered), count - before - 1)[count - before - 1])
-            totals = counts.cumsum()
-            chosen = int(np.searchsorted(totals, count - before))
-            before += int(totals[chosen] - counts[chosen])
-            ties = int(counts[chosen])
-            low, high = low + (chosen << shift), min(high, low + ((chosen + 1) << shift) - 1)
-            if low == high:
-                return low
+    def _cut(self, every: Sequence[_Ties], keys: Keys) -> None:
+        """Find the last position of all these, in one pass unless members have very many blocks."""
+        while open_ := [ties for ties in every if not ties.is_settled]:
+            room = GATHER
+            for ties in sorted(open_, key=lambda ties: ties.ties):
+                ties.begin(gathers=ties.ties <= room, bins=max(2, BINS // len(open_)))
+                room -= ties.ties
+            wanted = ((i, ties.member.plan, box) for i, ties in enumerate(open_) for box in ties.boxes())
+            for number, slab in self._slabs(wanted):
+                ties = open_[number]
+                ties.add(slab.box, keys.of(ties.member.plan, slab.ranked) == ties.key)
+            for ties in open_:
+                ties.settle()
 
 
-def _joined(parts: Sequence[Array], keys: Keys) -> Array:
-    return np.concatenate([np.empty(0, keys.integers), *parts])
+class _Ties:
+    """Blocks of one member that tie, of which the first `count` survive: finds the position of the last survivor.
 
+    It lies in ``low <= position <= high``, `ties` of them there.
+    """
 
-def _among(above: Sequence[int], gathered: Sequence[Array], keep: int) -> _Found:
-    """The `keep`-th largest of the gathered keys."""
-    every = np.concatenate(gathered)
-    key = np.partition(every, every.size - keep)[every.size - keep]
-    over = [a + int(np.count_nonzero(part > key)) for a, part in zip(above, gathered, strict=True)]
-    return _Found(int(key), over, [int(np.count_nonzero(part == key)) for part in gathered])
+    def __init__(self, member: Member, key: int, count: int, ties: int) -> None:
+        self.member, self.key, self.ties = member, key, ties
+        self._count = count
+        self._low, self._high = 0, member.blocks - 1
+        self._gathered: list[Array] | None = None
+        self._counts = np.zeros(0, np.int64)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the position is known."""
+        return self._low == self._high
+
+    @property
+    def last(self) -> int:
+        """The position, when it is known."""
+        return self._low
+
+    def begin(self, *, gathers: bool, bins: int) -> None:
+        """Get ready for a pass."""
+        width = self._high - self._low + 1
+        self._shift = max(0, (width - 1).bit_length() - bins.bit_length() + 1)
+        self._gathered = [] if gathers else None
+        self._counts = np.zeros(0 if gathers else ((width - 1) >> self._shift) + 1, np.int64)
+
+    def boxes(self) -> Iterator[Box]:
+        """Boxes that hold all positions at issue."""
+        for box in self.member.boxes(SLAB_BYTES):
+            first, last = self.member.span(box)
+            if first <= self._high and last >= self._low:
+                yield box
+
+    def add(self, box: Box, chosen: Array) -> None:
+        """Take in which blocks of a box tie."""
+        places = self.member.positions(box, chosen)
+        places = places[(places >= self._low) & (places <= self._high)]
+        if self._gathered is not None:
+            self._gathered.append(places)
+        else:
+            self._counts += np.bincount((places - self._low) >> self._shift, minlength=self._counts.size)
+
+    def settle(self) -> None:
+        """Draw the conclusions of a pass."""
+        if self._gathered is not None:
+            self._low = self._high = int(np.partition(np.concatenate(self._gathered), self._count - 1)[self._count - 1])
+            self._gathered = None
+            return
+        totals = self._counts.cumsum()
+        chosen = int(np.searchsorted(totals, self._count))
+        self._count -= int(totals[chosen] - self._counts[chosen])
+        self.ties = int(self._counts[chosen])
+        self._low += chosen << self._shift
+        self._high = min(self._high, self._low + (1 << self._shift) - 1)
 
 
 def _pieces(members: Sequence[Member], blocks: int) -> Iterator[tuple[Plan, Box]]:
