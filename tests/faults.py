@@ -17,6 +17,7 @@ from npscope import cli
 
 CALLS = [
     *("open", "close", "dup", "pread", "preadv", "write", "pwrite", "copy_file_range", "fsync", "fchmod"),
+    *(["posix_fallocate"] if hasattr(os, "posix_fallocate") else []),
     *("fstat", "stat", "lstat", "listdir", "scandir", "mkdir", "rmdir", "unlink", "link", "rename", "replace"),
 ]
 

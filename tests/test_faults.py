@@ -30,7 +30,7 @@ from npscope.errors import FileError
 from npscope.recipes.pattern import Pattern
 from npscope.recipes.recipe import Recipe
 from npscope.streaming.pruning import prune_file
-from npscope.weights import open_weights
+from npscope.weights import open_weights, output
 from npscope.weights.output import Target, staged
 
 pytestmark = [
@@ -189,6 +189,48 @@ def test_case83_a_signal_in_any_call(scene: Scene) -> None:
         scene.check(strays=found.met[0] in ("open", "mkdir"))
         if hidden(scene.folder):
             scene.check_next_run()
+
+
+@pytest.mark.parametrize("way", [error, done_and_error, interrupt])
+@pytest.mark.parametrize(
+    ("kind", "how"), [("safetensors", "replaced"), ("npz", "new"), ("sharded", "new"), ("sharded", "in place")]
+)
+def test_case86_no_output_without_its_mask(tmp_path: Path, kind: str, how: str, way: How) -> None:
+    """The mask gets its name just before the output does, when both are on disk."""
+    scene = Scene(kind, how, tmp_path)
+    mask = scene.folder / "mask"
+    scene.arguments = (*scene.arguments, "--mask-out", mask)
+    assert run(*scene.arguments).code == 0
+    whole, old = mask.read_bytes(), b"old" if how == "replaced" else None
+    if old is not None:
+        (scene.pristine / "mask").write_bytes(old)
+    masks_alone = 0
+    for found, code in every_call(scene, way, step=2):
+        assert code == (143 if way is interrupt else 3), found.met
+        assert snapshot(mask) in (old, whole)
+        if snapshot(scene.target) == scene.after or list(scene.folder.rglob("ready")):
+            assert snapshot(mask) == whole
+        else:
+            masks_alone += snapshot(mask) == whole
+    assert masks_alone <= 5  # faults between the two names, and of the first one
+
+
+def test_space_is_reserved_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 85: a full disk shows before anything is written; a signal waits for one step."""
+    calls: list[tuple[int, int]] = []
+
+    def reserve(fd: int, start: int, nbytes: int) -> None:
+        calls.append((start, nbytes))
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "posix_fallocate", reserve, raising=False)
+    monkeypatch.setattr(output, "_RESERVED_BYTES", 1000)
+    save_file({"a": np.ones((16, 64), np.float32)}, tmp_path / "in")
+    assert refused(run("prune", tmp_path / "in", "-o", tmp_path / "out", *PATTERN), "No space left", 3)
+    assert calls == [(0, 1000), (1000, 1000), (2000, 1000)]
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def in_a_child(job: Callable[[], int]) -> int:

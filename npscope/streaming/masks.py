@@ -6,7 +6,8 @@ order, is bit ``i % 8`` of byte ``i // 8``, counted from the least significant. 
 behind the last element are 0. Its ``__metadata__`` holds
 
 - ``npscope.mask``: the version of this layout, ``1``;
-- ``recipe``: SHA-256 of what was asked for, in exact numbers (`recipe_hash`);
+- ``recipe``: SHA-256 of what was asked for, in exact numbers (`recipe_hash`). It tells recipes apart, not
+  masks: weights do not enter it, and scores by their names and not by their numbers;
 - ``tensors``: a JSON object, name to ``{"shape": [...], "pattern": "keep 2 of 4, axis 1 (in)"}``, and
   ``"fortran": true`` of an array in Fortran order, whose shape and bits are those of its transpose.
 """
@@ -44,7 +45,7 @@ CHUNK_ELEMENTS = 1 << 20
 
 @contextmanager
 def mask_file(target: Target, decisions: Sequence[Decision]) -> Iterator[MaskWriter]:
-    """Context with the writer of the mask file of these decisions, at `target` when it ends without an error."""
+    """Context with the writer of the mask file of these decisions, which is at `target` when it is published."""
     parts = {part.tensor.name: part for decision in decisions for part in parts_of(decision)}
     described = {
         name: {"shape": list(part.tensor.shape), "pattern": f"{part.pattern}, {part.along}"}
@@ -59,7 +60,8 @@ def mask_file(target: Target, decisions: Sequence[Decision]) -> Iterator[MaskWri
 def recipe_hash(decisions: Sequence[Decision]) -> str:
     """SHA-256, in hex, of what is asked for: which tensors, cut how, how many blocks survive.
 
-    However a recipe is written, the same numbers give the same hash.
+    However a recipe is written, the same numbers give the same hash. Neither weights nor scores are
+    read for it: of a file of scores it holds which tensor ranks, and along which axis.
     """
     asked = [_numbers(decision) for decision in decisions if not isinstance(decision, Skip)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -112,6 +114,10 @@ class MaskWriter:
             self._file.append(tensor.name, np.packbits(bits[:ready], bitorder="little").data)
         self._rest = bits[ready:].copy()
         self._done = 0 if complete else self._done
+
+    def publish(self) -> None:
+        """Put the file, which is complete, in its place."""
+        self._file.publish()
 
 
 # --- applying ------------------------------------------------------------------------------------

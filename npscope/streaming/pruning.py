@@ -12,8 +12,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -85,7 +85,8 @@ def prune_file(
     dry_run
         Do everything but write.
     mask_out
-        Place for a file with the masks of the pruned tensors (`npscope.streaming.masks`).
+        Place for a file with the masks of the pruned tensors (`npscope.streaming.masks`). It is there
+        just before the result is: no result is seen without its masks.
     max_bytes
         Refuse an npz whose members inflate to more than that.
     progress
@@ -122,10 +123,15 @@ def prune_file(
             weights.check_unchanged()
             check_scores_unchanged(decisions)
         else:
-            masking = nullcontext() if mask_place is None else mask_file(mask_place, decisions)
-            with weights.successor(place) as writer, masking as masks, Background() as background:
+            with ExitStack() as stack:
+                masks = None
+                if mask_place is not None:
+                    masks = stack.enter_context(mask_file(mask_place, decisions))
+                    place = replace(place, before=masks.publish)
+                writer = stack.enter_context(weights.successor(place))
+                behind = _Behind(writer, stack.enter_context(Background()))
                 droppers = _droppers(decisions, weights, search)
-                outcomes = _write(weights, droppers, reader, _Behind(writer, background), masks, nan, ticker)
+                outcomes = _write(weights, droppers, reader, behind, masks, nan, ticker)
                 check_scores_unchanged(decisions)
         skips = {decision.tensor.name: decision for decision in decisions if isinstance(decision, Skip)}
         return [outcomes.get(name) or skips[name] for name in weights.tensors]

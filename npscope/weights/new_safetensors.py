@@ -3,60 +3,59 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from npscope.errors import FormatError, about
 from npscope.weights import Tensor
-from npscope.weights.output import Target, staged
+from npscope.weights.output import Stage, Target, overwrite, stage
 from npscope.weights.safetensors import DTYPES, MAX_HEADER
 
 
 @contextmanager
 def create(target: Target, tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> Iterator[NewSafetensors]:
-    """Context with the writer of a new file at `target` with these tensors, in whatever order they come.
+    """Context with the writer of a new file with these tensors, in whatever order they come.
+
+    It is at `target` when the context ends without an error, or when its writer publishes it before.
 
     The header's keys are sorted, and tensors of wide dtypes lie before those of narrow ones, so that
     all are aligned: the same tensors give the same bytes. FormatError for two tensors of one name
     or a name that the format cannot hold, and at the end when a tensor is incomplete.
     """
     header, starts = _new_header(list(tensors), metadata)
-    with staged(target) as fd:
-        writer = NewSafetensors(fd, header, starts)
+    with stage(target) as building:
+        writer = NewSafetensors(building, header, starts)
         yield writer
-        writer.finish()
+        if not writer.is_published:
+            writer.publish()
 
 
 class NewSafetensors:
     """Writes tensors into a new file, each from its first byte to its last, any number at the same time."""
 
-    def __init__(self, fd: int, header: bytes, starts: Mapping[str, tuple[int, int]]) -> None:
-        self._fd = fd
+    def __init__(self, building: Stage, header: bytes, starts: Mapping[str, tuple[int, int]]) -> None:
+        self.is_published = False
+        self._building = building
         self._ends = {name: len(header) + end for name, (_, end) in starts.items()}
         self._next = {name: len(header) + start for name, (start, _) in starts.items()}
-        _put(fd, memoryview(header), 0)
+        overwrite(building.fd, memoryview(header), 0)
 
     def append(self, name: str, data: memoryview) -> None:
         """Write the next bytes of the tensor `name`."""
         rest = data.cast("B")
         if self._next[name] + rest.nbytes > self._ends[name]:
             raise FormatError(f"tensor {name!r:.120} is given more bytes than it has")
-        _put(self._fd, rest, self._next[name])
+        overwrite(self._building.fd, rest, self._next[name])
         self._next[name] += rest.nbytes
 
-    def finish(self) -> None:
-        """FormatError unless every tensor is complete."""
+    def publish(self) -> None:
+        """Put the file in its place; FormatError unless every tensor is complete."""
         for name, end in self._ends.items():
             if self._next[name] != end:
                 raise FormatError(f"tensor {name!r:.120} lacks {end - self._next[name]} bytes")
-
-
-def _put(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, at)
-        data, at = data[done:], at + done
+        self._building.publish()
+        self.is_published = True
 
 
 def _new_header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:

@@ -17,7 +17,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from npscope.errors import FileError, SpecError
@@ -26,6 +26,9 @@ _NAME_BYTES = 200
 """Bytes of the target's name in the temporary one; a file name has at most 255."""
 
 _NO_RESERVATION = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
+
+_RESERVED_BYTES = 256 << 20
+"""What is reserved in one call: where a file system writes zeros for it, a signal waits no longer than that."""
 
 _ATTEMPTS = 100  # to claim a name that other processes release and claim meanwhile
 
@@ -37,11 +40,15 @@ _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 
 @dataclass(frozen=True)
 class Target:
-    """A place for an output file, symbolic links followed; `mode` of the file there now, None if there is none."""
+    """A place for an output file, symbolic links followed; `mode` of the file there now, None if there is none.
+
+    `before` is called when the output is complete and on disk, just before it gets its name.
+    """
 
     path: str
     mode: int | None
     replace: bool
+    before: Callable[[], None] = field(default=lambda: None, compare=False)
 
     @classmethod
     def of(cls, path: str | os.PathLike[str], *, force: bool, source: os.stat_result | None = None) -> Target:
@@ -72,25 +79,45 @@ def exists(path: str) -> SpecError:
     return SpecError(f"output {path!r} exists; choose another name, or --force to replace it")
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A new file, open as `fd`, under the name `temporary` until it is published as `target`."""
+
+    fd: int
+    temporary: str
+    target: Target
+
+    def publish(self) -> None:
+        """Give the file its name, when its content is on disk. A file that is replaced hands on its mode."""
+        if self.target.mode is not None:
+            os.fchmod(self.fd, self.target.mode)
+        os.fsync(self.fd)
+        os.close(os.dup(self.fd))  # some file systems report a full disk only here; the lock stays with `fd`
+        self.target.before()
+        check_still_there(self.fd, self.temporary)
+        publish(self.temporary, self.target)
+        sync_folder(os.path.dirname(self.target.path))
+
+
 @contextmanager
 def staged(target: Target) -> Iterator[int]:
     """Context with the descriptor of an empty file that becomes `target` when the body succeeds.
 
-    The content is on disk before the name is. Without `replace` no file is ever replaced, whenever
-    it came into being (SpecError). A file that is replaced hands on its mode. FileError when
-    another process is building the same target.
+    Without `replace` no file is ever replaced, whenever it came into being (SpecError). FileError
+    when another process is building the same target.
     """
+    with stage(target) as building:
+        yield building.fd
+        building.publish()
+
+
+@contextmanager
+def stage(target: Target) -> Iterator[Stage]:
+    """Context like `staged`, whose body publishes the file itself."""
     folder, name = os.path.split(target.path)
     temporary = os.path.join(folder, hidden_name(name, "new.tmp"))
     with claimed(temporary, FILE) as fd:
-        yield fd
-        if target.mode is not None:
-            os.fchmod(fd, target.mode)
-        os.fsync(fd)
-        os.close(os.dup(fd))  # some file systems report a full disk only here; the lock stays with `fd`
-        check_still_there(fd, temporary)
-        publish(temporary, target)
-    sync_folder(folder)
+        yield Stage(fd, temporary, target)
 
 
 def hidden_name(name: str, ending: str) -> str:
@@ -244,12 +271,14 @@ def reserve(fd: int, nbytes: int) -> None:
 
     Measured on ext4: 2 GiB in 8 MiB pieces and fsync, 0.9 to 1.3 s after it and 1.6 to 7 s without.
     """
-    if nbytes and sys.platform == "linux":
-        try:
-            os.posix_fallocate(fd, 0, nbytes)
-        except OSError as error:
-            if error.errno not in _NO_RESERVATION:
-                raise
+    if sys.platform == "linux":
+        for start in range(0, nbytes, _RESERVED_BYTES):
+            try:
+                os.posix_fallocate(fd, start, min(_RESERVED_BYTES, nbytes - start))
+            except OSError as error:
+                if error.errno not in _NO_RESERVATION:
+                    raise
+                break
 
 
 def publish(temporary: str, target: Target) -> None:

@@ -43,6 +43,7 @@ def staged_folder(target: Target) -> Iterator[str]:
         yield partial
         for folder, _, _ in os.walk(partial):
             sync_folder(folder)
+        target.before()
         check_still_there(fd, partial)
         try:
             os.rename(partial, target.path)
@@ -54,22 +55,23 @@ def staged_folder(target: Target) -> Iterator[str]:
 
 
 @contextmanager
-def staged_inside(folder: str, name: str) -> Iterator[str]:
-    """Context with the path of an empty folder whose files move into `folder` when the body succeeds.
+def staged_inside(target: Target, name: str) -> Iterator[str]:
+    """Context with the path of an empty folder whose files move into the folder `target` when the body succeeds.
 
     The body makes its files durable. `name` tells one user of the folder from another. FileError
     when another process is doing the same.
     """
-    partial = _partial(folder, name)
+    partial = _partial(target.path, name)
     with claimed(partial, _JOURNALLED) as fd:
         building = os.path.join(partial, "building")
         os.mkdir(building)
         yield building
         sync_folder(building)
+        target.before()
         check_still_there(fd, partial)
         os.rename(building, _ready(partial))
         sync_folder(partial)
-        _move_home(partial, folder)
+        _move_home(partial, target.path)
 
 
 def roll_forward(folder: str, name: str) -> None:

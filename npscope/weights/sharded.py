@@ -89,7 +89,7 @@ class Sharded:
         """Context with the writer of a folder like this at `target`; of its shards alone when that is this folder."""
         in_place = target.replace
         others = [] if in_place else list(_others(self._folder, set(self._shards)))
-        stage = staged_inside(self._folder, self._index_name) if in_place else staged_folder(target)
+        stage = staged_inside(target, self._index_name) if in_place else staged_folder(target)
         with stage as folder:
             writer = ShardedWriter(self, folder, self._shards, keep_modes=in_place)
             try:
