@@ -21,15 +21,13 @@ from npscope.recipes.plans import Coupling, Group, Member, Scores, Window
 from npscope.recipes.scores import Array, input_vector, require_usable, scaled
 from npscope.scope import ScopeCoupling, ScopeSpec
 from npscope.weights import Tensor, WeightFile, numpy_dtype
+from npscope.weights.strided import StridedReader, span
 
 Box = tuple[slice, ...]
 """A range on every axis, the ends given."""
 
 STRIP_BYTES = 16 << 20
 """About the bytes of all members that are held for one strip, norms included; a single block may have more."""
-
-_GAP_BYTES = 256 << 10
-"""A range of at most this size is read at once, however little of it is wanted."""
 
 
 class Kept(NamedTuple):
@@ -102,7 +100,7 @@ def _drop(
     mask: Array,
 ) -> None:
     """Drop blocks of the window, its largest stride first, that starts at index `first` of `values` or outside."""
-    end = first + _span(shape, strides)
+    end = first + span(shape, strides)
     if end <= 0 or first >= values.size:
         return
     if first >= 0 and end <= values.size:
@@ -111,7 +109,7 @@ def _drop(
         BlockSpec(view, block).apply_mask(mask)
         return
     length, stride, size = shape[0], max(1, strides[0]), block[0]
-    inner = _span(shape[1:], strides[1:])
+    inner = span(shape[1:], strides[1:])
     low = max(0, -(first // stride))
     high = max(low, min(length, (values.size - first - inner) // stride + 1))
     begin, stop = max(0, -((first + inner - 1) // stride)), min(length, (values.size - 1 - first) // stride + 1)
@@ -180,7 +178,7 @@ class _WindowReader:
 
     def __init__(self, weights: WeightFile) -> None:
         self._weights = weights
-        self._scratch = np.empty(0, np.uint8)
+        self._strided = StridedReader()
 
     def ranked(self, member: Member, box: Box) -> Array:
         """What blocks in a box of a member's window rank by: its elements, or their scores."""
@@ -199,23 +197,8 @@ class _WindowReader:
         outwards = _by_stride(window.strides)
         out = np.empty([box[axis].stop - box[axis].start for axis in outwards], numpy_dtype(tensor))
         offset = window.offset + sum(p.start * s for p, s in zip(box, window.strides, strict=True))
-        self._fill(weights, tensor, offset, [window.strides[axis] for axis in outwards], out)
+        self._strided.read(weights, tensor, offset, [window.strides[axis] for axis in outwards], out)
         return out.transpose(np.argsort(outwards))
-
-    def _fill(self, weights: WeightFile, tensor: Tensor, offset: int, strides: Sequence[int], out: Array) -> None:
-        span, itemsize = _span(out.shape, strides), out.itemsize
-        if span == out.size and out.size:
-            weights.read(tensor, offset * itemsize, out.reshape(-1).view(np.uint8).data)
-        elif span * itemsize <= max(_GAP_BYTES, 2 * out.nbytes):
-            if self._scratch.size < span * itemsize:
-                self._scratch = np.empty(span * itemsize, np.uint8)
-            raw = self._scratch[: span * itemsize]
-            weights.read(tensor, offset * itemsize, raw.data)
-            steps = [stride * itemsize for stride in strides]
-            out[...] = np.lib.stride_tricks.as_strided(raw.view(out.dtype), out.shape, steps)
-        else:
-            for index in range(out.shape[0]):
-                self._fill(weights, tensor, offset + index * strides[0], strides[1:], out[index, ...])
 
 
 def _factors(scores: Scores, window: Window, box: Box) -> Array:
@@ -232,8 +215,3 @@ def _factors(scores: Scores, window: Window, box: Box) -> Array:
 def _by_stride(strides: Sequence[int]) -> list[int]:
     """Axes, that of the largest stride first."""
     return sorted(range(len(strides)), key=lambda axis: -strides[axis])
-
-
-def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last of a window, both included."""
-    return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))

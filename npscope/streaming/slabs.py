@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from npscope.weights import Tensor, WeightFile, numpy_dtype
 from npscope.weights.background import Background
+from npscope.weights.strided import StridedReader
 
 SLAB_BYTES = 5 << 20
 """About the size of a slab, norms included: long for the disk, and short for a search over single elements."""
@@ -142,6 +143,7 @@ class SlabReader:
 
     def __init__(self, weights: WeightFile, ahead: Background | None = None) -> None:
         self._weights = weights
+        self._strided = StridedReader()
         self._ahead = ahead
         self._buffers = [np.empty(0, np.uint8)] * SLABS
         self._next = 0
@@ -169,26 +171,11 @@ class SlabReader:
         if nbytes > self._buffers[at].size:
             self._buffers[at] = np.empty(0, np.uint8)  # the old one goes first
             self._buffers[at] = np.empty(nbytes, np.uint8)
-        raw = self._buffers[at][:nbytes]
-        steps = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
-        cut = _innermost_cut(sizes, shape)
-        run = math.prod(sizes[cut:]) * dtype.itemsize
-        first = sum(side.start * step for side, step in zip(box, steps, strict=True))
-        rows = itertools.product(*(range(0, n * step, step) for n, step in zip(sizes[:cut], steps[:cut], strict=True)))
-        if run:
-            for at_run, offsets in enumerate(rows):
-                self._weights.read(tensor, first + sum(offsets), raw[at_run * run : (at_run + 1) * run].data)
-        return raw.view(dtype).reshape(sizes)
-
-
-def _innermost_cut(sizes: Sequence[int], shape: Sequence[int]) -> int:
-    """The first axis such that a box of `sizes` is one run of bytes from there inwards."""
-    axis = len(sizes) - 1
-    while axis > 0 and sizes[axis] == shape[axis]:
-        axis -= 1
-    while axis > 0 and sizes[axis - 1] == 1:
-        axis -= 1
-    return max(axis, 0)
+        values = self._buffers[at][:nbytes].view(dtype).reshape(sizes)
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        first = sum(side.start * stride for side, stride in zip(box, strides, strict=True))
+        self._strided.read(self._weights, tensor, first, strides, values)
+        return values
 
 
 def magnitude_bits(values: Array) -> Array:
