@@ -93,7 +93,7 @@ def test_settings_of_one_thread_are_not_seen_by_another():
 
 
 @needs_fork
-def test_fork_then_call_in_the_child():
+def test_case95_fork_then_call_in_the_child():
     """Before any call, after a small one (compiled, no threads) and after a large one (threads)."""
     code = """
         import os, signal, numpy as np, npscope
@@ -116,7 +116,7 @@ def test_fork_then_call_in_the_child():
 
 
 @needs_fork
-def test_pool_of_forked_processes():
+def test_case95_pool_of_forked_processes():
     code = """
         import multiprocessing, numpy as np, npscope
         x = np.random.default_rng(0).standard_normal((1024, 2048)).astype('f4')
@@ -259,7 +259,7 @@ def test_an_interrupt_never_splits_a_coupled_block(operation, threads):
         ((8192, 8192), "npscope.ScopeSpec(npscope.BlockSpec(x, (32, 32)), ()).kth_largest(nnz=99, ord=3)"),
     ],
 )
-def test_an_interrupt_is_prompt(shape, call):
+def test_case96_an_interrupt_is_prompt(shape, call):
     code = f"""
         import os, signal, threading, time, numpy as np, npscope
         x = np.random.default_rng(0).standard_normal({shape}, dtype='f4')
@@ -285,7 +285,7 @@ def test_an_interrupt_is_prompt(shape, call):
     "refused",
     ["True", "n % 2 == 0", *(pytest.param(c, marks=pytest.mark.slow) for c in ("n == 0", "n > 0", "n % 2 == 1"))],
 )
-def test_threads_that_do_not_start(refused):
+def test_case79_threads_that_do_not_start(refused):
     """The system refuses the n-th thread: the others do the work, and nothing still runs or runs later."""
     code = f"""
         import itertools, threading, time, numpy as np, npscope
