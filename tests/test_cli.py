@@ -26,10 +26,11 @@ import npscope
 from npscope import cli
 from npscope.cli import report
 from npscope.errors import SpecError
+from npscope.options import thread_count
 from npscope.recipes.pattern import Pattern
 from npscope.recipes.plans import Skip
 from npscope.recipes.recipe import Recipe
-from npscope.streaming import dropping, limits, pruning, slabs
+from npscope.streaming import dropping, limits, pruning, slabs, verification
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
@@ -809,3 +810,45 @@ def test_case75_memory_does_not_grow_with_the_file(
         return int(process.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
     assert peak("prune", "in", "-o", "out", *options) - peak("--help") < 256 << 20
+
+
+def test_a_report_is_a_file_of_what_json_says(run: Run, folder: Path) -> None:
+    given = ("prune", DATA, "--pattern", "2:4", "--report", folder / "report.json")
+    said = run(*given, "-o", folder / "out", "--json")
+    assert said.code == 0
+    assert (folder / "report.json").read_text() == said.out
+    assert is_one_line(run(*given, "-o", folder / "other"))
+    assert not (folder / "other").exists()  # refused before there is anything to tell
+    assert run(*given, "--dry-run", "--force", "--quiet").out == ""
+    assert json.loads((folder / "report.json").read_text())["dry_run"] is True
+
+
+def test_a_report_has_a_place_of_its_own(run: Run, folder: Path) -> None:
+    """Case 88."""
+    source = folder / "in"
+    source.write_bytes(DATA.read_bytes())
+    given = ("prune", source, "-o", folder / "out", "--mask-out", folder / "mask", "--pattern", "2:4", "--force")
+    for place, message in ((source, "is the input"), (folder / "out", "another output"), (folder / "mask", "another")):
+        result = run(*given, "--report", place)
+        assert (result.code, is_one_line(result)) == (2, True)
+        assert message in result.err
+    assert source.read_bytes() == DATA.read_bytes()
+    assert os.listdir(folder) == ["in"]
+
+
+@pytest.mark.parametrize("command", ["prune", "verify"])
+def test_threads_are_counted(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    seen: list[int] = []
+    real = {"prune": pruning.prune_file, "verify": verification.verify_file}[command]
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append(thread_count())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(pruning if command == "prune" else verification, real.__name__, spy)
+    more = ("-o", folder / "out") if command == "prune" else ()
+    assert run(command, DATA, "--pattern", "2:4", *more, "-j", "3", "--quiet").code in (0, 1)
+    assert seen == [3]
+    for bad in ("0", "-1", "many", "2000"):
+        result = run(command, DATA, "--pattern", "2:4", *more, "--threads", bad)
+        assert (result.code, is_one_line(result)) == (2, True), result

@@ -55,6 +55,10 @@ Output = Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="The 
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
 
 
+Threads = Annotated[
+    int | None,
+    typer.Option("-j", "--threads", metavar="N", help="At most N threads; otherwise one for each CPU there is."),
+]
 MaxBytes = Annotated[
     int | None,
     typer.Option("--max-bytes", min=0, metavar="N", help="Refuse an npz whose members inflate to more than N bytes."),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from npscope import __version__
+from npscope import __version__, config
 from npscope.cli import report
 from npscope.cli.options import (
     FILES,
@@ -22,14 +24,17 @@ from npscope.cli.options import (
     RecipeFile,
     RuleLayout,
     Scores,
+    Threads,
     recipe_of_options,
 )
 from npscope.cli.running import Job
 from npscope.cli.terminal import print_text, progress_bar, width
+from npscope.errors import SpecError
 
 if TYPE_CHECKING:
     from npscope.recipes.plans import Skip
     from npscope.streaming.pruning import Outcome
+    from npscope.weights.output import Target
 
 
 def prune(
@@ -53,8 +58,12 @@ def prune(
     mask_out: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write what is kept, a bit for each element, for apply-mask.")
     ] = None,
+    report_file: Annotated[
+        str | None, typer.Option("--report", metavar="FILE", help="Also write what --json says, to a file.")
+    ] = None,
     as_json: AsJson = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT, mask or report.")] = False,
     max_bytes: MaxBytes = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No table and no progress bar.")] = False,
     debug: Debug = False,
@@ -69,7 +78,8 @@ def prune(
         from npscope.streaming.storage import storage
 
         rules = recipe_of_options(recipe, pattern, include, exclude, axis, layout, scores)
-        with progress_bar(shown=not quiet) as progress:
+        place = None if report_file is None else _report_place(report_file, source, (output, mask_out), force)
+        with config(threads=threads), progress_bar(shown=not quiet) as progress:
             results = prune_file(
                 source,
                 output,
@@ -87,16 +97,36 @@ def prune(
         zeros = [line.zeros_after for line in lines]
         written = source if in_place else output
         stored = None if dry_run or written is None else storage(written, zeros)
+        head = {"npscope": __version__, "input": source, "output": written, "dry_run": dry_run}
+        head |= {"pattern": pattern, "recipe": recipe, "scores": scores}
+        text = report.as_json(head | report.pruned_fields(lines) | {"bytes": stored and asdict(stored)}) + "\n"
+        if place is not None:
+            _write_report(place, text)
         if as_json:
-            head = {"npscope": __version__, "input": source, "output": written, "dry_run": dry_run}
-            head |= {"pattern": pattern, "recipe": recipe, "scores": scores}
-            print_text(report.as_json(head | report.pruned_fields(lines) | {"bytes": stored and asdict(stored)}) + "\n")
+            print_text(text)
         elif not quiet:
             print_text(report.pruned_table(lines, width=width()))
             if stored is not None:
                 print_text(report.storage_line(**asdict(stored)))
 
     return job
+
+
+def _report_place(path: str, source: str, others: Sequence[str | None], force: bool) -> Target:
+    """Where the report goes; SpecError when that is the input, another output or, without `force`, a file."""
+    from npscope.weights.output import Target
+
+    place = Target.of(path, force=force, source=os.stat(source))
+    if any(other is not None and os.path.realpath(other) == place.path for other in others):
+        raise SpecError(f"the report is to be {path!r}, and so is another output; choose another name for one")
+    return place
+
+
+def _write_report(place: Target, text: str) -> None:
+    from npscope.weights.output import staged, write_all
+
+    with staged(place) as fd:
+        write_all(fd, memoryview(text.encode()))
 
 
 def _pruned(result: Outcome | Skip) -> report.Pruned:

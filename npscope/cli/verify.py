@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npscope import __version__
+from npscope import __version__, config
 from npscope.cli import report
 from npscope.cli.options import (
     AsJson,
@@ -17,6 +17,7 @@ from npscope.cli.options import (
     Pattern,
     RecipeFile,
     RuleLayout,
+    Threads,
     recipe_of_options,
 )
 from npscope.cli.running import Job
@@ -36,6 +37,7 @@ def verify(
     layout: RuleLayout = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when a tensor cannot take the pattern.")] = False,
     as_json: AsJson = False,
+    threads: Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No table and no progress bar.")] = False,
     debug: Debug = False,
 ) -> Job:
@@ -45,7 +47,7 @@ def verify(
         from npscope.streaming.verification import verify_file
 
         rules = recipe_of_options(recipe, pattern, include, exclude, axis, layout, None)
-        with progress_bar(shown=not quiet, what="checking") as progress:
+        with config(threads=threads), progress_bar(shown=not quiet, what="checking") as progress:
             lines = [_verified(verdict) for verdict in verify_file(file, rules, strict=strict, progress=progress)]
         fields = report.verified_fields(lines)
         if as_json:
