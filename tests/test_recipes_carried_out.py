@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from files import run
 from safetensors.numpy import load_file, save_file
 
 from npscope import BlockSpec, ScopeSpec, cli, keep_largest
@@ -99,3 +100,28 @@ def test_the_recipe_of_the_readme_prunes(tmp_path: Path, capsys: pytest.CaptureF
     cells = [after[f"lstm_cell.weight_{kind}"] for kind in ("ih", "hh")]
     assert sum(int(rows_of_tiles(cell, 4).any(1).sum()) for cell in cells) == 4096
     assert read_recipe(tmp_path / "recipe.toml").rules
+
+
+@pytest.mark.parametrize("text", ["2:4", "4x4@0.5", "1x1@0.3"])
+def test_int8_is_pruned_where_it_is_named_in_full(tmp_path: Path, text: str) -> None:
+    """Ranked by exact magnitude, -128 above 127; a glob does not mean it."""
+    values = np.random.default_rng(5).integers(-128, 128, (16, 16)).astype(np.int8)
+    values[0, :4] = (-128, 127, -127, 0)
+    save_file({"q": values, "w": values.astype(np.float32)}, tmp_path / "in")
+    given = ("--pattern", text, "--quiet")
+    assert run("prune", tmp_path / "in", "-o", tmp_path / "float", *given).code == 0
+    assert run("prune", tmp_path / "in", "-o", tmp_path / "globs", "--include", "*", *given).code == 0
+    assert (tmp_path / "globs").read_bytes() == (tmp_path / "float").read_bytes()
+    named = ("--include", "q", "--mask-out", tmp_path / "mask")
+    assert run("prune", tmp_path / "in", "-o", tmp_path / "named", *named, *given).code == 0
+    got = load_file(tmp_path / "named")["q"]
+    np.testing.assert_array_equal(got, load_file(tmp_path / "float")["w"].astype(np.int8))
+    assert run("verify", tmp_path / "named", "--include", "q", *given).code == 0
+    assert run("verify", tmp_path / "in", "--include", "q", *given).code == 1
+    assert run("apply-mask", tmp_path / "in", tmp_path / "mask", "-o", tmp_path / "masked", "--quiet").code == 0
+    assert (tmp_path / "masked").read_bytes() == (tmp_path / "named").read_bytes()
+
+
+def test_verify_takes_the_least_int8_for_a_number_in_use(tmp_path: Path) -> None:
+    save_file({"q": np.full((4, 4), -128, np.int8)}, tmp_path / "in")
+    assert run("verify", tmp_path / "in", "--include", "q", "--pattern", "2:4", "--quiet").code == 1

@@ -145,7 +145,7 @@ def _member(
     rule: CouplingRule, member: MemberRule, tensor: Tensor, name: str, files: Mapping[str, WeightFile]
 ) -> Member:
     with about(f"member {name!r:.120}"):
-        if not tensor.is_float:
+        if not tensor.is_ranked:
             raise SpecError(f"dtype {tensor.dtype} cannot be pruned")
         axes = meaning(tensor, rule.layout) if len(tensor.shape) >= 2 else None
         order = None if axes is None else axes.order

@@ -333,7 +333,7 @@ def _decide(rule: Rule, texts: Sequence[str], tensor: Tensor, name: str) -> Plan
         return Skip(tensor, f"{skip} (--include or a rule with the name in full overrides)", rule=said)
     if rule.names and tensor.is_opaque:
         raise SpecError(f"tensor {tensor.name!r:.120}: dtype {tensor.dtype} cannot be pruned; leave it out of {said}")
-    if reason := _ineligible(tensor):
+    if reason := _ineligible(tensor, in_full):
         return _misfit(rule, said, tensor, reason) if in_full else Skip(tensor, reason, rule=said)
     try:
         return lay(rule.pattern, tensor, axis=rule.axis, layout=rule.layout, rule=said)
@@ -361,12 +361,14 @@ def _default_skip(tensor: Tensor, name: str) -> str | None:
     return None
 
 
-def _ineligible(tensor: Tensor) -> str | None:
+def _ineligible(tensor: Tensor, in_full: bool) -> str | None:
     """Why a tensor can take no pattern at all."""
     if tensor.use is not None and tensor.use.axes is None:
         return tensor.use.reason
-    if not tensor.is_float:
+    if not tensor.is_ranked:
         return f"dtype {tensor.dtype} cannot be pruned"
+    if not (tensor.is_float or in_full):
+        return f"dtype {tensor.dtype} is pruned only where --include or a rule gives the name in full"
     if len(tensor.shape) < 2:
         return f"rank {len(tensor.shape)}, at least 2 is needed"
     return "no elements" if 0 in tensor.shape else None

@@ -61,7 +61,8 @@ class PieceReader:
                 self._buffers[slot] = np.empty(size * (itemsize + 2), np.uint8)
             raw, spare = self._buffers[slot][: size * itemsize], self._buffers[slot][size * itemsize :]
             self._weights.read(tensor, sum(part.start * step for part, step in zip(box, steps, strict=True)), raw.data)
-            return Piece(raw.view(f"<u{itemsize}").reshape(extents), spare[:size], spare[size : 2 * size])
+            bits = raw.view(f"<u{itemsize}").reshape(extents)
+            return Piece(bits, spare[:size], spare[size : 2 * size], int(tensor.is_float))
 
         def step(slot: int, piece: int) -> None:
             with reading:
@@ -74,16 +75,20 @@ class PieceReader:
 
 
 class Piece(NamedTuple):
-    """Floats as unsigned integers, and two buffers with a byte for each: fresh ones would cost more than the work."""
+    """Numbers as unsigned integers, and two buffers with a byte for each: fresh ones would cost more than the work.
+
+    The highest bit of a float is its sign, which a zero may have.
+    """
 
     bits: Array
     flags: Array
     spare: Array
+    sign_bits: int = 1
 
     def nonzero(self) -> Array:
-        """1 where the float is no zero of either sign, else 0: uint8, gone with the piece."""
+        """1 where the number is no zero of either sign, else 0: uint8, gone with the piece."""
         found = self.flags.reshape(self.bits.shape)
-        np.not_equal(np.left_shift(self.bits, 1), 0, out=found.view(np.bool_))
+        np.not_equal(np.left_shift(self.bits, self.sign_bits), 0, out=found.view(np.bool_))
         return found
 
     def surely_within(self, size: int, keep: int) -> bool:

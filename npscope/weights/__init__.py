@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from npscope.weights.output import Target
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-"""Dtypes whose tensors can be pruned, by the names that `npscope.dtypes` uses."""
+"""Floating dtypes whose tensors can be pruned, by the names that `npscope.dtypes` uses."""
+
+RANKED = (*FLOATS, "int8")
+"""All dtypes whose tensors can be pruned."""
 
 _OTHERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"bool", "complex64", "complex128"}
 
@@ -113,6 +116,11 @@ class Tensor:
     def is_float(self) -> bool:
         """Real floating point of a width that npscope ranks."""
         return self.dtype in FLOATS
+
+    @property
+    def is_ranked(self) -> bool:
+        """Of a dtype that can be pruned: floating, or int8, as symmetric quantisers make it."""
+        return self.dtype in RANKED
 
     @property
     def is_opaque(self) -> bool:
@@ -206,12 +214,12 @@ def reads_side_by_side(weights: WeightFile) -> bool:
 
 
 def numpy_dtype(tensor: Tensor) -> np.dtype[np.generic]:
-    """The little-endian NumPy dtype of a float tensor; FormatError for any other."""
+    """The little-endian NumPy dtype of a tensor that can be pruned; FormatError for any other."""
     import numpy as np
 
-    if not tensor.is_float:
-        raise FormatError(f"tensor {tensor.name!r:.120} has dtype {tensor.dtype}; needed is one of {', '.join(FLOATS)}")
-    if tensor.dtype in ("float64", "float32", "float16"):
+    if not tensor.is_ranked:
+        raise FormatError(f"tensor {tensor.name!r:.120} has dtype {tensor.dtype}; needed is one of {', '.join(RANKED)}")
+    if tensor.dtype in ("float64", "float32", "float16", "int8"):
         return np.dtype(tensor.dtype).newbyteorder("<")
     import ml_dtypes
 
