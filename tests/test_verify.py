@@ -96,16 +96,20 @@ PATTERNS = [
 SHAPES = [(24, 36), (12, 12, 12), (24, 12, 24), (12, 24, 2, 2)]
 
 
-@pytest.mark.parametrize("memory", ["whole", "pieces", "across pieces", "cut blocks"])
+@pytest.mark.parametrize("memory", ["whole", "pieces", "across pieces", "cut blocks", "parts of rows", "few counters"])
 @pytest.mark.parametrize("layout", ["out-in", "in-out"])
 @pytest.mark.parametrize(("pattern", "axis"), PATTERNS)
 def test_every_way_of_counting_finds_what_plain_loops_find(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, axis: Any, layout: Any, memory: str
 ) -> None:
-    """Case 75: tiny pieces, scopes that are counted across pieces, and blocks that pieces cut."""
+    """Case 75: tiny pieces, scopes that are counted across pieces, blocks that pieces cut, pieces that rows cut."""
     if memory != "whole":
         monkeypatch.setattr(occupancy, "PIECE_BYTES", 200)
-        monkeypatch.setattr(verification, "SINGLE_PASS_BYTES", {"pieces": 1 << 20, "across pieces": 300}.get(memory, 0))
+        single_pass = {"cut blocks": 0, "across pieces": 300, "few counters": 300}.get(memory, 1 << 20)
+        monkeypatch.setattr(verification, "SINGLE_PASS_BYTES", single_pass)
+    if memory in ("parts of rows", "few counters"):
+        monkeypatch.setattr(occupancy, "CONTIGUOUS_BYTES", 300)
+        monkeypatch.setattr(verification, "COUNTERS", 5)
     rng = np.random.default_rng(7)
     recipe = Recipe.shorthand(Pattern.parse(pattern), axis=int(axis) if axis == "0" else axis, layout=layout)
     for shape in SHAPES:
@@ -285,13 +289,26 @@ def test_case91_an_input_that_changes_is_an_error(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [8192, 32])
 @pytest.mark.parametrize(
-    "arguments", [("verify", "--pattern", "2:4"), ("verify", "--pattern", "block=-1x1 scope=1x4 keep=4"), ("inspect",)]
+    "arguments",
+    [
+        ("verify", "--pattern", "2:4"),
+        ("verify", "--pattern", "2:4", "--layout", "in-out"),
+        ("verify", "--pattern", "block=-1x1 scope=1x4 keep=4"),
+        ("inspect",),
+        ("inspect", "--layout", "in-out"),
+        ("export", "--to", "2:4", "-o", "out"),
+        ("export", "--to", "2:4", "--layout", "in-out", "-o", "out"),
+    ],
 )
-def test_case75_memory_does_not_grow_with_the_file(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_case75_memory_does_not_grow_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], rows: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
     source = tmp_path / "in"
-    values = np.ones((8192, 32768), np.float16)  # 512 MiB
-    values[:, ::2] = 0
+    values = np.ones((rows, (256 << 20) // 2 // rows), np.float16)  # 256 MiB
+    values[::2, ::2] = values[1::2, 1::2] = 0
     save_file({"a": values}, source)
 
     def peak(*arguments: object) -> int:
@@ -361,4 +378,6 @@ def test_small_pieces_detect_the_same(tmp_path: Path, monkeypatch: pytest.Monkey
     whole = inspect_file(path)
     assert whole[0].blocks
     monkeypatch.setattr(occupancy, "PIECE_BYTES", 100)
+    assert inspect_file(path) == whole
+    monkeypatch.setattr(occupancy, "CONTIGUOUS_BYTES", 1000)
     assert inspect_file(path) == whole

@@ -16,11 +16,15 @@ import numpy as np
 
 from npscope.backends import threads
 from npscope.options import thread_count
-from npscope.streaming.slabs import Array, Box, boxes, smallest_slab
+from npscope.streaming.slabs import Array, Box, cells, smallest_slab, tile_sizes, whole
 from npscope.weights import Tensor, WeightFile, reads_side_by_side
+from npscope.weights.strided import StridedReader
 
 PIECE_BYTES = 2 << 20
 """About the size of a piece: Python's share of the work is small, and a piece is counted while it is in the cache."""
+
+CONTIGUOUS_BYTES = 16 << 20
+"""Periods that whole rows of more than this hold are read by parts of rows."""
 
 MEMORY_BYTES = 96 << 20
 """What the buffers of all threads may take; where periods are large, fewer threads work."""
@@ -37,21 +41,26 @@ class PieceReader:
     def __init__(self, weights: WeightFile) -> None:
         self._weights = weights
         self._buffers: list[Array] = []
+        self._strided: list[StridedReader] = []
 
     def each(
         self, tensor: Tensor, shape: tuple[int, ...], period: tuple[int, ...], work: Callable[[Box, Piece], None]
     ) -> None:
         """Call ``work(box, piece)`` once for every piece of `tensor` read as `shape`; none cuts a period.
 
-        Reads begin in order, one at a time unless the file can be read by several threads at once.
+        Pieces are contiguous, unless such ones would be larger than `CONTIGUOUS_BYTES`. Reads begin
+        in order, one at a time unless the file can be read by several threads at once.
         """
         itemsize = tensor.nbytes // math.prod(shape)
-        steps = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
-        places = boxes(shape, period, PIECE_BYTES // itemsize, math.prod(shape))
-        pieces = sum(1 for _ in boxes(shape, period, PIECE_BYTES // itemsize, math.prod(shape)))
-        held = max(PIECE_BYTES // itemsize, smallest_slab(shape, period)) * (itemsize + 2)
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        smallest, usual = smallest_slab(shape, period), PIECE_BYTES // itemsize
+        sizes = tile_sizes(shape, period, max(usual, smallest) if smallest * itemsize <= CONTIGUOUS_BYTES else usual)
+        places = cells(whole(shape), sizes)
+        pieces = math.prod(-(-length // size) for length, size in zip(shape, sizes, strict=True))
+        held = math.prod(sizes) * (itemsize + 2)
         workers = max(1, min(thread_count(), pieces, MEMORY_BYTES // held))
         self._buffers += [np.empty(0, np.uint8)] * (workers - len(self._buffers))
+        self._strided += [StridedReader() for _ in range(workers - len(self._strided))]
         turn, reading = threading.Lock(), nullcontext() if reads_side_by_side(self._weights) else threading.Lock()
 
         def fill(slot: int, box: Box) -> Piece:
@@ -60,8 +69,9 @@ class PieceReader:
             if size * (itemsize + 2) > self._buffers[slot].size:
                 self._buffers[slot] = np.empty(size * (itemsize + 2), np.uint8)
             raw, spare = self._buffers[slot][: size * itemsize], self._buffers[slot][size * itemsize :]
-            self._weights.read(tensor, sum(part.start * step for part, step in zip(box, steps, strict=True)), raw.data)
             bits = raw.view(f"<u{itemsize}").reshape(extents)
+            offset = sum(part.start * stride for part, stride in zip(box, strides, strict=True))
+            self._strided[slot].read(self._weights, tensor, offset, strides, bits)
             return Piece(bits, spare[:size], spare[size : 2 * size], int(tensor.is_float))
 
         def step(slot: int, piece: int) -> None:

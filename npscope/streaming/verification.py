@@ -26,7 +26,10 @@ from npscope.streaming.slabs import Array, Box, smallest_slab
 from npscope.weights import WeightFile, open_weights
 
 SINGLE_PASS_BYTES = 16 << 20
-"""What a thread may hold of a tensor; scopes that take more are counted across pieces."""
+"""What a thread may hold of a tensor; scopes that whole rows of more bytes hold are counted across pieces, if few."""
+
+COUNTERS = 1 << 20
+"""Scopes, or blocks, of which a number is held while pieces come; more than that are read whole, by parts of rows."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes to do in all."""
@@ -184,7 +187,8 @@ class _Counter:
     """Counts the blocks in use of one tensor, from pieces in any order and on any thread.
 
     Memory: nothing where a piece holds whole scopes; else a number for every scope, and where a
-    block does not fit in a piece a byte for every block. All axes here are those of ``plan.shape``.
+    block does not fit in a piece a byte for every block, at most `COUNTERS` of them unless they are
+    large. All axes here are those of ``plan.shape``.
     """
 
     def __init__(self, plan: Plan, keep: int) -> None:
@@ -197,10 +201,10 @@ class _Counter:
         self._counts: Array | None = None
         self._blocks: Array | None = None
         self.period = in_elements
-        if smallest_slab(plan.shape, in_elements) * itemsize > SINGLE_PASS_BYTES:
+        if self._goes_across(in_elements, itemsize, self._scopes):
             self.period = self._block
             self._counts = np.zeros(self._scopes, np.int64)
-            if smallest_slab(plan.shape, self._block) * itemsize > SINGLE_PASS_BYTES:
+            if self._goes_across(self._block, itemsize, self._grid):
                 self.period = (1,) * len(plan.shape)
                 self._blocks = np.zeros(self._grid, np.uint8)
         # Single elements that compete with their neighbours, every scope whole: these have a way of their own.
@@ -209,6 +213,12 @@ class _Counter:
         self._lock = threading.Lock()
         self._offending = 0
         self._first: tuple[int, int] | None = None  # canonical number of the scope, blocks in use
+
+    def _goes_across(self, size: tuple[int, ...], itemsize: int, grid: tuple[int, ...]) -> bool:
+        """Whether things of a size are cut by pieces."""
+        alone = math.prod(size) * itemsize > SINGLE_PASS_BYTES
+        in_rows = smallest_slab(self._plan.shape, size) * itemsize > SINGLE_PASS_BYTES
+        return alone or (in_rows and math.prod(grid) <= COUNTERS)
 
     def add(self, box: Box, piece: Piece) -> None:
         """Count one piece."""
