@@ -40,12 +40,13 @@ from npscope.errors import FormatError, SpecError, about
 from npscope.recipes.planning import decided
 from npscope.recipes.plans import Plan
 from npscope.recipes.recipe import Names, Recipe
-from npscope.streaming.slabs import Array
+from npscope.streaming.slabs import Array, Box, cells, extents, tile_sizes, whole
 from npscope.streaming.storage import bitmask_bytes
 from npscope.streaming.verification import Checked, verify
 from npscope.weights import Tensor, WeightFile, numpy_dtype, open_weights
 from npscope.weights.new_safetensors import NewSafetensors, create
 from npscope.weights.output import Target, staged
+from npscope.weights.strided import StridedReader
 
 Layout = Literal["bitmask", "csr", "bsr", "2:4"]
 
@@ -193,9 +194,9 @@ def export_two_of_four(
 
 
 def _chunks(weights: WeightFile, tensor: Tensor, row: int) -> Iterator[Array]:
-    """The values of a tensor as bits, in chunks of whole rows of `row` elements, an even number in all but the last."""
+    """The values of a tensor as bits, in chunks of whole rows of `row` elements."""
     itemsize = tensor.nbytes // math.prod(tensor.shape)
-    step = max(2, CHUNK_BYTES // (row * itemsize) // 2 * 2) * row * itemsize
+    step = max(1, CHUNK_BYTES // (row * itemsize)) * row * itemsize
     for start in range(0, tensor.nbytes, step):
         raw = np.empty(min(step, tensor.nbytes - start), np.uint8)
         weights.read(tensor, start, raw.data)
@@ -309,24 +310,39 @@ def _write_two_of_four(member: Member, weights: WeightFile, plan: Plan) -> None:
         np.dtype(f"<f{itemsize}") if tensor.dtype in ("float16", "float32", "float64") else np.dtype(f"<u{itemsize}")
     )
 
-    def groups() -> Iterator[tuple[Array, Array]]:
+    reader, shape = StridedReader(), (math.prod(plan.shape[:axis]) * (plan.shape[axis] // 4), 4, behind)
+    sizes = tile_sizes(shape, (1, 4, 1), CHUNK_BYTES // itemsize)
+
+    def groups(boxes: Iterable[Box]) -> Iterator[tuple[Array, Array]]:
         """(bits, places) with the 4 members of a group, or the 2 places kept, along axis 1."""
-        for bits in _chunks(weights, tensor, 4 * behind):
-            cut = bits.reshape(-1, 4, behind)
+        for box in boxes:
+            bits = np.empty(extents(box), f"<u{itemsize}")
+            reader.read(weights, tensor, box[0].start * 4 * behind + box[2].start, (4 * behind, behind, 1), bits)
             # A stable sort puts those in use first, and the earliest zeros behind them.
-            yield cut, np.sort(np.argsort(~_used(cut), axis=1, kind="stable")[:, :2], axis=1)
+            yield bits, np.sort(np.argsort(~_used(bits), axis=1, kind="stable")[:, :2], axis=1)
 
-    def packed(places: Array) -> Array:
-        halves = (places[:, 0] | places[:, 1] << 2).astype(np.uint8).reshape(-1)
-        even = np.concatenate([halves, np.zeros(halves.size % 2, np.uint8)])
-        return np.asarray(even[::2] | even[1::2] << 4)
+    def kept() -> Iterator[Array]:
+        for rows in cells(whole(shape), (sizes[0], 4, behind)):
+            parts = list(cells(rows, sizes))
+            # Of groups that parts cut, all first values lie before all second ones.
+            for which in [slice(0, 2)] if len(parts) == 1 else [slice(0, 1), slice(1, 2)]:
+                for bits, places in groups(parts):
+                    yield np.take_along_axis(bits, places[:, which], axis=1).view(number)
 
-    shape = (*plan.shape[:axis], plan.shape[axis] // 2, *plan.shape[axis + 1 :])
-    kept = (np.take_along_axis(cut, places, axis=1).view(number) for cut, places in groups())
+    def packed() -> Iterator[Array]:
+        rest = np.empty(0, np.uint8)
+        for _, places in groups(cells(whole(shape), sizes)):
+            halves = np.concatenate([rest, (places[:, 0] | places[:, 1] << 2).astype(np.uint8).reshape(-1)])
+            even = halves.size // 2 * 2
+            yield halves[:even:2] | halves[1:even:2] << 4
+            rest = halves[even:]
+        yield rest
+
+    halved = (*plan.shape[:axis], plan.shape[axis] // 2, *plan.shape[axis + 1 :])
     with about(f"tensor {tensor.name!r:.120}"):
-        member(f"{tensor.name}.values", number, shape, kept)
+        member(f"{tensor.name}.values", number, halved, kept())
         size = -(-math.prod(plan.shape) // 8)
-        member(f"{tensor.name}.metadata", np.uint8, (size,), (packed(places) for _, places in groups()))
+        member(f"{tensor.name}.metadata", np.uint8, (size,), packed())
         member(f"{tensor.name}.axis", np.int64, (), iter([np.asarray(axis)]))
         member(f"{tensor.name}.dtype", f"<U{len(tensor.dtype)}", (), iter([np.asarray(tensor.dtype)]))
         member(f"{tensor.name}.shape", np.int64, (len(tensor.shape),), iter([np.asarray(tensor.shape)]))
