@@ -194,9 +194,13 @@ def as_table(place: Any) -> Any:
     return place.reshape(1, -1) if fits else None
 
 
+_PLAIN_NUMBERS = (float, int)
+"""The types that need no look at what they derive from, which takes a microsecond."""
+
+
 def as_number(value: Any, what: str) -> float:
     """A real number of the host as a float; KindError for bool, complex and text, SpecError beyond float64."""
-    if type(value) is not float and (
+    if type(value) not in _PLAIN_NUMBERS and (
         isinstance(value, bool | np.bool_ | np.timedelta64) or not isinstance(value, numbers.Real)
     ):
         raise KindError(f"{what} must be a real number, not {type(value).__name__} {value!r}")

@@ -20,7 +20,7 @@ from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, 
 from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.jit import inner, kernel, merged
 from npscope.backends.numba_cpu.kernels import place
-from npscope.backends.numba_cpu.operands import Layout, Operand, layout_of
+from npscope.backends.numba_cpu.operands import Layout, Placement, layout_of
 from npscope.backends.numba_cpu.scalars import bits_of, float_of, greatest, least
 from npscope.backends.numba_cpu.vector_norms import (
     INF,
@@ -63,19 +63,22 @@ def _whole_lines(length: int) -> int:
     return -(-length // LINE) * LINE
 
 
+_SUM_ROWS = -(-(PARTS + 2 * PARTIAL * (PART_BLOCKS + LANES)) // LIMBS)
+"""Rows of limbs, which have room for sums in the making behind them."""
+
+
 class NormBuffers:
     """Work arrays of one thread for the norms, of this dtype, of a strip of up to `blocks` blocks."""
 
-    def __init__(self, blocks: int = STRIP_BLOCKS, dtype: Any = np.float32) -> None:
-        rows = -(-(PARTS + 2 * PARTIAL * (PART_BLOCKS + LANES)) // LIMBS)
-        sizes = [_whole_lines(8 * (blocks + LANES)), _whole_lines(8 * (blocks + LANES)), 8 * rows * LIMBS]
+    def __init__(self, blocks: int, dtype: np.dtype) -> None:
+        size = _whole_lines(8 * (blocks + LANES))
+        raw = np.empty(2 * size + 8 * _SUM_ROWS * LIMBS + LINE, dtype=np.uint8)
+        self.nbytes = raw.nbytes
         # Each starts where a line starts: vectors that straddle two cost twice.
-        raw = np.zeros(sum(sizes) + LINE, dtype=np.uint8)
         start = -raw.__array_interface__["data"][0] % LINE
-        first, second, third = start, start + sizes[0], start + sizes[0] + sizes[1]
-        self.sums = raw[first:second].view(np.float64)
-        self.norms = raw[second:third].view(dtype)
-        self.limbs = raw[third : third + sizes[2]].view(np.int64).reshape(rows, LIMBS)
+        self.sums = np.ndarray(size // 8, np.float64, raw, start)
+        self.norms = np.ndarray(size // dtype.itemsize, dtype, raw, start + size)
+        self.limbs = np.ndarray((_SUM_ROWS, LIMBS), np.int64, raw, start + 2 * size)
 
     @property
     def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,25 +86,25 @@ class NormBuffers:
         return self.sums, self.norms, self.limbs
 
 
-def numbers_of(operand: Operand, code: int) -> tuple[Layout, Where] | None:
-    """How the blocks of an operand are measured line by line, if they can be, and the arguments for it.
+def numbers_of(placed: Placement, code: int) -> tuple[Layout, np.ndarray] | None:
+    """How the blocks of an operand are measured line by line, if they can be, and the loops over their numbers.
 
     Small integers are read as float32. A complex number is two real ones, where squares are summed.
     """
-    if operand.layout is not None:
-        return operand.layout, operand.where
-    kind = operand.kind
-    form = None if kind is None or operand.bytewise else number_format(kind)
-    if kind is None or form is None or operand.codec is None or operand.size == 0 or operand.few:
+    if placed.layout is not None:
+        return placed.layout, placed.elements
+    kind, size = placed.kind, placed.cut.elements
+    form = None if kind is None or placed.bytewise else number_format(kind)
+    if kind is None or form is None or placed.codec is None or size == 0 or placed.few:
         return None
-    elements, reader = operand.elements, operand.codec
+    elements, reader = placed.elements, placed.codec
     if kind.is_complex:
         if code != TWO:
             return None
         reader = codec(kind_of(form.name), False, False)
         sizes, strides = elements.tolist()
         adjacent = 1
-        if operand.size == 1:
+        if size == 1:
             sizes, strides = [], []
         elif strides[-1] == 2:
             *sizes, adjacent = sizes
@@ -109,11 +112,10 @@ def numbers_of(operand: Operand, code: int) -> tuple[Layout, Where] | None:
         elements = np.asarray([[*sizes, 2 * adjacent], [*strides, 1]], dtype=np.int64)
     sizes, strides = elements.tolist()
     run = sizes[-1] if strides[-1] == 1 and sizes[-1] > 1 else 1
-    width, step = operand.grid[:, -1].tolist()
+    width, step = placed.grid[:, -1].tolist()
     if step != run and width > 1:
         return None
-    layout = layout_of(form, reader, run, math.prod(sizes) // run)
-    return layout, (operand.buffer, operand.origin, operand.grid, elements)
+    return layout_of(form, reader, run, math.prod(sizes) // run), elements
 
 
 def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:

@@ -12,13 +12,14 @@ from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.arithmetic import LIMBS
 from npscope.backends.numba_cpu.codecs import Function
+from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
     PIECE_ELEMENTS,
     STRIPS_ELEMENTS,
     Competitors,
-    Layout,
     Operand,
+    Placement,
     competitors,
     ranges,
 )
@@ -43,7 +44,8 @@ class LineNorms:
 
     def __init__(self, part: Competitors, kernel: Function, where: lines.Where, strip: int, length: int) -> None:
         self.kernel, self.where, self.strip = kernel, where, strip
-        self.buffers = lines.NormBuffers(dtype=part.norm).all
+        self.loan = Loan(lines.NormBuffers, lines.STRIP_BLOCKS, part.norm)
+        self.buffers = self.loan.work.all
         self.norm, self.wide = np.empty(length, dtype=part.norm), np.empty(length)
 
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,20 +130,24 @@ class PassNorms:
         nk.finish_unsure(self.limbs, chosen, chosen.size, square, norm)
 
 
-def numbers_of(part: Competitors, ord: float) -> tuple[Layout, lines.Where] | None:
-    """How the blocks are measured line by line, if they can be, and the arguments for it."""
-    code = code_of(ord, part.elements)
-    found = None if part.spans_leaves else lines.numbers_of(part.leaves[0], code)
-    return found if found is not None and lines.can_sum(found[0], code, wide=True) else None
+@lru_cache(maxsize=2048)
+def _by_lines(placed: Placement, code: int) -> tuple[Function, int, np.ndarray] | None:
+    """The kernel that measures blocks line by line, if they can be, its strip, and the loops over their numbers."""
+    found = lines.numbers_of(placed, code)
+    if found is None or not lines.can_sum(found[0], code, wide=True):
+        return None
+    layout, elements = found
+    return lines.norm_kernel(layout.compiled, code), lines.strip_blocks(layout), elements
 
 
 def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms | PassNorms], int]:
     """What measures up to so many blocks of a part, and the elements of a piece that suit it."""
-    found = numbers_of(part, ord)
+    leaf = part.leaves[0]
+    found = None if part.spans_leaves else _by_lines(leaf.place, code_of(ord, part.elements))
     if found is None:
         return lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS
-    layout, where = found
-    kernel, strip = lines.norm_kernel(layout.compiled, code_of(ord, part.elements)), lines.strip_blocks(layout)
+    kernel, strip, elements = found
+    where = leaf.buffer, leaf.origin, leaf.grid, elements
     return lambda length: LineNorms(part, kernel, where, strip, length), STRIPS_ELEMENTS
 
 

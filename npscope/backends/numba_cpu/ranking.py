@@ -11,6 +11,7 @@ import numpy as np
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, strips
 from npscope.backends.numba_cpu.codecs import Function
+from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import code_of, norms_of, put
 from npscope.backends.numba_cpu.operands import (
     ACROSS,
@@ -122,14 +123,14 @@ class KeyWork:
             if ranking.fits_a_piece:  # whole scopes, which may lie side by side
                 self.strip = ranking.scopes_of_a_strip(source.strip) * part.blocks
             self.kernel = strips.read_kernel(source.read)
-            self.scratch = Scratch(self.strip, 0, ranking.key).all
+            self.scratch = Loan(Scratch, self.strip, 0, ranking.key)
 
     def fill(self, i0: int, i1: int, keys: np.ndarray) -> None:
         """The keys of blocks [i0, i1)."""
         if self.norms is not None:
             nk.keys_of_norms(self.norms.fill(i0, i1)[0], keys)
         elif self.source is not None:
-            self.kernel(self.source.where, i0, i1, self.strip, keys, self.scratch)
+            self.kernel(self.source.where, i0, i1, self.strip, keys, self.scratch.work.all)
 
 
 class Sink(Protocol):

@@ -10,6 +10,7 @@ from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import strips
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.large_scopes import LargeScopes
+from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
     STRIPS_ELEMENTS,
@@ -37,7 +38,7 @@ class ScopeWork:
         self.mask = np.empty((length, ranking.blocks), dtype=np.bool_)
         self.columns = np.empty(longest, dtype=np.bool_)
         self.rows = ranking.scopes_of_a_strip(STRIP_ELEMENTS)
-        self.scratch = Scratch(self.rows * ranking.blocks, self.rows, ranking.key).all
+        self.scratch = Loan(Scratch, self.rows * ranking.blocks, self.rows, ranking.key)
         self.select = strips.scopes_kernel(strips.dense_reader(), strips.store_mask, ranking.group, ranking.width)
 
     def load(self, s0: int, s1: int) -> Where:
@@ -54,7 +55,7 @@ class ScopeWork:
         """Hand each sink the mask of its kept blocks of scopes [s0, s1)."""
         rows, n = s1 - s0, self.ranking.blocks
         target = dense(self.mask.reshape(-1), -s0 * n)
-        self.select(self.load(s0, s1), target, self.counts, s0, s1, n, self.rows, self.scratch)
+        self.select(self.load(s0, s1), target, self.counts, s0, s1, n, self.rows, self.scratch.work.all)
         for sink, columns in zip(sinks, self.ranking.columns, strict=True):
             width = columns.stop - columns.start
             mask = self.columns[: rows * width]
@@ -114,10 +115,10 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Functi
     limits = counts.buffer, counts.origin, counts.grid
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [Scratch(rows * ranking.blocks, rows, ranking.key).all for _ in range(slots)]
+        works = [Loan(Scratch, rows * ranking.blocks, rows, ranking.key) for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
-            kernel(source.where, where, limits, s0, s1, ranking.blocks, rows, works[slot])
+            kernel(source.where, where, limits, s0, s1, ranking.blocks, rows, works[slot].work.all)
 
         return work
 
@@ -182,10 +183,10 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
         kernel, rows = strips.kth_kernel(source.read, ranking.signed), ranking.scopes_of_a_strip(source.strip)
 
         def make_strips(slots: int, length: int) -> Callable[[int, int, int], None]:
-            works = [Scratch(rows * ranking.blocks, rows, ranking.key).all for _ in range(slots)]
+            works = [Loan(Scratch, rows * ranking.blocks, rows, ranking.key) for _ in range(slots)]
 
             def work(slot: int, s0: int, s1: int) -> None:
-                kernel(source.where, limits, s0, s1, ranking.blocks, rows, found, works[slot])
+                kernel(source.where, limits, s0, s1, ranking.blocks, rows, found, works[slot].work.all)
 
             return work
 
@@ -198,7 +199,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
 
         def work(slot: int, s0: int, s1: int) -> None:
             keys = works[slot].load(s0, s1)
-            dense(keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, works[slot].scratch)
+            dense(keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, works[slot].scratch.work.all)
 
         return work
 

@@ -10,6 +10,7 @@ import numpy as np
 from npscope.backends import CONDITIONER_RANGE, conditioner_error
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, proximal
+from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import norm_ranges
 from npscope.backends.numba_cpu.operands import STRIPS_ELEMENTS, Competitors, Operand, competitors, ranges
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
@@ -96,9 +97,9 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
         strip = lines.strip_blocks(x.layout)
         return in_place(
             written,
-            lambda i0, i1, limits, norms: shrink(*x.where, i0, i1, strip, *t, limits, *norms.all),
+            lambda i0, i1, limits, norms: shrink(*x.where, i0, i1, strip, *t, limits, *norms.work.all),
             lambda: np.empty(lines.STRIP_BLOCKS, dtype=thresholds.array.dtype),
-            lines.NormBuffers,
+            lambda: Loan(lines.NormBuffers, lines.STRIP_BLOCKS, source.norm),
         )
 
     def make_use(slots: int, length: int) -> Callable[..., None]:

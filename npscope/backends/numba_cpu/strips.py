@@ -42,7 +42,12 @@ class Scratch:
         self.keys = np.zeros(blocks + search.SLACK, dtype=key)
         self.mask = np.zeros(blocks + search.SLACK, dtype=np.bool_)
         self.keep = np.zeros(scopes + search.SLACK, dtype=np.int64)
-        self.norms = lines.NormBuffers(blocks)
+        self.norms = lines.NormBuffers(blocks, np.dtype(np.float32))
+
+    @property
+    def nbytes(self) -> int:
+        """Their memory."""
+        return self.keys.nbytes + self.mask.nbytes + self.keep.nbytes + self.norms.nbytes
 
     @property
     def all(self) -> tuple[np.ndarray, ...]:
