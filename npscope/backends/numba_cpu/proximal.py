@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from npscope.backends.numba_cpu import planes
+from npscope.backends.numba_cpu import planes, vector_shrinkage
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import inner, kernel
@@ -24,18 +24,41 @@ from npscope.backends.numba_cpu.kernels import TWO, place, read_numbers
 from npscope.backends.numba_cpu.lines import measurer, scaler
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import greatest, least
-from npscope.backends.numba_cpu.vectors import (
-    LANES,
-)
+from npscope.backends.numba_cpu.vectors import LANES, Format
 
 STRIP = 2048
 """Elements whose thresholds are read at a time where a block is one element."""
 
 
+@inner
+def is_one_number(grid: Any) -> bool:
+    """Whether every entry of a grid is the same place in memory."""
+    moves = False
+    for d in range(grid.shape[1]):
+        moves |= grid[1, d] != 0
+    return not moves
+
+
+@inner
+def read_limits(t: Any, origin: int, grid: Any, repeat: int, i: int, stop: int, limits: Any) -> None:
+    """The thresholds of elements [i, stop), dense; -0.0 for zero, which is how `vector_shrinkage.soften` knows it."""
+    read_numbers(t, origin, grid, repeat, i, stop, limits)
+    for j in range(np.uintp(stop - i)):
+        limit = limits[j]
+        limits[j] = -limits.dtype.type(0) if limit == 0 else limit
+
+
 @cache
-def soften_kernel(codec: Codec, adjacent: bool, metric: Codec | None) -> Any:
-    """The kernel that takes the proximal step of 1-element blocks [i0, i1), without a metric or in one."""
+def soften_kernel(codec: Codec, form: Format | None, metric: Codec | None) -> Any:
+    """The kernel that takes the proximal step of 1-element blocks [i0, i1), without a metric or in one.
+
+    `form` is that of elements which are adjacent, with those of the metric.
+    """
     soften, weight = codec.soften, None if metric is None else metric.value
+    adjacent, by_lines, lanes = form is not None, False, 1
+    soften_line: Any = None
+    if form is not None and form.bits >= 32 and metric is None:
+        soften_line, by_lines, lanes = vector_shrinkage.soften(form), True, form.lanes
 
     @kernel
     def soften_elements(
@@ -44,12 +67,21 @@ def soften_kernel(codec: Codec, adjacent: bool, metric: Codec | None) -> Any:
     ) -> None:  # fmt: skip
         width, h_width = grid[0, -1], h_grid[0, -1]
         step, h_step = (1, 1) if adjacent else (grid[1, -1], h_grid[1, -1])
+        alike = is_one_number(t_grid)
+        if alike:
+            read_limits(t, t_origin, t_grid, repeat, i0, least(i1, i0 + limits.size), limits)
         i = i0
         while i < i1:
             stop = least(least(i1, i + limits.size), least(i + width - i % width, i + h_width - i % h_width))
-            read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
+            if not alike:
+                read_limits(t, t_origin, t_grid, repeat, i, stop, limits)
             at, h_at = origin + place(i, grid), h_origin + place(i, h_grid)
-            for j in range(stop - i):
+            whole = 0
+            if by_lines:
+                whole = (stop - i) - (stop - i) % lanes
+                for j in range(0, whole, lanes):
+                    soften_line(x, at + j, limits, j)
+            for j in range(whole, stop - i):
                 c = limits.dtype.type(1) if weight is None else weight(h, h_at + j * h_step)
                 soften(x, at + j * step, limits[np.uintp(j)], c)
             i = stop

@@ -79,8 +79,8 @@ def in_place(
 
 def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand | None) -> Callable[[], None]:
     """The job that shrinks blocks of one element, which needs no memory for each of them, and cannot fail."""
-    adjacent = x.layout is not None and (metric is None or metric.layout is not None)
-    soften = proximal.soften_kernel(x.codec, adjacent, None if metric is None else metric.codec)
+    form = x.layout.form if x.layout is not None and (metric is None or metric.layout is not None) else None
+    soften = proximal.soften_kernel(x.codec, form, None if metric is None else metric.codec)
     where, t = (*x.where, *(x if metric is None else metric).where), _thresholds(thresholds, part)
     return in_place(
         part,
