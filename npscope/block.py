@@ -633,6 +633,11 @@ def store_all(leaves: Sequence[Leaf], results: Sequence[Array]) -> None:
         threads.run(1, write, 1, shielded=len(pending) > 1)
 
 
+def sum_squares(array: Array) -> float:
+    """The sum of ``|x| ** 2`` of all elements of an array, in float64: about 1e-12 off, and it may overflow."""
+    return backend_for(array).sum_squares(((Leaf(array, array_cut(tuple(array.shape), ())[0]),),))
+
+
 def count_nonzero(owner: Any, label: str, eps: float) -> int:
     """Elements of all leaves of `owner` that do not satisfy ``|x| <= eps``."""
     with about(label):

@@ -312,6 +312,13 @@ def test_case25_nan_is_kept_when_asked(run: Run, folder: Path) -> None:
     assert [line["norm_kept"] for line in result.json["tensors"]] == [None, pytest.approx(0.5**0.5)]
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_the_norm_kept_is_told_also_where_squares_leave_float64(run: Run, folder: Path, scale: float) -> None:
+    save_file({"a": np.asarray([[4.0, 1.0, 3.0, 0.0]]) * scale}, folder / "in")
+    result = run("prune", folder / "in", "-o", folder / "out", "--pattern", "2:4", "--json")
+    assert [line["norm_kept"] for line in result.json["tensors"]] == [pytest.approx((25 / 26) ** 0.5)]
+
+
 def test_nan_in_a_tensor_left_alone_is_no_error(run: Run, folder: Path) -> None:
     source = with_nan(folder)
     assert run("prune", source, "-o", folder / "out", "--pattern", "2:4", "--exclude", "a").code == 0

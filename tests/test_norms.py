@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import ALL_DTYPES, EXACT_DTYPES, FINITE, ORDS, dtype, hostile, problems, same_bits
 
 import npscope
+from npscope.block import sum_squares
 
 
 @pytest.fixture(autouse=True)
@@ -309,3 +310,13 @@ def test_zeros_are_not_slow(name, ord):
             runs.append(time.process_time() - start)
         seconds.append(min(runs))
     assert seconds[1] < 20 * seconds[0] + 0.02
+
+
+def test_sums_of_squares(xp, any_dtype):
+    xp.require(any_dtype.name)
+    x = hostile("normal", (6, 40), any_dtype.name, 5)
+    for window in (x, x[:, 1::3], x.T):
+        part = window.astype(np.complex128) if window.dtype.kind == "c" else window.astype(np.float64)
+        expected = math.fsum(abs(value) ** 2 for value in part.ravel().tolist())
+        assert sum_squares(xp.asarray(window)) == pytest.approx(expected, rel=1e-12)
+    assert math.isnan(sum_squares(xp.asarray(np.asarray([1.0, np.nan, 2.0]))))

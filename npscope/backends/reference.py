@@ -487,3 +487,13 @@ def count_nonzero(parts: Parts, eps: float) -> int:
         xp, size = _magnitudes(part)
         total += int(xp.sum(xp.astype(~(size <= eps), xp.int64)))
     return total
+
+
+def sum_squares(parts: Parts) -> float:
+    """The sum of ``|x| ** 2`` of all elements, in float64."""
+    total = 0.0
+    for part in parts:
+        xp, size = _magnitudes(part)
+        with np.errstate(over="ignore", under="ignore"):
+            total += float(xp.sum(xp.astype(size, xp.float64) ** 2))
+    return total

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from npscope.block import BlockSpec
+from npscope.block import BlockSpec, sum_squares
 from npscope.errors import FormatError, SpecError
 from npscope.recipes.coupled import masks_of
 from npscope.recipes.planning import decided
@@ -33,6 +33,9 @@ from npscope.streaming.slabs import count_zeros_and_nans
 from npscope.weights import Tensor, WeightFile, Writer, open_weights
 from npscope.weights.background import Background
 from npscope.weights.output import Target
+
+LEAST_SQUARES = 2.0**-900
+"""Below this a sum of squares in float64 may have lost some to underflow."""
 
 NanPolicy = Literal["refuse", "keep"]
 Progress = Callable[[int, int], None]
@@ -243,6 +246,15 @@ def _write(
     return outcomes
 
 
+def _zeros_and_norm(values: np.ndarray) -> tuple[int, float]:
+    """How many values are zero, and the 2-norm of all: by the plain sum of squares, where float64 can hold that."""
+    flat = BlockSpec(values.reshape(-1), (-1,))
+    nonzero = flat.nnz()
+    squares = sum_squares(flat.data)
+    lost = squares == math.inf or (nonzero and squares < LEAST_SQUARES)
+    return values.size - nonzero, float(flat.norms()[0]) if lost else math.sqrt(squares)
+
+
 def _drop(
     dropper: Dropper,
     slabs: Iterator[Slab],
@@ -259,17 +271,17 @@ def _drop(
     while left:
         slab = next(slabs)
         left -= slab.values.size
-        flat = BlockSpec(slab.values.reshape(-1), (-1,))
-        norm = float(flat.norms()[0])
+        zeros, norm = _zeros_and_norm(slab.values)
         if math.isnan(norm):
             nans += count_zeros_and_nans(slab.values)[1]
-        norm_before, before = math.hypot(norm_before, norm), before + slab.values.size - flat.nnz()
+        norm_before, before = math.hypot(norm_before, norm), before + zeros
         if masks is not None:
             marks = np.ones(slab.values.shape, np.uint8)
             dropper.drop(slab._replace(values=marks, scores=slab.ranked))
             masks.add(plan.tensor, marks.reshape(-1).view(np.bool_))
         dropper.drop(slab)
-        norm_after, after = math.hypot(norm_after, float(flat.norms()[0])), after + slab.values.size - flat.nnz()
+        zeros, norm = _zeros_and_norm(slab.values)
+        norm_after, after = math.hypot(norm_after, norm), after + zeros
         if writer is not None:
             writer.write(plan.tensor, slab.values.reshape(-1).view(np.uint8).data)
         ticker.advance(slab.values.nbytes)

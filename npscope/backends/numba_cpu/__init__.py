@@ -16,7 +16,7 @@ import numpy as np
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
-from npscope.backends.numba_cpu.operands import Competitors, competitors, in_memory_order, ranges
+from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, in_memory_order, ranges
 from npscope.backends.numba_cpu.ranking import Ranking
 from npscope.backends.numba_cpu.selection import kth, mask, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink
@@ -34,6 +34,7 @@ __all__ = [
     "prune",
     "scale",
     "shrink",
+    "sum_squares",
     "threshold",
 ]
 
@@ -102,16 +103,35 @@ def count_nonzero(parts: Parts, eps: float) -> int:
 
 
 def _count_nonzero(part: Competitors, eps: float) -> int:
+    def count(leaf: Operand, i0: int, i1: int) -> int:
+        form = None if leaf.kind is None or leaf.bytewise else format_of(leaf.kind)
+        key = 0 if form is None else _key_up_to(eps, leaf.array.dtype, form)
+        found: int = nk.counter(leaf.codec, form)(*leaf.where, i0, i1, leaf.size, eps, key)
+        return found
+
+    return int(_total(part, count))
+
+
+def sum_squares(parts: Parts) -> float:
+    """The sum of ``|x| ** 2`` of all elements, in float64."""
+
+    def add(leaf: Operand, i0: int, i1: int) -> float:
+        found: float = nk.adder_of_squares(leaf.codec)(*leaf.where, i0, i1, leaf.size)
+        return found
+
+    return sum(_total(part, add) for part in competitors(parts))
+
+
+def _total(part: Competitors, measure: Callable[[Operand, int, int], float]) -> float:
+    """The sum of ``measure(leaf, i0, i1)`` over all blocks and leaves of a part."""
+
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         def work(slot: int, i0: int, i1: int) -> None:
-            for leaf in part.leaves:
-                form = None if leaf.kind is None or leaf.bytewise else format_of(leaf.kind)
-                key = 0 if form is None else _key_up_to(eps, leaf.array.dtype, form)
-                found.append(nk.counter(leaf.codec, form)(*leaf.where, i0, i1, leaf.size, eps, key))
+            found.extend(measure(leaf, i0, i1) for leaf in part.leaves)
 
         return work
 
-    found: list[int] = []
+    found: list[float] = []
     ranges(part.total, part.elements, make_work)()
     return sum(found)
 

@@ -395,3 +395,33 @@ def counter(codec: Codec, form: Format | None) -> Any:
         return found
 
     return count
+
+
+@cache
+def adder_of_squares(codec: Codec) -> Any:
+    """``add(buffer, origin, grid, elements, i0, i1, total)``: the sum of |x| ** 2, in any order."""
+    magnitude = codec.magnitude
+
+    @inner_any_order
+    def add_run(buffer: Any, at: int, run: int, step: int) -> float:
+        found = 0.0
+        for r in range(run):
+            size = magnitude(buffer, at + r * step)
+            found += size * size
+        return found
+
+    @kernel
+    def add(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int) -> float:
+        found = 0.0
+        width, step = grid[0, -1], grid[1, -1]
+        for e in range(total):
+            start = origin + place(e, elements)
+            i = i0
+            while i < i1:
+                run = least(i1 - i, width - i % width)
+                at = start + place(i, grid)
+                found += add_run(buffer, at, run, 1) if step == 1 else add_run(buffer, at, run, step)
+                i += run
+        return found
+
+    return add
