@@ -12,16 +12,25 @@ Array = Any
 
 def array_namespace(array: Array) -> Any:
     """The array API namespace of an array; NumPy itself for NumPy arrays."""
-    if isinstance(array, np.ndarray | np.generic):
-        return np
-    import array_api_compat
+    return np if isinstance(array, np.ndarray | np.generic) else _namespace_of(type(array), array)
 
-    return array_api_compat.array_namespace(array)
+
+def _namespace_of(kind: type, array: Array) -> Any:
+    """The namespace of arrays of this type, looked for once: the search takes microseconds."""
+    found = _NAMESPACES.get(kind)
+    if found is None:
+        import array_api_compat
+
+        found = _NAMESPACES[kind] = array_api_compat.array_namespace(array)
+    return found
+
+
+_NAMESPACES: dict[type, Any] = {}
 
 
 def reshaped(array: Array, shape: tuple[int, ...]) -> Array:
     """`array` in another shape; a view where it can be."""
-    return array.reshape(shape) if isinstance(array, np.ndarray) else array_namespace(array).reshape(array, shape)
+    return array.reshape(shape) if hasattr(array, "reshape") else array_namespace(array).reshape(array, shape)
 
 
 def regroup(array: Array, split: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Array:
@@ -29,11 +38,12 @@ def regroup(array: Array, split: Sequence[int], order: Sequence[int], shape: Seq
 
     Axes of length 1 are left out on the way, so that the split may have more axes than arrays can.
     """
-    xp = array_namespace(array)
     long = [axis for axis in range(len(split)) if split[axis] != 1]
-    moved = xp.reshape(array, tuple(split[axis] for axis in long))
-    moved = xp.permute_dims(moved, tuple(long.index(axis) for axis in order if split[axis] != 1))
-    return xp.reshape(moved, tuple(shape))
+    axes = [long.index(axis) for axis in order if split[axis] != 1]
+    if axes == sorted(axes):
+        return reshaped(array, tuple(shape))
+    moved = reshaped(array, tuple(split[axis] for axis in long))
+    return reshaped(array_namespace(array).permute_dims(moved, tuple(axes)), tuple(shape))
 
 
 def interleaved(ndim: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,17 @@ def is_numpy(array: Any) -> bool:
 
 def is_cupy(array: Any) -> bool:
     """Whether `array` is a CuPy array; CuPy is not imported to find out."""
-    return type(array).__module__.partition(".")[0] == "cupy" and type(array).__name__ == "ndarray"
+    found = _IS_CUPY.get(type(array))
+    return _is_cupy_type(type(array)) if found is None else found
+
+
+def _is_cupy_type(kind: type) -> bool:
+    _IS_CUPY[kind] = found = kind.__module__.partition(".")[0] == "cupy" and kind.__name__ == "ndarray"
+    return found
+
+
+_IS_CUPY: dict[type, bool] = {}
+"""What was found for a type: reading its module takes longer than all else about a small call's array."""
 
 
 def is_strided(array: Any) -> bool:
@@ -157,13 +168,21 @@ def require_no_overlap(written: Any, read: Any, what: str, read_what: str, *, un
     """SpecError if `written` shares memory with `read`; being the same window is allowed if `unless_same`."""
     if read is written and unless_same:
         return
-    if not (is_strided(written) and is_strided(read)):
+    if not (is_strided(written) and is_strided(read)) or (is_cupy(read) and _lie_apart(written, read)):
         return
     here, there = geometry(written), geometry(read)
     if share_an_element(here, there):
         if unless_same and written.dtype == read.dtype and same_window(here, there):
             return
         raise SpecError(f"{what} overlaps {read_what}, which is read; pass a copy of one of them")
+
+
+def _lie_apart(a: Any, b: Any) -> bool:
+    """Whether two CuPy arrays without gaps are certainly not the same memory: what most are, found fast."""
+    if not all(x.flags.c_contiguous or x.flags.f_contiguous for x in (a, b)):
+        return False
+    start, other = a.data.ptr, b.data.ptr
+    return bool(start + a.nbytes <= other or other + b.nbytes <= start)
 
 
 def as_destination(out: Any, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -235,9 +254,9 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
     NaN is SpecError, and so is a negative number unless `signed`. `value` is a number or an array.
     Numbers in device memory are neither read, unless `config` asks for it, nor converted.
     """
-    if isinstance(value, numbers.Real | np.bool_):
-        value = np.asarray(as_number(value, what))
-    elif isinstance(value, np.generic) and value.dtype.kind == "V":  # a scalar of ml_dtypes
+    if type(value) is float or isinstance(value, numbers.Real | np.bool_):
+        return _everywhere(as_number(value, what), shape, dtype, what, signed)
+    if isinstance(value, np.generic) and value.dtype.kind == "V":  # a scalar of ml_dtypes
         value = np.asarray(value)
     if not is_numpy(value) and not _is_foreign(value):
         raise KindError(f"{what} must be a number or an array, not {type(value).__name__}")
@@ -248,6 +267,19 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
     if not is_numpy(value):
         require_alike(like, value, "x", what)
     return _as_grid(value, shape, dtype, what, signed)
+
+
+@lru_cache(maxsize=1024)
+def _everywhere(number: float, shape: tuple[int, ...], dtype: str, what: str, signed: bool) -> Array:
+    """One number for the whole grid: one entry, whatever the shape."""
+    if math.isnan(number):
+        raise SpecError(f"{what} contains NaN")
+    if not signed and number < 0:
+        raise SpecError(f"{what} contains a negative number; a shrinkage needs at least 0")
+    with np.errstate(all="ignore"):
+        entry = np.asarray(number).astype(dtype)
+    entry.flags.writeable = False  # it is kept, and the sign of a zero, which may be that of another, does not matter
+    return np.ndarray(shape, entry.dtype, entry, strides=(0,) * len(shape))
 
 
 def _any(flags: Any) -> bool:
