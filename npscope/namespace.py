@@ -200,13 +200,14 @@ def kth_largest(a: Array, k: int | Array, axis: int | None = -1) -> Array:
     with about("kth_largest"):
         backend, geometry, shape = _along(a, axis)
         counts = as_counts(k, shape, low=1, high=geometry.blocks, what="k")
-        return _kth(backend, a, geometry, counts, shape)
+        found = backend.kth(_one(Leaf(a, geometry)), op.scope_leaf(counts), None)
+        return _in_byte_order(reshaped(found, shape), a)
 
 
-def _kth(backend: Backend, a: Array, geometry: Cut, counts: np.ndarray, shape: tuple[int, ...]) -> Array:
-    result = backend.kth(_one(Leaf(a, geometry)), op.scope_leaf(counts), None)
-    result = reshaped(result, shape)
-    return result.astype(a.dtype, copy=False) if op.is_numpy(a) else result
+def _in_byte_order(found: Array, a: Array) -> Array:
+    """Values of the dtype of `a`, if they are, in its byte order."""
+    same = op.is_numpy(a) and found.dtype.kind == a.dtype.kind
+    return found.astype(a.dtype, copy=False) if same else found
 
 
 def _along(a: Array, axis: int | None) -> tuple[Backend, Cut, tuple[int, ...]]:
@@ -256,12 +257,8 @@ def mid_kth_largest(a: Array, k: int | Array, axis: int | None = -1, *, k_weight
     with about("mid_kth_largest"):
         backend, geometry, shape = _along(a, axis)
         counts = as_counts(k, shape, low=1, high=geometry.blocks - 1, what="k")
-        weight = as_weight(k_weight)
-        upper = _kth(backend, a, geometry, counts, shape)
-        lower = _kth(backend, a, geometry, counts + 1, shape)
-        kind = kind_of(a.dtype)
-        dtype = getattr(array_namespace(a), kind.norm) if kind.is_integer else a.dtype
-        return between(upper, lower, weight, dtype)
+        found = backend.midpoint(_one(Leaf(a, geometry)), op.scope_leaf(counts), as_weight(k_weight), None)
+        return _in_byte_order(reshaped(found, shape), a)
 
 
 def as_weight(k_weight: float) -> float:
@@ -270,16 +267,6 @@ def as_weight(k_weight: float) -> float:
     if not (1 + weight > 0 and weight < np.inf):
         raise SpecError(f"k_weight = {weight} must be finite with 1 + k_weight > 0")
     return weight
-
-
-def between(upper: Array, lower: Array, weight: float, dtype: Any) -> Array:
-    """``(upper + weight * lower) / (1 + weight)`` in `dtype`, without overflow; equal ends give that end."""
-    xp = array_namespace(upper)
-    a, b = (xp.astype(v, xp.float64) for v in (upper, lower))
-    with np.errstate(over="ignore", invalid="ignore"):
-        point = a / (1 + weight) + b * (weight / (1 + weight))
-        point = xp.where((a == b) | (weight == 0), a, point)
-        return xp.astype(point, dtype)
 
 
 def topk_mask(a: Array, k: int | Array, axis: int | None = -1) -> Array:
@@ -317,8 +304,8 @@ def topk_mask(a: Array, k: int | Array, axis: int | None = -1) -> Array:
         table = backend.mask(_one(Leaf(a, geometry)), op.scope_leaf(counts), None)
         if axis is None:
             return reshaped(table, tuple(a.shape))
-        last = reshaped(table, (*shape, geometry.blocks))
-        return array_namespace(last).moveaxis(last, -1, as_int(axis, "axis") % len(a.shape))
+        last, position = reshaped(table, (*shape, geometry.blocks)), as_int(axis, "axis") % len(a.shape)
+        return last if position == len(shape) else array_namespace(last).moveaxis(last, -1, position)
 
 
 def block_mask(

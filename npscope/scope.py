@@ -13,8 +13,6 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from npscope import operands as op
 from npscope.axes import array_namespace, interleaved, paired, regroup, reshaped
 from npscope.backends import Array
@@ -36,7 +34,7 @@ from npscope.block import (
 from npscope.counts import as_counts, nnz_from_sparsity
 from npscope.dtypes import common_norm, kind_of
 from npscope.errors import KindError, SpecError, about
-from npscope.namespace import as_weight, between
+from npscope.namespace import as_weight
 from npscope.tiling import MAX_NDIM, Cut, Leaf, Parts, Tiling, as_orders, axis_cut, cut, permuted
 from npscope.view import View
 
@@ -262,14 +260,10 @@ class SparseScope(ABC):
         array([[3.]])
         """
         with about(self._label):
-            return self._kth(
-                values, as_counts(nnz, self.grid_shape, low=1, high=self.numblk_per_scope(), what="nnz"), ord
-            )
-
-    def _kth(self, values: Values, counts: np.ndarray, ord: float) -> Array:
-        arrays = resolve(self.specs(), values, "values")
-        found = backend_of(arrays).kth(self._operands(arrays), op.scope_leaf(counts), op.as_ord(ord))
-        return reshaped(found, self.grid_shape)
+            counts = as_counts(nnz, self.grid_shape, low=1, high=self.numblk_per_scope(), what="nnz")
+            arrays = resolve(self.specs(), values, "values")
+            found = backend_of(arrays).kth(self._operands(arrays), op.scope_leaf(counts), op.as_ord(ord))
+            return reshaped(found, self.grid_shape)
 
     def kth_mid(self, values: Values = None, *, nnz: int | Array, k_weight: float = 1.0, ord: float = 2) -> Array:
         """The point ``(v_k + w * v_(k+1)) / (1 + w)`` between the norms of rank `nnz` and `nnz` + 1.
@@ -283,9 +277,10 @@ class SparseScope(ABC):
         with about(self._label):
             high = self.numblk_per_scope() - 1
             counts = as_counts(nnz, self.grid_shape, low=1, high=high, what="nnz")
-            weight = as_weight(k_weight)
-            upper, lower = self._kth(values, counts, ord), self._kth(values, counts + 1, ord)
-            return between(upper, lower, weight, upper.dtype)
+            arrays, weight = resolve(self.specs(), values, "values"), as_weight(k_weight)
+            backend, p = backend_of(arrays), op.as_ord(ord)
+            found = backend.midpoint(self._operands(arrays), op.scope_leaf(counts), weight, p)
+            return reshaped(found, self.grid_shape)
 
     def get_masks(
         self,
@@ -322,34 +317,34 @@ class SparseScope(ABC):
         array([[False,  True,  True, False]])
         """
         with about(self._label):
-            shape = (*self.grid_shape, self.numblk_per_scope())
             if (nnz is None) == (block_mask is None):
                 raise SpecError("give exactly one of nnz and block_mask")
-            if block_mask is not None:
-                if values is not None or block_scores is not None:
-                    raise SpecError("block_mask is the decision itself; give no values or block_scores with it")
-                table = op.as_block_mask(block_mask, self.specs()[0].view.data, shape, "block_mask")
-            else:
-                table = self._decide(nnz, values, block_scores, shape, ord)
-            grids = self._grids_of_table(reshaped(table, (self.numscp(), shape[-1])))
+            if block_mask is None and block_scores is None:
+                arrays, counts = resolve(self.specs(), values, "values"), self._counts(nnz)
+                masks = backend_of(arrays).element_masks(self._operands(arrays), counts, op.as_ord(ord))
+                return dict(zip(self.specs(), masks, strict=True))
+            if values is not None:
+                raise SpecError("give one of values, block_scores and block_mask")
+            table = self._decided(nnz, block_scores, block_mask)
+            grids = self._grids_of_table(reshaped(table, (self.numscp(), self.numblk_per_scope())))
         return {spec: mask for part, grid in grids.items() for spec, mask in part.block.get_masks(grid).items()}
 
-    def _decide(
-        self, nnz: Any, values: Values, block_scores: Array | None, shape: tuple[int, ...], ord: float
-    ) -> Array:
-        counts = op.scope_leaf(as_counts(nnz, self.grid_shape, low=0, high=shape[-1], what="nnz"))
-        if block_scores is None:
-            arrays = resolve(self.specs(), values, "values")
-            table = backend_of(arrays).mask(self._operands(arrays), counts, op.as_ord(ord))
-        else:
-            if values is not None:
-                raise SpecError("give values or block_scores, not both")
-            scores = op.as_scores(block_scores, self.specs()[0].view.data, shape, "block_scores")
-            if kind_of(scores.dtype).is_complex:
-                raise KindError(f"block_scores has dtype {scores.dtype}: complex numbers have no order")
-            leaf = Leaf(scores, axis_cut(shape, len(shape) - 1))
-            table = backend_of([scores]).mask(((leaf,),), counts, None)
-        return table
+    def _decided(self, nnz: Any, block_scores: Array | None, block_mask: Array | None) -> Array:
+        """The decision by block that scores make, or that was made already."""
+        shape, data = (*self.grid_shape, self.numblk_per_scope()), self.specs()[0].view.data
+        if block_mask is not None:
+            if block_scores is not None:
+                raise SpecError("block_mask is the decision itself; give no block_scores with it")
+            return op.as_block_mask(block_mask, data, shape, "block_mask")
+        counts, scores = self._counts(nnz), op.as_scores(block_scores, data, shape, "block_scores")
+        if kind_of(scores.dtype).is_complex:
+            raise KindError(f"block_scores has dtype {scores.dtype}: complex numbers have no order")
+        leaf = Leaf(scores, axis_cut(shape, len(shape) - 1))
+        return backend_of([scores]).mask(((leaf,),), counts, None)
+
+    def _counts(self, nnz: Any) -> Leaf:
+        """Blocks to keep in each scope, checked."""
+        return op.scope_leaf(as_counts(nnz, self.grid_shape, low=0, high=self.numblk_per_scope(), what="nnz"))
 
     # writing
 
@@ -395,8 +390,7 @@ class SparseScope(ABC):
             require_unwritten(self.specs(), arrays, "values")
             backend, source, p = backend_of(arrays), self._operands(arrays), op.as_ord(ord)
             if nnz is not None:
-                counts = as_counts(nnz, self.grid_shape, low=0, high=self.numblk_per_scope(), what="nnz")
-                results = backend.prune(target, source, op.scope_leaf(counts), p)
+                results = backend.prune(target, source, self._counts(nnz), p)
             else:
                 dtype = common_norm(kind_of(a.dtype) for a in arrays)
                 grid = op.as_grid(thresholds, arrays[0], self.grid_shape, dtype, "thresholds")

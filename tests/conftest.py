@@ -27,7 +27,10 @@ _SHARED = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_
 settings.register_profile("fast", max_examples=15, derandomize=True, **_SHARED)
 settings.register_profile("slow", max_examples=1000, **_SHARED)
 
-OPERATIONS = ("norms", "kth", "mask", "prune", "threshold", "apply_mask", "scale", "shrink", "count_nonzero")
+OPERATIONS = (
+    *("norms", "kth", "midpoint", "mask", "element_masks", "prune", "threshold", "apply_mask", "scale", "shrink"),
+    "count_nonzero",
+)
 STANDARD = ("float32", "float64", *COMPLEX, *INTEGERS)
 
 
@@ -61,12 +64,16 @@ class Library:
     to_numpy: Callable[[Any], np.ndarray]
     dtypes: tuple[str, ...] = ALL_DTYPES
     backend: str | None = None
+    way: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __repr__(self) -> str:
         return self.name
 
-    def context(self) -> AbstractContextManager[None]:
-        return npscope.use_backend(self.backend) if self.backend else nullcontext()
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Its backend, and the way that its arrays go in it."""
+        with self.way(), npscope.use_backend(self.backend) if self.backend else nullcontext():
+            yield
 
     def require(self, name: str) -> None:
         """Skip where the library has no such dtype."""
@@ -103,7 +110,16 @@ def _jax() -> Library:
     return Library("jax", jax.numpy.asarray, np.asarray)
 
 
-def _cupy() -> Library:
+@contextmanager
+def _as_large() -> Iterator[None]:
+    """CuPy arrays of every size go the way of large ones."""
+    small = importlib.import_module("npscope.backends.cupy_gpu.small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "MOST_ELEMENTS", 0)
+        yield
+
+
+def _cupy(way: Callable[[], AbstractContextManager[None]] = nullcontext) -> Library:
     if importlib.util.find_spec("cupy") is None:
         pytest.skip("no CUDA device (and CuPy is not installed)")
     cupy = importlib.import_module("cupy")
@@ -117,7 +133,7 @@ def _cupy() -> Library:
         """`cupy.asarray`, which loses the sign of a float16 zero that has no axes."""
         return cupy.asarray(x.reshape(1)).reshape(()) if x.ndim == 0 else cupy.asarray(x)
 
-    return Library("cupy", asarray, cupy.asnumpy, (*STANDARD, "float16", *_halves_of(cupy)), backend="cupy")
+    return Library("cupy", asarray, cupy.asnumpy, (*STANDARD, "float16", *_halves_of(cupy)), "cupy", way)
 
 
 def _halves_of(cupy: Any) -> tuple[str, ...]:
@@ -136,6 +152,7 @@ _LIBRARIES: dict[str, Callable[[], Library]] = {
     "torch": _torch,
     "jax": _jax,
     "cupy": _cupy,
+    "cupy, as large": lambda: _cupy(_as_large),
 }
 
 
@@ -179,10 +196,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture
-def cupy_arrays() -> Library:
-    """CuPy for what only concerns device memory."""
-    return _cupy()
+@pytest.fixture(params=["cupy", "cupy, as large"])
+def cupy_arrays(request: pytest.FixtureRequest) -> Iterator[Library]:
+    """CuPy for what only concerns device memory; small arrays also by the path of large ones."""
+    library = _LIBRARIES[request.param]()
+    with library.way():
+        yield library
 
 
 @pytest.fixture

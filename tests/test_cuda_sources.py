@@ -110,7 +110,7 @@ def test_every_launched_kernel_is_in_its_file():
     """Names in Python are kernels in CUDA: a misspelt one would only be found on a card."""
     launched = set()
     for path in FOLDER.glob("*.py"):
-        launched |= set(re.findall(r'launch\(\s*"(\w+\.cu)",\s*"(\w+)"', path.read_text()))
+        launched |= set(re.findall(r'(?:launch|kernel)\(\s*"(\w+\.cu)",\s*"(\w+)"', path.read_text()))
     assert len(launched) > 10
     for file, name in launched:
         assert re.search(rf"__global__ void (__launch_bounds__\(.*\) )?{name}\(", (FOLDER / file).read_text()), (

@@ -167,6 +167,112 @@ def test_shrinkage_has_the_zeros_of_the_cpu_and_nearly_its_values(cupy_arrays, r
     np.testing.assert_allclose(a.astype(wide), b.astype(wide), rtol=2 * eps, atol=2.0**-24)
 
 
+# --- points and element masks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*FAST, "float64", "int8", "int64", "uint32"])
+def test_points_between_equal_the_cpu(cupy_arrays, kind, name):
+    cupy_arrays.require(name)
+    x = hostile(kind, (6, 300), name, 31)
+    device = cupy_arrays.asarray(x)
+    for k in (1, 150, 299, np.asarray([1, 2, 3, 100, 200, 299])):
+        for weight in (0.0, 1.0, 0.37):
+            got = cupy_arrays.to_numpy(npscope.mid_kth_largest(device, k, k_weight=weight))
+            assert same_values(got, npscope.mid_kth_largest(x, k, k_weight=weight))
+
+
+def test_points_between_norms_equal_the_cpu(cupy_arrays, rng):
+    x = rng.standard_normal((64, 64)).astype(np.float32)
+    for block in ((1, 1), (4, 4), (1, 64)):
+        for nnz in (1, 30, 62):
+            points = [ScopeSpec(BlockSpec(a, block), ()).kth_mid(nnz=nnz) for a in (x, cupy_arrays.asarray(x))]
+            assert same_bits(cupy_arrays.to_numpy(points[1]), points[0])
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (256, 256)])
+@pytest.mark.parametrize("name", ["float32", "float16", "int64", "complex64"])
+def test_element_masks_equal_the_cpu(cupy_arrays, rng, name, shape):
+    a, b = ((9 * rng.standard_normal(shape)).astype(name) for _ in range(2))
+    b = np.asfortranarray(b)
+    for block, scope in (((1, 1), (1, 4)), ((4, 4), ()), ((1, 16), (2, -1))):
+        masks = []
+        for move in (np.asarray, cupy_arrays.asarray):
+            parts = [ScopeSpec(BlockSpec(move(m), block), scope) for m in (a, b)]
+            single, both = parts[0].get_masks(2), ScopeCoupling(parts).get_masks(3)
+            joint = ScopeSpec(BlockCoupling([part.block for part in parts]), scope).get_masks(1)
+            masks.append([*single.values(), *both.values(), *joint.values()])
+        for host, device in zip(*masks, strict=True):
+            assert device.dtype == np.bool_
+            assert np.array_equal(cupy_arrays.to_numpy(device), host)
+
+
+# --- small and large -----------------------------------------------------------------------------
+
+
+def test_a_small_call_is_one_launch(cupy_arrays, rng, monkeypatch):
+    """Every operation, in place and not, of functions, specs and couplings: none takes the way of large arrays."""
+    cupy = real_cupy(cupy_arrays)
+    small = importlib.import_module("npscope.backends.cupy_gpu.small")
+    if small.MOST_ELEMENTS == 0:
+        pytest.skip("the path of large arrays")
+    x, y, h = (cupy.asarray(rng.uniform(0.5, 2, (64, 64)).astype(np.float32)) for _ in range(3))
+    spec = ScopeSpec(BlockSpec(x, (4, 4)), ())
+    both = ScopeCoupling([spec, ScopeSpec(BlockSpec(y, (1, 16)), ())])
+    runs = []
+    usual = small.Prepared.run
+    monkeypatch.setattr(small.Prepared, "run", lambda *args, **kwargs: (runs.append(1), usual(*args, **kwargs))[1])
+    for module, names in (
+        (small.writing, ("prune", "mask", "threshold", "apply_mask", "scale")),
+        (small.selection, ("kth", "midpoint")),
+        (small.shrinkage, ("shrink",)),
+        (small.tables, ("norms",)),
+    ):
+        for name in names:
+            monkeypatch.delattr(module, name)
+    for call in (
+        *(lambda out=out: npscope.keep_largest(x, 9, (4, 4), (), out=out) for out in (None, x, y)),
+        lambda: npscope.keep_largest(x, 9, (4, 4), (), scores=y),
+        lambda: npscope.block_norms(x, (4, 4)),
+        lambda: npscope.block_norms(x, (1, 64), ord=3),
+        lambda: npscope.kth_largest(x, 5),
+        lambda: npscope.mid_kth_largest(x, 5),
+        lambda: npscope.topk_mask(x, 5),
+        lambda: npscope.block_mask(x, 5, (1, 16), ()),
+        lambda: npscope.hard_threshold(x, 1.0, (4, 4)),
+        lambda: npscope.soft_threshold(x, 0.1, (1, 1)),
+        lambda: npscope.soft_threshold(x, 0.1, (4, 4), out=x),
+        lambda: npscope.soft_threshold(x, 0.1, (4, 4), conditioner=h, out=x),
+        lambda: spec.get_masks(9),
+        lambda: spec.soft_threshold(0.1),
+        lambda: spec.kth_mid(nnz=4),
+        lambda: spec.block.apply_multiplier(2.0),
+        lambda: both.hard_threshold(nnz=9),
+        lambda: both.get_masks(9),
+    ):
+        before = len(runs)
+        call()
+        assert len(runs) == before + 1
+
+
+@pytest.mark.parametrize("columns", [256, 260])
+def test_the_largest_small_problem_and_the_smallest_large_one(cupy_arrays, rng, columns):
+    x = rng.standard_normal((64, columns)).astype(np.float32)
+    device = cupy_arrays.asarray(x)
+    for block, scope, nnz in (((1, 1), (1, 4), 3), ((1, 4), (), 1000), ((1, 1), (16, -1), 77), ((-1, -1), (), 0)):
+        kept = npscope.keep_largest(x, nnz, block, scope)
+        assert same_bits(cupy_arrays.to_numpy(npscope.keep_largest(device, nnz, block, scope)), kept)
+        norms = npscope.block_norms(x, block)
+        assert same_bits(cupy_arrays.to_numpy(npscope.block_norms(device, block)), norms)
+
+
+def test_small_problems_of_more_axes_than_a_launch_carries(cupy_arrays, rng):
+    x = rng.standard_normal((4,) * 6).astype(np.float32)
+    block, scope = (2, 1, 2, 1, 2, 1), (1, 2, 1, 2, 1, 2)
+    kept = npscope.keep_largest(x, 3, block, scope)
+    assert same_bits(cupy_arrays.to_numpy(npscope.keep_largest(cupy_arrays.asarray(x), 3, block, scope)), kept)
+
+
 # --- objects -------------------------------------------------------------------------------------
 
 
@@ -315,23 +421,37 @@ def real_cupy(cupy_arrays):
     return cupy
 
 
+def joint_mask(x, h):
+    """The element mask of one of two arrays whose blocks compete."""
+    parts = [ScopeSpec(BlockSpec(a, (4, 4)), ()) for a in (x, h)]
+    return ScopeCoupling(parts).get_masks(100)[parts[0].block]
+
+
 GRAPHED = {
     "2:4": lambda x, h: npscope.keep_largest(x, 2, (1, 1), (1, 4), out=x),
-    "rows": lambda x, h: npscope.keep_largest(x, 100, (1, 1), (1, -1), out=x),
-    "global": lambda x, h: npscope.keep_largest(x, 9000, (1, 1), (-1, -1), out=x),
-    "tiles": lambda x, h: npscope.keep_largest(x, 900, (4, 4), (-1, -1), out=x),
+    "2:4 elsewhere": lambda x, h: npscope.keep_largest(x, 2, (1, 1), (1, 4)),
+    "rows": lambda x, h: npscope.keep_largest(x, 50, (1, 1), (1, -1), out=x),
+    "global": lambda x, h: npscope.keep_largest(x, 2000, (1, 1), (-1, -1), out=x),
+    "tiles": lambda x, h: npscope.keep_largest(x, 200, (4, 4), (-1, -1), out=x),
+    "hard": lambda x, h: npscope.hard_threshold(x, 4.0, (4, 4), out=x),
+    "soft": lambda x, h: npscope.soft_threshold(x, 1.0, (4, 4), out=x),
     "conditioned": lambda x, h: npscope.soft_threshold(x, 1.0, (4, 4), conditioner=h, out=x),
     "norms": lambda x, h: npscope.block_norms(x, (4, 4)),
+    "k-th": lambda x, h: npscope.kth_largest(x, 9),
+    "point": lambda x, h: npscope.mid_kth_largest(x, 9),
+    "mask": lambda x, h: npscope.topk_mask(x, 9),
+    "joint masks": joint_mask,
 }
 
 
+@pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("name", GRAPHED)
-def test_captured_in_a_graph(cupy_arrays, rng, name):
+def test_captured_in_a_graph(cupy_arrays, rng, name, size):
     """Captured, other memory filled meanwhile, replayed on new data: as a direct call."""
     cupy = real_cupy(cupy_arrays)
     call = GRAPHED[name]
-    data = [rng.standard_normal((256, 256)).astype(np.float32) for _ in range(2)]
-    x, h = cupy.asarray(data[0]), cupy.asarray(rng.uniform(0.5, 2, (256, 256)).astype(np.float32))
+    data = [rng.standard_normal((size, size)).astype(np.float32) for _ in range(2)]
+    x, h = cupy.asarray(data[0]), cupy.asarray(rng.uniform(0.5, 2, (size, size)).astype(np.float32))
     pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream, cupy.cuda.using_allocator(pool.malloc):

@@ -57,8 +57,18 @@ class Backend(Protocol):
         In the norm's dtype; in the dtype of the one leaf for ord None (zeros come out as +0).
         """
 
+    def midpoint(self, parts: Parts, k: Leaf, weight: float, ord: Ord) -> Array:
+        """``(v_k + weight * v_(k+1)) / (1 + weight)`` of the rank values of every scope, ``(S,)``; 1 <= k < n.
+
+        Computed in float64, without overflow; equal values give that value. In the dtype of `kth`, of integers in
+        that of their norms; rounded to it as everywhere, to 16 bits through float32.
+        """
+
     def mask(self, parts: Parts, keep: Leaf, ord: Ord) -> Array:
         """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
+
+    def element_masks(self, parts: Parts, keep: Leaf, ord: Ord) -> Sequence[Array]:
+        """True for the elements of the `keep` first-ranked blocks of every scope: a bool array like each leaf."""
 
     def prune(self, target: Parts, source: Parts, keep: Leaf, ord: Ord) -> Sequence[Array]:
         """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""

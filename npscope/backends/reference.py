@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 from fractions import Fraction
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,7 @@ import array_api_compat
 import numpy as np
 
 from npscope.axes import regroup
-from npscope.backends import CONDITIONER_RANGE, conditioner_error
+from npscope.backends import CONDITIONER_RANGE, conditioner_error, derived
 from npscope.dtypes import Kind, common_norm, kind_of
 from npscope.errors import ConvergenceError
 from npscope.tiling import Cut, Leaf, Part, Parts
@@ -298,6 +299,9 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
     return xp.astype(xp.where(chosen == 0, xp.zeros_like(chosen), chosen), dtype)
 
 
+midpoint = partial(derived.midpoint, kth)
+
+
 def mask(parts: Parts, keep: Leaf, ord: float | None) -> Array:
     """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
     values = _rank_values(parts, ord)
@@ -331,6 +335,9 @@ def _kept(parts: Parts, keep_mask: Array) -> list[Array]:
 def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[Array]:
     """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""
     return _kept(target, mask(source, keep, ord))
+
+
+element_masks = partial(derived.element_masks, prune)
 
 
 def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None) -> Sequence[Array]:

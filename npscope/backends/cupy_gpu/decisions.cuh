@@ -39,3 +39,18 @@ __device__ inline int decide(const Decision& d, i64 s, i64 j) {
     if (d.rule == BY_RANK) return by_rank(d.cutoffs[s], key_at(at, dtype, d.kind), d.start + j);
     return by_threshold(magnitude_at(at, dtype), d.narrow, number_at(d.numbers, s, d.start + j));
 }
+
+// --- values between cuts --------------------------------------------------------------------------
+
+// The k-th value of a dtype whose key this is.
+__device__ inline double value_of(const Cutoff& cutoff, int dtype, int kind) {
+    u64 held = 0;
+    write_key((char*)&held, dtype, (Key)cutoff.key, kind);
+    return real_at((const char*)&held, dtype);
+}
+
+// The point between two values; equal ends give that end.
+__device__ inline double point_between(const Cutoff& upper, const Cutoff& lower, double weight, int dtype, int kind) {
+    double a = value_of(upper, dtype, kind), b = value_of(lower, dtype, kind);
+    return a == b || weight == 0.0 ? a : a / (1.0 + weight) + b * (weight / (1.0 + weight));
+}

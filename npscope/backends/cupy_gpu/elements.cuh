@@ -36,7 +36,12 @@ typedef long long i64;
 #define ELEMENT ANY
 #endif
 
+#define LEAST_METRIC 1e-150  // entries of a diagonal metric outside these spoil their block
+#define LARGEST_METRIC 1e150
+
+#ifndef MAX_LOOPS
 #define MAX_LOOPS 40  // loops of length 1 are left out, and no memory holds an array of 2^40 elements
+#endif
 
 struct Loop {
     i64 size, step;
@@ -191,20 +196,21 @@ __device__ inline double real_at(const char* at, int dtype) {
 
 __device__ inline double not_a_number() { return __longlong_as_double(0x7FF8000000000000LL); }
 
-// |x|; NaN if a part of a complex number is NaN.
-__device__ inline double magnitude_at(const char* at, int dtype) {
+// |x|; NaN if a part is NaN. A call: hypot is long, and seldom needed.
+__device__ __noinline__ double complex_magnitude_at(const char* at, int dtype) {
     if (dtype == COMPLEX64) {
         double re = widened(((const u32*)at)[0]), im = widened(((const u32*)at)[1]);
         return re != re || im != im ? not_a_number() : sqrt(re * re + im * im);
     }
-    if (dtype == COMPLEX128) {
-        double re = ((const double*)at)[0], im = ((const double*)at)[1];
-        return re != re || im != im ? not_a_number() : hypot(re, im);
-    }
-    return fabs(real_at(at, dtype));
+    double re = ((const double*)at)[0], im = ((const double*)at)[1];
+    return re != re || im != im ? not_a_number() : hypot(re, im);
 }
 
 __device__ inline bool is_complex(int dtype) { return dtype == COMPLEX64 || dtype == COMPLEX128; }
+
+__device__ inline double magnitude_at(const char* at, int dtype) {
+    return is_complex(dtype) ? complex_magnitude_at(at, dtype) : fabs(real_at(at, dtype));
+}
 
 __device__ inline int width_of(int dtype) {
     switch (dtype) {
@@ -261,6 +267,20 @@ __device__ inline void scale_at(char* at, int dtype, double factor) {
         for (int part = 0; part < 2; part++) ((double*)at)[part] *= factor;
     } else {
         write_real(at, dtype, real_at(at, dtype) * factor);
+    }
+}
+
+// A real number moved by t / h towards zero: +0.0 where h * |x|, rounded to the norm's dtype, is at most t.
+__device__ inline void soften_at(char* at, int dtype, double t, double h, bool narrow) {
+    double x = real_at(at, dtype);
+    t = in_norm_dtype(t, narrow);
+    if (!(t >= 0.0) || !(h >= LEAST_METRIC && h <= LARGEST_METRIC)) {
+        write_nan(at, dtype);
+    } else if (x == x && t != 0.0) {
+        if (in_norm_dtype(h * fabs(x), narrow) <= t)
+            write_zero(at, dtype);
+        else
+            write_real(at, dtype, x > 0.0 ? x - t / h : x + t / h);
     }
 }
 

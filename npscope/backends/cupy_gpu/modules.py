@@ -78,9 +78,18 @@ def _module(file: str, macros: Macros) -> Any:
 def launch(file: str, name: str, grid: int | tuple[int, int], args: tuple[Any, ...], **macros: int) -> None:
     """Run a kernel on the current stream: `grid` thread blocks of `THREADS`."""
     blocks = grid if isinstance(grid, tuple) else (min(grid, MAX_GRID),)
-    # CuPy asks structs with named fields for a description of them, 20 us each: it gets their bytes.
-    given = tuple(a.view(_bytes(a.itemsize)) if type(a) is np.ndarray else a for a in args)
-    _kernel(file, tuple(sorted(macros.items())), name)(blocks, (THREADS,), given)
+    given = tuple(as_bytes(a) if type(a) is np.ndarray else a for a in args)
+    kernel(file, name, **macros)(blocks, (THREADS,), given)
+
+
+def kernel(file: str, name: str, **macros: int) -> Any:
+    """A kernel, to be called with the grid, the threads of a thread block and its arguments."""
+    return _kernel(file, tuple(sorted(macros.items())), name)
+
+
+def as_bytes(struct: np.ndarray) -> np.ndarray:
+    """A struct as CuPy takes it at once: named fields it asks for a description of them, 20 us each."""
+    return struct.view(_bytes(struct.itemsize))
 
 
 @cache
@@ -120,6 +129,11 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
             yield "groups.cu", {"ELEMENT": element, "GROUP": group}
         for run in RUNS:
             yield "tiles.cu", {"ELEMENT": element, "RUN": run}
+    for lanes in (1, 32, 256):
+        for bits in (32, 64):
+            yield "small_scopes.cu", {"KEY_BITS": bits, "LANES": lanes}
+        for metric in (0, 1) if lanes > 1 else (0,):
+            yield "small_blocks.cu", {"METRIC": metric, "LANES": lanes}
     for run, rows in product(RUNS[2:], METRIC_ROWS):
         yield "metric_tiles.cu", {"ELEMENT": DTYPES.index("float32"), "RUN": run, "ROWS": rows}
 

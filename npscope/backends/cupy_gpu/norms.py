@@ -13,6 +13,7 @@ import numpy as np
 from npscope.backends.cupy_gpu.modules import FAST, RUNS, blocks_for, element_of, launch
 from npscope.backends.cupy_gpu.operands import (
     Array,
+    Blocks,
     Operand,
     Struct,
     code_of,
@@ -134,7 +135,7 @@ def _tiles(cut: Cut, strides: tuple[int, ...], dtype: np.dtype) -> Tiles | None:
     return Tiles(run, code_of(dtype), item, matrix, rows, columns, pitch // item, 0)
 
 
-def measure(part: Operand, ord: float, output: int, wide: bool) -> Struct:
+def measure(part: Blocks, ord: float, output: int, wide: bool) -> Struct:
     """How a part is measured: that of one element is its magnitude, whatever the order."""
     order = LARGEST if part.single else ORDERS.get(ord, POWER)
     return struct(MEASURE, order=order, exact=part.exact, narrow=part.narrow, output=output, wide_output=wide, p=ord)
@@ -146,9 +147,14 @@ def lanes_for(part: Operand) -> int:
     strides, item = leaf.array.strides, leaf.array.dtype.itemsize
     grid, elements = grid_of(leaf), nest(memory_order(leaf.cut, strides), strides)
     across = bool(grid and elements) and grid[-1][1] == item and elements[-1][1] != item and part.total >= CHUNK
-    if part.elements <= THREAD_ELEMENTS or across:
+    return 1 if across else lanes_of(part.elements)
+
+
+def lanes_of(elements: int) -> int:
+    """Threads that own a block of so many elements, which lie side by side."""
+    if elements <= THREAD_ELEMENTS:
         return 1
-    return 32 if part.elements <= WARP_ELEMENTS else 256
+    return 32 if elements <= WARP_ELEMENTS else 256
 
 
 def measure_part(

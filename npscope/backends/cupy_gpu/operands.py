@@ -17,21 +17,23 @@ from npscope.dtypes import Kind, common_norm, dtype_name, kind_of
 from npscope.errors import KindError
 from npscope.tiling import Cut, Dim, Leaf, Part, Parts
 
-MAX_LOOPS = 40
-
 LOOP = np.dtype([("size", np.int64), ("step", np.int64)])
-LEAF = np.dtype(
-    [
-        ("data", np.uint64),
-        ("elements", np.int64),
-        ("dtype", np.int32),
-        ("ranks", np.int32, 3),
-        ("loops", LOOP, MAX_LOOPS),
-    ],
-    align=True,
-)
+
+
+def leaf_layout(loops: int) -> np.dtype:
+    """The struct Leaf of elements.cuh where MAX_LOOPS is `loops`."""
+    fields = [("data", np.uint64), ("elements", np.int64), ("dtype", np.int32), ("ranks", np.int32, 3)]
+    return np.dtype([*fields, ("loops", LOOP, loops)], align=True)
+
+
+def numbers_layout(leaf: np.dtype) -> np.dtype:
+    """The struct Numbers of elements.cuh."""
+    return np.dtype([("constant", np.int32), ("value", np.float64), ("leaf", leaf)], align=True)
+
+
+LEAF = leaf_layout(40)
 LEAVES = np.dtype([("count", np.int32), ("more", np.uint64), ("first", LEAF)], align=True)
-NUMBERS = np.dtype([("constant", np.int32), ("value", np.float64), ("leaf", LEAF)], align=True)
+NUMBERS = numbers_layout(LEAF)
 
 UPLOAD = 3584
 """Bytes that one launch carries into a table on the device."""
@@ -98,11 +100,13 @@ def memory_order(cut: Cut, strides: tuple[int, ...]) -> tuple[Dim, ...]:
 
 
 @lru_cache(maxsize=2048)
-def leaf_template(cut: Cut, strides: tuple[int, ...], code: int, order: tuple[Dim, ...]) -> Struct:
+def leaf_template(
+    cut: Cut, strides: tuple[int, ...], code: int, order: tuple[Dim, ...], layout: np.dtype = LEAF
+) -> Struct:
     """The struct of arrays that lie like this, without a pointer; to be copied."""
     nests = [nest(dims, strides) for dims in (cut.scope, cut.block, order)]
     loops = [loop for part in nests for loop in part]
-    result = struct(LEAF, elements=cut.elements, dtype=code, ranks=[[len(part) for part in nests]])
+    result = struct(layout, elements=cut.elements, dtype=code, ranks=[[len(part) for part in nests]])
     result["loops"][0, : len(loops)] = np.array(loops, LOOP) if loops else []
     return result
 
@@ -126,32 +130,18 @@ def leaf_struct(array: Array, cut: Cut, order: tuple[Dim, ...] | None = None) ->
     return made
 
 
-class Operand:
-    """A part as kernels take it: its leaves, and what they are made of."""
+class Blocks:
+    """The blocks of a part, as far as cuts and dtypes tell."""
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.kinds: list[Kind] = [kind_of(leaf.array.dtype) for leaf in part]
-
-    @cached_property
-    def structs(self) -> list[Struct]:
-        """The leaves as structs: not every kernel takes them."""
-        return [leaf_struct(leaf.array, leaf.cut) for leaf in self.part]
-
-    @property
-    def cut(self) -> Cut:
-        """The scopes and blocks, which all leaves share."""
-        return self.part[0].cut
+    def __init__(self, cuts: Sequence[Cut], kinds: Sequence[Kind]) -> None:
+        self.cut = cuts[0]
+        self.kinds = kinds
+        self.elements = sum(cut.elements for cut in cuts)
 
     @property
     def total(self) -> int:
         """Blocks in all scopes."""
         return self.cut.scopes * self.cut.blocks
-
-    @property
-    def elements(self) -> int:
-        """Elements of a block, over all leaves."""
-        return sum(leaf.cut.elements for leaf in self.part)
 
     @property
     def names(self) -> set[str]:
@@ -171,7 +161,25 @@ class Operand:
     @property
     def single(self) -> bool:
         """Whether a block is one element."""
-        return len(self.part) == 1 and self.cut.elements == 1
+        return len(self.kinds) == 1 and self.cut.elements == 1
+
+    @property
+    def is_one_number(self) -> bool:
+        """Whether a block is one real number."""
+        return self.single and not self.kinds[0].is_complex
+
+
+class Operand(Blocks):
+    """A part as kernels take it: its leaves, and what they are made of."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__([leaf.cut for leaf in part], [kind_of(leaf.array.dtype) for leaf in part])
+        self.part = part
+
+    @cached_property
+    def structs(self) -> list[Struct]:
+        """The leaves as structs: not every kernel takes them."""
+        return [leaf_struct(leaf.array, leaf.cut) for leaf in self.part]
 
 
 def operand(part: Part) -> Operand:
@@ -200,13 +208,20 @@ def numbers(leaf: Leaf | None) -> tuple[Struct, Array]:
     """Numbers over scopes or blocks as one argument, and the array that must live until the kernel has run."""
     if leaf is None:
         return struct(NUMBERS, constant=1), None
-    array = leaf.array
-    if isinstance(array, np.ndarray | np.generic):
-        given = np.asarray(array)
-        if given.size == 1 or not any(given.strides):
-            return _constant(float(given[(0,) * given.ndim]) if given.size else 0.0), None
-        array = cupy.asarray(np.ascontiguousarray(given))
+    array, value = numbers_of(leaf)
+    if array is None:
+        return _constant(value), None
     return struct(NUMBERS, leaf=leaf_struct(array, leaf.cut)[0]), array
+
+
+def numbers_of(leaf: Leaf) -> tuple[Array | None, float]:
+    """Numbers over scopes or blocks: an array on the device, or None and the one number for all."""
+    array = leaf.array
+    if not isinstance(array, np.ndarray):
+        return array, 0.0
+    if array.size == 1 or not any(array.strides):
+        return None, float(array.item(0)) if array.size else 0.0
+    return cupy.asarray(np.ascontiguousarray(array)), 0.0
 
 
 @lru_cache(maxsize=256)

@@ -4,72 +4,15 @@
 // array itself where blocks are single elements, else from a table of norms. Nothing waits for the
 // host: every pass is launched, and a scope that needs it no more returns at once.
 
-#include "sources.cuh"
+#include "scopes.cuh"
 
 // --- a thread block for each scope ---------------------------------------------------------------
 
-__shared__ u32 warp_totals[THREADS / 32];
-
-// The sum over all threads before this one, and over all of them.
-__device__ inline u32 block_before(u32 x, u32& total) {
-    u32 before = warp_before(x);
-    __syncthreads();
-    if (threadIdx.x % 32 == 31) warp_totals[threadIdx.x / 32] = before + x;
-    __syncthreads();
-    total = 0;
-    for (int w = 0; w < THREADS / 32; w++) {
-        if (w == threadIdx.x / 32) before += total;
-        total += warp_totals[w];
-    }
-    return before;
-}
-
-// The position of the need-th key that equals `key`, among positions [from, to).
-__device__ inline void find_last(const Sources& sources, i64 s, Key key, i64 from, i64 to, u64 need, i64* last) {
-    u64 seen = 0;
-    for (i64 at = from; at < to; at += THREADS) {
-        i64 j = at + threadIdx.x;
-        u32 equal = j < to && key_of(sources, s, j) == key, total;
-        u32 before = block_before(equal, total);
-        if (equal && seen + before + 1 == need) *last = j;
-        seen += total;
-        if (seen >= need) return;
-    }
-}
-
 extern "C" __global__ void decide_scopes(Sources sources, const __grid_constant__ Numbers keep, i64 low, i64 scopes, Cutoff* cutoffs) {
-    __shared__ u32 bins[256];
-    __shared__ u64 chosen, left;
     i64 blocks = sources.blocks;
-    int t = threadIdx.x;
     for (i64 s = blockIdx.x; s < scopes; s += gridDim.x) {
-        u64 need = wanted(keep, s, low, blocks);
-        if (need == 0) {
-            if (t == 0) cutoffs[s] = {LARGEST_KEY, -1};
-            continue;
-        }
-        Key prefix = 0;
-        for (int shift = KEY_BITS - 8; shift >= 0; shift -= 8) {
-            bins[t] = 0;
-            __syncthreads();
-            for (i64 j = t; j < blocks; j += THREADS) {
-                Key key = key_of(sources, s, j);
-                if (shift == KEY_BITS - 8 || key >> (shift + 8) == prefix) atomicAdd(bins + (key >> shift & 255), 1u);
-            }
-            __syncthreads();
-            u32 count = bins[255 - t], total;
-            u32 before = block_before(count, total);
-            if (before < need && need <= before + (u64)count) chosen = 255 - t, left = need - before;
-            __syncthreads();
-            prefix = prefix << 8 | (Key)chosen;
-            need = left;
-            __syncthreads();
-        }
-        u32 ties = bins[(int)(prefix & 255)];
-        if (t == 0) cutoffs[s] = {prefix, blocks};
-        __syncthreads();
-        if (need < ties) find_last(sources, s, prefix, 0, blocks, need, &cutoffs[s].last);
-        __syncthreads();
+        Cutoff cutoff = cut_of_scope([&](i64 j) { return key_of(sources, s, j); }, blocks, wanted(keep, s, low, blocks));
+        if (threadIdx.x == 0) cutoffs[s] = cutoff;
     }
 }
 
@@ -450,5 +393,6 @@ extern "C" __global__ void large_last(Sources sources, i64 s0, Search* searches,
     u32 mine = counts[threadIdx.x], total, before = block_before(mine, total);
     if (before < left && left <= (u64)before + mine) begin = from + threadIdx.x * piece, rest = left - before;
     __syncthreads();
-    find_last(sources, s, key, begin, begin + piece < to ? begin + piece : to, rest, &cutoffs[s].last);
+    i64 end = begin + piece < to ? begin + piece : to;
+    find_last([&](i64 j) { return key_of(sources, s, j); }, key, begin, end, rest, &cutoffs[s].last);
 }

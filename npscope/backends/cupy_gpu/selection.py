@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,7 @@ from npscope.backends.cupy_gpu.norms import measure_part
 from npscope.backends.cupy_gpu.operands import (
     LEAF,
     Array,
+    Blocks,
     Operand,
     Struct,
     code_of,
@@ -30,13 +32,14 @@ from npscope.backends.cupy_gpu.operands import (
     leaf_template,
     nest,
     numbers,
+    numbers_of,
     operands,
     require_current,
     struct,
     table_cut,
     table_on_device,
 )
-from npscope.dtypes import common_norm, kind_of
+from npscope.dtypes import common_norm
 from npscope.tiling import Cut, Leaf, Parts
 
 MAGNITUDE, SIGNED, INTEGER = 0, 1, 2
@@ -134,17 +137,31 @@ class Ranking:
         )
 
 
+def keys_of(parts: Sequence[Blocks], ord: float | None) -> tuple[int, int]:
+    """(kind, bits) of the keys by which the blocks of these parts rank."""
+    narrow = all(part.narrow for part in parts)
+    if ord is None:
+        return SIGNED, 32 if narrow and not parts[0].kinds[0].is_integer else 64
+    if all(part.single and part.kinds[0].is_wide_integer for part in parts):
+        return INTEGER, 64
+    return MAGNITUDE, 32 if narrow else 64
+
+
+def values_dtype(parts: Sequence[Blocks], dtype: np.dtype, ord: float | None) -> np.dtype:
+    """The dtype of k-th values: that of the leaf, which is `dtype`, for signed values, else that of the norms."""
+    return dtype if ord is None else np.dtype(common_norm(kind for part in parts for kind in part.kinds))
+
+
+def points_dtype(parts: Sequence[Blocks], values: np.dtype) -> np.dtype:
+    """The dtype of a point between two k-th values of a dtype: a float."""
+    return np.dtype(common_norm(parts[0].kinds)) if values.kind in "iu" else values
+
+
 def rank(parts: Parts, ord: float | None) -> Ranking:
     """The ranking of parts; norms of larger blocks are measured now, into a table."""
     made = operands(parts)
-    kinds = [kind for part in made for kind in part.kinds]
-    narrow = common_norm(kinds) == "float32"
-    if ord is None:
-        kind, bits = SIGNED, 32 if narrow and not kinds[0].is_integer else 64
-    elif all(part.single and part.kinds[0].is_wide_integer for part in made):
-        kind, bits = INTEGER, 64
-    else:
-        kind, bits = MAGNITUDE, 32 if narrow else 64
+    kind, bits = keys_of(made, ord)
+    narrow = all(part.narrow for part in made)
     widths = [part.cut.blocks for part in made]
     starts = [sum(widths[:i]) for i in range(len(widths))]
     leaves: list[Leaf] = []
@@ -260,14 +277,39 @@ def _cut_large(
 def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
     """The k-th largest rank value of every scope: ``(S,)``."""
     ranking = rank(parts, ord)
-    kinds = [kind_of(leaf.array.dtype) for part in parts for leaf in part]
-    dtype = parts[0][0].array.dtype if ord is None else np.dtype(common_norm(kinds))
+    dtype = values_dtype(ranking.parts, parts[0][0].array.dtype, ord)
     out = cupy.empty(ranking.scopes, dtype)
     if ranking.scopes:
         cutoffs = cut_scopes(ranking, k, 1, places=False)
         launch(
             "writing.cu", "write_kth", blocks_for(ranking.scopes),
             (cutoffs, np.int32(ranking.kind), np.int64(ranking.scopes), np.int32(code_of(dtype)), out),
+            ELEMENT=ANY, KEY_BITS=ranking.bits,
+        )  # fmt: skip
+    return out
+
+
+def _following(k: Leaf) -> Leaf:
+    """The places after these; one place for all scopes stays one number, which need not be carried to the device."""
+    array, value = numbers_of(k)
+    following = np.broadcast_to(np.int64(value + 1), k.array.shape) if array is None else array + 1
+    return Leaf(following, k.cut)
+
+
+def midpoint(parts: Parts, k: Leaf, weight: float, ord: float | None) -> Array:
+    """The point between the k-th and the next rank value of every scope: ``(S,)``."""
+    ranking = rank(parts, ord)
+    values = values_dtype(ranking.parts, parts[0][0].array.dtype, ord)
+    dtype = points_dtype(ranking.parts, values)
+    out = cupy.empty(ranking.scopes, dtype)
+    if ranking.scopes:
+        upper, lower = (cut_scopes(ranking, place, 1, places=False) for place in (k, _following(k)))
+        launch(
+            "writing.cu", "write_midpoints", blocks_for(ranking.scopes),
+            (
+                upper, lower, np.float64(weight), np.int32(ranking.kind), np.int64(ranking.scopes),
+                np.int32(code_of(values)), np.int32(code_of(dtype)), out,
+            ),
             ELEMENT=ANY, KEY_BITS=ranking.bits,
         )  # fmt: skip
     return out

@@ -47,7 +47,7 @@ def shrink(
         if source.total * source.elements == 0:
             continue
         metric = None if conditioners is None else conditioners[p]
-        if source.single and not source.kinds[0].is_complex:
+        if source.is_one_number:
             jobs.append(_soften(source, part, thresholds[p], metric))
         elif metric is None:
             jobs.append(_shrink(source, part, thresholds[p]))

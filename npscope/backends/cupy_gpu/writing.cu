@@ -21,6 +21,13 @@ extern "C" __global__ void write_kth(const Cutoff* cutoffs, int kind, i64 scopes
     EACH(s, scopes) write_key(out + s * width_of(dtype), dtype, (Key)cutoffs[s].key, kind);
 }
 
+// The points between two such values, which have one dtype, in another.
+extern "C" __global__ void write_midpoints(
+    const Cutoff* upper, const Cutoff* lower, double weight, int kind, i64 scopes, int values, int dtype, char* out
+) {
+    EACH(s, scopes) write_real(out + s * width_of(dtype), dtype, point_between(upper[s], lower[s], weight, values, kind));
+}
+
 // +0.0 into every element of the blocks of a leaf that are dropped.
 extern "C" __global__ void drop(const __grid_constant__ Decision decision, Leaf leaf, i64 scopes, i64 blocks) {
     i64 elements = leaf.elements;
@@ -47,20 +54,6 @@ extern "C" __global__ void scale(const __grid_constant__ Numbers factors, Leaf l
         split(b, blocks, scopes, s, j);
         char* at = leaf.data + scope_offset(leaf, s) + block_offset(leaf, j) + element_offset(leaf, e);
         scale_at(at, dtype_of(leaf), number_at(factors, s, start + j));
-    }
-}
-
-// A real number moved by t / h towards zero: +0.0 where h * |x|, rounded to the norm's dtype, is at most t.
-__device__ inline void soften_at(char* at, int dtype, double t, double h, bool narrow) {
-    double x = real_at(at, dtype);
-    t = in_norm_dtype(t, narrow);
-    if (!(t >= 0.0) || !(h >= 1e-150 && h <= 1e150)) {
-        write_nan(at, dtype);
-    } else if (x == x && t != 0.0) {
-        if (in_norm_dtype(h * fabs(x), narrow) <= t)
-            write_zero(at, dtype);
-        else
-            write_real(at, dtype, x > 0.0 ? x - t / h : x + t / h);
     }
 }
 

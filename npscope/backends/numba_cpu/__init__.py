@@ -10,9 +10,11 @@ large scope (radix digits, ties, writing) read the array again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
+from npscope.backends import derived
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
@@ -28,8 +30,10 @@ __all__ = [
     "NAME",
     "apply_mask",
     "count_nonzero",
+    "element_masks",
     "kth",
     "mask",
+    "midpoint",
     "norms",
     "prune",
     "scale",
@@ -39,6 +43,8 @@ __all__ = [
 ]
 
 NAME = "numba"
+
+midpoint = partial(derived.midpoint, kth)
 
 
 def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[np.ndarray]:
@@ -57,6 +63,9 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
         shielded=any(part.spans_leaves for part in written),
     )
     return arrays(target)
+
+
+element_masks = partial(derived.element_masks, prune)
 
 
 def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None) -> Sequence[np.ndarray]:

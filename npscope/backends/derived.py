@@ -1,0 +1,46 @@
+"""Operations that follow from others, for backends that have no kernels of their own for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from npscope.axes import array_namespace
+from npscope.dtypes import kind_of
+from npscope.tiling import Leaf, Parts
+
+Array = Any
+Ord = float | None
+
+
+def midpoint(kth: Callable[[Parts, Leaf, Ord], Array], parts: Parts, k: Leaf, weight: float, ord: Ord) -> Array:
+    """`Backend.midpoint` by two searches."""
+    upper, lower = (kth(parts, Leaf(k.array + i, k.cut), ord) for i in (0, 1))
+    return _between(upper, lower, weight)
+
+
+def _between(upper: Array, lower: Array, weight: float) -> Array:
+    xp, kind = array_namespace(upper), kind_of(upper.dtype)
+    a, b = (xp.astype(v, xp.float64) for v in (upper, lower))
+    with np.errstate(over="ignore", invalid="ignore"):
+        point = a / (1 + weight) + b * (weight / (1 + weight))
+        point = xp.where((a == b) | (weight == 0), a, point)
+        point = xp.astype(point, getattr(xp, kind.norm))
+        return point if kind.is_integer else xp.astype(point, upper.dtype)
+
+
+def element_masks(
+    prune: Callable[[Parts, Parts, Leaf, Ord], Sequence[Array]], parts: Parts, keep: Leaf, ord: Ord
+) -> Sequence[Array]:
+    """`Backend.element_masks`: ones of which the dropped blocks are zeroed."""
+    ones = tuple(tuple(Leaf(_ones(leaf.array), leaf.cut) for leaf in part) for part in parts)
+    marks = prune(ones, parts, keep, ord)
+    return [array_namespace(mark).astype(mark, array_namespace(mark).bool) for mark in marks]
+
+
+def _ones(array: Array) -> Array:
+    """Ones of the shape of an array, beside it."""
+    xp = array_namespace(array)
+    return xp.ones(tuple(array.shape), dtype=xp.uint8, device=array.device)
