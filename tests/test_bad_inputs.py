@@ -225,7 +225,14 @@ A = [
     *(
         Case(f"case22-{verb.__name__}-{t!r}", K, "thresholds", verb(t))
         for verb in (hard, soft)
-        for t in (np.complex64(1), np.str_("1"), np.bytes_(b"1"), np.timedelta64(1), np.datetime64("NaT"), np.True_)
+        for t in (
+            np.complex64(1),
+            np.str_("1"),
+            np.bytes_(b"1"),
+            np.timedelta64(1, "s"),
+            np.datetime64("NaT", "s"),
+            np.True_,
+        )
     ),
     *(Case(f"case22-{verb.__name__}-huge", S, "thresholds", verb(10**400)) for verb in (hard, soft)),
     Case("case22-huge-scope", S, "thresholds", lambda x: scope_of(x).soft_threshold(10**400)),
