@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import npscope
+from npscope import BlockSpec, ScopeCoupling, ScopeSpec
 
 FLOORS = r"""
 extern "C" __global__ void in_place(float4* x, long long n, float f) {
@@ -290,17 +291,35 @@ def timed(cupy: Any, restore: Callable[[], None], call: Callable[[], Any], round
 
 
 def small_calls(cupy: Any) -> dict[str, float]:
-    """Microseconds of the host for a call on a 64x64 array, in a row of them."""
-    x = cupy.random.default_rng(2).standard_normal((64, 64), dtype=cupy.float32)
+    """Microseconds for a call on a 64x64 array, in a row of them."""
+    random = cupy.random.default_rng(2)
+    x, y, h = (random.standard_normal((64, 64), dtype=cupy.float32) for _ in range(3))
+    h = cupy.abs(h) + cupy.float32(0.5)
+    groups, tiles = ScopeSpec(BlockSpec(x, (1, 1)), (1, 4)), ScopeSpec(BlockSpec(x, (4, 4)), ())
+    both = ScopeCoupling([tiles, ScopeSpec(BlockSpec(y, (4, 4)), ())])
     results = {}
-    for name, call in (
-        ("2:4", lambda: npscope.keep_largest(x, 2, (1, 1), (1, 4), out=x)),
-        ("block_norms 4x4", lambda: npscope.block_norms(x, (4, 4))),
-        ("rows", lambda: npscope.keep_largest(x, 32, (1, 1), (1, -1), out=x)),
-        ("4x4 global", lambda: npscope.keep_largest(x, 128, (4, 4), (-1, -1), out=x)),
-        ("kth_largest", lambda: npscope.kth_largest(x, 32)),
-        ("soft_threshold 4x4", lambda: npscope.soft_threshold(x, 0.1, (4, 4), out=x)),
-    ):
+    for name, call in {
+        "2:4": lambda: npscope.keep_largest(x, 2, (1, 1), (1, 4), out=x),
+        "2:4 elsewhere": lambda: npscope.keep_largest(x, 2, (1, 1), (1, 4)),
+        "rows": lambda: npscope.keep_largest(x, 32, (1, 1), (1, -1), out=x),
+        "1x1 global": lambda: npscope.keep_largest(x, 2048, (1, 1), (-1, -1), out=x),
+        "4x4 global": lambda: npscope.keep_largest(x, 128, (4, 4), (-1, -1), out=x),
+        "block_norms 4x4": lambda: npscope.block_norms(x, (4, 4)),
+        "kth_largest": lambda: npscope.kth_largest(x, 32),
+        "mid_kth_largest": lambda: npscope.mid_kth_largest(x, 32),
+        "topk_mask": lambda: npscope.topk_mask(x, 32),
+        "block_mask 4x4": lambda: npscope.block_mask(x, 128, (4, 4), ()),
+        "hard_threshold 4x4": lambda: npscope.hard_threshold(x, 0.1, (4, 4), out=x),
+        "soft_threshold 1x1": lambda: npscope.soft_threshold(x, 1e-5, (1, 1), out=x),
+        "soft_threshold 4x4": lambda: npscope.soft_threshold(x, 1e-5, (4, 4), out=x),
+        "soft_threshold 4x4 conditioned": lambda: npscope.soft_threshold(x, 1e-5, (4, 4), conditioner=h, out=x),
+        "spec, hard_threshold 2:4": lambda: groups.hard_threshold(nnz=2),
+        "spec, soft_threshold 4x4": lambda: tiles.soft_threshold(1e-5),
+        "spec, kth_mid 4x4": lambda: tiles.kth_mid(nnz=128),
+        "spec, get_masks 4x4": lambda: tiles.get_masks(128),
+        "coupling, hard_threshold 4x4": lambda: both.hard_threshold(nnz=256),
+        "coupling, get_masks 4x4": lambda: both.get_masks(256),
+    }.items():
         call()
         cupy.cuda.Device().synchronize()
         rounds = []

@@ -58,6 +58,7 @@ def of_dtype(check: Checks, cupy: Any, rng: np.random.Generator, name: str) -> N
         check(f"soft {name} {block}", soft, npscope.soft_threshold(x, 0.5, block), tolerance)
     check(f"hard {name}", npscope.hard_threshold(device, 2.0, (4, 4)), npscope.hard_threshold(x, 2.0, (4, 4)))
     large_scopes(check, cupy, rng, name)
+    small(check, cupy, rng, name)
 
 
 def large_scopes(check: Checks, cupy: Any, rng: np.random.Generator, name: str) -> None:
@@ -67,11 +68,37 @@ def large_scopes(check: Checks, cupy: Any, rng: np.random.Generator, name: str) 
     device = cupy.asarray(x)
     for k in (300, 20_000, 39_000):
         check(f"kth {name} {k}", npscope.kth_largest(device, k), npscope.kth_largest(x, k))
+        check(f"point {name} {k}", npscope.mid_kth_largest(device, k), npscope.mid_kth_largest(x, k))
     usual = selection.SAMPLED_BLOCKS, selection.SAMPLES
     selection.SAMPLED_BLOCKS, selection.SAMPLES = 1, 1000
     for k in (300, 20_000, 39_000):
         check(f"sampled {name} {k}", npscope.topk_mask(device, k), npscope.topk_mask(x, k))
     selection.SAMPLED_BLOCKS, selection.SAMPLES = usual
+
+
+def small(check: Checks, cupy: Any, rng: np.random.Generator, name: str) -> None:
+    """What is solved in one launch."""
+    x = rng.standard_normal((32, 64)).astype(name)
+    x[:4] = 0.5
+    h, device = rng.uniform(0.5, 2, x.shape).astype(np.float32), cupy.asarray(x)
+    close = {"float16": 2e-3, "float32": 1e-6, "float64": 1e-12}[name]
+    for block in ((1, 1), (4, 4), (1, 64), (-1, -1)):
+        exact = 1e-15 if name == "float64" else 0
+        check(f"small norms {name} {block}", npscope.block_norms(device, block), npscope.block_norms(x, block), exact)
+        soft = npscope.soft_threshold(device, 0.5, block)
+        check(f"small soft {name} {block}", soft, npscope.soft_threshold(x, 0.5, block), close)
+        soft = npscope.soft_threshold(device, 0.5, block, conditioner=cupy.asarray(h))
+        check(f"small metric {name} {block}", soft, npscope.soft_threshold(x, 0.5, block, conditioner=h), close)
+        hard = npscope.hard_threshold(device, 2.0, block)
+        check(f"small hard {name} {block}", hard, npscope.hard_threshold(x, 2.0, block))
+    for block, scope, nnz in (((1, 1), (1, 4), 2), ((1, 1), (), 1000), ((4, 4), (), 40), ((1, 64), (), 9)):
+        kept = npscope.keep_largest(x, nnz, block, scope)
+        check(f"small prune {name} {block}", npscope.keep_largest(device, nnz, block, scope), kept)
+        masks = [ScopeSpec(BlockSpec(a, block), scope).get_masks(nnz) for a in (device, x)]
+        check(f"small masks {name} {block}", *(mask for found in masks for mask in found.values()))
+    check(f"small kth {name}", npscope.kth_largest(device, 9), npscope.kth_largest(x, 9))
+    check(f"small point {name}", npscope.mid_kth_largest(device, 9), npscope.mid_kth_largest(x, 9))
+    check(f"small top {name}", npscope.topk_mask(device, 9, 0), npscope.topk_mask(x, 9, 0))
 
 
 def conditioned(check: Checks, cupy: Any, rng: np.random.Generator) -> None:
