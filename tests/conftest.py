@@ -29,7 +29,7 @@ settings.register_profile("slow", max_examples=1000, **_SHARED)
 
 OPERATIONS = (
     *("norms", "kth", "midpoint", "mask", "element_masks", "prune", "threshold", "apply_mask", "scale", "shrink"),
-    "count_nonzero",
+    *("count_nonzero", "sum_squares"),
 )
 STANDARD = ("float32", "float64", *COMPLEX, *INTEGERS)
 

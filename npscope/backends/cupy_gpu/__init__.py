@@ -24,6 +24,7 @@ __all__ = [
     "prune",
     "scale",
     "shrink",
+    "sum_squares",
     "threshold",
 ]
 
@@ -40,3 +41,4 @@ apply_mask = guarded(small.apply_mask)
 scale = guarded(small.scale)
 shrink = guarded(small.shrink)
 count_nonzero = guarded(writing.count_nonzero)
+sum_squares = guarded(writing.sum_squares)

@@ -85,6 +85,19 @@ extern "C" __global__ void count_nonzero(Leaf leaf, i64 scopes, i64 blocks, doub
     if (found) atomicAdd(count, found);
 }
 
+// Adds the squares of the magnitudes of all elements.
+extern "C" __global__ void sum_squares(Leaf leaf, i64 scopes, i64 blocks, double* sum) {
+    double found = 0.0;
+    EACH(i, scopes * blocks * leaf.elements) {
+        i64 b, e, s, j;
+        split(i, leaf.elements, 2, b, e);
+        split(b, blocks, scopes, s, j);
+        double size = magnitude_at(leaf.data + scope_offset(leaf, s) + block_offset(leaf, j) + element_offset(leaf, e), dtype_of(leaf));
+        found += size * size;
+    }
+    if (found != 0.0) atomicAdd(sum, found);
+}
+
 // --- elements that lie side by side, 16 bytes at a time -------------------------------------------
 
 #if ELEMENT == FLOAT16 || ELEMENT == BFLOAT16

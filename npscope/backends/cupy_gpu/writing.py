@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import cupy
 import numpy as np
@@ -182,17 +182,33 @@ def _is_fast(leaf: Leaf) -> bool:
 def count_nonzero(parts: Parts, eps: float) -> int:
     """How many elements do not satisfy ``|x| <= eps``; waits for the device."""
     total = cupy.zeros(1, np.uint64)
-    for part in parts:
-        for leaf in part:
-            cut = leaf.cut
-            count = cut.scopes * cut.blocks * cut.elements
-            if count:
-                launch(
-                    "writing.cu", "count_nonzero", min(blocks_for(count), 1 << 12),
-                    (leaf_struct(leaf.array, cut), np.int64(cut.scopes), np.int64(cut.blocks), np.float64(eps), total),
-                    ELEMENT=element_of({kind_of(leaf.array.dtype).name}), KEY_BITS=32 if _is_fast(leaf) else 64,
-                )  # fmt: skip
+    for leaf, counts, threads in _each(parts):
+        launch(
+            "writing.cu", "count_nonzero", threads,
+            (leaf_struct(leaf.array, leaf.cut), *counts, np.float64(eps), total),
+            ELEMENT=element_of({kind_of(leaf.array.dtype).name}), KEY_BITS=32 if _is_fast(leaf) else 64,
+        )  # fmt: skip
     return int(total[0])
+
+
+def sum_squares(parts: Parts) -> float:
+    """The sum of ``|x| ** 2`` of all elements, in float64; waits for the device."""
+    total = cupy.zeros(1, np.float64)
+    for leaf, counts, threads in _each(parts):
+        launch(
+            "writing.cu", "sum_squares", threads, (leaf_struct(leaf.array, leaf.cut), *counts, total),
+            ELEMENT=element_of({kind_of(leaf.array.dtype).name}), KEY_BITS=32 if _is_fast(leaf) else 64,
+        )  # fmt: skip
+    return float(total[0])
+
+
+def _each(parts: Parts) -> Iterator[tuple[Leaf, tuple[np.int64, np.int64], int]]:
+    """The leaves that have elements, their scopes and blocks, and the thread blocks to read them with."""
+    for leaf in (leaf for part in parts for leaf in part):
+        cut = leaf.cut
+        count = cut.scopes * cut.blocks * cut.elements
+        if count:
+            yield leaf, (np.int64(cut.scopes), np.int64(cut.blocks)), min(blocks_for(count), 1 << 12)
 
 
 def _drop_all(target: Parts, decisions: Sequence[Decision]) -> None:
