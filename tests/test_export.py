@@ -216,6 +216,20 @@ def test_two_of_four_comes_back(folder: Path, dtype: Any, axis: Any, layout: Any
             assert archive[f"{name}.values"].nbytes * 2 == pruned.nbytes
 
 
+@pytest.mark.usefixtures("chunks")
+def test_two_of_four_of_int8_comes_back(folder: Path) -> None:
+    """With -128, whose bits are those of a sign alone, before and behind the zeros of its group."""
+    values = np.random.default_rng(3).integers(-128, 128, (12, 20)).astype(np.int8)
+    values[:3, :4] = [[-128, 0, 0, 0], [0, 0, 0, -128], [0, -128, -128, 0]]
+    recipe = Recipe.shorthand(Pattern.parse("2:4"), include=("q",))
+    save_file({"q": values}, folder / "in")
+    prune_file(folder / "in", folder / "pruned", recipe)
+    export_two_of_four(folder / "pruned", folder / "out.npz", recipe)
+    with np.load(folder / "out.npz", allow_pickle=False) as archive:
+        assert archive["q.values"].dtype == np.int8
+        np.testing.assert_array_equal(rebuilt(archive, "q"), load_file(folder / "pruned")["q"])
+
+
 def test_what_is_not_two_of_four_is_refused_or_left_out(folder: Path) -> None:
     recipe = Recipe.shorthand(Pattern.parse("2:4"))
     with pytest.raises(SpecError, match=r"'conv2\.weight' is not 2:4 along axis 1"):

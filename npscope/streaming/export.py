@@ -12,14 +12,14 @@
     One matrix as an ``.npz`` for ``scipy.sparse.load_npz``. Floats of 16 and 8 bits are widened
     to float32, which SciPy can compute with.
 ``2:4``
-    An ``.npz`` with five arrays for each tensor W of which at most 2 of every 4 neighbours along
-    an axis are not zero. ``W.values`` has the shape of W with that axis halved: the two values
-    kept of each group, in order (bfloat16 and float8 as their bits). ``W.metadata``, U8: for each
-    group, in the order of W's elements, 4 bits, its two places from 0 to 3 of 2 bits each, the
-    first one lower; even groups in the lower half of a byte. Where fewer than two are not zero,
-    the earliest zeros fill up. ``W.axis`` is the axis, ``W.dtype`` the name of the dtype, and
-    ``W.shape`` the shape as it was stored: another one than that of the values when the axis is
-    the fan-in of a convolution.
+    An ``.npz`` with five arrays for each tensor W, of floats or int8, of which at most 2 of every 4
+    neighbours along an axis are not zero. ``W.values`` has the shape of W with that axis halved:
+    the two values kept of each group, in order (bfloat16 and float8 as their bits, all others as
+    they are). ``W.metadata``, U8: for each group, in the order of W's elements, 4 bits, its two
+    places from 0 to 3 of 2 bits each, the first one lower; even groups in the lower half of a byte.
+    Where fewer than two are not zero, the earliest zeros fill up. ``W.axis`` is the axis,
+    ``W.dtype`` the name of the dtype, and ``W.shape`` the shape as it was stored: another one than
+    that of the values when the axis is the fan-in of a convolution.
 
 A zero of either sign counts as zero, so -0.0 comes back as +0.0.
 """
@@ -209,15 +209,15 @@ def _require_c_order(tensors: Iterable[Tensor]) -> None:
             raise SpecError(f"tensor {tensor.name!r:.120} is in Fortran order; save it in C order, then export that")
 
 
-def _used(bits: Array) -> Array:
-    """Where floats are no zeros of either sign."""
-    found: Array = np.left_shift(bits, 1) != 0
+def _used(tensor: Tensor, bits: Array) -> Array:
+    """Where numbers of a tensor, given as their bits, are no zeros of either sign."""
+    found: Array = np.left_shift(bits, tensor.sign_bits) != 0
     return found
 
 
 def _in_rows(weights: WeightFile, tensor: Tensor) -> Array:
     """How many values of each row of a matrix are not zero."""
-    counts = [np.count_nonzero(_used(bits), axis=1) for bits in _chunks(weights, tensor, tensor.shape[1])]
+    counts = [np.count_nonzero(_used(tensor, bits), axis=1) for bits in _chunks(weights, tensor, tensor.shape[1])]
     return np.concatenate(counts).astype(np.int64)
 
 
@@ -247,7 +247,7 @@ def _write_bitmask(file: NewSafetensors, weights: WeightFile, tensor: Tensor, in
     file.append(shape, np.asarray(tensor.shape, "<i8").data)
     file.append(offsets, (np.cumsum(in_use) - in_use).astype("<i8").data)
     for bits in _chunks(weights, tensor, tensor.shape[1]):
-        used = _used(bits)
+        used = _used(tensor, bits)
         file.append(bitmask, np.packbits(used, axis=1, bitorder="little").data)
         if used.any():
             file.append(values, bits[used].data)
@@ -288,7 +288,7 @@ def _write_rows(member: Member, weights: WeightFile, tensor: Tensor, block: tupl
         """(bits, used) of the blocks: (row of blocks, block, y, x) and (row of blocks, block)."""
         for bits in _chunks(weights, tensor, high * columns):
             cut = bits.reshape(-1, high, columns // wide, wide).swapaxes(1, 2)
-            yield cut, np.asarray(_used(cut).any(axis=(2, 3)))
+            yield cut, np.asarray(_used(tensor, cut).any(axis=(2, 3)))
 
     counts = np.concatenate([np.count_nonzero(used, axis=1) for _, used in blocks()])
     ends = np.cumsum(counts, dtype=np.int64)
@@ -306,9 +306,8 @@ def _write_two_of_four(member: Member, weights: WeightFile, plan: Plan) -> None:
     tensor, axis = plan.tensor, plan.order[plan.scope.index(4)]
     behind = math.prod(plan.shape[axis + 1 :])
     itemsize = tensor.nbytes // math.prod(plan.shape)
-    number = (
-        np.dtype(f"<f{itemsize}") if tensor.dtype in ("float16", "float32", "float64") else np.dtype(f"<u{itemsize}")
-    )
+    as_they_are = tensor.dtype in ("float64", "float32", "float16", "int8")
+    number = numpy_dtype(tensor) if as_they_are else np.dtype(f"<u{itemsize}")
 
     reader, shape = StridedReader(), (math.prod(plan.shape[:axis]) * (plan.shape[axis] // 4), 4, behind)
     sizes = tile_sizes(shape, (1, 4, 1), CHUNK_BYTES // itemsize)
@@ -319,7 +318,7 @@ def _write_two_of_four(member: Member, weights: WeightFile, plan: Plan) -> None:
             bits = np.empty(extents(box), f"<u{itemsize}")
             reader.read(weights, tensor, box[0].start * 4 * behind + box[2].start, (4 * behind, behind, 1), bits)
             # A stable sort puts those in use first, and the earliest zeros behind them.
-            yield bits, np.sort(np.argsort(~_used(bits), axis=1, kind="stable")[:, :2], axis=1)
+            yield bits, np.sort(np.argsort(~_used(tensor, bits), axis=1, kind="stable")[:, :2], axis=1)
 
     def kept() -> Iterator[Array]:
         for rows in cells(whole(shape), (sizes[0], 4, behind)):

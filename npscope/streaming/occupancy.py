@@ -72,7 +72,7 @@ class PieceReader:
             bits = raw.view(f"<u{itemsize}").reshape(extents)
             offset = sum(part.start * stride for part, stride in zip(box, strides, strict=True))
             self._strided[slot].read(self._weights, tensor, offset, strides, bits)
-            return Piece(bits, spare[:size], spare[size : 2 * size], int(tensor.is_float))
+            return Piece(bits, spare[:size], spare[size : 2 * size], tensor.sign_bits)
 
         def step(slot: int, piece: int) -> None:
             with reading:

@@ -123,6 +123,11 @@ class Tensor:
         return self.dtype in RANKED
 
     @property
+    def sign_bits(self) -> int:
+        """How many of the highest bits of a number a zero may have: the sign of a float."""
+        return int(self.is_float)
+
+    @property
     def is_opaque(self) -> bool:
         """Of a dtype whose numbers npscope cannot read: packed below a byte, or unknown."""
         return not self.is_float and self.dtype not in _OTHERS
