@@ -92,7 +92,7 @@ def run(
     about = environment()
     about["versions"] |= {name: number for name in LIBRARIES if (number := _version(name))}
     rows = [asdict(row) for row in found.rows]
-    return {**about, "commit": _commit(), "plan": asdict(plan), "unable": found.unable, "rows": rows}
+    return {**about, "commit": commit(), "plan": asdict(plan), "unable": found.unable, "rows": rows}
 
 
 def matching(all_tasks: list[Task], pattern: str) -> list[Task]:
@@ -107,7 +107,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of this code, if it is in a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
