@@ -58,7 +58,11 @@ def numbers(kind: str, shape: tuple[int, ...], dtype: str, seed: int) -> np.ndar
         "zeros": lambda: np.zeros(shape),
         "sorted": lambda: np.sort(rng.normal(size=shape), axis=None).reshape(shape),
         "heavy": lambda: np.clip(rng.standard_cauchy(size=shape) ** 3, -400, 400),
-        "nan": lambda: np.where(rng.random(shape) < 0.2, np.nan, rng.integers(-2, 3, size=shape)),
+        "nan": lambda: np.where(
+            rng.random(shape) < 0.3,
+            rng.choice([np.nan, np.copysign(np.nan, -1), np.inf, -np.inf], size=shape),
+            rng.integers(-2, 3, size=shape),
+        ),
     }[kind]()
     return values.astype(getattr(ml_dtypes, dtype, dtype))
 

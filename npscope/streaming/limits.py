@@ -100,8 +100,9 @@ class Keys:
         self.integers: type[np.signedinteger[Any]] = np.int64 if self.are_wide else np.int32
         narrow = not self.are_wide and all(math.prod(plan.block) == 1 and plan.scores is None for plan in plans)
         self._unused = min(_UNUSED_BITS.get(plan.tensor.dtype, 0) for plan in plans) if narrow else 0
-        self._nan_bits = np.asarray(np.nan, self.floats).view(self.integers)
-        self._infinity_bits = np.asarray(np.inf, self.floats).view(self.integers)
+        self._bits: type[np.unsignedinteger[Any]] = np.uint64 if self.are_wide else np.uint32
+        self._nan_bits = np.asarray(np.nan, self.floats).view(self._bits)
+        self._infinity_bits = np.asarray(np.inf, self.floats).view(self._bits)
         self.infinity = int(self._infinity_bits) >> self._unused
         self.nan = int(self._nan_bits) >> self._unused
         """The key of a block with NaN, above all others."""
@@ -109,9 +110,10 @@ class Keys:
     def of(self, plan: Plan, ranked: Array) -> Array:
         """The keys of the blocks of part of a planned tensor, on their grid."""
         norms = block_norms(ranked, plan.block, ord=plan.ord).astype(self.floats, copy=False)
-        keys: Array = norms.view(self.integers)
-        if keys.size and keys.max() > self._infinity_bits:  # NaN, which all tie
-            np.copyto(keys, self._nan_bits, where=keys > self._infinity_bits)
+        bits = norms.view(self._bits)
+        if bits.size and bits.max() > self._infinity_bits:  # NaN of either sign, which all tie
+            np.copyto(bits, self._nan_bits, where=bits > self._infinity_bits)
+        keys: Array = bits.view(self.integers)
         if self._unused:
             keys >>= self.integers(self._unused)
         return keys
