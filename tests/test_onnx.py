@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -1166,6 +1167,37 @@ def test_case77_many_data_files_need_few_descriptors(tmp_path: Path) -> None:
     for each in onnx.load(tmp_path / "out" / "m.onnx").graph.initializer:
         np.testing.assert_array_equal(numpy_helper.to_array(each), pruned(arrays[each.name], 0))
     assert len(list((tmp_path / "out").iterdir())) == 41
+
+
+def test_data_files_are_read_ahead_while_others_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads read at once, of different files: the one ahead, and the one that copies what is not pruned."""
+    arrays = {f"w{i}": weight(8, 8) for i in range(12)}
+    nodes = [node("MatMul", [f"h{i}", f"w{i}"], f"h{i + 1}") for i in range(12)]
+    (tmp_path / "out").mkdir()
+    onnx.save(
+        model_of(nodes, arrays, {"h0": None}, {"h12": None}),
+        tmp_path / "in.onnx",
+        save_as_external_data=True,
+        all_tensors_to_one_file=False,
+        size_threshold=0,
+    )
+    with (tmp_path / "w5").open("ab") as file:
+        file.write(b"behind the last value")
+    preadv = os.preadv
+
+    def slow(fd: int, into: Any, offset: int) -> int:
+        """Bytes come half by half, and other threads run in between."""
+        time.sleep(1e-3)
+        part = memoryview(into[0])
+        return preadv(fd, [part[: max(1, len(part) // 2)]], offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    skipped = {"w1", "w2", "w6", "w9"}
+    recipe = Recipe.shorthand(Pattern.parse("2:4"), exclude=sorted(skipped))
+    prune_file(tmp_path / "in.onnx", tmp_path / "out" / "m.onnx", recipe)
+    for name, array in arrays.items():
+        expected = array if name in skipped else pruned(array, 0)
+        assert (tmp_path / "out" / name).read_bytes() == expected.tobytes() + (tmp_path / name).read_bytes()[256:]
 
 
 def failing(call: Callable[..., Any], calls: Iterator[int], at: int) -> Callable[..., Any]:

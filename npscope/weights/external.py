@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
@@ -34,6 +35,7 @@ class Files:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._status = {MODEL: os.fstat(self._fd)}
         self._other: tuple[str, int] | None = None
+        self._lock = threading.Lock()
 
     @property
     def locations(self) -> list[str]:
@@ -60,20 +62,22 @@ class Files:
 
     def read(self, location: str, offset: int, into: memoryview) -> None:
         """Fill `into` with bytes from `offset` on; FileError when the file ends early."""
-        fd = self._open(location)
         rest = into.cast("B")
-        while rest:
-            # A single read returns at most 2 GiB, and less when a signal comes in between.
-            got = os.preadv(fd, [rest], offset)
-            if not got:
-                name = location or self.path
-                raise FileError(f"{name!r:.200} ends at byte {offset}; it was truncated while it was read")
-            rest, offset = rest[got:], offset + got
+        with self._lock:  # a file must not lose its descriptor while another thread reads it
+            fd = self._open(location)
+            while rest:
+                # A single read returns at most 2 GiB, and less when a signal comes in between.
+                got = os.preadv(fd, [rest], offset)
+                if not got:
+                    name = location or self.path
+                    raise FileError(f"{name!r:.200} ends at byte {offset}; it was truncated while it was read")
+                rest, offset = rest[got:], offset + got
 
     def check_unchanged(self) -> None:
         """FileError when size or modification time of a file are not what they were at opening."""
         for location in self._status:
-            now = os.fstat(self._open(location))
+            with self._lock:
+                now = os.fstat(self._open(location))
             then = self._status[location]
             if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
                 raise _changed(location or self.path)
