@@ -320,3 +320,12 @@ def test_sums_of_squares(xp, any_dtype):
         expected = math.fsum(abs(value) ** 2 for value in part.ravel().tolist())
         assert sum_squares(xp.asarray(window)) == pytest.approx(expected, rel=1e-12)
     assert math.isnan(sum_squares(xp.asarray(np.asarray([1.0, np.nan, 2.0]))))
+
+
+def test_sums_of_squares_do_not_depend_on_the_threads(rng):
+    x = rng.standard_normal(1 << 21)
+    found = set()
+    for threads in (1, 2, 3, 5):
+        with npscope.config(threads=threads):
+            found |= {sum_squares(x) for _ in range(3)}
+    assert len(found) == 1

@@ -97,3 +97,25 @@ def test_arrays_that_look_alike_but_lie_otherwise_are_told_apart(backend):
         result = npscope.keep_largest(x, 2, (1, 1), (1, 4))
         assert result.dtype == x.dtype
         np.testing.assert_array_equal(result, expected)
+
+
+def test_few_work_arrays_are_kept():
+    loans = pytest.importorskip("npscope.backends.numba_cpu.loans")
+    made = []
+
+    class Arrays:
+        def __init__(self, nbytes):
+            self.nbytes = nbytes
+            made.append(self)
+
+    held = [loans.Loan(Arrays, 100) for _ in range(loans.KEPT_EACH + 3)]
+    assert len(made) == len(held)
+    held.clear()
+    again = [loans.Loan(Arrays, 100) for _ in range(loans.KEPT_EACH + 1)]
+    assert len(made) == loans.KEPT_EACH + 3 + 1  # the kept ones, and one more
+    assert len({id(loan.work) for loan in again}) == len(again)
+    del again
+    large = loans.Loan(Arrays, loans.KEPT_BYTES + 1)
+    work = large.work
+    del large
+    assert loans.Loan(Arrays, loans.KEPT_BYTES + 1).work is not work

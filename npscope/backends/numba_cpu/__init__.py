@@ -132,7 +132,7 @@ def sum_squares(parts: Parts) -> float:
 
 
 def _total(part: Competitors, measure: Callable[[Operand, int, int], float]) -> float:
-    """The sum of ``measure(leaf, i0, i1)`` over all blocks and leaves of a part."""
+    """The sum of ``measure(leaf, i0, i1)`` over all blocks and leaves of a part, the same for any number of threads."""
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         def work(slot: int, i0: int, i1: int) -> None:
@@ -141,8 +141,8 @@ def _total(part: Competitors, measure: Callable[[Operand, int, int], float]) -> 
         return work
 
     found: list[float] = []
-    ranges(part.total, part.elements, make_work)()
-    return sum(found)
+    ranges(part.total, part.elements, make_work, fixed=True)()
+    return sum(sorted(found))  # not in the order in which threads came
 
 
 def _key_up_to(eps: float, dtype: np.dtype, form: Format) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
-KEPT_BYTES, KINDS = 1 << 18, 16
-"""Work arrays larger than this are not kept, nor those of more kinds."""
+KEPT_BYTES, KINDS, KEPT_EACH = 1 << 18, 16, 4
+"""Bytes of work arrays that are kept at most, kinds of them, and how many of a kind: 16 MiB in all, mostly far less."""
 
 
 class Work(Protocol):
@@ -44,5 +44,5 @@ class Loan(Generic[W]):
         self._kept = kept
 
     def __del__(self) -> None:
-        if hasattr(self, "_kept") and self.work.nbytes <= KEPT_BYTES:
+        if hasattr(self, "_kept") and self.work.nbytes <= KEPT_BYTES and len(self._kept) < KEPT_EACH:
             self._kept.append(self.work)

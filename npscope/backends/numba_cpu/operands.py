@@ -268,13 +268,15 @@ def workers_for(elements: int) -> int:
     return thread_count()
 
 
-def piece_length(total: int, elements: int, workers: int, workspace: int, piece: int = PIECE_ELEMENTS) -> int:
+def piece_length(
+    total: int, elements: int, workers: int, workspace: int, piece: int = PIECE_ELEMENTS, *, fixed: bool = False
+) -> int:
     """Items (blocks or scopes of `elements` elements each, `workspace` bytes of work arrays) to a piece."""
     limit = max(1, piece // max(1, elements))
     if workspace:
         limit = max(1, min(limit, PIECE_WORKSPACE // workspace))
     fair = -(-total // (workers * PIECES_PER_THREAD))
-    return max(1, min(limit, fair) if workers > 1 else limit)
+    return max(1, min(limit, fair) if workers > 1 and not fixed else limit)
 
 
 def ranges(
@@ -285,18 +287,19 @@ def ranges(
     workspace: int = BLOCK_WORKSPACE,
     piece: int = PIECE_ELEMENTS,
     shielded: bool = False,
+    fixed: bool = False,
 ) -> Callable[[], None]:
     """A job that works off [0, total), items of `elements` elements each, in ranges on the pool.
 
     ``make_work(slots, length)`` allocates for that many threads and ranges up to that length, now,
     and returns ``work(slot, start, stop)``. So a writer has all its memory before it starts. `workspace`
     is the bytes of work arrays for one item, `piece` the elements of a range; writers of blocks with several
-    leaves are `shielded`.
+    leaves are `shielded`. `fixed` ranges are the same for any number of threads.
     """
     if total == 0:
         return lambda: None
     workers = workers_for(total * elements)
-    length = piece_length(total, elements, workers, workspace, piece)
+    length = piece_length(total, elements, workers, workspace, piece, fixed=fixed)
     pieces = -(-total // length)
     work = make_work(min(workers, pieces), min(length, total))
 

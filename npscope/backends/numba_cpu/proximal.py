@@ -31,15 +31,6 @@ STRIP = 2048
 
 
 @inner
-def is_one_number(grid: Any) -> bool:
-    """Whether every entry of a grid is the same place in memory."""
-    moves = False
-    for d in range(grid.shape[1]):
-        moves |= grid[1, d] != 0
-    return not moves
-
-
-@inner
 def read_limits(t: Any, origin: int, grid: Any, repeat: int, i: int, stop: int, limits: Any) -> None:
     """The thresholds of elements [i, stop), dense; -0.0 for zero, which is how `vector_shrinkage.soften` knows it."""
     read_numbers(t, origin, grid, repeat, i, stop, limits)
@@ -63,11 +54,10 @@ def soften_kernel(codec: Codec, form: Format | None, metric: Codec | None) -> An
     @kernel
     def soften_elements(
         x: Any, origin: int, grid: Any, elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, limits: Any,
+        i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, alike: bool, limits: Any,
     ) -> None:  # fmt: skip
         width, h_width = grid[0, -1], h_grid[0, -1]
         step, h_step = (1, 1) if adjacent else (grid[1, -1], h_grid[1, -1])
-        alike = is_one_number(t_grid)
         if alike:
             read_limits(t, t_origin, t_grid, repeat, i0, least(i1, i0 + limits.size), limits)
         i = i0

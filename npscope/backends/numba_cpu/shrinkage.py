@@ -82,9 +82,10 @@ def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand 
     form = x.layout.form if x.layout is not None and (metric is None or metric.layout is not None) else None
     soften = proximal.soften_kernel(x.codec, form, None if metric is None else metric.codec)
     where, t = (*x.where, *(x if metric is None else metric).where), _thresholds(thresholds, part)
+    alike = Operand(thresholds).is_one_number
     return in_place(
         part,
-        lambda i0, i1, limits: soften(*where, i0, i1, *t, limits),
+        lambda i0, i1, limits: soften(*where, i0, i1, *t, alike, limits),
         lambda: np.empty(proximal.STRIP, dtype=thresholds.array.dtype),
     )
 
