@@ -129,7 +129,8 @@ class Narrowing:
                 below = sum(self._blocks[member] for member in contest.members) - tally.reached(contest.low)
                 self._contests.append(contest.between(contest.floor, contest.low - 1, below))
             elif tally.is_blind:
-                self._contests.append(contest.between(contest.low, contest.high, tally.reached(contest.low)))
+                inside = tally.reached(contest.low) - tally.reached(contest.high + 1)
+                self._contests.append(contest.between(contest.low, contest.high, inside))
             else:
                 self._divide(tally)
 
