@@ -727,13 +727,15 @@ def test_inspect_finds_the_pattern_that_was_pruned(run: Run, folder: Path) -> No
 
 def test_inspect_counts_and_lists_everything(run: Run, folder: Path) -> None:
     values = np.asarray([[0.0, -0.0, np.nan, 1.0]], np.float32)
-    save_file({"a": values, "i": np.zeros((2, 3), np.int8), "e": np.zeros((0, 4), np.float16)}, folder / "in")
+    integers = {"q": np.asarray([[-128, 0, 127]], np.int8), "i": np.zeros((2, 3), np.int16)}
+    save_file({"a": values, **integers, "e": np.zeros((0, 4), np.float16)}, folder / "in")
     found = run("inspect", folder / "in", "--json").json
     lines = {line["name"]: line for line in found["tensors"]}
     assert (lines["a"]["zeros"], lines["a"]["nans"], lines["a"]["sparsity"]) == (2, 1, 0.5)
-    assert (lines["i"]["dtype"], lines["i"]["zeros"]) == ("int8", None)
+    assert (lines["q"]["zeros"], lines["q"]["nans"]) == (1, 0)
+    assert (lines["i"]["dtype"], lines["i"]["zeros"]) == ("int16", None)
     assert (lines["e"]["zeros"], lines["e"]["sparsity"]) == (0, None)
-    assert found["totals"] == {"tensors": 3, "floating_elements": 4, "zeros": 2, "nans": 1, "sparsity": 0.5}
+    assert found["totals"] == {"tensors": 4, "elements": 7, "zeros": 3, "nans": 1, "sparsity": 3 / 7}
 
 
 def test_unstructured_zeros_are_no_pattern(run: Run, folder: Path) -> None:

@@ -12,7 +12,7 @@ from files import run
 from safetensors.numpy import load_file, save_file
 
 from npscope import BlockSpec, ScopeSpec, cli, keep_largest
-from npscope.errors import FormatError
+from npscope.errors import FormatError, SpecError
 from npscope.recipes.recipe_file import parse_recipe, read_recipe
 from npscope.streaming.pruning import prune_file
 
@@ -120,6 +120,14 @@ def test_int8_is_pruned_where_it_is_named_in_full(tmp_path: Path, text: str) -> 
     assert run("verify", tmp_path / "in", "--include", "q", *given).code == 1
     assert run("apply-mask", tmp_path / "in", tmp_path / "mask", "-o", tmp_path / "masked", "--quiet").code == 0
     assert (tmp_path / "masked").read_bytes() == (tmp_path / "named").read_bytes()
+
+
+def test_int8_members_are_named_in_full(tmp_path: Path) -> None:
+    values = np.random.default_rng(5).integers(-128, 128, (8, 8)).astype(np.int8)
+    got = pruned(tmp_path, {"l.0.q": values}, coupling=[{"keep": 2, "member": [{"tensor": "l.0.q", "block": [1, -1]}]}])
+    assert got["l.0.q"].any(axis=1).sum() == 2
+    with pytest.raises(SpecError, match=r"member 'l\.0\.q': dtype int8 .* in full"):
+        pruned(tmp_path, {"l.0.q": values}, coupling=[{"keep": 2, "member": [{"tensor": "l.*.q", "block": [1, -1]}]}])
 
 
 def test_verify_takes_the_least_int8_for_a_number_in_use(tmp_path: Path) -> None:

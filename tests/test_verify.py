@@ -372,6 +372,16 @@ def test_two_of_four_is_told_also_where_more_is_zero(tmp_path: Path) -> None:
     assert found.groups == (Groups(2, 4, "axis 1 (in)"),)
 
 
+def test_patterns_of_int8_are_detected(tmp_path: Path) -> None:
+    """And -128, which as a float would be a zero, is none."""
+    values = np.random.default_rng(15).choice([-128, 127], (64, 64)).astype(np.int8)
+    values[:, ::4] = values[:, 1::4] = 0
+    save_file({"a": values, "full": np.full((8, 8), -128, np.int8)}, tmp_path / "in")
+    found, full = inspect_file(tmp_path / "in")
+    assert found.groups == (Groups(2, 4, "axis 1 (in)"),)
+    assert (found.zeros, full.zeros, full.groups) == (values.size // 2, 0, ())
+
+
 def test_small_pieces_detect_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(12).normal(size=(64, 96)).astype(ml_dtypes.bfloat16)
     path = pruned(tmp_path, values, "block=1x-1 scope=-1x1 sparsity=0.5")

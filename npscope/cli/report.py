@@ -63,7 +63,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """One tensor of a file: its zeros and NaN, and what was detected in it.
+    """One tensor of a file: its zeros and NaN where its dtype can be pruned, and what was detected in it.
 
     `groups` are ``{"keep": N, "of": M, "along": axis}``, `blocks` ``{"size": [rows, columns], "zero":
     how many are zero, "blocks": of how many}``.
@@ -228,14 +228,14 @@ def planned_fields(lines: Sequence[Planned]) -> dict[str, Any]:
 
 def inspected_fields(lines: Sequence[Inspected]) -> dict[str, Any]:
     """The lines and their totals, ready for JSON."""
-    floats = [line for line in lines if line.zeros is not None]
-    elements = sum(line.elements for line in floats)
-    zeros = sum(line.zeros or 0 for line in floats)
+    counted = [line for line in lines if line.zeros is not None]
+    elements = sum(line.elements for line in counted)
+    zeros = sum(line.zeros or 0 for line in counted)
     totals = {
         "tensors": len(lines),
-        "floating_elements": elements,
+        "elements": elements,
         "zeros": zeros,
-        "nans": sum(line.nans or 0 for line in floats),
+        "nans": sum(line.nans or 0 for line in counted),
         "sparsity": _share(zeros, elements),
     }
     return {
@@ -274,8 +274,8 @@ def inspected_table(lines: Sequence[Inspected], *, width: int | None) -> str:
     header = ("tensor", "dtype", "shape", "zeros", "NaN", "detected")
     text = _table(header, (_inspected_cells(line) for line in lines), width)
     return (
-        f"{text}{totals['tensors']} tensors: {totals['floating_elements']} floating elements, "
-        f"{_percent(totals['zeros'], totals['floating_elements'])} zero, {totals['nans']} NaN\n"
+        f"{text}{totals['tensors']} tensors: {totals['elements']} elements of floats and int8, "
+        f"{_percent(totals['zeros'], totals['elements'])} zero, {totals['nans']} NaN\n"
     )
 
 

@@ -147,6 +147,8 @@ def _member(
     with about(f"member {name!r:.120}"):
         if not tensor.is_ranked:
             raise SpecError(f"dtype {tensor.dtype} cannot be pruned")
+        if not (tensor.is_float or "*" not in member.tensor):
+            raise SpecError(f"dtype {tensor.dtype} is pruned only where a member gives the name in full")
         axes = meaning(tensor, rule.layout) if len(tensor.shape) >= 2 else None
         order = None if axes is None else axes.order
         window = window_of(tensor, member.slice, member.reshape, member.take, order=order)

@@ -61,7 +61,7 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """One tensor: its zeros and NaN, None where its dtype is not floating, and the patterns detected in it.
+    """One tensor: its zeros and NaN, None where its dtype cannot be pruned, and the patterns detected in it.
 
     Of groups the sparsest comes first, and none that follows from another one; of blocks the largest ones.
     """
@@ -89,7 +89,7 @@ def inspect_file(
 
 
 def _inspect(tensor: Tensor, reader: PieceReader, layout: Layout) -> Inspection:
-    if not tensor.is_float:
+    if not tensor.is_ranked:
         return Inspection(tensor)
     size = math.prod(tensor.shape)
     zeros, nans = _zeros_and_nans(tensor, reader) if size else (0, 0)

@@ -33,6 +33,7 @@ _LARGEST_MAGNITUDE = {  # bits of the largest number that is not NaN, without th
     "bfloat16": 0x7F80,
     "float8_e4m3fn": 0x7E,
     "float8_e5m2": 0x7C,
+    "int8": 0x80,
 }
 
 Box = tuple[slice, ...]
@@ -179,14 +180,17 @@ class SlabReader:
 
 
 def magnitude_bits(values: Array) -> Array:
-    """The bits of floats without their sign: unsigned integers that order as the magnitudes do."""
-    bits = values.view(np.dtype(f"<u{values.itemsize}"))
+    """The bits of numbers without their sign: unsigned integers that order as the magnitudes do."""
+    unsigned = np.dtype(f"<u{values.itemsize}")
+    if values.dtype.kind == "i":
+        return np.abs(values).view(unsigned)
+    bits = values.view(unsigned)
     magnitudes: Array = bits & bits.dtype.type((1 << (8 * values.itemsize - 1)) - 1)
     return magnitudes
 
 
 def count_zeros_and_nans(values: Array) -> tuple[int, int]:
-    """How many zeros of either sign, and how many NaN, a contiguous array of floats holds."""
+    """How many zeros of either sign, and how many NaN, a contiguous array of a dtype that can be pruned holds."""
     flat = values.reshape(-1)
     largest = _LARGEST_MAGNITUDE[flat.dtype.name]
     zeros = nans = 0
