@@ -57,7 +57,12 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")
 
 Threads = Annotated[
     int | None,
-    typer.Option("-j", "--threads", metavar="N", help="At most N threads; otherwise one for each CPU there is."),
+    typer.Option(
+        "-j",
+        "--threads",
+        metavar="N",
+        help="N threads compute, otherwise one for each CPU there is; up to three more read and write.",
+    ),
 ]
 MaxBytes = Annotated[
     int | None,
