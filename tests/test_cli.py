@@ -31,6 +31,8 @@ from npscope.recipes.pattern import Pattern
 from npscope.recipes.plans import Skip
 from npscope.recipes.recipe import Recipe
 from npscope.streaming import dropping, limits, pruning, slabs, verification
+from npscope.weights import output
+from npscope.weights.output import hidden_name
 
 DATA = Path(__file__).parent / "data" / "silero_vad_16k.safetensors"
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
@@ -843,6 +845,35 @@ def test_a_report_has_a_place_of_its_own(run: Run, folder: Path) -> None:
         assert message in result.err
     assert source.read_bytes() == DATA.read_bytes()
     assert os.listdir(folder) == ["in"]
+
+
+def test_a_report_that_cannot_be_is_no_work_for_nothing(run: Run, folder: Path) -> None:
+    given = ("prune", DATA, "-o", folder / "out", "--pattern", "2:4", "--report", folder / "report")
+    hidden = folder / hidden_name("report", "new.tmp")
+    hidden.mkdir()
+    result = run(*given)
+    hidden.rmdir()
+    assert (result.code, is_one_line(result)) == (3, True)
+    assert os.listdir(folder) == []
+
+
+def test_an_error_behind_the_output_says_that_it_is_complete(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(temporary: str, target: output.Target, real: Callable[..., None] = output.publish) -> None:
+        if target.path.endswith("report"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(temporary, target)
+
+    given = ("prune", DATA, "--pattern", "2:4", "--quiet")
+    assert run(*given, "-o", folder / "whole").code == 0
+    monkeypatch.setattr(output, "publish", full)
+    result = run(*given, "-o", folder / "out", "--report", folder / "report")
+    assert (result.code, is_one_line(result)) == (3, True)
+    assert f"{str(folder / 'out')!r} is complete, but not the report" in result.err
+    assert (folder / "out").read_bytes() == (folder / "whole").read_bytes()
+    assert "complete" not in run(*given, "--dry-run", "--report", folder / "report").err
+    assert sorted(os.listdir(folder)) == ["out", "whole"]
 
 
 @pytest.mark.parametrize("command", ["prune", "verify"])

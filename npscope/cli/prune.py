@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -29,12 +30,11 @@ from npscope.cli.options import (
 )
 from npscope.cli.running import Job
 from npscope.cli.terminal import print_text, progress_bar, width
-from npscope.errors import SpecError
+from npscope.errors import FileError, NpscopeError, SpecError
 
 if TYPE_CHECKING:
     from npscope.recipes.plans import Skip
     from npscope.streaming.pruning import Outcome
-    from npscope.weights.output import Target
 
 
 def prune(
@@ -59,7 +59,12 @@ def prune(
         str | None, typer.Option(metavar="FILE", help="Write what is kept, a bit for each element, for apply-mask.")
     ] = None,
     report_file: Annotated[
-        str | None, typer.Option("--report", metavar="FILE", help="Also write what --json says, to a file.")
+        str | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Also write what --json says, to a file. It comes when OUT is complete, which stays if this fails.",
+        ),
     ] = None,
     as_json: AsJson = False,
     threads: Threads = None,
@@ -78,30 +83,31 @@ def prune(
         from npscope.streaming.storage import storage
 
         rules = recipe_of_options(recipe, pattern, include, exclude, axis, layout, scores)
-        place = None if report_file is None else _report_place(report_file, source, (output, mask_out), force)
-        with config(threads=threads), progress_bar(shown=not quiet) as progress:
-            results = prune_file(
-                source,
-                output,
-                rules,
-                nan=nan,
-                strict=strict,
-                force=force,
-                in_place=in_place,
-                dry_run=dry_run,
-                mask_out=mask_out,
-                max_bytes=max_bytes,
-                progress=progress,
-            )
-        lines = [_pruned(result) for result in results]
-        zeros = [line.zeros_after for line in lines]
-        written = source if in_place else output
-        stored = None if dry_run or written is None else storage(written, zeros)
-        head = {"npscope": __version__, "input": source, "output": written, "dry_run": dry_run}
-        head |= {"pattern": pattern, "recipe": recipe, "scores": scores}
-        text = report.as_json(head | report.pruned_fields(lines) | {"bytes": stored and asdict(stored)}) + "\n"
-        if place is not None:
-            _write_report(place, text)
+        with _report_file(report_file, source, (output, mask_out), force) as write_report:
+            with config(threads=threads), progress_bar(shown=not quiet) as progress:
+                results = prune_file(
+                    source,
+                    output,
+                    rules,
+                    nan=nan,
+                    strict=strict,
+                    force=force,
+                    in_place=in_place,
+                    dry_run=dry_run,
+                    mask_out=mask_out,
+                    max_bytes=max_bytes,
+                    progress=progress,
+                )
+            lines = [_pruned(result) for result in results]
+            zeros = [line.zeros_after for line in lines]
+            written = source if in_place else output
+            done = None if dry_run else written
+            with _after(done):
+                stored = None if done is None else storage(done, zeros)
+                head = {"npscope": __version__, "input": source, "output": written, "dry_run": dry_run}
+                head |= {"pattern": pattern, "recipe": recipe, "scores": scores}
+                text = report.as_json(head | report.pruned_fields(lines) | {"bytes": stored and asdict(stored)}) + "\n"
+                write_report(text)
         if as_json:
             print_text(text)
         elif not quiet:
@@ -112,21 +118,40 @@ def prune(
     return job
 
 
-def _report_place(path: str, source: str, others: Sequence[str | None], force: bool) -> Target:
-    """Where the report goes; SpecError when that is the input, another output or, without `force`, a file."""
-    from npscope.weights.output import Target
+@contextmanager
+def _report_file(
+    path: str | None, source: str, others: Sequence[str | None], force: bool
+) -> Iterator[Callable[[str], None]]:
+    """Context with what writes the report, if there is to be one, into a file that is begun before the work is.
 
+    SpecError when its place is the input, another output or, without `force`, a file.
+    """
+    from npscope.weights.output import Target, stage, write_all
+
+    if path is None:
+        yield lambda text: None
+        return
     place = Target.of(path, force=force, source=os.stat(source))
     if any(other is not None and os.path.realpath(other) == place.path for other in others):
         raise SpecError(f"the report is to be {path!r}, and so is another output; choose another name for one")
-    return place
+    with stage(place) as building:
+
+        def write(text: str) -> None:
+            write_all(building.fd, memoryview(text.encode()))
+            building.publish()
+
+        yield write
 
 
-def _write_report(place: Target, text: str) -> None:
-    from npscope.weights.output import staged, write_all
-
-    with staged(place) as fd:
-        write_all(fd, memoryview(text.encode()))
+@contextmanager
+def _after(output: str | None) -> Iterator[None]:
+    """Context of what comes when `output`, if there is one, is in its place: an error says so."""
+    try:
+        yield
+    except (NpscopeError, OSError) as error:
+        if output is None:
+            raise
+        raise FileError(f"{output!r} is complete, but not the report: {error}") from error
 
 
 def _pruned(result: Outcome | Skip) -> report.Pruned:
