@@ -267,7 +267,7 @@ class SparseBlock(ABC):
         """
         with about(self._label):
             target = self._target(shrinks=True)
-            grid = op.as_grid(m, target[0].array, self.grid_shape, "float64", "m")
+            grid = self._numbers(m, target, "float64", "m")
             store_all(target, backend_of_part(target).scale((target,), op.block_leaf(grid)))
 
     def hard_threshold(self, thresholds: float | Array, values: Values = None, *, ord: float = 2) -> None:
@@ -298,7 +298,7 @@ class SparseBlock(ABC):
             arrays = resolve(self.specs(), values, "values")
             require_unwritten(self.specs(), arrays, "values")
             dtype = common_norm(kind_of(a.dtype) for a in arrays)
-            grid = op.as_grid(thresholds, target[0].array, self.grid_shape, dtype, "thresholds")
+            grid = self._numbers(thresholds, target, dtype, "thresholds")
             backend, source = backend_of_part(target), self._part(arrays)
             store_all(target, backend.threshold((target,), (source,), op.block_leaf(grid), op.as_ord(ord)))
 
@@ -335,7 +335,7 @@ class SparseBlock(ABC):
         with about(self._label):
             target = self._target(shrinks=True)
             dtype = common_norm(kind_of(leaf.array.dtype) for leaf in target)
-            grid = op.as_grid(thresholds, target[0].array, self.grid_shape, dtype, "thresholds", signed=False)
+            grid = self._numbers(thresholds, target, dtype, "thresholds", signed=False)
             steps, tolerance = op.as_iteration(max_iter, rtol)
             metric = None
             if conditioners is not None:
@@ -390,6 +390,11 @@ class SparseBlock(ABC):
     def _part(self, arrays: Sequence[Array]) -> Part:
         """The arrays as a part in which all blocks share one scope."""
         return tuple([Leaf(array, cut_) for array, cut_ in zip(arrays, self._cuts, strict=True)])
+
+    def _numbers(self, value: float | Array, target: Part, dtype: str, what: str, *, signed: bool = True) -> Array:
+        """Numbers over the grid, as they are before the target is written."""
+        windows = [leaf.array for leaf in target]
+        return op.as_grid(value, windows[0], self.grid_shape, dtype, what, signed=signed, written=windows)
 
     def _target(self, *, shrinks: bool = False) -> Part:
         """The windows as a part to write, after checking that they can be."""

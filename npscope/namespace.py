@@ -441,9 +441,10 @@ def hard_threshold(
         backend = begin(x)
         geometry, blocks, _ = _cuts(x, block)
         ranked = x if scores is None else op.as_scores(scores, x, tuple(x.shape), "scores")
-        t = op.as_grid(thresholds, x, blocks.grid, kind_of(ranked.dtype).norm, "thresholds")
         p = op.as_ord(ord)
         target = _target(x, _destination(backend, x, out), geometry)
+        dtype = kind_of(ranked.dtype).norm
+        t = op.as_grid(thresholds, x, blocks.grid, dtype, "thresholds", written=[target.array])
         _require_unread(target, ranked, "scores")
         result = backend.threshold(_one(target), _one(Leaf(ranked, geometry)), op.block_leaf(t), p)
         return _stored(x, out, target, result[0])
@@ -505,9 +506,10 @@ def soft_threshold(
         backend = begin(x)
         op.require_shrinkable(x, "x")
         geometry, blocks, _ = _cuts(x, block)
-        t = op.as_grid(thresholds, x, blocks.grid, kind_of(x.dtype).norm, "thresholds", signed=False)
         steps, tolerance = op.as_iteration(max_iter, rtol)
         target = _target(x, _destination(backend, x, out), geometry)
+        dtype = kind_of(x.dtype).norm
+        t = op.as_grid(thresholds, x, blocks.grid, dtype, "thresholds", signed=False, written=[target.array])
         metric: Parts | None = None
         if conditioner is not None:
             h = op.as_conditioner(conditioner, x, tuple(x.shape), "conditioner")

@@ -248,11 +248,21 @@ def as_iteration(max_iter: Any, rtol: Any) -> tuple[int, float]:
     return steps, tolerance
 
 
-def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: str, *, signed: bool = True) -> Array:
+def as_grid(
+    value: Any,
+    like: Array,
+    shape: tuple[int, ...],
+    dtype: str,
+    what: str,
+    *,
+    signed: bool = True,
+    written: Sequence[Array] = (),
+) -> Array:
     """Real numbers broadcast to the grid `shape`, converted to `dtype` once, on the device of `like`.
 
-    NaN is SpecError, and so is a negative number unless `signed`. `value` is a number or an array.
-    Numbers in device memory are neither read, unless `config` asks for it, nor converted.
+    NaN is SpecError, and so is a negative number unless `signed`. `value` is a number or an array, and may lie
+    in one of the arrays that will be `written`: the numbers are those of now. Numbers in device memory are
+    neither read, unless `config` asks for it, nor converted.
     """
     if type(value) is float or isinstance(value, numbers.Real | np.bool_):
         return _everywhere(as_number(value, what), shape, dtype, what, signed)
@@ -266,7 +276,7 @@ def as_grid(value: Any, like: Array, shape: tuple[int, ...], dtype: str, what: s
         raise KindError(f"{what} must be real numbers, not {value.dtype}")
     if not is_numpy(value):
         require_alike(like, value, "x", what)
-    return _as_grid(value, shape, dtype, what, signed)
+    return _as_grid(value, shape, dtype, what, signed, written)
 
 
 @lru_cache(maxsize=1024)
@@ -286,11 +296,13 @@ def _any(flags: Any) -> bool:
     return bool(flags) if flags.ndim == 0 else bool(array_namespace(flags).any(flags))
 
 
-def _as_grid(value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: bool) -> Array:
+def _as_grid(
+    value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: bool, written: Sequence[Array]
+) -> Array:
     xp, readable = array_namespace(value), not is_cupy(value) or checks_devices()
     with np.errstate(all="ignore"):
         # CuPy's conversions flush subnormal numbers to zero: its backend converts them itself.
-        converted = value if is_cupy(value) else xp.astype(value, getattr(xp, dtype))
+        converted = _as_of_now(value, written) if is_cupy(value) else xp.astype(value, getattr(xp, dtype))
         negative = readable and not signed and _any(value < 0)
     if readable and _any(xp.isnan(converted)):
         raise SpecError(f"{what} contains NaN")
@@ -302,6 +314,12 @@ def _as_grid(value: Any, shape: tuple[int, ...], dtype: str, what: str, signed: 
         raise SpecError(
             f"{what} of shape {tuple(value.shape)} does not broadcast to the grid {shape} (one number a block or scope)"
         ) from None
+
+
+def _as_of_now(value: Array, written: Sequence[Array]) -> Array:
+    """Device numbers that no write will change: themselves, or a copy where they lie in what is written."""
+    near = [array for array in written if not _lie_apart(array, value)]
+    return value.copy() if any(True for _ in overlaps(near, [value])) else value
 
 
 def as_block_mask(mask: Any, like: Array, shape: tuple[int, ...], what: str) -> Array:

@@ -385,7 +385,8 @@ class SparseScope(ABC):
         with about(self._label):
             if (thresholds is None) == (nnz is None):
                 raise SpecError("give exactly one of thresholds and nnz")
-            target = self._operands(writable_windows(self.specs(), shrinks=False))
+            windows = writable_windows(self.specs(), shrinks=False)
+            target = self._operands(windows)
             arrays = resolve(self.specs(), values, "values")
             require_unwritten(self.specs(), arrays, "values")
             backend, source, p = backend_of(arrays), self._operands(arrays), op.as_ord(ord)
@@ -393,7 +394,7 @@ class SparseScope(ABC):
                 results = backend.prune(target, source, self._counts(nnz), p)
             else:
                 dtype = common_norm(kind_of(a.dtype) for a in arrays)
-                grid = op.as_grid(thresholds, arrays[0], self.grid_shape, dtype, "thresholds")
+                grid = op.as_grid(thresholds, arrays[0], self.grid_shape, dtype, "thresholds", written=windows)
                 results = backend.threshold(target, source, op.scope_leaf(grid), p)
             store_all([leaf for part in target for leaf in part], results)
 
@@ -436,7 +437,7 @@ class SparseScope(ABC):
                 raise KindError(f"scale must be True or False, not {type(scale).__name__} {scale!r}")
             windows = writable_windows(self.specs(), shrinks=True)
             target = self._operands(windows)
-            limits = [self._scaled_thresholds(part, thresholds, scale) for part in self._parts()]
+            limits = [self._scaled_thresholds(part, thresholds, scale, windows) for part in self._parts()]
             steps, tolerance = op.as_iteration(max_iter, rtol)
             metric: Parts | None = None
             if conditioners is not None:
@@ -446,13 +447,16 @@ class SparseScope(ABC):
             results = backend_of(windows).shrink(target, limits, metric, steps, tolerance)
             store_all([leaf for part in target for leaf in part], results)
 
-    def _scaled_thresholds(self, part: ScopeSpec, thresholds: float | Array, scale: bool) -> Leaf:
-        windows = [spec.view.data for spec in part.specs()]
+    def _scaled_thresholds(
+        self, part: ScopeSpec, thresholds: float | Array, scale: bool, written: Sequence[Array]
+    ) -> Leaf:
+        windows, what = [spec.view.data for spec in part.specs()], "thresholds"
         dtype = common_norm(kind_of(w.dtype) for w in windows)
         if scale:
-            wide = op.as_grid(thresholds, windows[0], self.grid_shape, "float64", "thresholds", signed=False)
+            wide = op.as_grid(thresholds, windows[0], self.grid_shape, "float64", what, signed=False)
             thresholds = array_namespace(wide).astype(wide, "float64") * math.sqrt(part.block.numel_per_block())
-        return op.scope_leaf(op.as_grid(thresholds, windows[0], self.grid_shape, dtype, "thresholds", signed=False))
+        grid = op.as_grid(thresholds, windows[0], self.grid_shape, dtype, what, signed=False, written=written)
+        return op.scope_leaf(grid)
 
     def _operands(self, arrays: Sequence[Array]) -> Parts:
         """The arrays of all leaves as the parts that compete."""
