@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,3 +228,13 @@ def test_public_names_are_what_they_say():
     for name in npscope.__all__:
         thing = getattr(npscope, name)
         assert name.startswith("__") or (thing.__doc__ and thing.__module__.startswith("npscope")), name
+
+
+def test_the_readme_says_where_every_module_is() -> None:
+    """Packages by their folders, and the modules of those that it lists in full."""
+    design = (ROOT.parent / "README.md").read_text().split("## Design")[1]
+    said = set(re.findall(r"`([a-z_]+/?)`", design))
+    packages = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
+    assert {name for name in said if name.endswith("/")} == packages | {"bench/"}
+    modules = {path.stem for folder in (".", "recipes", "streaming") for path in (ROOT / folder).glob("*.py")}
+    assert {name for name in modules if not name.startswith("_")} <= said
