@@ -120,7 +120,7 @@ class Files:
         folders: list[str] = []
         built: os.stat_result | None = None
         try:
-            with staged(target) as model:
+            with staged(Target(target.path, target.mode, target.replace)) as model:
                 built = os.fstat(model)
                 with ExitStack() as building:
 
@@ -137,6 +137,7 @@ class Files:
 
                     yield output
                 os.fsync(model)
+                target.before()  # while the old model is still there
                 if any(data.place.mode is not None for data in ready):
                     # What is there now must not be read with the new data, if this is where the run ends.
                     with suppress(FileNotFoundError):
