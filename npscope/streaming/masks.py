@@ -29,8 +29,8 @@ from npscope.errors import FormatError, SpecError, about
 from npscope.recipes.plans import Budget, Coupling, Decision, Member, Plan, Scores, Skip, parts_of
 from npscope.streaming.slabs import Array
 from npscope.weights import Tensor, WeightFile, open_weights
-from npscope.weights.new_safetensors import NewSafetensors, create
-from npscope.weights.output import Target
+from npscope.weights.new_safetensors import NewSafetensors, create, is_begun
+from npscope.weights.output import Target, exists
 from npscope.weights.packed import Packed
 from npscope.weights.safetensors import open_safetensors
 
@@ -43,9 +43,27 @@ CHUNK_ELEMENTS = 1 << 20
 # --- writing -------------------------------------------------------------------------------------
 
 
+def mask_target(path: str | os.PathLike[str], decisions: Sequence[Decision], *, force: bool) -> Target:
+    """The place at `path` for the mask file of these decisions.
+
+    SpecError (a ValueError) when a file is there that may not be replaced; without `force` the very
+    mask that is to come may stay there, as far as that can be told now.
+    """
+    place = Target.of(path, force=force, keep_equal=True)
+    if place.mode is not None and not force and not is_begun(place.path, *_contents(decisions)):
+        raise exists(place.path)
+    return place
+
+
 @contextmanager
 def mask_file(target: Target, decisions: Sequence[Decision]) -> Iterator[MaskWriter]:
     """Context with the writer of the mask file of these decisions, which is at `target` when it is published."""
+    with create(target, *_contents(decisions)) as file:
+        yield MaskWriter(file)
+
+
+def _contents(decisions: Sequence[Decision]) -> tuple[list[Tensor], dict[str, str]]:
+    """Tensors and metadata of a mask file."""
     parts = {part.tensor.name: part for decision in decisions for part in parts_of(decision)}
     described = {
         name: {"shape": list(part.tensor.shape), "pattern": f"{part.pattern}, {part.along}"}
@@ -53,8 +71,7 @@ def mask_file(target: Target, decisions: Sequence[Decision]) -> Iterator[MaskWri
         for name, part in sorted(parts.items())
     }
     metadata = {"npscope.mask": VERSION, "recipe": recipe_hash(decisions), "tensors": json.dumps(described)}
-    with create(target, [_packed(part.tensor) for part in parts.values()], metadata) as file:
-        yield MaskWriter(file)
+    return [_packed(part.tensor) for part in parts.values()], metadata
 
 
 def recipe_hash(decisions: Sequence[Decision]) -> str:
@@ -118,6 +135,10 @@ class MaskWriter:
     def publish(self) -> None:
         """Put the file, which is complete, in its place."""
         self._file.publish()
+
+    def withdraw(self) -> None:
+        """Take it away again, if none was there before."""
+        self._file.withdraw()
 
 
 # --- applying ------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from npscope.recipes.recipe import Recipe
 from npscope.recipes.scores import check_scores_unchanged
 from npscope.streaming.dropping import ByWindows, Dropper, dropper_of, droppers_of, slabs_for
 from npscope.streaming.limits import Search
-from npscope.streaming.masks import MaskWriter, mask_file
+from npscope.streaming.masks import MaskWriter, mask_file, mask_target
 from npscope.streaming.ranked import RankedReader, Slab
 from npscope.streaming.slabs import count_zeros_and_nans
 from npscope.weights import Tensor, WeightFile, Writer, open_weights
@@ -89,7 +89,8 @@ def prune_file(
         Do everything but write.
     mask_out
         Place for a file with the masks of the pruned tensors (`npscope.streaming.masks`). It is there
-        just before the result is: no result is seen without its masks.
+        just before the result is: no result is seen without its masks. One with the same bytes
+        may be there already, without `force` too.
     max_bytes
         Refuse an npz whose members inflate to more than that.
     progress
@@ -116,7 +117,7 @@ def prune_file(
         place = weights.own_place() if in_place else None
         if target is not None:
             place = weights.target(target, force=force)
-        mask_place = None if mask_out is None else _mask_target(mask_out, source, place, force)
+        mask_place = None if mask_out is None else _mask_target(mask_out, decisions, source, place, force)
         _require_work(decisions, strict)
         ticker = _Ticker(weights, progress)
         search, reader = Search(RankedReader(weights, ahead), ticker.more), RankedReader(weights, ahead)
@@ -130,7 +131,7 @@ def prune_file(
                 masks = None
                 if mask_place is not None:
                     masks = stack.enter_context(mask_file(mask_place, decisions))
-                    place = replace(place, before=masks.publish)
+                    place = replace(place, companion=masks)
                 writer = stack.enter_context(weights.successor(place))
                 behind = _Behind(writer, stack.enter_context(Background()))
                 droppers = _droppers(decisions, weights, search)
@@ -141,9 +142,15 @@ def prune_file(
 
 
 def _mask_target(
-    path: str | os.PathLike[str], source: str | os.PathLike[str], result: Target | None, force: bool
+    path: str | os.PathLike[str],
+    decisions: Sequence[Decision],
+    source: str | os.PathLike[str],
+    result: Target | None,
+    force: bool,
 ) -> Target:
-    place = Target.of(path, force=force, source=os.stat(source))
+    if os.path.exists(path) and os.path.samefile(path, source):
+        raise SpecError(f"the mask {os.fsdecode(path)!r} is the input; choose another name")
+    place = mask_target(path, decisions, force=force)
     if result is not None and result.path == place.path:
         raise SpecError(f"the mask and the output are both to be {os.fsdecode(path)!r}; choose another name for one")
     return place

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from npscope.errors import FileError, FormatError, SpecError, about
-from npscope.weights.output import Target, hidden_name, publish, staged, sync_folder
+from npscope.weights.output import Target, hidden_name, publish, stage, staged, sync_folder
 
 MODEL = ""
 """The location of the model itself."""
@@ -120,7 +120,8 @@ class Files:
         folders: list[str] = []
         built: os.stat_result | None = None
         try:
-            with staged(Target(target.path, target.mode, target.replace)) as model:
+            with stage(Target(target.path, target.mode, target.replace)) as building_model:
+                model = building_model.fd
                 built = os.fstat(model)
                 with ExitStack() as building:
 
@@ -137,16 +138,17 @@ class Files:
 
                     yield output
                 os.fsync(model)
-                target.before()  # while the old model is still there
-                if any(data.place.mode is not None for data in ready):
-                    # What is there now must not be read with the new data, if this is where the run ends.
-                    with suppress(FileNotFoundError):
-                        os.unlink(target.path)
-                for data in ready:
-                    data.publish()
-                    if data.place.mode is None:
-                        new.append(data.place.path)
-                    sync_folder(os.path.dirname(data.place.path))
+                with target.named(lambda: _is_at(built, target.path)):
+                    if any(data.place.mode is not None for data in ready):
+                        # What is there now must not be read with the new data, if this is where the run ends.
+                        with suppress(FileNotFoundError):
+                            os.unlink(target.path)
+                    for data in ready:
+                        data.publish()
+                        if data.place.mode is None:
+                            new.append(data.place.path)
+                        sync_folder(os.path.dirname(data.place.path))
+                    building_model.publish()
         except BaseException:
             _remove([data.hidden for data in ready if _is_at(data.status, data.hidden)], [])
             if not _is_at(built, target.path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,14 @@ def create(target: Target, tensors: Iterable[Tensor], metadata: Mapping[str, str
             writer.publish()
 
 
+def is_begun(path: str, tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether the file at `path` has the header and the size of a new one with these tensors."""
+    header, starts = _new_header(list(tensors), metadata)
+    size = len(header) + max((end for _, end in starts.values()), default=0)
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header
+
+
 class NewSafetensors:
     """Writes tensors into a new file, each from its first byte to its last, any number at the same time."""
 
@@ -56,6 +65,10 @@ class NewSafetensors:
                 raise FormatError(f"tensor {name!r:.120} lacks {end - self._next[name]} bytes")
         self._building.publish()
         self.is_published = True
+
+    def withdraw(self) -> None:
+        """Take the name away again, if the file was published where none was."""
+        self._building.withdraw()
 
 
 def _new_header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from npscope.errors import FileError, SpecError
 
@@ -30,6 +30,8 @@ _NO_RESERVATION = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, 
 _RESERVED_BYTES = 256 << 20
 """What is reserved in one call: where a file system writes zeros for it, a signal waits no longer than that."""
 
+_COMPARED_BYTES = 1 << 20
+
 _ATTEMPTS = 100  # to claim a name that other processes release and claim meanwhile
 
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -38,25 +40,44 @@ _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSU
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
+class Companion(Protocol):
+    """What is there before an output is: its mask."""
+
+    def publish(self) -> None:
+        """Give it its name, when it is complete and on disk."""
+
+    def withdraw(self) -> None:
+        """Take the name away again, if `publish` gave it one that nothing had; there is a failure to report already."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A place for an output file, symbolic links followed; `mode` of the file there now, None if there is none.
 
-    `before` is called when the output is complete and on disk, just before it gets its name.
+    The file there is replaced, or with `keep_equal` left as it is when it is byte for byte the new
+    one. The `companion` gets its name just before the output does.
     """
 
     path: str
     mode: int | None
     replace: bool
-    before: Callable[[], None] = field(default=lambda: None, compare=False)
+    keep_equal: bool = False
+    companion: Companion | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], *, force: bool, source: os.stat_result | None = None) -> Target:
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        force: bool,
+        source: os.stat_result | None = None,
+        keep_equal: bool = False,
+    ) -> Target:
         """The target at `path`.
 
         SpecError (a ValueError) when something is there that may not be replaced: the file with the
-        status `source`, by whatever link, a file without `force`, or no regular file. FileError when
-        its directory does not exist.
+        status `source`, by whatever link, a file without `force` or `keep_equal`, or no regular file.
+        FileError when its directory does not exist.
         """
         real = os.path.realpath(os.fsdecode(path))
         try:
@@ -69,9 +90,21 @@ class Target:
             raise SpecError(f"output {os.fsdecode(path)!r} is the input; choose another name, or --in-place")
         if not stat.S_ISREG(status.st_mode):
             raise SpecError(f"output {path!r} exists and is not a regular file; choose another name")
-        if not force:
+        if not (force or keep_equal):
             raise exists(real)
-        return cls(real, stat.S_IMODE(status.st_mode), force)
+        return cls(real, stat.S_IMODE(status.st_mode), force, keep_equal)
+
+    @contextmanager
+    def named(self, is_named: Callable[[], bool]) -> Iterator[None]:
+        """Context in which the output, complete and on disk, gets its name: its companion is there, or neither is."""
+        try:
+            if self.companion is not None:
+                self.companion.publish()
+            yield
+        except BaseException:
+            if self.companion is not None and not is_named():
+                self.companion.withdraw()
+            raise
 
 
 def exists(path: str) -> SpecError:
@@ -93,10 +126,19 @@ class Stage:
             os.fchmod(self.fd, self.target.mode)
         os.fsync(self.fd)
         os.close(os.dup(self.fd))  # some file systems report a full disk only here; the lock stays with `fd`
-        self.target.before()
-        check_still_there(self.fd, self.temporary)
-        publish(self.temporary, self.target)
+        with self.target.named(self._is_named):
+            check_still_there(self.fd, self.temporary)
+            publish(self.temporary, self.target)
         sync_folder(os.path.dirname(self.target.path))
+
+    def withdraw(self) -> None:
+        """Take the name away again from a file that was published where none was; without an error."""
+        with suppress(OSError):
+            if self.target.mode is None and self._is_named():
+                os.unlink(self.target.path)
+
+    def _is_named(self) -> bool:
+        return is_at(self.fd, self.target.path)
 
 
 @contextmanager
@@ -204,7 +246,7 @@ def lock(fd: int, path: str) -> None:
 
 def check_still_there(fd: int, path: str) -> None:
     """FileError when what `fd` is open on has lost its name `path`."""
-    if not _is_at(fd, path):
+    if not is_at(fd, path):
         raise FileError(f"{path!r} was removed or replaced while it was written; run again")
 
 
@@ -231,7 +273,7 @@ def _claim(path: str, kind: Kind) -> int:
                 continue
         try:
             lock(fd, path)
-            if _is_at(fd, path):
+            if is_at(fd, path):
                 if is_new:
                     return fd
                 kind.remove(path)  # nobody holds it: left by a process that was killed
@@ -253,13 +295,14 @@ def _claim(path: str, kind: Kind) -> int:
 def _discard(fd: int, path: str, kind: Kind) -> None:
     """Remove what `fd` is open on and close it; there is a failure to report already, so this has none."""
     with suppress(OSError):
-        if _is_at(fd, path):
+        if is_at(fd, path):
             kind.remove(path)
     with suppress(OSError):
         os.close(fd)
 
 
-def _is_at(fd: int, path: str) -> bool:
+def is_at(fd: int, path: str) -> bool:
+    """Whether what `fd` is open on has the name `path`."""
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
@@ -289,12 +332,22 @@ def publish(temporary: str, target: Target) -> None:
     try:
         os.link(temporary, target.path)  # unlike a rename this never replaces
     except FileExistsError:
-        raise exists(target.path) from None
+        _require_equal(temporary, target)
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        if os.path.lexists(target.path):
-            raise exists(target.path) from None
-        os.rename(temporary, target.path)
-    else:
-        os.unlink(temporary)
+        if not os.path.lexists(target.path):
+            os.rename(temporary, target.path)
+            return
+        _require_equal(temporary, target)
+    os.unlink(temporary)
+
+
+def _require_equal(temporary: str, target: Target) -> None:
+    """SpecError unless the file at `target` may stay and holds what the one at `temporary` does."""
+    if target.keep_equal:
+        with open(temporary, "rb") as new, open(target.path, "rb") as old:
+            while (piece := new.read(_COMPARED_BYTES)) == old.read(_COMPARED_BYTES):
+                if not piece:
+                    return
+    raise exists(target.path) from None

@@ -23,6 +23,7 @@ from npscope.weights.output import (
     claimed,
     exists,
     hidden_name,
+    is_at,
     lock,
     sync_folder,
 )
@@ -43,14 +44,14 @@ def staged_folder(target: Target) -> Iterator[str]:
         yield partial
         for folder, _, _ in os.walk(partial):
             sync_folder(folder)
-        target.before()
-        check_still_there(fd, partial)
-        try:
-            os.rename(partial, target.path)
-        except OSError as error:
-            if error.errno not in _TAKEN:
-                raise
-            raise exists(target.path) from None
+        with target.named(lambda: is_at(fd, target.path)):
+            check_still_there(fd, partial)
+            try:
+                os.rename(partial, target.path)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                raise exists(target.path) from None
     sync_folder(parent)
 
 
@@ -67,9 +68,9 @@ def staged_inside(target: Target, name: str) -> Iterator[str]:
         os.mkdir(building)
         yield building
         sync_folder(building)
-        target.before()
-        check_still_there(fd, partial)
-        os.rename(building, _ready(partial))
+        with target.named(lambda: os.path.lexists(_ready(partial))):
+            check_still_there(fd, partial)
+            os.rename(building, _ready(partial))
         sync_folder(partial)
         _move_home(partial, target.path)
 
