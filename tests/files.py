@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from npscope import cli
@@ -80,6 +81,20 @@ def load_sharded(folder: Path) -> dict[str, np.ndarray]:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = {file: load_file(folder / file) for file in set(index["weight_map"].values())}
     return {name: shards[file][name] for name, file in index["weight_map"].items()}
+
+
+def save_onnx(folder: Path, weights: Weights) -> None:
+    """A model, half of its weights in a data file beside it."""
+    folder.mkdir()
+    w = weights["a.weight"].T.copy()
+    (folder / "data").write_bytes(w.tobytes())
+    outside = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=w.shape, data_location=TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="data")
+    arrays = [outside, numpy_helper.from_array(w[:8].copy(), "v")]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], initializer=arrays)
+    (folder / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

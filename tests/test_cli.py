@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
+from files import contents, save_onnx, save_sharded, small
 from safetensors.numpy import load_file, save_file
 
 import npscope
@@ -839,7 +840,7 @@ def test_a_report_has_a_place_of_its_own(run: Run, folder: Path) -> None:
     source = folder / "in"
     source.write_bytes(DATA.read_bytes())
     given = ("prune", source, "-o", folder / "out", "--mask-out", folder / "mask", "--pattern", "2:4", "--force")
-    for place, message in ((source, "is the input"), (folder / "out", "another output"), (folder / "mask", "another")):
+    for place, message in ((source, "the input"), (folder / "out", "the output"), (folder / "mask", "the mask")):
         result = run(*given, "--report", place)
         assert (result.code, is_one_line(result)) == (2, True)
         assert message in result.err
@@ -874,6 +875,77 @@ def test_an_error_behind_the_output_says_that_it_is_complete(
     assert (folder / "out").read_bytes() == (folder / "whole").read_bytes()
     assert "complete" not in run(*given, "--dry-run", "--report", folder / "report").err
     assert sorted(os.listdir(folder)) == ["out", "whole"]
+
+
+def sharded_and_onnx(folder: Path) -> None:
+    """Two models of many files, and a recipe that ranks by scores in many."""
+    save_sharded(folder / "model", small(), shards=3)
+    (folder / "model" / "config.json").write_text("{}")
+    save_onnx(folder / "onnx", small())
+    scores = {name: np.abs(weight) for name, weight in small().items() if weight.dtype.kind == "f"}
+    save_sharded(folder / "scores", scores)
+    rule = '[[rule]]\nmatch = "a.weight"\npattern = "2:4"\nscores = "scores"\n'
+    (folder / "recipe.toml").write_text(rule)
+    for name in ("out", "onnx-out"):
+        (folder / name).mkdir()
+
+
+@pytest.mark.parametrize("option", ["--mask-out", "--report"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("place", "belongs_to"),
+    [
+        ("model/model-00001-of-00003.safetensors", "input"),
+        ("model/model.safetensors.index.json", "input"),
+        ("model/config.json", "input"),
+        ("model/mask.safetensors", "input"),
+        ("link/mask", "input"),
+        ("recipe.toml", "recipe"),
+        ("scores/model-00001-of-00002.safetensors", "scores"),
+        ("out/mask", "output"),
+    ],
+)
+def test_case88_a_mask_or_report_is_no_part_of_a_model(
+    run: Run, folder: Path, option: str, in_place: bool, place: str, belongs_to: str
+) -> None:
+    sharded_and_onnx(folder)
+    (folder / "link").symlink_to("model")
+    before = contents(folder)
+    where = ("--in-place",) if in_place else ("-o", folder / "out")
+    for source in ("model", "model/model.safetensors.index.json"):
+        given = ("prune", folder / source, *where, "-r", folder / "recipe.toml", "--force")
+        result = run(*given, option, folder / place)
+        if belongs_to == "output" and in_place:
+            assert result.code == 0
+            continue
+        assert (result.code, is_one_line(result)) == (2, True)
+        assert f"belongs to the {belongs_to}" in result.err
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize("option", ["--mask-out", "--report"])
+@pytest.mark.parametrize(
+    ("place", "belongs_to"), [("onnx/data", "input"), ("onnx/m.onnx", "input"), ("onnx-out/data", "output")]
+)
+def test_case88_a_mask_or_report_is_no_data_of_a_model(
+    run: Run, folder: Path, option: str, place: str, belongs_to: str
+) -> None:
+    sharded_and_onnx(folder)
+    before = contents(folder)
+    given = ("prune", folder / "onnx" / "m.onnx", "-o", folder / "onnx-out" / "m.onnx", "--pattern", "2:4", "--force")
+    result = run(*given, option, folder / place)
+    assert (result.code, is_one_line(result)) == (2, True)
+    assert f"belongs to the {belongs_to}" in result.err
+    assert contents(folder) == before
+
+
+def test_case88_nothing_is_exported_into_a_model(run: Run, folder: Path) -> None:
+    sharded_and_onnx(folder)
+    before = contents(folder)
+    place = folder / "model" / "model-00001-of-00003.safetensors"
+    result = run("export", folder / "model", "--to", "bitmask", "-o", place, "--force")
+    assert (result.code, is_one_line(result)) == (2, True)
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("command", ["prune", "verify"])

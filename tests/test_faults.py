@@ -24,8 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import Faults, How, done_and_error, error, faults, interrupt, kill
-from files import DATA, Weights, contents, refused, run, save_sharded, small
-from onnx import TensorProto, helper, numpy_helper
+from files import DATA, contents, refused, run, save_onnx, save_sharded, small
 from safetensors.numpy import load_file, save_file
 
 from npscope.errors import FileError
@@ -69,20 +68,6 @@ def save(kind: str, folder: Path) -> Path:
         (folder / "in" / "more").mkdir()
         (folder / "in" / "more" / "text").write_text("hello")
     return folder / "in"
-
-
-def save_onnx(folder: Path, weights: Weights) -> None:
-    """A model, half of its weights in a data file beside it."""
-    folder.mkdir()
-    w = weights["a.weight"].T.copy()
-    (folder / "data").write_bytes(w.tobytes())
-    outside = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=w.shape, data_location=TensorProto.EXTERNAL)
-    outside.external_data.add(key="location", value="data")
-    arrays = [outside, numpy_helper.from_array(w[:8].copy(), "v")]
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
-    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], initializer=arrays)
-    (folder / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
 
 
 def snapshot(path: Path) -> object:

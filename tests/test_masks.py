@@ -132,7 +132,7 @@ def test_places_that_a_mask_cannot_have(folder: Path) -> None:
     """Case 88, case 89: not the input, not the output, not an existing file."""
     source = folder / "in"
     source.write_bytes(DATA.read_bytes())
-    for place, message in ((source, "is the input"), (folder / "out", "both to be"), (folder / "there", "exists")):
+    for place, message in ((source, "the input"), (folder / "out", "the output"), (folder / "there", "exists")):
         (folder / "there").write_text("precious")
         with pytest.raises(SpecError, match=message):
             prune_file(source, folder / "out", recipe("2:4"), mask_out=place)
@@ -266,7 +266,7 @@ def test_masks_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(FormatError, match="no mask file"):
         apply_mask(folder / "in", folder / "other", folder / "out")
     good = mask_of(folder, values, np.ones(9, bool))
-    with pytest.raises(SpecError, match="is the mask"):
+    with pytest.raises(SpecError, match="belongs to the mask"):
         apply_mask(folder / "in", good, good, force=True)
     with pytest.raises(SpecError, match="is the input"):
         apply_mask(folder / "in", good, folder / "in", force=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -30,7 +29,7 @@ from npscope.cli.options import (
 )
 from npscope.cli.running import Job
 from npscope.cli.terminal import print_text, progress_bar, width
-from npscope.errors import FileError, NpscopeError, SpecError
+from npscope.errors import FileError, NpscopeError
 
 if TYPE_CHECKING:
     from npscope.recipes.plans import Skip
@@ -83,7 +82,7 @@ def prune(
         from npscope.streaming.storage import storage
 
         rules = recipe_of_options(recipe, pattern, include, exclude, axis, layout, scores)
-        with _report_file(report_file, source, (output, mask_out), force) as write_report:
+        with _report_file(report_file, force) as write_report:
             with config(threads=threads), progress_bar(shown=not quiet) as progress:
                 results = prune_file(
                     source,
@@ -95,6 +94,7 @@ def prune(
                     in_place=in_place,
                     dry_run=dry_run,
                     mask_out=mask_out,
+                    report_out=report_file,
                     max_bytes=max_bytes,
                     progress=progress,
                 )
@@ -119,22 +119,17 @@ def prune(
 
 
 @contextmanager
-def _report_file(
-    path: str | None, source: str, others: Sequence[str | None], force: bool
-) -> Iterator[Callable[[str], None]]:
+def _report_file(path: str | None, force: bool) -> Iterator[Callable[[str], None]]:
     """Context with what writes the report, if there is to be one, into a file that is begun before the work is.
 
-    SpecError when its place is the input, another output or, without `force`, a file.
+    SpecError when a file is there, without `force`.
     """
     from npscope.weights.output import Target, stage, write_all
 
     if path is None:
         yield lambda text: None
         return
-    place = Target.of(path, force=force, source=os.stat(source))
-    if any(other is not None and os.path.realpath(other) == place.path for other in others):
-        raise SpecError(f"the report is to be {path!r}, and so is another output; choose another name for one")
-    with stage(place) as building:
+    with stage(Target.of(path, force=force)) as building:
 
         def write(text: str) -> None:
             write_all(building.fd, memoryview(text.encode()))

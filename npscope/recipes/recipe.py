@@ -129,13 +129,14 @@ class Recipe:
 
     `names` maps names in the file to the names that rules, scores and the order of tensors go by,
     so that one recipe serves two files with the same weights. `rest` is said of a tensor that no
-    rule takes.
+    rule takes. `path` is the file that it was read from.
     """
 
     rules: tuple[Rule, ...]
     couplings: tuple[CouplingRule, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     rest: str = "no rule takes it"
+    path: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for rule in self.rules[:-1]:

@@ -52,7 +52,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     with about(f"recipe {name!r}"):
         text = _text(name)
         tables = _json(text) if name.lower().endswith(".json") else _toml(text)
-        return parse_recipe(tables, folder=os.path.dirname(name))
+        return replace(parse_recipe(tables, folder=os.path.dirname(name)), path=name)
 
 
 def recipe_of(

@@ -45,7 +45,7 @@ from npscope.streaming.storage import bitmask_bytes
 from npscope.streaming.verification import Checked, verify
 from npscope.weights import Tensor, WeightFile, numpy_dtype, open_weights
 from npscope.weights.new_safetensors import NewSafetensors, create
-from npscope.weights.output import Target, staged
+from npscope.weights.output import Target, require_free, staged
 from npscope.weights.strided import StridedReader
 
 Layout = Literal["bitmask", "csr", "bsr", "2:4"]
@@ -97,7 +97,8 @@ def export_bitmask(
     FileError and OSError as for every command.
     """
     with open_weights(source) as weights:
-        place = Target.of(target, force=force, source=os.stat(source))
+        require_free(target, "output", {"input": weights.files()})
+        place = Target.of(target, force=force)
         _require_c_order(weights.tensors.values())
         counts = {}
         for tensor in selection.of(weights.tensors):
@@ -145,7 +146,8 @@ def export_matrix(
     when `selection` is not one tensor, or the block does not divide the matrix.
     """
     with open_weights(source) as weights:
-        place = Target.of(target, force=force, source=os.stat(source))
+        require_free(target, "output", {"input": weights.files()})
+        place = Target.of(target, force=force)
         meant = selection.of(weights.tensors)
         if len(meant) != 1:
             raise SpecError(f"{len(meant)} tensors are meant, but such a file holds one matrix; --include NAME chooses")
@@ -174,7 +176,8 @@ def export_two_of_four(
     SpecError (a ValueError) when there is none, or with `strict` when one that is meant is not 2:4.
     """
     with open_weights(source) as weights, decided(recipe, weights) as decisions:
-        place = Target.of(target, force=force, source=os.stat(source))
+        require_free(target, "output", {"input": weights.files()})
+        place = Target.of(target, force=force)
         checked = verify(weights, decisions, strict=strict)
         plans = [verdict.plan for verdict in checked if isinstance(verdict, Checked) and verdict.holds]
         _require_c_order(plan.tensor for plan in plans)

@@ -30,7 +30,7 @@ from npscope.recipes.plans import Budget, Coupling, Decision, Member, Plan, Scor
 from npscope.streaming.slabs import Array
 from npscope.weights import Tensor, WeightFile, open_weights
 from npscope.weights.new_safetensors import NewSafetensors, create, is_begun
-from npscope.weights.output import Target, exists
+from npscope.weights.output import Target, exists, require_free
 from npscope.weights.packed import Packed
 from npscope.weights.safetensors import open_safetensors
 
@@ -183,9 +183,9 @@ def apply_mask(
         Reading or writing failed; there is no output then.
     """
     with open_weights(source) as weights, open_safetensors(mask) as bits:
+        for path in weights.places(target):
+            require_free(path, "output", {"mask": bits.files()})
         place = weights.target(target, force=force)
-        if os.path.exists(place.path) and os.path.samefile(mask, place.path):
-            raise SpecError(f"output {os.fsdecode(target)!r} is the mask; choose another name")
         with about(f"mask {os.fsdecode(mask)!r}"):
             _check(bits, weights)
         done = []

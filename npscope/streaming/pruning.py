@@ -32,7 +32,7 @@ from npscope.streaming.ranked import RankedReader, Slab
 from npscope.streaming.slabs import count_zeros_and_nans
 from npscope.weights import Tensor, WeightFile, Writer, open_weights
 from npscope.weights.background import Background
-from npscope.weights.output import Target
+from npscope.weights.output import require_free
 
 LEAST_SQUARES = 2.0**-900
 """Below this a sum of squares in float64 may have lost some to underflow."""
@@ -64,6 +64,7 @@ def prune_file(
     in_place: bool = False,
     dry_run: bool = False,
     mask_out: str | os.PathLike[str] | None = None,
+    report_out: str | os.PathLike[str] | None = None,
     max_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome | Skip]:
@@ -91,6 +92,9 @@ def prune_file(
         Place for a file with the masks of the pruned tensors (`npscope.streaming.masks`). It is there
         just before the result is: no result is seen without its masks. One with the same bytes
         may be there already, without `force` too.
+    report_out
+        Where the caller is going to write a report: refused, as `mask_out` is, when that belongs to what
+        is read or written here.
     max_bytes
         Refuse an npz whose members inflate to more than that.
     progress
@@ -99,7 +103,8 @@ def prune_file(
     Raises
     ------
     SpecError
-        (a ValueError) nothing can be pruned, `target` exists or is `source`, a glob matches nothing.
+        (a ValueError) nothing can be pruned, `target` exists or is `source`, a glob matches nothing;
+        a mask or report would be written over, or into the folder of, something else.
     FormatError
         (a ValueError) `source` is damaged or no weight file, or holds NaN.
     FileError, OSError
@@ -109,15 +114,15 @@ def prune_file(
         raise SpecError("an output and --in-place exclude each other")
     if target is None and not in_place and not dry_run:
         raise SpecError("no output: give -o OUT, --in-place or --dry-run")
-    with (
-        open_weights(source, max_bytes=max_bytes) as weights,
-        decided(recipe, weights) as decisions,
-        Background() as ahead,
-    ):
+    with ExitStack() as opened:
+        weights = opened.enter_context(open_weights(source, max_bytes=max_bytes))
+        _require_places_apart(weights, target, recipe, mask_out, report_out)
         place = weights.own_place() if in_place else None
         if target is not None:
             place = weights.target(target, force=force)
-        mask_place = None if mask_out is None else _mask_target(mask_out, decisions, source, place, force)
+        decisions = opened.enter_context(decided(recipe, weights))
+        ahead = opened.enter_context(Background())
+        mask_place = None if mask_out is None else mask_target(mask_out, decisions, force=force)
         _require_work(decisions, strict)
         ticker = _Ticker(weights, progress)
         search, reader = Search(RankedReader(weights, ahead), ticker.more), RankedReader(weights, ahead)
@@ -141,19 +146,27 @@ def prune_file(
         return [outcomes.get(name) or skips[name] for name in weights.tensors]
 
 
-def _mask_target(
-    path: str | os.PathLike[str],
-    decisions: Sequence[Decision],
-    source: str | os.PathLike[str],
-    result: Target | None,
-    force: bool,
-) -> Target:
-    if os.path.exists(path) and os.path.samefile(path, source):
-        raise SpecError(f"the mask {os.fsdecode(path)!r} is the input; choose another name")
-    place = mask_target(path, decisions, force=force)
-    if result is not None and result.path == place.path:
-        raise SpecError(f"the mask and the output are both to be {os.fsdecode(path)!r}; choose another name for one")
-    return place
+def _require_places_apart(
+    weights: WeightFile,
+    target: str | os.PathLike[str] | None,
+    recipe: Recipe,
+    mask: str | os.PathLike[str] | None,
+    report: str | os.PathLike[str] | None,
+) -> None:
+    """SpecError when a mask or report is to be where something else is read or written."""
+    if mask is None and report is None:
+        return
+    taken = {"input": weights.files(), "recipe": [] if recipe.path is None else [recipe.path]}
+    for path in recipe.score_files:
+        with open_weights(path) as scores:
+            taken[f"scores {path!r}"] = scores.files()
+    if target is not None:
+        taken["output"] = weights.places(target)
+    if mask is not None:
+        require_free(mask, "mask", taken)
+        taken["mask"] = [os.fsdecode(mask)]
+    if report is not None:
+        require_free(report, "report", taken)
 
 
 def _droppers(decisions: Iterable[Decision], weights: WeightFile, search: Search) -> dict[str, Dropper]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
@@ -165,6 +165,12 @@ class WeightFile(Protocol):
 
     def own_place(self) -> Target:
         """The place of this file itself, for a successor that replaces it."""
+
+    def files(self) -> Sequence[str]:
+        """Paths of all that is read: of files, or of a folder whose content is the model."""
+
+    def places(self, path: str | os.PathLike[str]) -> Sequence[str]:
+        """Paths of all that a successor at `path` writes, likewise."""
 
     def successor(self, target: Target) -> AbstractContextManager[Writer]:
         """Context with the writer of a file with the same tensors and other values.

@@ -89,6 +89,10 @@ class Files:
             os.close(self._fd)
             self._fd = -1
 
+    def beside(self, path: str) -> list[str]:
+        """The paths of a model at `path` and of its data files."""
+        return [path, *(os.path.join(os.path.dirname(path), *location.split("/")) for location in self.locations)]
+
     def targets(self, target: Target) -> dict[str, Target]:
         """Where the data files go when the model goes to `target`: to the same locations beside it.
 
@@ -96,8 +100,7 @@ class Files:
         model's own, or when a symbolic link is on the way.
         """
         places: dict[str, Target] = {}
-        for location in self.locations:
-            path = os.path.join(os.path.dirname(target.path), *location.split("/"))
+        for location, path in zip(self.locations, self.beside(target.path)[1:], strict=True):
             with about(f"external data {location!r:.120} of the output"):
                 if os.path.realpath(path) != path:
                     raise SpecError(f"a symbolic link leads to {path!r}; remove it, or choose another folder")

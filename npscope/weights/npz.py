@@ -92,6 +92,14 @@ class Npz:
         """The place of this file itself."""
         return Target.of(self.source.path, force=True)
 
+    def files(self) -> list[str]:
+        """The path of this file."""
+        return [self.source.path]
+
+    def places(self, path: str | os.PathLike[str]) -> list[str]:
+        """The path of a successor, which is one file."""
+        return [os.fsdecode(path)]
+
     @contextmanager
     def successor(self, target: Target) -> Iterator[NpzWriter]:
         """Context with the writer of a file like this at `target`."""

@@ -82,6 +82,14 @@ class Onnx:
         status = self._files.status(MODEL)
         return Target(os.path.realpath(self._files.path), stat.S_IMODE(status.st_mode), True)
 
+    def files(self) -> list[str]:
+        """The paths of the model and of the files of its external data."""
+        return self._files.beside(self._files.path)
+
+    def places(self, path: str | os.PathLike[str]) -> list[str]:
+        """The paths of a model at `path` and of the files of its external data."""
+        return self._files.beside(os.path.realpath(os.fsdecode(path)))
+
     @contextmanager
     def successor(self, target: Target) -> Iterator[OnnxWriter]:
         """Context with the writer of a model like this at `target`."""

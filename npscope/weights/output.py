@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -105,6 +105,21 @@ class Target:
             if self.companion is not None and not is_named():
                 self.companion.withdraw()
             raise
+
+
+def require_free(path: str | os.PathLike[str], what: str, taken: Mapping[str, Iterable[str]]) -> None:
+    """SpecError when `path`, where `what` is to be written, is one of the paths in `taken` or inside it.
+
+    `taken` maps a word for a thing to its paths.
+    """
+    real = os.path.realpath(os.fsdecode(path))
+    for thing, others in taken.items():
+        for other in map(os.path.realpath, others):
+            is_inside = os.path.commonpath([real, other]) == other
+            if is_inside or (os.path.exists(real) and os.path.exists(other) and os.path.samefile(real, other)):
+                raise SpecError(
+                    f"the {what} is to be {os.fsdecode(path)!r}, which belongs to the {thing}; choose another place"
+                )
 
 
 def exists(path: str) -> SpecError:

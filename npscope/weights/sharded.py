@@ -84,6 +84,14 @@ class Sharded:
         """The place of this folder itself."""
         return Target(self._folder, None, replace=True)
 
+    def files(self) -> list[str]:
+        """The path of this folder."""
+        return [self._folder]
+
+    def places(self, path: str | os.PathLike[str]) -> list[str]:
+        """The path of a successor, which is a folder."""
+        return [os.fsdecode(path)]
+
     @contextmanager
     def successor(self, target: Target) -> Iterator[ShardedWriter]:
         """Context with the writer of a folder like this at `target`; of its shards alone when that is this folder."""
