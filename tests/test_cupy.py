@@ -207,6 +207,18 @@ def test_element_masks_equal_the_cpu(cupy_arrays, rng, name, shape):
             assert np.array_equal(cupy_arrays.to_numpy(device), host)
 
 
+def test_element_masks_take_little_more_than_their_bytes(cupy_arrays):
+    """One byte an element, and the norms of the blocks."""
+    cupy = real_cupy(cupy_arrays)
+    x, pool = cupy.ones((4096, 4096), np.float32), cupy.cuda.MemoryPool()
+    masks = ScopeSpec(BlockSpec(x, (8, 8)), ()).get_masks
+    masks(100)  # compiles
+    pool.set_limit(size=int(1.6 * x.size))
+    with cupy.cuda.using_allocator(pool.malloc):
+        found = masks(100)
+        assert sum(int(mask.sum()) for mask in found.values()) == 6400
+
+
 # --- small and large -----------------------------------------------------------------------------
 
 

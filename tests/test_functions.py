@@ -331,6 +331,22 @@ def test_the_workspace_of_single_elements_is_fixed(case):
     assert (x == (1.0 if case == "hard" else 0.5)).all()
 
 
+def test_element_masks_take_little_more_than_their_bytes():
+    """One byte an element, and the norms of the blocks."""
+    x = np.ones((2048, 4096), dtype=np.float32)
+    with npscope.use_backend("numba"), npscope.config(threads=2):
+        masks = npscope.ScopeSpec(npscope.BlockSpec(x, (8, 8)), ()).get_masks
+        masks(100)  # compiles
+        tracemalloc.start()
+        try:
+            found = masks(100)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert sum(int(mask.sum()) for mask in found.values()) == 6400
+    assert peak <= 1.5 * x.size
+
+
 def test_foreign_memory_is_not_copied_whole(rng):
     x = np.ones((1024, 8192), dtype=">f4")
     with npscope.use_backend("numba"), npscope.config(threads=2):

@@ -37,7 +37,16 @@ def element_masks(
     """`Backend.element_masks`: ones of which the dropped blocks are zeroed."""
     ones = tuple(tuple(Leaf(_ones(leaf.array), leaf.cut) for leaf in part) for part in parts)
     marks = prune(ones, parts, keep, ord)
-    return [array_namespace(mark).astype(mark, array_namespace(mark).bool) for mark in marks]
+    return [_as_flags(mark) for mark in marks]
+
+
+def _as_flags(mark: Array) -> Array:
+    """Ones and zeros as bools: the same memory, where it is memory with strides."""
+    return (
+        mark.view(np.bool_)
+        if hasattr(mark, "strides")
+        else array_namespace(mark).astype(mark, array_namespace(mark).bool)
+    )
 
 
 def _ones(array: Array) -> Array:

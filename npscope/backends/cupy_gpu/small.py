@@ -139,8 +139,7 @@ def _prepare(
     rtol: float = 0.0,
 ) -> Prepared | None:
     """A problem whose blocks are ranked or measured in `read`, else as `target` was; None if it is not small."""
-    cut = (read or target)[0][0].cut
-    if cut.scopes * cut.blocks * cut.elements > MOST_ELEMENTS:
+    if not _has_few_elements(read or target):
         return None
     array, value = (None, 0.0) if numbers is None else numbers_of(numbers)
     reads = [(leaf.cut, leaf.array) for part in read for leaf in part]
@@ -157,6 +156,11 @@ def _prepare(
         ord, weight, steps, rtol,
     )  # fmt: skip
     return None if plan is None else Prepared(plan, [array for _, array in operands], value)
+
+
+def _has_few_elements(parts: Parts) -> bool:
+    """Whether a problem may be small: what is asked first, as all else takes longer to find out."""
+    return sum([x.cut.scopes * x.cut.blocks * x.cut.elements for part in parts for x in part]) <= MOST_ELEMENTS
 
 
 @lru_cache(maxsize=2048)
@@ -277,12 +281,13 @@ def mask(parts: Parts, keep: Leaf, ord: float | None) -> Array:
 
 def element_masks(parts: Parts, keep: Leaf, ord: float | None) -> Sequence[Array]:
     """True for the elements of the `keep` first-ranked blocks of every scope, leaf by leaf."""
-    masks = tuple([tuple([Leaf(cupy.empty(x.array.shape, np.bool_), x.cut) for x in part]) for part in parts])
-    small = _prepare(ELEMENT_MASK, parts, masks, keep, ord)
-    if small is None:
-        return derived.element_masks(writing.prune, parts, keep, ord)
-    small.run()
-    return writing.arrays(masks)
+    if _has_few_elements(parts):
+        masks = tuple([tuple([Leaf(cupy.empty(x.array.shape, np.bool_), x.cut) for x in part]) for part in parts])
+        small = _prepare(ELEMENT_MASK, parts, masks, keep, ord)
+        if small is not None:
+            small.run()
+            return writing.arrays(masks)
+    return derived.element_masks(writing.prune, parts, keep, ord)
 
 
 def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[Array]:
