@@ -24,6 +24,8 @@ from strategies import (
 )
 
 import npscope
+from npscope.backends import derived
+from npscope.tiling import Leaf, grid_cut
 
 RANKED_EXACTLY = (*EXACT_DTYPES, "int32", "uint32")
 
@@ -330,6 +332,27 @@ def test_nnz_from_sparsity_means_the_decimal_it_shows(n):
         s = hundredths / 100
         for given_ in (s, str(s), np.float64(s), o.Fraction(hundredths, 100), np.float32(s), np.float16(s)):
             assert npscope.nnz_from_sparsity(given_, n) == expected
+
+
+# --- the next place ------------------------------------------------------------------------------
+
+
+def test_one_place_for_many_scopes_is_not_written_out():
+    """The first search takes the places as they are; the next places stand for as many scopes as these."""
+    cut = grid_cut((300, 500), per_scope=True)
+    taken = []
+
+    def kth(parts, k, ord):
+        taken.append(k)
+        return np.zeros(k.array.size, dtype=np.float32)
+
+    for entries in (np.int64(7), np.arange(500), np.arange(300)[:, None], np.arange(150_000).reshape(300, 500)):
+        k = Leaf(np.broadcast_to(entries, (300, 500)), cut)
+        derived.midpoint(kth, (), k, 1.0, None)
+        first, second = taken[-2:]
+        assert first is k
+        assert np.array_equal(second.array, k.array + 1)
+        assert [step == 0 for step in second.array.strides] == [step == 0 for step in k.array.strides]
 
 
 # --- scopes larger than a piece --------------------------------------------------------------------

@@ -17,8 +17,15 @@ Ord = float | None
 
 def midpoint(kth: Callable[[Parts, Leaf, Ord], Array], parts: Parts, k: Leaf, weight: float, ord: Ord) -> Array:
     """`Backend.midpoint` by two searches."""
-    upper, lower = (kth(parts, Leaf(k.array + i, k.cut), ord) for i in (0, 1))
+    upper, lower = (kth(parts, place, ord) for place in (k, following(k)))
     return _between(upper, lower, weight)
+
+
+def following(k: Leaf) -> Leaf:
+    """The places after these; where one place stands for many, so does the next."""
+    array = k.array
+    entries = array[tuple([slice(None) if step else slice(1) for step in array.strides])]
+    return Leaf(array_namespace(array).broadcast_to(entries + 1, array.shape), k.cut)
 
 
 def _between(upper: Array, lower: Array, weight: float) -> Array:

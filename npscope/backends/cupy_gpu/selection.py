@@ -10,6 +10,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from npscope.backends import derived
 from npscope.backends.cupy_gpu.modules import (
     ANY,
     DTYPES,
@@ -32,7 +33,6 @@ from npscope.backends.cupy_gpu.operands import (
     leaf_template,
     nest,
     numbers,
-    numbers_of,
     operands,
     require_current,
     struct,
@@ -289,13 +289,6 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
     return out
 
 
-def _following(k: Leaf) -> Leaf:
-    """The places after these; one place for all scopes stays one number, which need not be carried to the device."""
-    array, value = numbers_of(k)
-    following = np.broadcast_to(np.int64(value + 1), k.array.shape) if array is None else array + 1
-    return Leaf(following, k.cut)
-
-
 def midpoint(parts: Parts, k: Leaf, weight: float, ord: float | None) -> Array:
     """The point between the k-th and the next rank value of every scope: ``(S,)``."""
     ranking = rank(parts, ord)
@@ -303,7 +296,7 @@ def midpoint(parts: Parts, k: Leaf, weight: float, ord: float | None) -> Array:
     dtype = points_dtype(ranking.parts, values)
     out = cupy.empty(ranking.scopes, dtype)
     if ranking.scopes:
-        upper, lower = (cut_scopes(ranking, place, 1, places=False) for place in (k, _following(k)))
+        upper, lower = (cut_scopes(ranking, place, 1, places=False) for place in (k, derived.following(k)))
         launch(
             "writing.cu", "write_midpoints", blocks_for(ranking.scopes),
             (
