@@ -417,6 +417,43 @@ def _spread(cupy_arrays):
     return cupy_arrays.asarray(np.geomspace(1e-3, 1e3, 8)[None])
 
 
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize(
+    ("name", "carried"),
+    [("kth_largest", 1), ("mid_kth_largest", 1), ("topk_mask", 1), ("hard", 1), ("soft", 1), ("one for all", 0)],
+)
+def test_numbers_of_the_host_are_carried_over_once(cupy_arrays, rng, monkeypatch, size, name, carried):
+    x = cupy_arrays.asarray(rng.uniform(1, 2, (size, size)).astype(np.float32))
+    places, limits = rng.integers(1, size, size), rng.uniform(1, 2, (size // 4, size // 4))
+    over = importlib.import_module("npscope.backends.cupy_gpu.operands")
+    usual, moved = over.cupy.asarray, []
+    monkeypatch.setattr(over.cupy, "asarray", lambda a: (moved.append(a), usual(a))[1])
+    {
+        "kth_largest": lambda: npscope.kth_largest(x, places),
+        "mid_kth_largest": lambda: npscope.mid_kth_largest(x, places),
+        "topk_mask": lambda: npscope.topk_mask(x, places),
+        "hard": lambda: npscope.hard_threshold(x, limits, (4, 4)),
+        "soft": lambda: npscope.soft_threshold(x, limits, (4, 4)),
+        "one for all": lambda: npscope.mid_kth_largest(x, np.asarray([5])),
+    }[name]()
+    assert len(moved) == carried
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_no_number_is_carried_over_for_a_problem_that_is_not_small(cupy_arrays, rng, monkeypatch, checked):
+    """A part of the coupling is too large, or what is checked takes the way of large arrays."""
+    shapes = [(64, 64), (64, 64 if checked else 1024)]
+    parts = [ScopeSpec(BlockSpec(cupy_arrays.asarray(np.ones(s, np.float32)), (4, 4)), (1, -1)) for s in shapes]
+    metric = {part.block: cupy_arrays.asarray(np.ones(s)) for part, s in zip(parts, shapes, strict=True)}
+    limits, both = rng.uniform(0, 1, (16, 1)), ScopeCoupling(parts)
+    over = importlib.import_module("npscope.backends.cupy_gpu.operands")
+    usual, moved = over.cupy.asarray, []
+    monkeypatch.setattr(over.cupy, "asarray", lambda a: (moved.append(a), usual(a))[1])
+    with npscope.config(check=checked):
+        both.soft_threshold(limits, metric)
+    assert len(moved) == len(parts)
+
+
 def test_float8_has_no_place_on_the_device(cupy_arrays):
     cupy = importlib.import_module("cupy")
     with pytest.raises((TypeError, ValueError, KeyError)):

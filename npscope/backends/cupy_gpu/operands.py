@@ -211,17 +211,29 @@ def numbers(leaf: Leaf | None) -> tuple[Struct, Array]:
     array, value = numbers_of(leaf)
     if array is None:
         return _constant(value), None
+    array = on_device(array)
     return struct(NUMBERS, leaf=leaf_struct(array, leaf.cut)[0]), array
 
 
 def numbers_of(leaf: Leaf) -> tuple[Array | None, float]:
-    """Numbers over scopes or blocks: an array on the device, or None and the one number for all."""
+    """Numbers over scopes or blocks: an array, of the host in C order, or None and the one number for all."""
     array = leaf.array
     if not isinstance(array, np.ndarray):
         return array, 0.0
     if array.size == 1 or not any(array.strides):
         return None, float(array.item(0)) if array.size else 0.0
-    return cupy.asarray(np.ascontiguousarray(array)), 0.0
+    return np.ascontiguousarray(array), 0.0
+
+
+def on_device(array: Array) -> Array:
+    """Numbers where kernels read them: those of the host are carried over."""
+    return cupy.asarray(array) if isinstance(array, np.ndarray) else array
+
+
+def leaf_on_device(leaf: Leaf) -> Leaf:
+    """Numbers that several launches read, carried over once; one number for all stays where it is."""
+    array, _ = numbers_of(leaf)
+    return leaf if array is None else Leaf(on_device(array), leaf.cut)
 
 
 @lru_cache(maxsize=256)

@@ -29,6 +29,7 @@ from npscope.backends.cupy_gpu.operands import (
     Operand,
     Struct,
     code_of,
+    leaf_on_device,
     leaf_struct,
     leaf_template,
     nest,
@@ -296,6 +297,7 @@ def midpoint(parts: Parts, k: Leaf, weight: float, ord: float | None) -> Array:
     dtype = points_dtype(ranking.parts, values)
     out = cupy.empty(ranking.scopes, dtype)
     if ranking.scopes:
+        k = leaf_on_device(k)
         upper, lower = (cut_scopes(ranking, place, 1, places=False) for place in (k, derived.following(k)))
         launch(
             "writing.cu", "write_midpoints", blocks_for(ranking.scopes),

@@ -31,6 +31,7 @@ from npscope.backends.cupy_gpu.operands import (
     memory_order,
     numbers_layout,
     numbers_of,
+    on_device,
     require_current,
     struct,
 )
@@ -108,6 +109,10 @@ class Prepared(NamedTuple):
     arrays: list[Array]
     value: float
 
+    def on_device(self) -> Prepared:
+        """The same with its numbers on the device."""
+        return self._replace(arrays=[on_device(array) for array in self.arrays])
+
     def run(self, shape: tuple[int, ...] = (), out: Array | None = None) -> Array:
         """Queue the launch; the result, if it is none of the arrays, has this shape or is written to `out`."""
         plan, arrays = self.plan, self.arrays
@@ -127,7 +132,7 @@ class Prepared(NamedTuple):
         return out
 
 
-def _prepare(
+def _recognise(
     task: int,
     read: Parts,
     target: Parts,
@@ -138,7 +143,10 @@ def _prepare(
     steps: int = 0,
     rtol: float = 0.0,
 ) -> Prepared | None:
-    """A problem whose blocks are ranked or measured in `read`, else as `target` was; None if it is not small."""
+    """A problem whose blocks are ranked or measured in `read`, else as `target` was; None if it is not small.
+
+    Numbers of the host are still there.
+    """
     if not _has_few_elements(read or target):
         return None
     array, value = (None, 0.0) if numbers is None else numbers_of(numbers)
@@ -156,6 +164,12 @@ def _prepare(
         ord, weight, steps, rtol,
     )  # fmt: skip
     return None if plan is None else Prepared(plan, [array for _, array in operands], value)
+
+
+def _prepare(*operands: Any, **options: Any) -> Prepared | None:
+    """A problem ready to run; None if it is not small."""
+    found = _recognise(*operands, **options)
+    return None if found is None else found.on_device()
 
 
 def _has_few_elements(parts: Parts) -> bool:
@@ -330,16 +344,18 @@ def shrink(
     target: Parts, thresholds: Sequence[Leaf], conditioners: Parts | None, max_iter: int, rtol: float
 ) -> Sequence[Array]:
     """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
-    parts = []
+    if conditioners is not None and checks_devices():
+        return shrinkage.shrink(target, thresholds, conditioners, max_iter, rtol)
+    found = []
     for p, part in enumerate(target):
         metric = () if conditioners is None else (conditioners[p],)
         single = len(part) == 1 and part[0].cut.elements == 1 and not kind_of(part[0].array.dtype).is_complex
         task = SOFTEN if single else SHRINK_IN_METRIC if metric else SHRINK
         limits = (max_iter, rtol) if task == SHRINK_IN_METRIC else (0, 0.0)
-        parts.append(_prepare(task, (), (part,), thresholds[p], 2.0, metric, 0.0, *limits))
-    prepared = [part for part in parts if part is not None]
-    if len(prepared) < len(parts) or (conditioners is not None and checks_devices()):
-        return shrinkage.shrink(target, thresholds, conditioners, max_iter, rtol)
-    for each in prepared:
-        each.run()
+        small = _recognise(task, (), (part,), thresholds[p], 2.0, metric, 0.0, *limits)
+        if small is None:
+            return shrinkage.shrink(target, thresholds, conditioners, max_iter, rtol)
+        found.append(small)
+    for small in [each.on_device() for each in found]:  # all of them before the first write
+        small.run()
     return writing.arrays(target)
