@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import platform
 import re
@@ -14,9 +15,11 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 import npscope
+import npscope.backends
 
 FOLDER = Path(npscope.__file__).parent / "backends" / "cupy_gpu"
 ARCHITECTURE = "sm_90"
@@ -42,6 +45,21 @@ def modules() -> ModuleType:
         if absent:
             del sys.modules["cupy"]
     return module
+
+
+@cache
+def backend(name: str) -> ModuleType:
+    """A module of the backend, for what it shares with CUDA; where there is no CuPy, an empty one stands in for it."""
+    package, absent = "npscope.backends.cupy_gpu", importlib.util.find_spec("cupy") is None
+    if not absent:
+        return importlib.import_module(f"{package}.{name}")
+    sys.modules["cupy"] = ModuleType("cupy")
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    finally:
+        for loaded in [m for m in sys.modules if m == "cupy" or m.startswith(package)]:
+            del sys.modules[loaded]
+        del npscope.backends.cupy_gpu
 
 
 def nvrtc_library() -> ctypes.CDLL | None:
@@ -124,6 +142,17 @@ def test_every_kernel_is_launched():
     for path in FOLDER.glob("*.cu"):
         for name in re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(", path.read_text()):
             assert f'"{name}"' in python, f"{name} of {path.name} is launched by nothing"
+
+
+def test_where_a_field_starts_is_known_or_an_error():
+    word_of, layout = backend("operands").word_of, np.dtype([("a", "i4"), ("b", "f8"), ("c", "i4")], align=True)
+    outer = np.dtype([("first", "i8"), ("inner", layout)], align=True)
+    assert (word_of(layout, "b"), word_of(outer, "inner", "b")) == (1, 2)
+    for names in (("d",), ("inner", "d"), ("first", "b")):
+        with pytest.raises(KeyError):
+            word_of(outer, *names)
+    with pytest.raises(KeyError, match="border"):
+        word_of(np.dtype([("a", "i4"), ("b", "i4")]), "b")
 
 
 def test_dtypes_have_the_numbers_that_python_gives_them():

@@ -5,7 +5,7 @@ What follows from the geometry is made once and kept (`leaf_template`); a call f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -61,6 +61,18 @@ def table_on_device(structs: Sequence[Struct]) -> Array:
         carrier = piece.view(f"V{UPLOAD}")
         launch("upload.cu", "upload", 1, (carrier, table[start:], np.int64(part.size)))
     return table
+
+
+def word_of(layout: np.dtype, *names: str) -> int:
+    """Where a field of a struct, or of a struct in it, starts, in words of eight bytes; KeyError if there is none."""
+    start = 0
+    for name in names:
+        fields: Mapping[str, Any] = layout.fields or {}
+        layout, offset = fields[name][:2]
+        start += offset
+    if start % 8:
+        raise KeyError(f"{names[-1]} is at byte {start} and not on a border of words")
+    return start // 8
 
 
 # --- leaves --------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from npscope.backends.cupy_gpu.operands import (
     struct,
     table_cut,
     table_on_device,
+    word_of,
 )
 from npscope.dtypes import common_norm
 from npscope.tiling import Cut, Leaf, Parts
@@ -50,7 +51,7 @@ SOURCES = np.dtype(
     [("count", np.int32), ("kind", np.int32), ("blocks", np.int64), ("more", np.uint64), ("first", SOURCE)], align=True
 )
 
-POINTER = (SOURCES.fields["first"][1] + SOURCE.fields["leaf"][1]) // 8 if SOURCES.fields and SOURCE.fields else 0
+POINTER = word_of(SOURCES, "first", "leaf", "data")
 """The word of the only source's address."""
 
 ROW_BLOCKS = 32 * max(ROW_KEYS)

@@ -34,6 +34,7 @@ from npscope.backends.cupy_gpu.operands import (
     on_device,
     require_current,
     struct,
+    word_of,
 )
 from npscope.backends.cupy_gpu.selection import keys_of, points_dtype, values_dtype
 from npscope.backends.cupy_gpu.shrinkage import LIMITS
@@ -75,13 +76,7 @@ PROBLEM = np.dtype(
 )  # fmt: skip
 
 
-def _word(layout: np.dtype, name: str) -> int:
-    """Where a field of a struct starts, in words."""
-    fields = layout.fields
-    return fields[name][1] // 8 if fields else 0
-
-
-_VALUE = _word(PROBLEM, "numbers") + _word(NUMBERS, "value")
+_VALUE = word_of(PROBLEM, "numbers", "value")
 _write_value = packing.Struct("=d").pack_into
 
 Look = tuple[Cut, tuple[int, ...], np.dtype]
@@ -215,13 +210,13 @@ def _plan(
         orders = [memory_order(*look[:2]) for look in (group if name == "read" else written)]
         for i, (look, order) in enumerate(zip(group, orders, strict=False)):
             argument[name][0, i] = leaf_template(look[0], look[1], code_of(look[2]), order, LEAF)[0]
-            places.append(_word(PROBLEM, name) + (i * LEAF.itemsize) // 8)
+            places.append(word_of(PROBLEM, name) + (i * LEAF.itemsize) // 8)
     argument["numbers"]["constant"] = not number
     for cut, strides, of in number:
         argument["numbers"]["leaf"] = leaf_template(cut, strides, code_of(of), memory_order(cut, strides), LEAF)[0]
-        places.append(_word(PROBLEM, "numbers") + _word(NUMBERS, "leaf"))
+        places.append(word_of(PROBLEM, "numbers", "leaf", "data"))
     if dtype is not None:
-        places.append(_word(PROBLEM, "out"))
+        places.append(word_of(PROBLEM, "out"))
     lanes = max(lanes_of(part.elements) for part in parts)
     if competing:
         launched, grid = kernel("small_scopes.cu", "rank_small", KEY_BITS=bits, LANES=lanes), (parts[0].cut.scopes, 1)
