@@ -278,6 +278,26 @@ def test_the_largest_small_problem_and_the_smallest_large_one(cupy_arrays, rng, 
         assert same_bits(cupy_arrays.to_numpy(npscope.block_norms(device, block)), norms)
 
 
+@pytest.mark.parametrize(
+    ("name", "ord", "exact"),
+    [
+        ("float64", 2, False), ("float64", 1, False), ("complex64", 2, False), ("float32", 2.5, False),
+        ("float32", 2, True), ("float16", 1, True), ("int64", math.inf, False),
+    ],
+)  # fmt: skip
+def test_joint_norms_are_those_of_the_parts(cupy_arrays, rng, monkeypatch, name, ord, exact):
+    """Bit for bit: parts whose sums are rounded on the way, and owned by more threads or fewer, share no launch."""
+    small = importlib.import_module("npscope.backends.cupy_gpu.small")
+    x = [(rng.standard_normal(s) * 10.0 ** rng.integers(-4, 4, s)).astype(name) for s in ((64, 32), (64, 64))]
+    parts = [ScopeSpec(BlockSpec(cupy_arrays.asarray(a), (1, -1)), ()) for a in x]
+    alone = [cupy_arrays.to_numpy(part.block_norms(ord=ord)) for part in parts]
+    runs, usual = [], small.Prepared.run
+    monkeypatch.setattr(small.Prepared, "run", lambda *args, **kwargs: (runs.append(1), usual(*args, **kwargs))[1])
+    joint = cupy_arrays.to_numpy(ScopeCoupling(parts).block_norms(ord=ord))
+    assert same_bits(joint, np.concatenate(alone, axis=-1))
+    assert len(runs) == (exact and small.MOST_ELEMENTS > 0)
+
+
 def test_small_problems_of_more_axes_than_a_launch_carries(cupy_arrays, rng):
     x = rng.standard_normal((4,) * 6).astype(np.float32)
     block, scope = (2, 1, 2, 1, 2, 1), (1, 2, 1, 2, 1, 2)

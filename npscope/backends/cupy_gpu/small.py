@@ -20,7 +20,7 @@ from npscope.backends import derived
 from npscope.backends.cupy_gpu import norms as tables
 from npscope.backends.cupy_gpu import selection, shrinkage, writing
 from npscope.backends.cupy_gpu.modules import THREADS, as_bytes, kernel
-from npscope.backends.cupy_gpu.norms import MEASURE, NORM, lanes_of, measure
+from npscope.backends.cupy_gpu.norms import MEASURE, NORM, ORDERS, lanes_of, measure
 from npscope.backends.cupy_gpu.operands import (
     Array,
     Blocks,
@@ -188,7 +188,8 @@ def _plan(
     read, old, written, metric, number = ([next(rest) for _ in range(count)] for count in counts)
     parts = _blocks(read or old or written, widths)
     competing = task <= PRUNE
-    if not _is_small(parts, looks, competing):
+    lanes = _lanes(parts, ord)
+    if lanes is None or not _is_small(parts, looks, competing):
         return None
     kind, bits = keys_of(parts, ord)
     dtype, values = _dtypes(task, parts, looks[0][2], ord)
@@ -217,7 +218,6 @@ def _plan(
         places.append(word_of(PROBLEM, "numbers", "leaf", "data"))
     if dtype is not None:
         places.append(word_of(PROBLEM, "out"))
-    lanes = max(lanes_of(part.elements) for part in parts)
     if competing:
         launched, grid = kernel("small_scopes.cu", "rank_small", KEY_BITS=bits, LANES=lanes), (parts[0].cut.scopes, 1)
     else:
@@ -243,6 +243,14 @@ def _is_small(parts: Sequence[Blocks], looks: Sequence[Look], competing: bool) -
         and sum(len(part.kinds) for part in parts) <= MOST_LEAVES
         and all(len(cut.scope + cut.block + cut.element) <= MOST_LOOPS for cut, *_ in looks)
     )
+
+
+def _lanes(parts: Sequence[Blocks], ord: float | None) -> int | None:
+    """Threads that own a block, in one launch for all parts; None where that would round sums of a part otherwise."""
+    own = [lanes_of(part.elements) for part in parts]
+    lanes = max(own)
+    same = [n == lanes or part.single or (part.exact and ord in ORDERS) for part, n in zip(parts, own, strict=True)]
+    return lanes if all(same) else None
 
 
 def _dtypes(task: int, parts: Sequence[Blocks], first: np.dtype, ord: float | None) -> tuple[np.dtype | None, np.dtype]:
