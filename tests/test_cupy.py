@@ -14,6 +14,7 @@ from strategies import KINDS, hostile, same_bits
 
 import npscope
 from npscope import BlockCoupling, BlockSpec, KindError, ScopeCoupling, ScopeSpec, SpecError, View
+from npscope.tiling import Leaf, grid_cut
 
 FAST = ("float32", "float16", "bfloat16")
 
@@ -296,6 +297,21 @@ def test_joint_norms_are_those_of_the_parts(cupy_arrays, rng, monkeypatch, name,
     joint = cupy_arrays.to_numpy(ScopeCoupling(parts).block_norms(ord=ord))
     assert same_bits(joint, np.concatenate(alone, axis=-1))
     assert len(runs) == (exact and small.MOST_ELEMENTS > 0)
+
+
+def test_leaves_of_which_only_some_were_elsewhere(cupy_arrays, rng):
+    """What no caller asks for is right too: the elements of one leaf are brought, the other is worked on in place."""
+    small = importlib.import_module("npscope.backends.cupy_gpu.small")
+    x, y = (rng.standard_normal((8, 16)).astype(np.float32) for _ in range(2))
+    (geometry,) = BlockSpec(x, (1, -1))._cuts
+    for first in (True, False):
+        a, b = cupy_arrays.asarray(x), cupy_arrays.asarray(y)
+        new = cupy_arrays.asarray(np.full_like(x, np.nan))
+        leaves = (Leaf(new, geometry, a), Leaf(b, geometry)) if first else (Leaf(b, geometry), Leaf(new, geometry, a))
+        mask = np.arange(8).reshape(8, 1) % 2 == 0
+        small.apply_mask((leaves,), Leaf(mask, grid_cut((8, 1), per_scope=False)))
+        assert same_bits(cupy_arrays.to_numpy(new), np.where(mask, x, np.float32(0)))
+        assert same_bits(cupy_arrays.to_numpy(b), np.where(mask, y, np.float32(0)))
 
 
 def test_small_problems_of_more_axes_than_a_launch_carries(cupy_arrays, rng):

@@ -148,6 +148,8 @@ def _recognise(
     reads = [(leaf.cut, leaf.array) for part in read for leaf in part]
     written = [(leaf.cut, leaf.array) for part in target for leaf in part]
     old = [(leaf.cut, leaf.origin) for part in target for leaf in part if leaf.origin is not None]
+    if len(old) not in (0, len(written)):
+        return None
     weights = [(leaf.cut, leaf.array) for part in metric for leaf in part]
     number = [] if array is None or numbers is None else [(numbers.cut, array)]
     operands = [*reads, *old, *written, *weights, *number]
@@ -208,8 +210,8 @@ def _plan(
     places = []
     for name, group in (("read", read), ("old", old), ("written", written), ("metric", metric)):
         # Leaves that are worked off element by element together take the order of the written ones.
-        orders = [memory_order(*look[:2]) for look in (group if name == "read" else written)]
-        for i, (look, order) in enumerate(zip(group, orders, strict=False)):
+        orders = [memory_order(*look[:2]) for look in (written if group and name != "read" else group)]
+        for i, (look, order) in enumerate(zip(group, orders, strict=True)):
             argument[name][0, i] = leaf_template(look[0], look[1], code_of(look[2]), order, LEAF)[0]
             places.append(word_of(PROBLEM, name) + (i * LEAF.itemsize) // 8)
     argument["numbers"]["constant"] = not number
