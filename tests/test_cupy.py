@@ -224,7 +224,7 @@ def test_element_masks_take_little_more_than_their_bytes(cupy_arrays):
 
 
 def test_a_small_call_is_one_launch(cupy_arrays, rng, monkeypatch):
-    """Every operation, in place and not, of functions, specs and couplings: none takes the way of large arrays."""
+    """In place and not, of functions, specs and couplings: none takes the way of large arrays."""
     cupy = real_cupy(cupy_arrays)
     small = importlib.import_module("npscope.backends.cupy_gpu.small")
     if small.MOST_ELEMENTS == 0:
@@ -266,6 +266,9 @@ def test_a_small_call_is_one_launch(cupy_arrays, rng, monkeypatch):
         before = len(runs)
         call()
         assert len(runs) == before + 1
+    before = len(runs)
+    both.soft_threshold(0.1)
+    assert len(runs) == before + len(both.scopes)
 
 
 @pytest.mark.parametrize("columns", [256, 260])

@@ -1,10 +1,10 @@
 """The CuPy backend: CUDA kernels on device memory.
 
-Operations only queue work on the current stream: nothing is read back but what returns an integer or
+Operations only queue work on the current stream: nothing is read back but what returns a number or
 was asked for by ``config(check=True)``, so that a call can be captured in a CUDA graph. Decisions
 (the cut of a scope, the factor of a block) are made in tables on the device and then written; small
-problems are decided and written by one launch (`small`). What a call needs is allocated from CuPy's
-pool before its first write.
+problems are decided and written by one launch, those of a proximal step by one a part (`small`). What a
+call needs is allocated from CuPy's pool before its first write.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ Up to some thousands of elements a call takes the time that Python needs to prep
 small is one launch of small_scopes.cu or small_blocks.cu, and the argument of that launch, one struct,
 is made once for all calls that look alike: a call copies it and fills in addresses. What looks alike
 has the same cuts, strides, dtypes and options.
+
+The proximal step of a coupling is a problem for each part. Counts and sums of elements are never small,
+nor is what an argument has no room for, nor a metric whose entries are to be checked.
 """
 
 from __future__ import annotations
