@@ -51,6 +51,7 @@ LAYERS: dict[str, set[str]] = {
     "pruning": {
         *(
             "dropping",
+            "marks",
             "masks",
             "limits",
             "ranked",

@@ -279,6 +279,28 @@ def test_marks_are_found_by_reading_once_more(
     assert done.zeros_after == values.size // 2
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_marks_in_windows_of_columns_are_found_by_reading_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    """Every slab of rows meets all windows."""
+    monkeypatch.setattr(dropping, "SCOPE_BYTES", 1024)
+    monkeypatch.setattr(dropping, "SLAB_BYTES", 4 * 512 * 4)
+    monkeypatch.setattr(dropping, "LIMITS", 1)
+    monkeypatch.setattr(dropping, "MARK_BYTES", 64 * 56 // 8)
+    values = numbers("normal", (64, 512), "float32", 4)
+    save_file({"w": values}, tmp_path / "in")
+    seen = [0]
+    recipe = Recipe.shorthand(Pattern.parse("block=1x1 scope=1x-1 keep=20"), layout="in-out")
+    progress = lambda done, total: seen.append(total)  # noqa: E731
+    pruning.prune_file(tmp_path / "in", tmp_path / "out", recipe, dry_run=dry_run, progress=progress)
+    assert seen[-1] == 2 * values.nbytes
+    if not dry_run:
+        expected = npscope.keep_largest(values, 20, (1, 1), (-1, 1))
+        np.testing.assert_array_equal(load(tmp_path / "out")["w"], expected)
+    assert {path.name for path in tmp_path.iterdir()} == ({"in"} if dry_run else {"in", "out"})
+
+
 @given(data=st.data())
 def test_marks_are_those_that_were_put(data: st.DataObject) -> None:
     region = tuple(slice(at, at + size) for at, size in ((2, 3), (0, 2), (5, 21)))

@@ -3,7 +3,7 @@
 A scope that fits in a slab is decided there. For a larger one a search goes first: its limits
 tell of every block whether it survives, so that no slab need know of another. Where there would be
 too many limits, or a slab cannot tell what the norms of its blocks are, the survivors are marked
-window by window, when the first slab of a window comes.
+window by window, when the first slab of a window comes, and are kept on disk where others come back to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from npscope.namespace import block_mask, hard_threshold, keep_largest
 from npscope.recipes.coupled import Kept, drop
 from npscope.recipes.plans import Budget, Coupled, Plan
 from npscope.streaming.limits import Keys, Limit, Member, Search
-from npscope.streaming.marks import Marks
+from npscope.streaming.marks import Marks, MarksFile
 from npscope.streaming.ranked import Slab
 from npscope.streaming.slabs import (
     SLAB_BYTES,
@@ -153,14 +153,17 @@ class ByLimit:
 class ByMarks:
     """Survivors are marked in one window after another; slabs may cut blocks, and windows.
 
-    `mark` finds the marks of a window, a box of the stored tensor, over the stored axes. It reads
-    the window, and again when it is wanted again: that is when a window is a part of rows only.
+    `mark` finds the marks of a window, a box of the stored tensor, over the stored axes: it reads
+    the window. Slabs come back to windows that are parts of rows, whose marks go into `file`.
     """
 
-    def __init__(self, plan: Plan, kept: int, windows: tuple[int, ...], mark: Callable[[Box], Marks]) -> None:
+    def __init__(
+        self, plan: Plan, kept: int, windows: tuple[int, ...], mark: Callable[[Box], Marks], file: MarksFile
+    ) -> None:
         self.plan, self.kept = plan, kept
-        self._windows, self._mark = windows, mark
-        self._marks: dict[tuple[int, ...], Marks] = {}
+        self._windows, self._mark, self._file = windows, mark, file
+        self._come_again = smallest_slab(plan.shape, windows) > math.prod(windows)
+        self._marks: dict[tuple[int, ...], Callable[[], Marks]] = {}
 
     @property
     def period(self) -> tuple[int, ...]:
@@ -189,11 +192,12 @@ class ByMarks:
     def _marks_of(self, corner: tuple[int, ...]) -> Marks:
         """The marks of the window that starts there."""
         if corner not in self._marks:
-            while len(self._marks) > 1:  # a slab may reach from one window into the next
+            while not self._come_again and len(self._marks) > 1:  # a slab may reach from one window into the next
                 del self._marks[next(iter(self._marks))]
             sides = zip(corner, self._windows, self.plan.shape, strict=True)
-            self._marks[corner] = self._mark(tuple(slice(at, min(at + size, length)) for at, size, length in sides))
-        return self._marks[corner]
+            marks = self._mark(tuple(slice(at, min(at + size, length)) for at, size, length in sides))
+            self._marks[corner] = self._file.keep(marks) if self._come_again else lambda: marks
+        return self._marks[corner]()
 
 
 @dataclass(frozen=True)
@@ -220,8 +224,11 @@ class ByWindows:
         drop(self.windows, start, slab.values.reshape(-1))
 
 
-def dropper_of(plan: Plan, search: Search) -> Dropper:
-    """The dropper of a tensor that is decided alone; it may read the tensor, now and when it drops."""
+def dropper_of(plan: Plan, search: Search, file: MarksFile) -> Dropper:
+    """The dropper of a tensor that is decided alone; it may read the tensor, now and when it drops.
+
+    `file` is for marks that it comes back to.
+    """
     kept = plan.scopes * plan.keep
     if _fits(plan, plan.scope_size, SCOPE_BYTES):
         return ByScope(plan, kept)
@@ -232,14 +239,14 @@ def dropper_of(plan: Plan, search: Search) -> Dropper:
     by_limit = plan.scopes <= LIMITS and _holds_blocks(plan) and (plan.has_exact_norms or plan.scopes == 1)
     if not by_limit and math.prod(plan.scope_size) <= elements_in(SCOPE_BYTES, plan.width):
         scope = plan.stored(plan.scope_size)
-        return ByMarks(plan, kept, _windows(plan, scope), partial(_marks_by_scope, plan, search))
+        return ByMarks(plan, kept, _windows(plan, scope), partial(_marks_by_scope, plan, search), file)
     limits, lasts = _limits(plan, keys, search)
     if by_limit:
         return ByLimit(plan, keys, limits, lasts, kept)
-    return _by_marks(plan, keys, limits, lasts, kept, search)
+    return _by_marks(plan, keys, limits, lasts, kept, search, file)
 
 
-def droppers_of(budget: Budget, search: Search) -> list[Dropper]:
+def droppers_of(budget: Budget, search: Search, file: MarksFile) -> list[Dropper]:
     """The droppers of the tensors that share a budget; SpecError when no choice is within its bounds."""
     plans, keys = budget.plans, Keys(budget.plans)
     least, most = (sum(bound[side] for bound in budget.bounds) for side in (0, 1))
@@ -250,25 +257,27 @@ def droppers_of(budget: Budget, search: Search) -> list[Dropper]:
     members = [Member.all_of(plan) for plan in plans]
     free = all(bound == (0, member.blocks) for bound, member in zip(budget.bounds, members, strict=True))
     found = search.limits(members, budget.keep, keys, None if free else budget.bounds)
-    return [_by_limit(plan, keys, limit, search) for plan, limit in zip(plans, found, strict=True)]
+    return [_by_limit(plan, keys, limit, search, file) for plan, limit in zip(plans, found, strict=True)]
 
 
-def _by_limit(shared: Plan, keys: Keys, limit: Limit, search: Search) -> Dropper:
+def _by_limit(shared: Plan, keys: Keys, limit: Limit, search: Search, file: MarksFile) -> Dropper:
     plan = replace(shared, keep=limit.kept)
     found = ByLimit.single(plan, keys, limit)
     if _holds_blocks(plan):
         return found
-    return _by_marks(plan, keys, found.limits, found.lasts, limit.kept, search)
+    return _by_marks(plan, keys, found.limits, found.lasts, limit.kept, search, file)
 
 
-def _by_marks(plan: Plan, keys: Keys, limits: Array, lasts: Array, kept: int, search: Search) -> ByMarks:
+def _by_marks(
+    plan: Plan, keys: Keys, limits: Array, lasts: Array, kept: int, search: Search, file: MarksFile
+) -> ByMarks:
     """The dropper that compares with the limits of large scopes what a search reads."""
     scope = plan.stored(plan.scope_size)
     # Windows hold whole boxes of the search, so that norms come out as they did there.
     boxes = tile_sizes(scope, plan.stored(plan.block), elements_in(SLAB_BYTES, plan.width))
     sides = zip(boxes, scope, plan.shape, strict=True)
     unit = tuple(box if size % box == 0 or size == length else size for box, size, length in sides)
-    return ByMarks(plan, kept, _windows(plan, unit), partial(_marks_by_limit, plan, keys, limits, lasts, search))
+    return ByMarks(plan, kept, _windows(plan, unit), partial(_marks_by_limit, plan, keys, limits, lasts, search), file)
 
 
 def _fits(plan: Plan, period: Sequence[int], nbytes: int) -> bool:

@@ -2,7 +2,9 @@
 
 The output is there complete or not at all, also when it takes the place of the input. Memory is a few
 slabs, whatever the size of the file: a scope that fits in a slab is decided in the pass that
-writes, a larger one before. While a slab is worked on the next one is read and the last written.
+writes, a larger one before. Where very many of these lie beside each other, a bit for each block
+waits in an unnamed file beside the output. While a slab is worked on the next one is read and the
+last written.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from npscope.recipes.recipe import Recipe
 from npscope.recipes.scores import check_scores_unchanged
 from npscope.streaming.dropping import ByWindows, Dropper, dropper_of, droppers_of, slabs_for
 from npscope.streaming.limits import Search
+from npscope.streaming.marks import MarksFile
 from npscope.streaming.masks import MaskWriter, mask_file, mask_target
 from npscope.streaming.ranked import RankedReader, Slab
 from npscope.streaming.slabs import count_zeros_and_nans
@@ -127,8 +130,9 @@ def prune_file(
         ticker = _Ticker(weights, progress)
         search, reader = Search(RankedReader(weights, ahead), ticker.more), RankedReader(weights, ahead)
         if place is None or dry_run:
-            droppers = _droppers(decisions, weights, search)
-            outcomes = _write(weights, droppers, reader, None, None, nan, ticker)
+            with MarksFile(None) as file:
+                droppers = _droppers(decisions, weights, search, file)
+                outcomes = _write(weights, droppers, reader, None, None, nan, ticker)
             weights.check_unchanged()
             check_scores_unchanged(decisions)
         else:
@@ -139,7 +143,9 @@ def prune_file(
                     place = replace(place, companion=masks)
                 writer = stack.enter_context(weights.successor(place))
                 behind = _Behind(writer, stack.enter_context(Background()))
-                droppers = _droppers(decisions, weights, search)
+                folder = place.path if os.path.isdir(place.path) else os.path.dirname(place.path)
+                file = stack.enter_context(MarksFile(folder))
+                droppers = _droppers(decisions, weights, search, file)
                 outcomes = _write(weights, droppers, reader, behind, masks, nan, ticker)
                 check_scores_unchanged(decisions)
         skips = {decision.tensor.name: decision for decision in decisions if isinstance(decision, Skip)}
@@ -169,14 +175,16 @@ def _require_places_apart(
         require_free(report, "report", taken)
 
 
-def _droppers(decisions: Iterable[Decision], weights: WeightFile, search: Search) -> dict[str, Dropper]:
+def _droppers(
+    decisions: Iterable[Decision], weights: WeightFile, search: Search, file: MarksFile
+) -> dict[str, Dropper]:
     """What drops the losers of each tensor, by its name."""
     found: dict[str, Dropper] = {}
     for decision in decisions:
         if isinstance(decision, Plan):
-            found[decision.tensor.name] = dropper_of(decision, search)
+            found[decision.tensor.name] = dropper_of(decision, search, file)
         elif isinstance(decision, Budget):
-            shared = droppers_of(decision, search)
+            shared = droppers_of(decision, search, file)
             found |= {plan.tensor.name: each for plan, each in zip(decision.plans, shared, strict=True)}
         elif isinstance(decision, Coupling):
             masks = masks_of(decision, weights, search.tick)
