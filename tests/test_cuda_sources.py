@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import math
 import platform
 import re
 import shutil
@@ -153,6 +154,83 @@ def test_where_a_field_starts_is_known_or_an_error():
             word_of(outer, *names)
     with pytest.raises(KeyError, match="border"):
         word_of(np.dtype([("a", "i4"), ("b", "i4")]), "b")
+
+
+# --- what Python and CUDA both state ---------------------------------------------------------------
+
+FIRST_FIELDS = {"ranks": "scope_rank"}
+"""Arrays of Python that are single fields in CUDA, one after the other."""
+
+
+def layout_of(name: str, layout: np.dtype) -> list[str]:
+    """That a struct of CUDA lies like one of Python: its size, and where each field starts."""
+    assert layout.fields
+    starts = {FIRST_FIELDS.get(field, field): start for field, (_, start, *_) in layout.fields.items()}
+    places = [f"__builtin_offsetof({name}, {field}) == {start}" for field, start in starts.items()]
+    return [f"sizeof({name}) == {layout.itemsize}", *places]
+
+
+def equal(module: ModuleType, *names: str) -> list[str]:
+    """That constants of a module have the same name and value in CUDA."""
+    return [f"{name} == {getattr(module, name)}" for name in names]
+
+
+def shared_facts() -> dict[str, list[str]]:
+    """What the launches of a source take for granted, as conditions in CUDA."""
+    small, selection, norms = backend("small"), backend("selection"), backend("norms")
+    operands, shrinkage, writing = backend("operands"), backend("shrinkage"), backend("writing")
+    orders = [f"{name} == {norms.ORDERS[ord]}" for name, ord in (("ONE", 1), ("TWO", 2), ("LARGEST", math.inf))]
+    leaves = [*layout_of("Leaf", operands.LEAF), *layout_of("Numbers", operands.NUMBERS)]
+    tasks = (
+        "KTH", "MIDPOINT", "BLOCK_MASK", "ELEMENT_MASK", "PRUNE", "NORMS", "THRESHOLD", "SHRINK", "SHRINK_IN_METRIC",
+        "APPLY_MASK", "SCALE", "SOFTEN",
+    )  # fmt: skip
+    problem = [
+        *layout_of("Problem", small.PROBLEM), *layout_of("Part", small.PART), *layout_of("Leaf", small.LEAF),
+        *layout_of("Numbers", small.NUMBERS), *layout_of("Measure", norms.MEASURE),
+        *layout_of("Limits", shrinkage.LIMITS), *equal(small, "MOST_LEAVES", *tasks), *equal(norms, "LARGEST", "POWER"),
+        f"MAX_LOOPS == {small.MOST_LOOPS}", f"THREADS == {small.THREADS}", *orders,
+    ]  # fmt: skip
+    low, high = importlib.import_module("npscope.backends").CONDITIONER_RANGE
+    return {
+        "small_scopes.cu": [*problem, f"MOST_KEYS == {small.MOST_BLOCKS}"],
+        "small_blocks.cu": problem,
+        "norms.cu": [
+            *leaves, *layout_of("Leaves", operands.LEAVES), *layout_of("Measure", norms.MEASURE), *orders,
+            *equal(norms, "LARGEST", "POWER", "NORM", "FACTOR"), f"THREADS == {modules().THREADS}",
+        ],
+        "selection.cu": [
+            *leaves, *layout_of("Source", selection.SOURCE), *layout_of("Sources", selection.SOURCES),
+            *equal(selection, "MAGNITUDE", "SIGNED", "INTEGER", "BINS", "TILE", "THREADS"),
+            f"sizeof(Search) == {selection.SEARCH_BYTES}", f"PASSES == {selection.PASSES[32]}",
+        ],
+        "writing.cu": [
+            *leaves, *layout_of("Decision", writing.DECISION), *equal(writing, "BY_RANK", "BY_THRESHOLD", "BY_MASK")
+        ],
+        "shrinkage.cu": [
+            *leaves, *layout_of("Limits", shrinkage.LIMITS), f"LEAST_METRIC == {low}", f"LARGEST_METRIC == {high}"
+        ],
+        "tiles.cu": [*layout_of("Matrix", norms.MATRIX), *orders],
+        "upload.cu": [f"sizeof(Bytes) == {operands.UPLOAD}"],
+    }  # fmt: skip
+
+
+def objections(compiler: Compiler, file: str, facts: list[str]) -> str:
+    """What a compiler says to a source with these conditions at its end."""
+    macros = next(macros for name, macros in VARIANTS if name == file)
+    conditions = "".join(f'\nstatic_assert({fact}, "");' for fact in facts)
+    options = (*modules().OPTIONS, *(f"-D{key}={value}" for key, value in macros))
+    return compiler(modules().source_of(file) + conditions, options).strip()
+
+
+@pytest.mark.parametrize("file", shared_facts())
+def test_python_and_cuda_agree_on_constants_and_structs(compiler, file):
+    assert objections(compiler, file, shared_facts()[file]) == ""
+
+
+def test_what_python_and_cuda_disagree_on_is_found(compiler):
+    wrong = [f"sizeof(Bytes) == {backend('operands').UPLOAD + 1}", "__builtin_offsetof(Bytes, bytes) == 8"]
+    assert objections(compiler, "upload.cu", wrong).count("static assertion failed") == 2
 
 
 def test_dtypes_have_the_numbers_that_python_gives_them():
