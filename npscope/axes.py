@@ -12,20 +12,20 @@ Array = Any
 
 def array_namespace(array: Array) -> Any:
     """The array API namespace of an array; NumPy itself for NumPy arrays."""
-    return np if isinstance(array, np.ndarray | np.generic) else _namespace_of(type(array), array)
+    return np if isinstance(array, np.ndarray | np.generic) else _CUPY.get(type(array)) or _namespace_of(array)
 
 
-def _namespace_of(kind: type, array: Array) -> Any:
-    """The namespace of arrays of this type, looked for once: the search takes microseconds."""
-    found = _NAMESPACES.get(kind)
-    if found is None:
-        import array_api_compat
+def _namespace_of(array: Array) -> Any:
+    import array_api_compat
 
-        found = _NAMESPACES[kind] = array_api_compat.array_namespace(array)
+    found = array_api_compat.array_namespace(array)
+    if array_api_compat.is_cupy_namespace(found):
+        _CUPY[type(array)] = found
     return found
 
 
-_NAMESPACES: dict[type, Any] = {}
+_CUPY: dict[type, Any] = {}
+"""The namespace of CuPy's arrays, for the search takes microseconds; arrays of other types may have one each."""
 
 
 def reshaped(array: Array, shape: tuple[int, ...]) -> Array:

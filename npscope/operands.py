@@ -33,17 +33,19 @@ def is_numpy(array: Any) -> bool:
 
 def is_cupy(array: Any) -> bool:
     """Whether `array` is a CuPy array; CuPy is not imported to find out."""
-    found = _IS_CUPY.get(type(array))
-    return _is_cupy_type(type(array)) if found is None else found
+    kind = type(array)
+    return kind in _CUPY or (kind is not np.ndarray and _is_of_cupy(kind))
 
 
-def _is_cupy_type(kind: type) -> bool:
-    _IS_CUPY[kind] = found = kind.__module__.partition(".")[0] == "cupy" and kind.__name__ == "ndarray"
+def _is_of_cupy(kind: type) -> bool:
+    found = kind.__name__ == "ndarray" and kind.__module__.partition(".")[0] == "cupy"
+    if found:
+        _CUPY.add(kind)
     return found
 
 
-_IS_CUPY: dict[type, bool] = {}
-"""What was found for a type: reading its module takes longer than all else about a small call's array."""
+_CUPY: set[type] = set()
+"""CuPy's type, once seen: reading its module takes longer than all else about a small call's array."""
 
 
 def is_strided(array: Any) -> bool:

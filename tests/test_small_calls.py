@@ -6,12 +6,15 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 import npscope
 from npscope import BlockSpec, ScopeSpec
+from npscope.axes import array_namespace
+from npscope.operands import is_cupy
 
 MOST_CALLS = 190
 """Functions, built-in ones included, that a warm call may enter; they take about 0.1 us each."""
@@ -72,6 +75,31 @@ def test_what_is_remembered_of_integers_serves_nothing_that_equals_them(wrong):
     for nnz, block, scope in ((wrong, (1, 1), (1, 4)), (1, (wrong, 1), (1, 4)), (1, (1, 1), (wrong, 4))):
         with pytest.raises(npscope.KindError):
             npscope.keep_largest(x, nnz, block, scope)
+
+
+def test_the_namespace_of_an_array_is_its_own_not_that_of_its_type():
+    """A type may serve several namespaces."""
+    spaces = [ModuleType(name) for name in ("one", "another")]
+
+    class Foreign:
+        def __init__(self, space: ModuleType) -> None:
+            self.space = space
+
+        def __array_namespace__(self, api_version: str | None = None) -> ModuleType:
+            return self.space
+
+    for space in (*spaces, *spaces):
+        assert array_namespace(Foreign(space)) is space
+        assert not is_cupy(Foreign(space))
+
+
+@pytest.mark.parametrize(("module", "name", "found"), [("cupy", "ndarray", True), ("cupy", "matrix", False)])
+def test_arrays_of_cupy_are_told_by_the_module_and_name_of_their_type(module, name, found):
+    """Now, not when a type was first seen."""
+    kind = type("Other", (), {})
+    assert not is_cupy(kind())
+    kind.__module__, kind.__name__ = module, name
+    assert is_cupy(kind()) is found
 
 
 def test_what_is_remembered_of_a_call_keeps_no_array_alive():
