@@ -211,7 +211,9 @@ def test_case83_a_signal_in_any_call(scene: Scene) -> None:
             scene.check_next_run()
 
 
-@pytest.mark.parametrize("way", [error, done_and_error, interrupt])
+@pytest.mark.parametrize(
+    "way", [error, *(pytest.param(way, marks=pytest.mark.slow) for way in (done_and_error, interrupt))]
+)
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
