@@ -24,7 +24,7 @@ import npscope
 from npscope.backends import reference
 
 _SHARED = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
-settings.register_profile("fast", max_examples=15, derandomize=True, **_SHARED)
+settings.register_profile("fast", max_examples=10, derandomize=True, **_SHARED)
 settings.register_profile("slow", max_examples=1000, **_SHARED)
 
 OPERATIONS = (
