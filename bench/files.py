@@ -37,30 +37,22 @@ WIDTH = 4096
 PAUSE = 4.0
 """Seconds of rest before each process: a virtual machine gives freed pages back meanwhile, as it would between runs."""
 
-ROOM_MIB = 256
-
 
 @dataclass
 class Contender:
-    """A process and what it is measured against: seconds of all rounds, its largest peak of memory in MiB."""
+    """A process and what it is measured against: seconds of all rounds."""
 
     name: str
     command: Sequence[object]
     floor: str = ""
     bar: float | None = None
     seconds: list[float] = field(default_factory=list)
-    peak_mib: float = 0.0
 
     def run(self) -> None:
         """One round."""
         start = time.perf_counter()
-        child = subprocess.Popen([str(word) for word in self.command], stdout=subprocess.DEVNULL, cwd=ROOT)
-        _, status, used = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        subprocess.run([str(word) for word in self.command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         self.seconds.append(time.perf_counter() - start)
-        self.peak_mib = max(self.peak_mib, used.ru_maxrss / 2**10)
-        if child.returncode:
-            raise SystemExit(f"{self.name} ended with code {child.returncode}")
 
 
 def write_model(path: Path, gib: float) -> None:
@@ -89,7 +81,6 @@ def measure(folder: Path, gib: float, rounds: int) -> list[Contender]:
         ),
         Contender("read", ("sh", "-c", f"cat '{pruned}' >/dev/null")),
         Contender("verify 2:4", (*npscope, "verify", pruned, "--pattern", "2:4"), "read", 1.43),
-        Contender("--help", (*npscope, "--help")),
     ]
     for _ in range(rounds):
         for contender in contenders:
@@ -111,7 +102,6 @@ def _read(path: Path) -> None:
 def section(results: dict[str, Any], contenders: Sequence[Contender]) -> str:
     """The table of the README."""
     by_name = {contender.name: contender for contender in contenders}
-    rest = by_name["--help"].peak_mib
     lines = []
     for contender in contenders:
         seconds = sorted(contender.seconds)
@@ -124,16 +114,14 @@ def section(results: dict[str, Any], contenders: Sequence[Contender]) -> str:
                 f"{median(seconds):.2f} ({seconds[0]:.2f} to {seconds[-1]:.2f})",
                 "" if ratio is None else f"{ratio:.2f} x {contender.floor}",
                 "" if contender.bar is None else f"{contender.bar} {judged}",
-                "" if floor is None else f"{contender.peak_mib - rest:.0f}",
             ]
         )
     machine = f"{results['machine']['cpu']}, {results['threads']} threads"
     head = (
         f"A bfloat16 model of {results['gib']} GiB, {machine}, commit {results['commit']}: seconds of a whole process, "
-        f"median and range of {len(contenders[0].seconds)} rounds; memory is the peak beyond that of "
-        f"`npscope --help`, in MiB (bar {ROOM_MIB}). `python -m bench.files` repeats it."
+        f"median and range of {len(contenders[0].seconds)} rounds. `python -m bench.files` repeats it."
     )
-    return head + "\n\n" + tables.table(("process", "seconds", "ratio", "bar", "memory"), lines)
+    return head + "\n\n" + tables.table(("process", "seconds", "ratio", "bar"), lines)
 
 
 def main() -> None:
