@@ -15,9 +15,8 @@ from npscope.backends.numba_cpu.codecs import Real
 from npscope.backends.numba_cpu.jit import inner, merged
 from npscope.backends.numba_cpu.scalars import bits_of, float_of
 
-LIMBS = 30
-LIMB_ORIGIN = 352
-"""An exact sum is an integer in 32-bit limbs, in units of 2**-352."""
+LIMBS, LIMB_BITS, LIMB_ORIGIN = 80, 8, 352
+"""An exact sum is an integer in units of 2**-352. Limb i counts 2 ** (8 * i) of them; only in the end it is a digit."""
 
 
 @inner
@@ -30,40 +29,31 @@ def two_sum(a: float, b: float) -> tuple[float, float]:
 
 @merged
 def limbs_add(limbs: Any, row: int, x: float, square: bool, sign: int) -> None:
-    """Add sign * x (or x squared) exactly; x >= 0 with at most 25 significant bits."""
+    """Add sign * x (or x squared) exactly; x >= 0 with at most 25 significant bits. Good for 2**31 times."""
     if x == 0.0:
         return
-    fraction, exponent = math.frexp(x)
-    mantissa = np.int64(fraction * 33554432.0)  # 2**25
-    exponent -= 25
+    bits = bits_of(np.float64(x))
+    mantissa = np.int64((bits & np.uint64((1 << 52) - 1) | np.uint64(1 << 52)) >> np.uint64(28))
+    exponent = np.int64(bits >> np.uint64(52)) - 1023 - 24
     if square:
         mantissa *= mantissa
         exponent *= 2
-    while mantissa & 1 == 0:
-        mantissa >>= 1
-        exponent += 1
-    for half in range(2):
-        bits = mantissa & 0x1FFFFFF if half == 0 else mantissa >> 25
-        position = exponent + LIMB_ORIGIN + 25 * half
-        limb = position >> 5
-        shifted = bits << (position & 31)
-        limbs[row, limb] += sign * (shifted & 0xFFFFFFFF)
-        limbs[row, limb + 1] += sign * (shifted >> 32)
+    position = exponent + LIMB_ORIGIN
+    limb, shifted = np.uintp(position // LIMB_BITS), mantissa << position % LIMB_BITS
+    limbs[row, limb] += sign * (shifted & 0xFFFFFFFF)
+    limbs[row, limb + np.uintp(32 // LIMB_BITS)] += sign * (shifted >> 32)
 
 
 @merged
 def limbs_sign(limbs: Any, row: int) -> int:
-    """Sign of an exact sum; normalises its limbs."""
-    carry = 0
-    nonzero = False
-    for j in range(LIMBS):
+    """Sign of an exact sum; makes its limbs digits."""
+    carry, nonzero = 0, 0
+    for j in range(np.uintp(limbs.shape[1])):  # not a constant, for LLVM would unroll it
         total = limbs[row, j] + carry
-        carry = total >> 32
-        limbs[row, j] = total & 0xFFFFFFFF
-        nonzero = nonzero or limbs[row, j] != 0
-    if carry < 0:
-        return -1
-    return 1 if nonzero or carry > 0 else 0
+        carry = total >> LIMB_BITS
+        limbs[row, j] = total & ((1 << LIMB_BITS) - 1)
+        nonzero |= limbs[row, j]
+    return -1 if carry < 0 else 1 if nonzero | carry else 0
 
 
 @merged

@@ -30,7 +30,8 @@ from npscope.backends.numba_cpu.arithmetic import (
     two_sum,
 )
 from npscope.backends.numba_cpu.codecs import Codec, key_of_float32, key_of_float64
-from npscope.backends.numba_cpu.jit import inner, inner_any_order, kernel
+from npscope.backends.numba_cpu.jit import inner, inner_any_order, kernel, standalone
+from npscope.backends.numba_cpu.nests import place
 from npscope.backends.numba_cpu.scalars import bits_of, float_of, least
 from npscope.backends.numba_cpu.vector_norms import (
     INF as INF,
@@ -51,22 +52,6 @@ EXACT_CHUNK = 1024
 
 WIDE_CHUNK = 8
 """The same for float64 terms: 7 roundings, which keeps the norm within 4 ulp."""
-
-
-# --- addresses -----------------------------------------------------------------------------------
-
-
-@inner
-def place(i: int, nest: Any) -> Any:
-    """Offset of index `i` of a loop nest."""
-    offset = 0
-    for d in range(nest.shape[1] - 1, 0, -1):
-        size = nest[0, d]
-        outer = i // size
-        offset += (i - outer * size) * nest[1, d]
-        i = outer
-    offset += i * nest[1, 0]
-    return offset
 
 
 # --- from sums to norms --------------------------------------------------------------------------
@@ -198,7 +183,7 @@ def not_below(norm: Any, thresholds: Any, mask: Any) -> None:
         mask[i] = not (norm[i] < thresholds[i])
 
 
-@inner
+@standalone
 def read_numbers(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop: int, out: Any) -> None:
     """The numbers of blocks [i, stop), dense."""
     width, step = grid[0, -1], grid[1, -1]

@@ -18,8 +18,8 @@ import numpy as np
 from npscope.backends.numba_cpu import vector_norms, vector_selection
 from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, codec
-from npscope.backends.numba_cpu.jit import inner, kernel, merged
-from npscope.backends.numba_cpu.kernels import place
+from npscope.backends.numba_cpu.jit import inner, kernel, merged, standalone
+from npscope.backends.numba_cpu.nests import length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Placement, layout_of
 from npscope.backends.numba_cpu.scalars import bits_of, float_of, greatest, least
 from npscope.backends.numba_cpu.vector_norms import (
@@ -46,7 +46,7 @@ MAX_ADDITIONS = vector_norms.DOUBT - 100
 MARGIN = vector_norms.DOUBT * 2.0**-53
 """What a norm may be off, relative to it."""
 
-LEAST, PARTS = 32, 64
+LEAST, PARTS = LIMBS, LIMBS + 8
 """Where `LANES` least magnitudes and the partial sums stand behind the limbs of an exact sum, on lines of their own."""
 
 PART_BLOCKS = STRIP_RUN // LANES
@@ -136,15 +136,6 @@ def strip_blocks(layout: Layout, multiple: int = 1) -> int:
 
 
 @inner
-def length_of(nest: Any) -> int:
-    """How many steps the loops of a nest make."""
-    total = 1
-    for d in range(nest.shape[1]):
-        total *= nest[0, d]
-    return total
-
-
-@inner
 def copy(source: Any, count: int, target: Any, start: int) -> None:
     """The first `count` numbers of `source` to `target`. Signed indices, which may count from the end, are slow."""
     first = np.uintp(start)
@@ -173,9 +164,9 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
     add_first, add = (_adder(form, run, long, first, code) for first in (True, False))
     finish, parts = vector_norms.finish_totals(form, code, many), vector_norms.parts_of(form)
-    settle = _rescale(codec) if form.bits == 64 else _settle(codec, code == TWO)
+    settle, square = _rescale(codec) if form.bits == 64 else _settle(codec), code == TWO
 
-    @merged
+    @standalone
     def measure(
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, limbs: Any
     ) -> None:
@@ -206,7 +197,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
                     while doubt and lane < end:
                         if doubt & 1:
                             at = origin + place(start + lane, grid)
-                            sums[lane], norms[lane] = settle(buffer, at, elements, sums[lane], limbs)
+                            sums[lane], norms[lane] = settle(buffer, at, elements, square, sums[lane], limbs)
                         doubt >>= 1
                         lane += 1
                 j += LANES
@@ -235,43 +226,24 @@ def _adder(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
 
 
 @cache
-def _settle(codec: Codec, square: bool) -> Any:
-    """``settle(buffer, at, elements, wide, limbs)``: a norm in doubt, and rounded as the exact sum demands."""
+def _settle(codec: Codec) -> Any:
+    """``settle(buffer, at, elements, square, wide, limbs)``: a norm in doubt, rounded as the exact sum demands."""
     magnitude = codec.magnitude
 
-    @merged
-    def exact_side(buffer: Any, at: int, elements: Any, total: int, border: float, limbs: Any) -> float:
-        for limb in range(LIMBS):
-            limbs[0, limb] = 0
-        for e in range(total + 1):  # one call to compile
-            x = magnitude(buffer, at + place(e, elements)) if e < total else border
-            limbs_add(limbs, 0, x, square, 1 if e < total else -1)
-        return float(limbs_sign(limbs, 0))
-
-    @inner
-    def settle(buffer: Any, at: int, elements: Any, wide: float, limbs: Any) -> Any:
-        if not np.isfinite(wide):
-            return wide, np.float32(wide)
+    @standalone
+    def settle(buffer: Any, at: int, elements: Any, square: bool, wide: float, limbs: Any) -> Any:
         below = np.float32(wide * (1 - MARGIN))
-        if below == np.float32(wide * (1 + MARGIN)):
-            return wide, below
-        total = 1
-        for d in range(elements.shape[1]):
-            total *= elements[0, d]
-        high, low, exact = 0.0, 0.0, True
-        for e in range(total):
-            x = magnitude(buffer, at + place(e, elements))
-            high, error = two_sum(high, x * x if square else x)
-            low += error
-            exact = exact and error == 0.0
-        border = midpoint_above(below)
-        side = (high - (border * border if square else border)) + low
-        if not exact and abs(side) <= high * 2.0**-60:
-            side = exact_side(buffer, at, elements, total, border, limbs)
-        bits = bits_of(below)
-        if side > 0 or (side == 0 and bits & np.uint32(1)):
-            return wide, float_of(np.uint32(bits + np.uint32(1)))
-        return wide, below
+        if not wide < np.inf or below == np.float32(wide * (1 + MARGIN)):
+            return wide, np.float32(wide)
+        for limb in range(np.uintp(limbs.shape[1])):
+            limbs[0, limb] = 0
+        total = length_of(elements)
+        for e in range(total + 1):  # one call to compile
+            x = magnitude(buffer, at + place(e, elements)) if e < total else midpoint_above(below)
+            limbs_add(limbs, 0, x, square, 1 if e < total else -1)
+        side, bits = limbs_sign(limbs, 0), bits_of(below)
+        up = side > 0 or (side == 0 and bits & np.uint32(1))
+        return wide, float_of(np.uint32(bits + np.uint32(up)))
 
     return settle
 
@@ -281,11 +253,9 @@ def _rescale(codec: Codec) -> Any:
     """As `_settle`, for a norm by squares that left the range of float64: by squares of |x| / max |x|."""
     magnitude = codec.magnitude
 
-    @inner
-    def rescale(buffer: Any, at: int, elements: Any, wide: float, limbs: Any) -> Any:
-        total = 1
-        for d in range(elements.shape[1]):
-            total *= elements[0, d]
+    @standalone
+    def rescale(buffer: Any, at: int, elements: Any, square: bool, wide: float, limbs: Any) -> Any:
+        total = length_of(elements)
         top = 0.0
         for e in range(total):
             top = max(top, magnitude(buffer, at + place(e, elements)))
@@ -329,7 +299,7 @@ def dropper(layout: Layout) -> Any:
             at += size
             j += 1
 
-    @merged
+    @standalone
     def drop(target: Any, i: int, stop: int, mask: Any) -> None:
         buffer, origin, grid, elements = target
         size = elements[0, -1] if long else run
@@ -370,7 +340,7 @@ def scaler(layout: Layout) -> Any:
             at += size
             j += 1
 
-    @merged
+    @standalone
     def scale(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, factors: Any) -> None:
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size

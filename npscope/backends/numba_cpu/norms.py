@@ -25,7 +25,7 @@ from npscope.backends.numba_cpu.operands import (
 )
 from npscope.tiling import Cut, Dim, Leaf, Part, Parts
 
-UNSURE_ROWS = 2048
+UNSURE_ROWS = 768
 """Undecided norms that are summed exactly at a time."""
 
 _NOT_WIDE = np.empty(0)

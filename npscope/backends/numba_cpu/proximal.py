@@ -19,9 +19,10 @@ import numpy as np
 from npscope.backends.numba_cpu import planes, vector_shrinkage
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
-from npscope.backends.numba_cpu.jit import inner, kernel
-from npscope.backends.numba_cpu.kernels import TWO, place, read_numbers
+from npscope.backends.numba_cpu.jit import inner, kernel, standalone
+from npscope.backends.numba_cpu.kernels import TWO, read_numbers
 from npscope.backends.numba_cpu.lines import measurer, scaler
+from npscope.backends.numba_cpu.nests import place
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import greatest, least
 from npscope.backends.numba_cpu.vectors import LANES, Format
@@ -101,7 +102,7 @@ def outside_kernel(codec: Codec, adjacent: bool) -> Any:
     return count_outside
 
 
-@inner
+@standalone
 def form_factors(norms: Any, wide: Any, t: Any, count: int) -> None:
     """From norms (rounded, and in float64) to what blocks are multiplied by, in place of the latter.
 
@@ -171,7 +172,7 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
     deal_runs: Any = planes.deal_runs(layout.form, part) if layout and vectors else None
     distance = run if run > LANES else LANES
 
-    @inner
+    @standalone
     def deal(
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, e0: int, e1: int, whole: bool,
         out: Any, row: int, width: int,
@@ -279,7 +280,7 @@ def near_enough(rtol: float) -> tuple[float, float]:
     return min(math.sqrt(accuracy / 2), 0.01), min(math.cbrt(accuracy / 8), 0.01)
 
 
-@inner
+@standalone
 def _classify(t: Any, largest: float, s: Any) -> int:
     """Norms and means from plain sums, and what ACTIVE becomes; how many blocks need a closer look.
 
@@ -310,7 +311,7 @@ def _classify(t: Any, largest: float, s: Any) -> int:
     return careful
 
 
-@inner
+@standalone
 def _open(t: Any, s: Any) -> int:
     """The bracket of every active block, and where its iteration starts; how many there are.
 
@@ -341,7 +342,7 @@ def _open(t: Any, s: Any) -> int:
     return opened
 
 
-@inner
+@standalone
 def _step(bends: bool, falls: bool, near: float, s: Any) -> int:
     """One safeguarded step to the root for every active block, by Halley if it `bends`; how many stay active.
 
@@ -386,7 +387,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
     deal, measure_planes, secular_sums = _pairs_dealer(pairs), planes.measure_planes(), planes.secular_sums()
     largest = 1e76 if narrow else 1e100
 
-    @inner
+    @standalone
     def look(leaves: Any, i: int, stop: int, b: int, total: int, chunk: int, limit: float, v: Any, h: Any, width: int,
              s: Any) -> None:  # fmt: skip
         """Decide on block b of a strip by sums that neither overflow nor round amiss."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.codecs import signed_key_of_float32, signed_key_of_float64
-from npscope.backends.numba_cpu.jit import inner, merged
+from npscope.backends.numba_cpu.jit import inner, merged, standalone
 from npscope.backends.numba_cpu.scalars import float_of, greatest, least
 
 QUICK_PROBES = 6
@@ -54,9 +54,9 @@ def neighbours_of(keys: Any, start: int, n: int, limit: Any) -> tuple[Any, Any]:
     above, below = ones, zero
     for i in range(n):
         key = keys[np.uintp(start + i)]
-        # Numba's own: of comparisons and choices LLVM makes a vector's minimum here, of its intrinsic none.
-        above = min(above, key if key >= border else ones)
-        below = max(below, zero if key >= border else key)
+        up, down = (key, zero) if key >= border else (ones, key)
+        above = up if up < above else above
+        below = down if down > below else below
     return np.uint64(above), np.uint64(below)
 
 
@@ -103,7 +103,7 @@ def separator(signed: bool) -> Any:
     real_of, key_near = (_real_of_signed_key, _signed_key_near) if signed else (_real_of_key, _key_near)
     first, beyond = (-np.finfo(np.float64).max, np.inf) if signed else (0.0, 1.8e19)
 
-    @inner
+    @standalone
     def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, int, float]:
         one = np.uint64(1)
         low, high = np.uint64(0), np.uint64(keys.dtype.type(~np.uint64(0)))
@@ -156,7 +156,7 @@ _separate = separator(False)
 # --- ranks ---------------------------------------------------------------------------------------
 
 
-@inner
+@standalone
 def mark(keys: Any, start: int, n: int, limit: Any, ties: Any, mask: Any, at: int) -> Any:
     """Mask of n keys: above `limit`, or among the first `ties` equal to it; how many ties are left."""
     border = keys.dtype.type(limit)
@@ -220,7 +220,7 @@ def selector(group: int, width: int) -> Any:
     """
     if not group:
 
-        @inner
+        @standalone
         def select(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float) -> tuple[Any, float]:
             for r in range(rows):
                 limit, ties, guess, spacing = limit_of(keys, r * n, n, keep[r], guess, spacing)
@@ -231,7 +231,7 @@ def selector(group: int, width: int) -> Any:
 
     step, together = vector_selection.mark_groups(width, group), vector_selection.groups_per_line(width, group)
 
-    @merged
+    @standalone
     def select_groups(
         keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float
     ) -> tuple[Any, float]:
@@ -242,7 +242,7 @@ def selector(group: int, width: int) -> Any:
     return select_groups
 
 
-@merged
+@standalone
 def select_planes(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float) -> tuple[Any, float]:
     """As a `selector` of small groups, for keys in planes: the first of all groups, the second, ..."""
     ranks = mask.view(np.uint8)

@@ -18,9 +18,9 @@ import numpy as np
 
 from npscope.backends.numba_cpu import lines, search, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
-from npscope.backends.numba_cpu.jit import inner, kernel, merged
-from npscope.backends.numba_cpu.kernels import place, read_numbers
-from npscope.backends.numba_cpu.lines import length_of
+from npscope.backends.numba_cpu.jit import inner, kernel, merged, standalone
+from npscope.backends.numba_cpu.kernels import read_numbers
+from npscope.backends.numba_cpu.nests import length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.scalars import least
 from npscope.backends.numba_cpu.search import count_from, kth_finder, mark, selector
@@ -62,7 +62,7 @@ class Scratch:
 def element_reader(key: Function) -> Function:
     """Read 1-element blocks by `key`, which makes an ordered integer of an element."""
 
-    @merged
+    @standalone
     def read(
         source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any
     ) -> None:  # fmt: skip
@@ -125,7 +125,7 @@ def _kept_by(codec: Codec) -> Function:
 def _across(step: Function, planes: bool) -> Function:
     """``walk(array, i, stop, dense)``: a step for every element and its place in the work array."""
 
-    @merged
+    @standalone
     def walk(array: Any, i: int, stop: int, dense: Any) -> None:
         buffer, origin, scopes, blocks = array
         n = length_of(blocks)
@@ -166,7 +166,7 @@ def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
     measure = lines.measurer(layout, code)
     key = key_of_float64 if wide else key_of_float32
 
-    @merged
+    @standalone
     def read(
         source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any
     ) -> None:  # fmt: skip
@@ -190,7 +190,7 @@ def dropper(operand: Operand) -> Function:
 def _dropper(codec: Codec) -> Function:
     keep = codec.keep
 
-    @merged
+    @standalone
     def drop(target: Any, i: int, stop: int, mask: Any) -> None:
         buffer, origin, grid, elements = target
         width, stride = grid[0, -1], grid[1, -1]
@@ -217,7 +217,7 @@ def cutter(form: vectors.Format, codec: Codec) -> Function:
     step, size, keep = vector_selection.keep_from(form), form.lanes, codec.keep
     key: Any = {32: codec.key32, 64: codec.key64}.get(form.bits) or codec.narrow_key
 
-    @merged
+    @standalone
     def cut(source: Any, target: Any, i: int, stop: int, limit: Any) -> None:
         data, origin, grid, _ = source
         out, origin_out, grid_out, _ = target

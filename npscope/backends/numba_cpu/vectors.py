@@ -18,8 +18,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
+from npscope.backends.numba_cpu.jit import with_arguments
 from npscope.dtypes import Kind
 
 AHEAD = 4096
@@ -162,7 +162,7 @@ def step(emit: Callable[..., Value], count: int, returns: Any = types.void) -> A
 
         return returns(*args), generate
 
-    return intrinsic(_with_arguments(typing, count))
+    return with_arguments(typing, "step", emit.__doc__, count)
 
 
 def keys_of(b: Builder, bits: Value, form: Format) -> Value:
@@ -216,18 +216,3 @@ def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
     evens = planes_of(b, [shuffle(b, x, range(0, count, 2), y) for x, y in pairs])
     odds = planes_of(b, [shuffle(b, x, range(1, count, 2), y) for x, y in pairs])
     return [plane for both in zip(evens, odds, strict=True) for plane in both]
-
-
-def _with_arguments(typing: Any, count: int) -> Any:
-    """A function of a fixed number of arguments, which `intrinsic` asks for."""
-    forms = {
-        3: lambda context, a, b, c: typing(context, a, b, c),
-        4: lambda context, a, b, c, d: typing(context, a, b, c, d),
-        5: lambda context, a, b, c, d, e: typing(context, a, b, c, d, e),
-        6: lambda context, a, b, c, d, e, f: typing(context, a, b, c, d, e, f),
-        7: lambda context, a, b, c, d, e, f, g: typing(context, a, b, c, d, e, f, g),
-        8: lambda context, a, b, c, d, e, f, g, h: typing(context, a, b, c, d, e, f, g, h),
-        9: lambda context, a, b, c, d, e, f, g, h, i: typing(context, a, b, c, d, e, f, g, h, i),
-        11: lambda context, a, b, c, d, e, f, g, h, i, j, k: typing(context, a, b, c, d, e, f, g, h, i, j, k),
-    }
-    return forms[count]
