@@ -162,7 +162,7 @@ def measurer(layout: Layout, code: int) -> Any:
 def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -> Any:
     """`measurer` for runs of `run` elements, which `long` ones end with after whole vectors."""
     many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
-    add_first, add = (_adder(form, run, long, first, code) for first in (True, False))
+    add = _adder(form, run, long, code)
     finish, parts = vector_norms.finish_totals(form, code, many), vector_norms.parts_of(form)
     settle, square = _rescale(codec) if form.bits == 64 else _settle(codec), code == TWO
 
@@ -181,10 +181,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
                 here = at + place(row * size, elements)
                 further = origin + place(after, grid) if row == rows - 1 else at + place(row * size + size, elements)
                 ahead = AHEAD if further - here == (end - j) * size else further - here
-                if row:
-                    add(buffer, here, end - j, size, sums, norms, limbs, j, ahead)
-                else:
-                    add_first(buffer, here, end - j, size, sums, norms, limbs, j, ahead)
+                add(buffer, here, end - j, size, sums, norms, limbs, j, ahead, row)
             while j < end and not (many and code == INF):
                 if not many:
                     doubt = finish(limbs, PARTS + parts * (j - i + start), limbs, LEAST, sums, j, norms, j)
@@ -206,21 +203,23 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     return measure
 
 
-def _adder(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
-    """``add(..., j, ahead)``: a run of each of `count` adjacent blocks, left where `measure` looks for them."""
+def _adder(form: Format, run: int, long: bool, code: int) -> Any:
+    """``add(..., j, ahead, row)``: a run of each of `count` adjacent blocks, left where `measure` looks for them."""
     many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
-    add_run = vector_norms.add_run(form, run, long, first, code)
+    add_run = vector_norms.add_run(form, run, long, code)
 
-    @inner
-    def add(buffer: Any, at: int, count: int, size: int, sums: Any, norms: Any, limbs: Any, j: int, ahead: int) -> None:
+    @merged
+    def add(
+        buffer: Any, at: int, count: int, size: int, sums: Any, norms: Any, limbs: Any, j: int, ahead: int, row: int
+    ) -> None:
         if not many:
-            add_run(buffer, at, count, size, limbs, PARTS, limbs, LEAST, ahead)
+            add_run(buffer, at, count, size, limbs, PARTS, limbs, LEAST, ahead, row)
         elif code == INF:
-            add_run(buffer, at, count, size, norms, j, limbs, LEAST, ahead)
+            add_run(buffer, at, count, size, norms, j, limbs, LEAST, ahead, row)
         elif lossy:  # what the sums lose stands where the norms will
-            add_run(buffer, at, count, size, sums, j, norms, j, ahead)
+            add_run(buffer, at, count, size, sums, j, norms, j, ahead, row)
         else:
-            add_run(buffer, at, count, size, sums, j, limbs, LEAST, ahead)
+            add_run(buffer, at, count, size, sums, j, limbs, LEAST, ahead, row)
 
     return add
 

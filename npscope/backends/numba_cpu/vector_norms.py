@@ -55,6 +55,13 @@ def _read(b: Builder, source: Value, e: int, count: int, form: Format, code: int
     return b.bitcast(read_single(form, code == TWO)(b, source, e, count), vector_of(32, count))
 
 
+def _if(b: Builder, condition: Value, numbers: Value) -> Value:
+    """Numbers, or zeros where the condition is false. By bits: of a choice LLVM would make two loops."""
+    word = ir.IntType(64 if isinstance(numbers.type.element, ir.DoubleType) else numbers.type.element.width)
+    mask = broadcast(b, b.sext(condition, word), numbers.type.count)
+    return b.bitcast(b.and_(b.bitcast(numbers, mask.type), mask), numbers.type)
+
+
 def _two_sum(b: Builder, x: Value, y: Value) -> tuple[Value, Value]:
     """(s, e) with s the rounded sum and s + e exact (Knuth 1969)."""
     s = b.fadd(x, y)
@@ -127,11 +134,10 @@ def _joined(b: Builder, code: int, x: Sequence[Value], y: Sequence[Value]) -> li
 class _Least:
     """The least magnitude that is not zero, of all float32 that go into sums: as the largest of their negated bits."""
 
-    def __init__(self, b: Builder, place: Value, first: bool) -> None:
+    def __init__(self, b: Builder, place: Value, go_on: Value) -> None:
         self.b = b
         self.place = b.bitcast(place, vector_of(32, LANES).as_pointer())
-        start = splat(vector_of(32, LANES), 0) if first else b.load(self.place, align=4)
-        self.most = cgutils.alloca_once_value(b, start)
+        self.most = cgutils.alloca_once_value(b, _if(b, go_on, b.load(self.place, align=4)))
 
     def take(self, bits: Value) -> None:
         if bits.type.count < LANES:
@@ -148,18 +154,21 @@ def parts_of(form: Format) -> int:
 
 
 @cache
-def add_run(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
-    """``(source, i, count, size, totals, j, more, k, ahead)``: take in a run of each of `count` adjacent blocks.
+def add_run(form: Format, run: int, long: bool, code: int) -> Any:
+    """``(source, i, count, size, totals, j, more, k, ahead, row)``: take in a run of each of `count` adjacent blocks.
 
     Runs have `size` elements; they are `long`, with `run` elements that do not fill a vector, or `size` is the
     constant `run`. Sums in float64, or maxima as bits (NaN the largest), are left in `totals`: one number a block
-    where `takes_many(run)`, else `parts_of(form)`. `first` overwrites them. Sums of float32 magnitudes use
+    where `takes_many(run)`, else `parts_of(form)`. Row 0 overwrites them. Sums of float32 magnitudes use
     `LANES` numbers in `more` for their least ones, and sums of float64 what was lost where `takes_many`.
     """
     many = takes_many(run) and not long
 
-    def emit(b: Builder, source: Value, count: Value, size: Value, totals: Value, more: Value, ahead: Value) -> None:
-        least = _Least(b, more, first) if code == ONE and form.bits <= 32 else None
+    def emit(
+        b: Builder, source: Value, count: Value, size: Value, totals: Value, more: Value, ahead: Value, row: Value
+    ) -> None:
+        go_on = b.icmp_signed("!=", row, ir.Constant(row.type, 0))
+        least = _Least(b, more, go_on) if code == ONE and form.bits <= 32 else None
 
         def number(n: int) -> Value:
             return ir.Constant(size.type, n)
@@ -188,8 +197,7 @@ def add_run(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
                 lost = b.bitcast(more, ir.DoubleType().as_pointer())
                 words.append(b.gep(lost, [entry]) if many else b.gep(words[0], [number(PARTIAL)]))
             places = [b.bitcast(word, total.type.as_pointer()) for word in words]
-            if not first:
-                total.values = [b.load(place, align=4) for place in places]
+            total.values = [_if(b, go_on, b.load(place, align=4)) for place in places]
             if blocks:
                 prefetch(b, at, blocks * run * form.bits // 8, ahead)
                 take([total], planes_of(b, [_read(b, at, v * blocks, blocks, form, code) for v in range(run)]))
@@ -218,7 +226,7 @@ def add_run(form: Format, run: int, long: bool, first: bool, code: int) -> Any:
         if least is not None:
             least.leave()
 
-    return step(emit, 9)
+    return step(emit, 10)
 
 
 def _folded(b: Builder, form: Format, code: int, source: Value) -> list[Value]:
