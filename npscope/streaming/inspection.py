@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npscope.recipes.layout import Layout, has_matrix, meaning
-from npscope.streaming.occupancy import Piece, PieceReader, any_of, count_of
+from npscope.streaming.occupancy import Piece, PieceReader, Walk, any_of, count_of
 from npscope.streaming.slabs import Array, Box, count_zeros_and_nans
 from npscope.weights import Axes, Tensor, numpy_dtype, open_weights
 
@@ -113,7 +113,7 @@ def _zeros_and_nans(tensor: Tensor, reader: PieceReader) -> tuple[int, int]:
     def work(box: Box, piece: Piece) -> None:
         found.append(count_zeros_and_nans(piece.bits.view(dtype)))
 
-    reader.each(tensor, (math.prod(tensor.shape),), (1,), work)
+    reader.each([Walk(tensor, (math.prod(tensor.shape),), (1,), work)])
     return sum(zeros for zeros, _ in found), sum(nans for _, nans in found)
 
 
@@ -144,7 +144,7 @@ def _groups(tensor: Tensor, reader: PieceReader, shape: tuple[int, ...], axis: i
         with lock:
             most.update({size: max(most[size], count) for size, count in counts.items()})
 
-    reader.each(tensor, shape, _at(axis, max(sizes), shape), work)
+    reader.each([Walk(tensor, shape, _at(axis, max(sizes), shape), work)])
     return [Groups(count, size, along) for size, count in most.items()]
 
 
@@ -197,7 +197,8 @@ def _blocks(tensor: Tensor, reader: PieceReader, axes: Axes) -> list[Blocks]:
                 counter.add(blocks, where)
 
     pieces = [counter.sizes for counter in counters if counter.grid is None]
-    reader.each(tensor, shape, tuple(max(sizes) for sizes in zip((1,) * len(shape), *pieces, strict=True)), work)
+    period = tuple(max(sizes) for sizes in zip((1,) * len(shape), *pieces, strict=True))
+    reader.each([Walk(tensor, shape, period, work)])
     return [counter.result() for counter in counters]
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from npscope.backends import threads
 from npscope.options import thread_count
-from npscope.streaming.slabs import Array, Box, cells, smallest_slab, tile_sizes, whole
+from npscope.streaming.slabs import Array, Box, cells, extents, smallest_slab, tile_sizes, whole
 from npscope.weights import Tensor, WeightFile, reads_side_by_side
 from npscope.weights.strided import StridedReader
 
@@ -35,6 +37,41 @@ WORDS = (2, 4, 8)
 _WIDE = 32  # elements behind an axis from which on NumPy reduces it at speed
 
 
+@dataclass(frozen=True)
+class Walk:
+    """A tensor to be read as `shape`, in pieces that cut no period, and what is done with them: ``work(box, piece)``.
+
+    Pieces are contiguous, unless such ones would be larger than `CONTIGUOUS_BYTES`.
+    """
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    period: tuple[int, ...]
+    work: Callable[[Box, Piece], None]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self.tensor.nbytes // math.prod(self.shape)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of a piece, where the end of the tensor does not cut it."""
+        smallest, usual = smallest_slab(self.shape, self.period), PIECE_BYTES // self.itemsize
+        contiguous = smallest * self.itemsize <= CONTIGUOUS_BYTES
+        return tile_sizes(self.shape, self.period, max(usual, smallest) if contiguous else usual)
+
+    @property
+    def pieces(self) -> int:
+        """How many there are."""
+        return math.prod(-(-length // size) for length, size in zip(self.shape, self.sizes, strict=True))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What a thread holds of it."""
+        return math.prod(self.sizes) * (self.itemsize + 2)
+
+
 class PieceReader:
     """Reads tensors of an open file piece by piece on several threads; its buffers serve one tensor after another."""
 
@@ -43,45 +80,41 @@ class PieceReader:
         self._buffers: list[Array] = []
         self._strided: list[StridedReader] = []
 
-    def each(
-        self, tensor: Tensor, shape: tuple[int, ...], period: tuple[int, ...], work: Callable[[Box, Piece], None]
-    ) -> None:
-        """Call ``work(box, piece)`` once for every piece of `tensor` read as `shape`; none cuts a period.
+    def each(self, walks: Sequence[Walk]) -> None:
+        """Do every piece of every walk once, on several threads, which do not wait for each other in between.
 
-        Pieces are contiguous, unless such ones would be larger than `CONTIGUOUS_BYTES`. Reads begin
-        in order, one at a time unless the file can be read by several threads at once.
+        Reads begin in order, one at a time unless the file can be read by several threads at once.
         """
-        itemsize = tensor.nbytes // math.prod(shape)
-        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        smallest, usual = smallest_slab(shape, period), PIECE_BYTES // itemsize
-        sizes = tile_sizes(shape, period, max(usual, smallest) if smallest * itemsize <= CONTIGUOUS_BYTES else usual)
-        places = cells(whole(shape), sizes)
-        pieces = math.prod(-(-length // size) for length, size in zip(shape, sizes, strict=True))
-        held = math.prod(sizes) * (itemsize + 2)
-        workers = max(1, min(thread_count(), pieces, MEMORY_BYTES // held))
+        if not walks:
+            return
+        pieces = sum(walk.pieces for walk in walks)
+        workers = max(1, min(thread_count(), pieces, MEMORY_BYTES // max(walk.buffer_bytes for walk in walks)))
         self._buffers += [np.empty(0, np.uint8)] * (workers - len(self._buffers))
         self._strided += [StridedReader() for _ in range(workers - len(self._strided))]
+        places = ((walk, box) for walk in walks for box in cells(whole(walk.shape), walk.sizes))
         turn, reading = threading.Lock(), nullcontext() if reads_side_by_side(self._weights) else threading.Lock()
-
-        def fill(slot: int, box: Box) -> Piece:
-            extents = tuple(part.stop - part.start for part in box)
-            size = math.prod(extents)
-            if size * (itemsize + 2) > self._buffers[slot].size:
-                self._buffers[slot] = np.empty(size * (itemsize + 2), np.uint8)
-            raw, spare = self._buffers[slot][: size * itemsize], self._buffers[slot][size * itemsize :]
-            bits = raw.view(f"<u{itemsize}").reshape(extents)
-            offset = sum(part.start * stride for part, stride in zip(box, strides, strict=True))
-            self._strided[slot].read(self._weights, tensor, offset, strides, bits)
-            return Piece(bits, spare[:size], spare[size : 2 * size], tensor.sign_bits)
 
         def step(slot: int, piece: int) -> None:
             with reading:
                 with turn:
-                    box = next(places)
-                found = fill(slot, box)
-            work(box, found)
+                    walk, box = next(places)
+                found = self._fill(slot, walk, box)
+            walk.work(box, found)
 
         threads.run(pieces, step, workers)
+
+    def _fill(self, slot: int, walk: Walk, box: Box) -> Piece:
+        """The part `box` of a tensor, in the buffers of a thread."""
+        itemsize, shape = walk.itemsize, extents(box)
+        size = math.prod(shape)
+        if size * (itemsize + 2) > self._buffers[slot].size:
+            self._buffers[slot] = np.empty(size * (itemsize + 2), np.uint8)
+        raw, spare = self._buffers[slot][: size * itemsize], self._buffers[slot][size * itemsize :]
+        bits = raw.view(f"<u{itemsize}").reshape(shape)
+        strides = [math.prod(walk.shape[axis + 1 :]) for axis in range(len(shape))]
+        offset = sum(part.start * stride for part, stride in zip(box, strides, strict=True))
+        self._strided[slot].read(self._weights, walk.tensor, offset, strides, bits)
+        return Piece(bits, spare[:size], spare[size : 2 * size], walk.tensor.sign_bits)
 
 
 class Piece(NamedTuple):

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from npscope.recipes.coupled import blocks_in_use
 from npscope.recipes.planning import decided
 from npscope.recipes.plans import Budget, Coupling, Decision, Plan, Skip, parts_of
 from npscope.recipes.recipe import Recipe
-from npscope.streaming.occupancy import WORDS, Piece, PieceReader, any_of, count_of
+from npscope.streaming.occupancy import WORDS, Piece, PieceReader, Walk, any_of, count_of
 from npscope.streaming.slabs import Array, Box, smallest_slab
 from npscope.weights import WeightFile, open_weights
 
@@ -30,6 +30,9 @@ SINGLE_PASS_BYTES = 16 << 20
 
 COUNTERS = 1 << 20
 """Scopes, or blocks, of which a number is held while pieces come; more than that are read whole, by parts of rows."""
+
+BATCH_BYTES = 16 << 20
+"""What the counters of tensors may hold that are read without a pause in between."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes to do in all."""
@@ -128,8 +131,11 @@ def verify(
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         raise SpecError(f"nothing to check in {len(decisions)} tensors: {listed or 'the file holds none'}")
     tell = _Progress(decisions, progress)
-    reader = PieceReader(weights)
-    return [_verdict(weights, reader, decision, tell) for decision in decisions]
+    reader, verdicts = PieceReader(weights), list[Verdict]()
+    for batch in _batches(decisions):
+        reader.each([counter.walk(tell) for _, counters in batch for counter in counters])
+        verdicts += [_verdict(weights, decision, counters, tell) for decision, counters in batch]
+    return verdicts
 
 
 class _Progress:
@@ -147,14 +153,31 @@ class _Progress:
                 self._progress(self._done, self._total)
 
 
-def _verdict(weights: WeightFile, reader: PieceReader, decision: Decision, tell: _Progress) -> Verdict:
+def _batches(decisions: Sequence[Decision]) -> Iterator[list[tuple[Decision, list[_Counter]]]]:
+    """Decisions with the counters of their tensors, so many that these take about `BATCH_BYTES`."""
+    batch, held = list[tuple[Decision, list[_Counter]]](), 0
+    for decision in decisions:
+        if isinstance(decision, Budget):
+            counters = [_Counter(plan, -1) for plan in decision.plans]  # any count is more than -1, so it is told
+        else:
+            counters = [_Counter(decision, decision.keep)] if isinstance(decision, Plan) else []
+        batch.append((decision, counters))
+        held += sum(counter.nbytes for counter in counters)
+        if held > BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    yield batch
+
+
+def _verdict(weights: WeightFile, decision: Decision, counters: Sequence[_Counter], tell: _Progress) -> Verdict:
     if isinstance(decision, Skip):
         return decision
     if isinstance(decision, Coupling):
         return _check_coupling(weights, decision, tell)
+    found = [counter.result() for counter in counters]
     if isinstance(decision, Budget):
-        return CheckedBudget(decision, tuple(_used(reader, plan, tell) for plan in decision.plans))
-    return _check(reader, decision, decision.keep, tell)
+        return CheckedBudget(decision, tuple(0 if each.first is None else each.first.used for each in found))
+    return found[0]
 
 
 def _check_coupling(weights: WeightFile, coupling: Coupling, tell: _Progress) -> CheckedCoupling:
@@ -164,23 +187,6 @@ def _check_coupling(weights: WeightFile, coupling: Coupling, tell: _Progress) ->
         return CheckedCoupling(coupling, 0, None, None)
     scope = tuple(map(int, found[0]))
     return CheckedCoupling(coupling, len(found), scope, int(counts[scope]))
-
-
-def _used(reader: PieceReader, plan: Plan, tell: _Progress) -> int:
-    """Blocks in use of a plan with one scope."""
-    offence = _check(reader, plan, -1, tell).first  # any count is more than -1
-    return 0 if offence is None else offence.used
-
-
-def _check(reader: PieceReader, plan: Plan, keep: int, tell: _Progress) -> Checked:
-    counter = _Counter(plan, keep)
-
-    def work(box: Box, piece: Piece) -> None:
-        counter.add(box, piece)
-        tell.advance(piece.bits.nbytes)
-
-    reader.each(plan.tensor, plan.shape, counter.period, work)
-    return counter.result()
 
 
 class _Counter:
@@ -219,6 +225,20 @@ class _Counter:
         alone = math.prod(size) * itemsize > SINGLE_PASS_BYTES
         in_rows = smallest_slab(self._plan.shape, size) * itemsize > SINGLE_PASS_BYTES
         return alone or (in_rows and math.prod(grid) <= COUNTERS)
+
+    @property
+    def nbytes(self) -> int:
+        """About what it holds."""
+        return 1024 + sum(0 if numbers is None else numbers.nbytes for numbers in (self._counts, self._blocks))
+
+    def walk(self, tell: _Progress) -> Walk:
+        """How its tensor is read: every piece is counted, and told."""
+
+        def work(box: Box, piece: Piece) -> None:
+            self.add(box, piece)
+            tell.advance(piece.bits.nbytes)
+
+        return Walk(self._plan.tensor, self._plan.shape, self.period, work)
 
     def add(self, box: Box, piece: Piece) -> None:
         """Count one piece."""
