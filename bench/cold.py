@@ -34,6 +34,11 @@ FIRST_CALLS = (
 )  # fmt: skip
 
 
+def environment_as_installed() -> dict[str, str]:
+    """The variables of a process that keeps npscope's bytecode, as an installed package has it: NumPy's lies there."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def first_call(name: str, rounds: int) -> list[Row]:
     """The first call of a case in a process that has imported npscope and made its data."""
     seconds = [_printed_by("-m", "bench.cold", name) for _ in range(rounds)]
@@ -61,7 +66,7 @@ def command_line(rounds: int) -> list[Row]:
         seconds = []
         for _ in range(rounds):
             start = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+            subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment_as_installed())
             seconds.append(time.perf_counter() - start)
     return [_row("npscope prune, 10 MB", "command line", seconds, bar=2000.0)]
 
@@ -88,11 +93,8 @@ def _row(case: str, group: str, seconds: list[float], *, contender: str = "npsco
 
 
 def _printed_by(*arguments: str) -> float:
-    # With its bytecode, as an installed package has it: NumPy's lies beside it already.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(
-        [sys.executable, *arguments], check=True, capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment_as_installed())
     return float(done.stdout)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from bench import suite, tables
 from bench.__main__ import RESULTS, ROOT
+from bench.cold import environment_as_installed
 from npscope.bench import environment
 from npscope.clock import significant
 from npscope.weights import Tensor
@@ -51,7 +52,8 @@ class Contender:
     def run(self) -> None:
         """One round."""
         start = time.perf_counter()
-        subprocess.run([str(word) for word in self.command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        command, environment = [str(word) for word in self.command], environment_as_installed()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment)
         self.seconds.append(time.perf_counter() - start)
 
 
