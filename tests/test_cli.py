@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 import npscope
 from npscope import cli
-from npscope.cli import report
+from npscope.cli import app, report
 from npscope.errors import SpecError
 from npscope.options import thread_count
 from npscope.recipes.pattern import Pattern
@@ -600,10 +600,13 @@ def test_case80_a_full_standard_output(folder: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["paint"], 2, "paint"),
-        (["prune"], 2, "Missing"),
+        (["prune"], 2, "required: IN"),
+        (["prune", "--loud"], 2, "no such option: --loud"),
         (["prune", DATA, "--pattern"], 2, "--pattern"),
         (["prune", DATA, "--pattern", "2:4", "--loud"], 2, "--loud"),
-        (["prune", DATA, "--pattern", "2:4", "--layout", "sideways", "--dry-run"], 2, "sideways"),
+        (["prune", DATA, "--pat", "2:4", "--dry-run"], 2, "no such option: --pat"),
+        (["prune", DATA, "--pattern", "2:4", "--dry-run=no"], 2, "--dry-run"),
+        (["prune", DATA, "--pattern", "2:4", "--layout", "sideways", "--dry-run"], 2, "'sideways' (choose from"),
         (["prune", DATA, "--pattern", "2:4", "--axis", "depth", "--dry-run"], 2, "axis 'depth'"),
         (["prune", DATA, "--pattern", "2:4"], 2, "no output"),
         (["prune", DATA, "--pattern", "5:4", "--dry-run"], 2, "cannot keep 5 of 4"),
@@ -617,13 +620,17 @@ def test_case80_a_full_standard_output(folder: Path) -> None:
         (["verify", DATA, "--pattern", "2:4", "--include", "nothing*"], 2, "matches none"),
         (["verify", DATA, "--pattern", "2:4", "--strict"], 2, "'conv1.weight' cannot take the pattern"),
         (["verify", "nowhere", "--pattern", "2:4"], 3, "'nowhere': No such file"),
-        (["diff", DATA], 2, "Missing"),
+        (["diff", DATA], 2, "required: B"),
         (["diff", DATA, "nowhere"], 3, "'nowhere': No such file"),
         (["apply-mask", DATA, "nowhere", "-o", "/x/y"], 3, "'nowhere': No such file"),
         (["apply-mask", DATA, DATA, "-o", "/x/y"], 3, "does not exist"),
-        (["export", DATA, "--to", "coo", "-o", "/x/y"], 2, "coo"),
+        (["export", DATA], 2, "required: --to, -o/--output"),
+        (["export", DATA, "--to", "coo", "-o", "/x/y"], 2, "'coo' (choose from"),
+        (["bench", "--mib", "4097"], 2, "'4097' is not a whole number from 1 to 4096"),
         (["export", "nowhere", "--to", "csr", "-o", "/x/y"], 3, "'nowhere': No such file"),
         (["inspect", "nowhere"], 3, "No such file"),
+        (["inspect", DATA, "nowhere"], 2, "nowhere"),
+        (["inspect", DATA, "--max-bytes", "-1"], 2, "'-1' is not a whole number from 0"),
         (["inspect", __file__], 2, "header length"),
         (["inspect", Path(__file__).parent], 2, "not a regular file"),
     ],
@@ -643,7 +650,32 @@ def test_failures_are_one_line_and_one_code(
 
 
 def test_no_command_is_wrong_use(run: Run) -> None:
-    assert run() == (2, "", "npscope: error: Missing command. (npscope --help)\n")
+    assert run() == (2, "", "npscope: error: the following arguments are required: COMMAND (npscope --help)\n")
+
+
+@pytest.mark.parametrize("value", ["-x.*", "-o", "--json", "--", "-1", "-", "="])
+def test_the_value_of_an_option_may_be_any_word(run: Run, value: str) -> None:
+    for given in (["--include", value], [f"--include={value}"], ["--include", "*", "--include", value]):
+        result = run("prune", *given, DATA, "--pattern", "2:4", "--dry-run")
+        assert result.code == 2
+        assert f"--include {value!r} matches none" in result.err
+
+
+def test_what_follows_two_dashes_is_a_file(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for name in ("-o", "--"):
+        assert run("prune", DATA, "-o", name, "--pattern", "2:4").code == 0
+    assert run("diff", "--quiet", "--", "-o", "--") == (0, "", "")
+    assert "'--help': No such file" in run("inspect", "--", "--help").err
+
+
+@pytest.mark.parametrize("name", [None, *(job.__name__.replace("_", "-") for job, _ in app.COMMANDS)])
+def test_help_fits_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    result = run(*([] if name is None else [name]), "--help")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("usage: npscope ")
+    assert max(map(len, result.out.splitlines())) < 60
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import typer
-
 from npscope.cli import apply_mask, bench, diff, export, inspect, plan, prune, verify
+from npscope.cli.parsing import CommandParser, Parser
 from npscope.cli.running import run
 
-app = typer.Typer(
-    help="Block and N:M sparsity for files of weights.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+COMMANDS = (
+    (prune.prune, prune.ARGUMENTS),
+    (plan.plan, plan.ARGUMENTS),
+    (inspect.inspect, inspect.ARGUMENTS),
+    (verify.verify, verify.ARGUMENTS),
+    (diff.diff, diff.ARGUMENTS),
+    (apply_mask.apply_mask, apply_mask.ARGUMENTS),
+    (export.export, export.ARGUMENTS),
+    (bench.bench, bench.ARGUMENTS),
 )
-for command in (
-    prune.prune,
-    plan.plan,
-    inspect.inspect,
-    verify.verify,
-    diff.diff,
-    apply_mask.apply_mask,
-    export.export,
-    bench.bench,
-):
-    app.command()(command)
+"""What each command does, with its help for a docstring, and its arguments."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (those of the process by default); return the exit code."""
-    return run(app, arguments)
+    return run(_parser(), arguments)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="npscope", description="Block and N:M sparsity for files of weights.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
+    for job, arguments in COMMANDS:
+        text = job.__doc__ or ""  # python -OO has no docstrings
+        name, summary = job.__name__.replace("_", "-"), text.partition("\n")[0]
+        commands.add_parser(name, help=summary, description=text, arguments=arguments).set_defaults(job=job)
+    return parser

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from argparse import Namespace
 
 from npscope.cli import report
-from npscope.cli.options import AsJson, Debug
-from npscope.cli.running import Job
+from npscope.cli.options import AS_JSON, DEBUG
+from npscope.cli.parsing import argument, whole_number
 from npscope.cli.terminal import print_text, progress_bar, width
 
+ARGUMENTS = (
+    argument(
+        "--mib",
+        type=whole_number(1, 4096),
+        default=64,
+        metavar="N",
+        help="MiB of the array that most operations work on, 1 to 4096 (default: %(default)s).",
+    ),
+    AS_JSON,
+    DEBUG,
+)
 
-def bench(
-    mib: Annotated[int, typer.Option(min=1, max=4096, help="MiB of the array that most operations work on.")] = 64,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> Job:
+
+def bench(options: Namespace) -> None:
     """Time the operations on this machine, about a minute: which backend to use for what."""
+    from npscope.bench import quick
 
-    def job() -> None:
-        from npscope.bench import quick
-
-        with progress_bar(shown=not as_json, what="measuring") as progress:
-            results = quick(mib, progress)
-        if as_json:
-            print_text(report.as_json(results) + "\n")
-        else:
-            print_text(report.bench_table(results, width=width()))
-
-    return job
+    with progress_bar(shown=not options.json, what="measuring") as progress:
+        results = quick(options.mib, progress)
+    if options.json:
+        print_text(report.as_json(results) + "\n")
+    else:
+        print_text(report.bench_table(results, width=width()))

@@ -2,67 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from argparse import Namespace
 
-import typer
-
-from npscope import __version__
 from npscope.cli import report
 from npscope.cli.options import (
+    AS_JSON,
+    AXIS,
+    DEBUG,
+    EXCLUDE,
     FILES,
-    AsJson,
-    Axis,
-    Debug,
-    Exclude,
-    Include,
-    Pattern,
-    RecipeFile,
-    RuleLayout,
-    Scores,
+    INCLUDE,
+    PATTERN,
+    RECIPE,
+    RULE_LAYOUT,
+    SCORES,
+    head,
     recipe_of_options,
 )
-from npscope.cli.running import Job
+from npscope.cli.parsing import argument
 from npscope.cli.terminal import print_text, width
 
+ARGUMENTS = (
+    argument("file", metavar="FILE", help=f"{FILES}."),
+    PATTERN,
+    RECIPE,
+    INCLUDE,
+    EXCLUDE,
+    AXIS,
+    RULE_LAYOUT,
+    SCORES,
+    AS_JSON,
+    DEBUG,
+)
 
-def plan(
-    file: Annotated[str, typer.Argument(metavar="FILE", help=f"{FILES}.")],
-    pattern: Pattern = None,
-    recipe: RecipeFile = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    axis: Axis = None,
-    layout: RuleLayout = None,
-    scores: Scores = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> Job:
+
+def plan(options: Namespace) -> None:
     """Say what a pattern or recipe would do to every tensor: its rule, its axes, its blocks, or why it is left."""
+    from npscope.recipes.planning import plan_file
 
-    def job() -> None:
-        from npscope.recipes.planning import plan_file
-
-        lines = [
-            report.Planned(
-                planned.tensor.name,
-                planned.tensor.dtype,
-                planned.tensor.shape,
-                planned.axes,
-                planned.rule,
-                planned.pattern,
-                planned.along,
-                planned.blocks,
-                planned.keep,
-                planned.group,
-                planned.skipped,
-                planned.misfit,
-            )
-            for planned in plan_file(file, recipe_of_options(recipe, pattern, include, exclude, axis, layout, scores))
-        ]
-        if as_json:
-            head = {"npscope": __version__, "file": file, "pattern": pattern, "recipe": recipe, "scores": scores}
-            print_text(report.as_json(head | report.planned_fields(lines)) + "\n")
-        else:
-            print_text(report.planned_table(lines, width=width()))
-
-    return job
+    lines = [
+        report.Planned(
+            planned.tensor.name,
+            planned.tensor.dtype,
+            planned.tensor.shape,
+            planned.axes,
+            planned.rule,
+            planned.pattern,
+            planned.along,
+            planned.blocks,
+            planned.keep,
+            planned.group,
+            planned.skipped,
+            planned.misfit,
+        )
+        for planned in plan_file(options.file, recipe_of_options(options, options.scores))
+    ]
+    if options.json:
+        said = head(options, "file", "pattern", "recipe", "scores")
+        print_text(report.as_json(said | report.planned_fields(lines)) + "\n")
+    else:
+        print_text(report.planned_table(lines, width=width()))

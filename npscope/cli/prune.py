@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
-
-from npscope import __version__, config
+from npscope import config
 from npscope.cli import report
 from npscope.cli.options import (
+    AS_JSON,
+    AXIS,
+    DEBUG,
+    EXCLUDE,
     FILES,
-    AsJson,
-    Axis,
-    Debug,
-    Exclude,
-    Include,
-    MaxBytes,
-    Pattern,
-    RecipeFile,
-    RuleLayout,
-    Scores,
-    Threads,
+    INCLUDE,
+    MAX_BYTES,
+    PATTERN,
+    RECIPE,
+    RULE_LAYOUT,
+    SCORES,
+    STRICT,
+    THREADS,
+    head,
     recipe_of_options,
 )
-from npscope.cli.running import Job
+from npscope.cli.parsing import argument, flag
 from npscope.cli.terminal import print_text, progress_bar, width
 from npscope.errors import FileError, NpscopeError
 
@@ -36,86 +37,80 @@ if TYPE_CHECKING:
     from npscope.streaming.pruning import Outcome
 
 
-def prune(
-    source: Annotated[str, typer.Argument(metavar="IN", help=f"{FILES}; it is only read.")],
-    pattern: Pattern = None,
-    recipe: RecipeFile = None,
-    output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="The file to write.")] = None,
-    in_place: Annotated[
-        bool, typer.Option("--in-place", help="Replace IN itself, when the result is complete.")
-    ] = False,
-    include: Include = None,
-    exclude: Exclude = None,
-    axis: Axis = None,
-    layout: RuleLayout = None,
-    scores: Scores = None,
-    nan: Annotated[Literal["refuse", "keep"], typer.Option(help="Tensors with NaN: refuse, or rank NaN first.")] = (
-        "refuse"
+ARGUMENTS = (
+    argument("input", metavar="IN", help=f"{FILES}; it is only read."),
+    PATTERN,
+    RECIPE,
+    argument("-o", "--output", metavar="OUT", help="The file to write."),
+    flag("--in-place", "Replace IN itself, when the result is complete."),
+    INCLUDE,
+    EXCLUDE,
+    AXIS,
+    RULE_LAYOUT,
+    SCORES,
+    argument(
+        "--nan",
+        choices=("refuse", "keep"),
+        default="refuse",
+        help="Tensors with NaN: refuse, or rank NaN first (default: %(default)s).",
     ),
-    strict: Annotated[bool, typer.Option("--strict", help="Fail when a tensor cannot take the pattern.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute and report, write nothing.")] = False,
-    mask_out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write what is kept, a bit for each element, for apply-mask.")
-    ] = None,
-    report_file: Annotated[
-        str | None,
-        typer.Option(
-            "--report",
-            metavar="FILE",
-            help="Also write what --json says, to a file. It comes when OUT is complete, which stays if this fails.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-    threads: Threads = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT, mask or report.")] = False,
-    max_bytes: MaxBytes = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No table and no progress bar.")] = False,
-    debug: Debug = False,
-) -> Job:
+    STRICT,
+    flag("--dry-run", "Compute and report, write nothing."),
+    argument("--mask-out", metavar="FILE", help="Write what is kept, a bit for each element, for apply-mask."),
+    argument(
+        "--report",
+        metavar="FILE",
+        help="Also write what --json says, to a file. It comes when OUT is complete, which stays if this fails.",
+    ),
+    AS_JSON,
+    THREADS,
+    flag("--force", "Replace an existing OUT, mask or report."),
+    MAX_BYTES,
+    flag("--quiet", "No table and no progress bar."),
+    DEBUG,
+)
+
+
+def prune(options: Namespace) -> None:
     """Zero the blocks of smallest norm in a copy of a file of weights.
 
     Embeddings, norms, heads and fixed transform bases are left alone unless --include names them.
     """
+    from npscope.streaming.pruning import prune_file
+    from npscope.streaming.storage import storage
 
-    def job() -> None:
-        from npscope.streaming.pruning import prune_file
-        from npscope.streaming.storage import storage
-
-        rules = recipe_of_options(recipe, pattern, include, exclude, axis, layout, scores)
-        with _report_file(report_file, force) as write_report:
-            with config(threads=threads), progress_bar(shown=not quiet) as progress:
-                results = prune_file(
-                    source,
-                    output,
-                    rules,
-                    nan=nan,
-                    strict=strict,
-                    force=force,
-                    in_place=in_place,
-                    dry_run=dry_run,
-                    mask_out=mask_out,
-                    report_out=report_file,
-                    max_bytes=max_bytes,
-                    progress=progress,
-                )
-            lines = [_pruned(result) for result in results]
-            zeros = [line.zeros_after for line in lines]
-            written = source if in_place else output
-            done = None if dry_run else written
-            with _after(done):
-                stored = None if done is None else storage(done, zeros)
-                head = {"npscope": __version__, "input": source, "output": written, "dry_run": dry_run}
-                head |= {"pattern": pattern, "recipe": recipe, "scores": scores}
-                text = report.as_json(head | report.pruned_fields(lines) | {"bytes": stored and asdict(stored)}) + "\n"
-                write_report(text)
-        if as_json:
-            print_text(text)
-        elif not quiet:
-            print_text(report.pruned_table(lines, width=width()))
-            if stored is not None:
-                print_text(report.storage_line(**asdict(stored)))
-
-    return job
+    rules = recipe_of_options(options, options.scores)
+    with _report_file(options.report, options.force) as write_report:
+        with config(threads=options.threads), progress_bar(shown=not options.quiet) as progress:
+            results = prune_file(
+                options.input,
+                options.output,
+                rules,
+                nan=options.nan,
+                strict=options.strict,
+                force=options.force,
+                in_place=options.in_place,
+                dry_run=options.dry_run,
+                mask_out=options.mask_out,
+                report_out=options.report,
+                max_bytes=options.max_bytes,
+                progress=progress,
+            )
+        lines = [_pruned(result) for result in results]
+        zeros = [line.zeros_after for line in lines]
+        written = options.input if options.in_place else options.output
+        done = None if options.dry_run else written
+        with _after(done):
+            stored = None if done is None else storage(done, zeros)
+            said = head(options, "input", "output", "dry_run", "pattern", "recipe", "scores") | {"output": written}
+            text = report.as_json(said | report.pruned_fields(lines) | {"bytes": stored and asdict(stored)}) + "\n"
+            write_report(text)
+    if options.json:
+        print_text(text)
+    elif not options.quiet:
+        print_text(report.pruned_table(lines, width=width()))
+        if stored is not None:
+            print_text(report.storage_line(**asdict(stored)))
 
 
 @contextmanager

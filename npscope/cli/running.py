@@ -7,43 +7,37 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
-
-import typer
 
 from npscope import __version__
 from npscope.cli import report
 from npscope.cli.terminal import print_text
 from npscope.errors import FileError, NpscopeError, SpecError
 
-Job = Callable[[], int | None]
-"""What a command does when it is parsed; it returns its exit code, None for 0."""
 
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-"""What the parser raises for wrong use, wherever this version of typer keeps it."""
-
-
-def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
-    """Run the command of `app` that `arguments` (those of the process by default) name; return the exit code."""
+def run(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> int:
+    """Do the job that `parser` finds in `arguments` (those of the process by default); return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _signals_raise():
-            return _run(app, given)
+            return _run(parser, given)
     except BaseException as error:
         return _fail(error, options=set(given[: given.index("--")] if "--" in given else given))
 
 
-def _run(app: typer.Typer, arguments: list[str]) -> int:
+def _run(parser: ArgumentParser, arguments: list[str]) -> int:
     if sys.platform == "win32":
         raise SpecError("the command line is not supported on Windows; the Python functions are")
     try:
-        job = app(arguments, prog_name="npscope", standalone_mode=False)
-    except SystemExit:  # how the parser ends when nobody reads its help
-        raise BrokenPipeError from None
-    code = job() if callable(job) else None
+        options = parser.parse_args(arguments)
+    except SystemExit:  # how argparse ends behind its help
+        code = None
+    else:
+        code = options.job(options)
     sys.stdout.flush()
     return code or 0
 
@@ -105,8 +99,6 @@ def _discard_output() -> None:
 
 def _explained(error: BaseException) -> tuple[int, str]:
     """Exit code and message of an error."""
-    if isinstance(error, UsageError):
-        return 2, error.format_message() + " (npscope --help)"  # type: ignore[attr-defined]
     if isinstance(error, NpscopeError):
         return 3 if isinstance(error, FileError) else 2, str(error)
     if isinstance(error, MemoryError):

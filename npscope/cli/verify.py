@@ -2,62 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from argparse import Namespace
+from typing import TYPE_CHECKING
 
-import typer
-
-from npscope import __version__, config
+from npscope import config
 from npscope.cli import report
 from npscope.cli.options import (
-    AsJson,
-    Axis,
-    Debug,
-    Exclude,
-    Include,
-    Pattern,
-    RecipeFile,
-    RuleLayout,
-    Threads,
+    AS_JSON,
+    AXIS,
+    DEBUG,
+    EXCLUDE,
+    INCLUDE,
+    PATTERN,
+    RECIPE,
+    RULE_LAYOUT,
+    STRICT,
+    THREADS,
+    head,
     recipe_of_options,
 )
-from npscope.cli.running import Job
+from npscope.cli.parsing import argument, flag
 from npscope.cli.terminal import print_text, progress_bar, width
 
 if TYPE_CHECKING:
     from npscope.streaming.verification import Verdict
 
 
-def verify(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of weights, whoever made it.")],
-    pattern: Pattern = None,
-    recipe: RecipeFile = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    axis: Axis = None,
-    layout: RuleLayout = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail when a tensor cannot take the pattern.")] = False,
-    as_json: AsJson = False,
-    threads: Threads = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No table and no progress bar.")] = False,
-    debug: Debug = False,
-) -> Job:
+ARGUMENTS = (
+    argument("file", metavar="FILE", help="A file of weights, whoever made it."),
+    PATTERN,
+    RECIPE,
+    INCLUDE,
+    EXCLUDE,
+    AXIS,
+    RULE_LAYOUT,
+    STRICT,
+    AS_JSON,
+    THREADS,
+    flag("--quiet", "No table and no progress bar."),
+    DEBUG,
+)
+
+
+def verify(options: Namespace) -> int:
     """Check that a file has a pattern: in every scope no more blocks in use than may be kept; exit code 1 if not."""
+    from npscope.streaming.verification import verify_file
 
-    def job() -> int:
-        from npscope.streaming.verification import verify_file
-
-        rules = recipe_of_options(recipe, pattern, include, exclude, axis, layout, None)
-        with config(threads=threads), progress_bar(shown=not quiet, what="checking") as progress:
-            lines = [_verified(verdict) for verdict in verify_file(file, rules, strict=strict, progress=progress)]
-        fields = report.verified_fields(lines)
-        if as_json:
-            head = {"npscope": __version__, "file": file, "pattern": pattern, "recipe": recipe}
-            print_text(report.as_json(head | fields) + "\n")
-        elif not quiet:
-            print_text(report.verified_table(lines, width=width()))
-        return 0 if fields["holds"] else 1
-
-    return job
+    rules, strict = recipe_of_options(options), options.strict
+    with config(threads=options.threads), progress_bar(shown=not options.quiet, what="checking") as progress:
+        lines = [_verified(found) for found in verify_file(options.file, rules, strict=strict, progress=progress)]
+    fields = report.verified_fields(lines)
+    if options.json:
+        print_text(report.as_json(head(options, "file", "pattern", "recipe") | fields) + "\n")
+    elif not options.quiet:
+        print_text(report.verified_table(lines, width=width()))
+    return 0 if fields["holds"] else 1
 
 
 def _verified(verdict: Verdict) -> report.Verified:
