@@ -29,13 +29,6 @@ LAYOUT = argument(
     help="How weights are stored: [out, in, ...] as PyTorch does, [..., in, out] as Flax and GPT-2 do "
     "(default: %(default)s).",
 )
-PATTERN = argument(
-    "--pattern",
-    help='"2:4" keeps 2 of 4 along the input axis; "4x4@0.5" prunes half of the 4x4 tiles of each '
-    '[out, fan-in] matrix; "block=1x16 scope=1x8 keep=4 ord=1" (or sparsity=0.5) says it in full, '
-    "scope counted in blocks, -1 a whole axis.",
-)
-RECIPE = argument("-r", "--recipe", metavar="FILE", help="Rules and couplings in a TOML or JSON file, for --pattern.")
 INCLUDE = argument(
     "--include",
     action="append",
@@ -44,15 +37,28 @@ INCLUDE = argument(
     help="Only tensors of these names (glob, or re:EXPRESSION); overrides the skips.",
 )
 EXCLUDE = argument("--exclude", action="append", default=[], metavar="GLOB", help="Leave these tensors alone.")
-AXIS = argument(
-    "--axis",
-    help="Where a pattern with one size runs: in (the default), fan-in (in x kernel), last, or a number.",
+RULES = (
+    argument(
+        "--pattern",
+        help='"2:4" keeps 2 of 4 along the input axis; "4x4@0.5" prunes half of the 4x4 tiles of each '
+        '[out, fan-in] matrix; "block=1x16 scope=1x8 keep=4 ord=1" (or sparsity=0.5) says it in full, '
+        "scope counted in blocks, -1 a whole axis.",
+    ),
+    argument("-r", "--recipe", metavar="FILE", help="Rules and couplings in a TOML or JSON file, for --pattern."),
+    INCLUDE,
+    EXCLUDE,
+    argument(
+        "--axis",
+        help="Where a pattern with one size runs: in (the default), fan-in (in x kernel), last, or a number.",
+    ),
+    argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="How weights are stored: out-in (the default) as PyTorch does, in-out as Flax and GPT-2 do.",
+    ),
 )
-RULE_LAYOUT = argument(
-    "--layout",
-    choices=LAYOUTS,
-    help="How weights are stored: out-in (the default) as PyTorch does, in-out as Flax and GPT-2 do.",
-)
+"""What `recipe_of_options` reads, but for the file of scores."""
+
 SCORES = argument(
     "--scores", metavar="FILE", help="Rank by these scores: one for each weight, or for each input channel."
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any, NoReturn
 
 from npscope.cli.terminal import print_text
@@ -24,18 +26,15 @@ def flag(name: str, help: str) -> Argument:
     return argument(name, action="store_true", help=help)
 
 
-def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+def whole_number(least: int, most: float = inf) -> Callable[[str], int]:
     """What reads a number of that range."""
 
     def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least or (most is not None and number > most):
-            upwards = "upwards" if most is None else f"to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from {least} {upwards}")
-        return number
+        with suppress(ValueError):
+            if least <= (number := int(text)) <= most:
+                return number
+        limits = f"from {least} on" if most == inf else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number {limits}")
 
     return read
 

@@ -5,31 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 
 from npscope.cli import report
-from npscope.cli.options import (
-    AS_JSON,
-    AXIS,
-    DEBUG,
-    EXCLUDE,
-    FILES,
-    INCLUDE,
-    PATTERN,
-    RECIPE,
-    RULE_LAYOUT,
-    SCORES,
-    head,
-    recipe_of_options,
-)
+from npscope.cli.options import AS_JSON, DEBUG, FILES, RULES, SCORES, head, recipe_of_options
 from npscope.cli.parsing import argument
 from npscope.cli.terminal import print_text, width
 
 ARGUMENTS = (
     argument("file", metavar="FILE", help=f"{FILES}."),
-    PATTERN,
-    RECIPE,
-    INCLUDE,
-    EXCLUDE,
-    AXIS,
-    RULE_LAYOUT,
+    *RULES,
     SCORES,
     AS_JSON,
     DEBUG,

@@ -13,15 +13,10 @@ from npscope import config
 from npscope.cli import report
 from npscope.cli.options import (
     AS_JSON,
-    AXIS,
     DEBUG,
-    EXCLUDE,
     FILES,
-    INCLUDE,
     MAX_BYTES,
-    PATTERN,
-    RECIPE,
-    RULE_LAYOUT,
+    RULES,
     SCORES,
     STRICT,
     THREADS,
@@ -39,14 +34,9 @@ if TYPE_CHECKING:
 
 ARGUMENTS = (
     argument("input", metavar="IN", help=f"{FILES}; it is only read."),
-    PATTERN,
-    RECIPE,
     argument("-o", "--output", metavar="OUT", help="The file to write."),
     flag("--in-place", "Replace IN itself, when the result is complete."),
-    INCLUDE,
-    EXCLUDE,
-    AXIS,
-    RULE_LAYOUT,
+    *RULES,
     SCORES,
     argument(
         "--nan",

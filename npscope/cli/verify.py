@@ -7,20 +7,7 @@ from typing import TYPE_CHECKING
 
 from npscope import config
 from npscope.cli import report
-from npscope.cli.options import (
-    AS_JSON,
-    AXIS,
-    DEBUG,
-    EXCLUDE,
-    INCLUDE,
-    PATTERN,
-    RECIPE,
-    RULE_LAYOUT,
-    STRICT,
-    THREADS,
-    head,
-    recipe_of_options,
-)
+from npscope.cli.options import AS_JSON, DEBUG, RULES, STRICT, THREADS, head, recipe_of_options
 from npscope.cli.parsing import argument, flag
 from npscope.cli.terminal import print_text, progress_bar, width
 
@@ -30,12 +17,7 @@ if TYPE_CHECKING:
 
 ARGUMENTS = (
     argument("file", metavar="FILE", help="A file of weights, whoever made it."),
-    PATTERN,
-    RECIPE,
-    INCLUDE,
-    EXCLUDE,
-    AXIS,
-    RULE_LAYOUT,
+    *RULES,
     STRICT,
     AS_JSON,
     THREADS,
