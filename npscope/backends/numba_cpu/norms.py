@@ -206,19 +206,18 @@ def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) 
     """The norms of a part into its columns of a table. The blocks are walked in the order of memory."""
     array = part[0].array
     cut, places = _walk(plain.cut, array.strides if len(part) == 1 else None)
+    in_order = cut is plain.cut and columns.flags.c_contiguous
     walked = plain if cut is plain.cut else Competitors((Leaf(array, cut),))
-    table = Operand(Leaf(columns, places))
-    dense = table.grid.shape[1] == 1 and table.grid[1, 0] == 1
-
+    flat, table = (columns.reshape(-1), None) if in_order else (None, Operand(Leaf(columns, places)))
     make_norms, piece = norms_of(walked, ord)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [make_norms(0 if dense and piece == STRIPS_ELEMENTS else length) for _ in range(slots)]
+        works = [make_norms(0 if in_order and piece == STRIPS_ELEMENTS else length) for _ in range(slots)]
 
         def work(slot: int, i0: int, i1: int) -> None:
-            norm = table.buffer[table.origin + i0 : table.origin + i1] if dense else works[slot].norm[: i1 - i0]
+            norm = works[slot].norm[: i1 - i0] if flat is None else flat[i0:i1]
             works[slot].fill_into(i0, i1, norm)
-            if not dense:
+            if table is not None:
                 nk.scatter(norm, i0, i1, table.buffer, table.origin, table.grid)
 
         return work
