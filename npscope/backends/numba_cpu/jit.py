@@ -10,8 +10,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from llvmlite import ir
-from numba import njit, types
+import numpy as np
+from numba import from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -21,10 +21,9 @@ _KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrap
 _INNER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False, "no_cpython_wrapper": True}
 
 
-def kernel(function: Compiled) -> Compiled:
-    """Compile what Python calls."""
-    compiled: Compiled = njit(**_KERNEL)(function)
-    return compiled
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile what Python calls. Not typed: operands are passed as tuples spread over several arguments."""
+    return njit(**_KERNEL)(function)
 
 
 def inner(function: Compiled) -> Compiled:
@@ -48,33 +47,79 @@ def inner_any_order(function: Compiled) -> Compiled:
 def standalone(function: Compiled) -> Compiled:
     """Compile alone what several kernels call, and call it at its address: once for all, not once inside of each.
 
-    LLVM sees nothing of the caller there, so this is for calls that serve thousands of elements.
+    LLVM sees nothing of the caller there, so this is for calls that serve many elements, or are rare. No keywords, no
+    defaults, no recursion.
     """
     dispatcher: Any = inner(function)
 
     def typed(typing_context: Any, *args: Any) -> tuple[Any, Callable[..., Any]]:
         plain = tuple(types.unliteral(arg) for arg in args)
-        dispatcher.compile(plain)
-        compiled = dispatcher.overloads[plain]
-        result = compiled.signature.return_type
+        address, result = _compiled(dispatcher, plain)
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-            pointer = context.call_conv.get_function_type(result, plain).as_pointer()
-            callee = builder.inttoptr(ir.Constant(ir.IntType(context.address_size), address), pointer)
-            status, returned = context.call_conv.call_function(builder, callee, result, plain, values)
-            with cgutils.if_unlikely(builder, status.is_error):  # bounds are checked where Numba is told to
-                context.call_conv.return_status_propagate(builder, status)
-            return returned
+            # In Numba's own way, so that it never keeps code on a disk that has an address in it.
+            place = context.add_dynamic_addr(builder, address, info=function.__name__)
+            return _call(context, builder, place, result(*plain), values)
 
         return result(*plain), generate
 
     count = len(inspect.signature(function).parameters)
-    called: Compiled = with_arguments(typed, function.__name__, function.__doc__, count)
-    return called
+    called: Any = intrinsic_of(typed, function.__name__, function.__doc__, count)
+    called.dispatcher = dispatcher
+    return called  # type: ignore[no-any-return]
 
 
-def with_arguments(typed: Any, name: str, doc: str | None, count: int) -> Any:
+def address_of(function: Any, *arguments: Any, result: Any = types.void) -> int:
+    """Where the code of a `standalone` function is, for arguments of these Numba types: what a `caller` calls."""
+    address, found = _compiled(function.dispatcher, arguments)
+    if found != result:
+        raise TypeError(f"{function} returns {found}, not {result}")
+    return address
+
+
+def array_of(dtype: Any, dimensions: int = 1) -> Any:
+    """The Numba type of contiguous arrays."""
+    return types.Array(from_dtype(np.dtype(dtype)), dimensions, "C")
+
+
+def caller(count: int, result: Any = types.void) -> Any:
+    """``call(address, *arguments)`` for compiled functions: a kernel that is told what to call serves all of its kind.
+
+    The address is that of a function for the same types, with this result; nothing checks it.
+    """
+
+    def typed(typing_context: Any, *args: Any) -> tuple[Any, Callable[..., Any]]:
+        plain = tuple(types.unliteral(arg) for arg in args[1:])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            place = builder.inttoptr(values[0], cgutils.voidptr_t)
+            return _call(context, builder, place, result(*plain), values[1:])
+
+        return result(types.int64, *plain), generate
+
+    return intrinsic_of(typed, "call", None, 1 + count)
+
+
+def _compiled(dispatcher: Any, arguments: tuple[Any, ...]) -> tuple[int, Any]:
+    """(address, type of the result) of a function for arguments of these types. The dispatcher keeps it alive."""
+    dispatcher.compile(arguments)
+    compiled = dispatcher.overloads[arguments]
+    address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    if not address:
+        raise RuntimeError(f"Numba has no machine code of {compiled.fndesc.llvm_func_name!r:.200}")
+    return address, compiled.signature.return_type
+
+
+def _call(context: Any, builder: Any, place: Any, signature: Any, values: Any) -> Any:
+    result, arguments = signature.return_type, signature.args
+    callee = builder.bitcast(place, context.call_conv.get_function_type(result, arguments).as_pointer())
+    status, returned = context.call_conv.call_function(builder, callee, result, arguments, values)
+    with cgutils.if_unlikely(builder, status.is_error):  # bounds are checked where Numba is told to
+        context.call_conv.return_status_propagate(builder, status)
+    return returned
+
+
+def intrinsic_of(typed: Any, name: str, doc: str | None, count: int) -> Any:
     """The intrinsic that ``typed(context, *types)`` describes, for `count` positional arguments."""
     kinds = [inspect.Parameter(f"argument{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(count + 1)]
     typed.__name__, typed.__doc__, typed.__signature__ = name, doc, inspect.Signature(kinds)

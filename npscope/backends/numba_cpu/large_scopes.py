@@ -83,7 +83,7 @@ class LargeScopes:
         ]
         # The keys of a part: those kept in `norm_keys`, or as a kernel reads them from the array.
         self.reads = [
-            strips.dense_reader() if p in self.lasting or source is None else source.read
+            strips.dense_reader(ranking.key) if p in self.lasting or source is None else source.read
             for p, source in enumerate(ranking.sources)
         ]
         self.wheres = [
@@ -151,23 +151,22 @@ class LargeScopes:
         def use(slot: int, i: int) -> None:
             p, seed, share = self.samples[i]
             first, blocks = self._first(p, scope), self.ranking.parts[p].blocks
-            kernel = strips.sample_kernel(self.reads[p])
-            kernel(self.wheres[p], first, first + blocks, min(SAMPLE_RUN, blocks), seed, share, self.works[slot])
+            run, work = min(SAMPLE_RUN, blocks), self.works[slot]
+            strips.sample(self.reads[p], self.wheres[p], first, first + blocks, run, seed, share, work)
 
         self._each(len(self.samples), use)
         return np.sort(np.concatenate([share for _, _, share in self.samples]))
 
     def _survey(self, scope: int, low: int, high: int) -> None:
         """Count the keys of every piece above and inside [low, high], and collect the latter."""
-        limits = np.uint64(low), np.uint64(high)
+        limits, survey = (np.uint64(low), np.uint64(high)), strips.survey_kernel(self.ranking.width)
         ends = [0] * self.workers
 
         def use(slot: int, i: int) -> None:
             piece, start = self.pieces[i], ends[slot]
             first = self._first(piece.part, scope)
-            kernel = strips.survey_kernel(self.reads[piece.part], self.ranking.width)
-            self.above[i], self.inside[i], self.stored[i] = kernel(
-                self.wheres[piece.part], first + piece.b0, first + piece.b1, *limits,
+            self.above[i], self.inside[i], self.stored[i] = survey(
+                self.reads[piece.part], self.wheres[piece.part], first + piece.b0, first + piece.b1, *limits,
                 self.found[slot], start, self.works[slot],
             )  # fmt: skip
             self.slot[i], self.start[i] = slot, start
@@ -239,11 +238,7 @@ class LargeScopes:
             spare[scope] = quotas[scope] - self.equal
         largest = (1 << ranking.width) - 1
         cutters = [cutter_of(ranking, p, sink) for p, sink in enumerate(sinks)]
-        cuts = [None if cut is None else strips.cutter_kernel(cut) for cut in cutters]
-        kernels = [
-            strips.cut_kernel(read, strips.store_mask if sink.write is None else sink.write)
-            for read, sink in zip(self.reads, sinks, strict=True)
-        ]
+        writes = [strips.mask_writer() if sink.write is None else sink.write for sink in sinks]
         # What a kernel cannot write by itself goes through a mask, as much of it as other work arrays take.
         steps = [
             STRIPS_ELEMENTS if sink.write is not None else piece_length(part.blocks, part.elements, 1, BLOCK_WORKSPACE)
@@ -257,17 +252,18 @@ class LargeScopes:
             p, start, stop = self.pieces[place]
             sink, first, read_first = sinks[p], scope * ranking.parts[p].blocks, self._first(p, scope)
             left, limit = int(quotas[scope, place]), int(limits[scope])
-            cut = cuts[p]
+            cut = cutters[p]
             if cut is not None and (spare[scope, place] >= 0 or left == 0) and (left > 0 or limit < largest):
                 # Equal keys stay or go together, so elements can be cut by a limit alone.
-                cut(self.wheres[p], sink.where, first + start, first + stop, np.uint64(limit + (left == 0)))
+                bound = np.uint64(limit + (left == 0))
+                strips.cut_elements(cut, self.wheres[p], sink.where, first + start, first + stop, bound)
                 return
             for b0 in range(start, stop, steps[p]):
                 b1 = min(stop, b0 + steps[p])
                 target = dense(masks[slot], -first - b0) if sink.write is None else sink.where
-                left = kernels[p](
-                    self.wheres[p], read_first + b0, target, first + b0, first + b1, STRIP_ELEMENTS,
-                    limits[scope], left, self.works[slot],
+                left = strips.keep_above(
+                    self.reads[p], writes[p], self.wheres[p], read_first + b0, target, first + b0, first + b1,
+                    STRIP_ELEMENTS, limits[scope], left, self.works[slot],
                 )  # fmt: skip
                 if sink.write is None:
                     sink.put(first + b0, first + b1, masks[slot, : b1 - b0])

@@ -14,12 +14,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from npscope.backends.numba_cpu import vector_norms, vector_selection
 from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, codec
-from npscope.backends.numba_cpu.jit import inner, kernel, merged, standalone
-from npscope.backends.numba_cpu.nests import length_of, place
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, merged, standalone
+from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Placement, layout_of
 from npscope.backends.numba_cpu.scalars import bits_of, float_of, greatest, least
 from npscope.backends.numba_cpu.vector_norms import (
@@ -119,7 +120,7 @@ def numbers_of(placed: Placement, code: int) -> tuple[Layout, np.ndarray] | None
 
 
 def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
-    """Whether `norm_kernel` serves these blocks and this norm; `wide`: float64 too, which needs buffers of its own."""
+    """Whether a `measurer` serves these blocks and this norm; `wide`: float64 too, which needs buffers of its own."""
     if layout is None or layout.form.bits > (64 if wide else 32) or code not in (INF, ONE, TWO):
         return False
     vectors = -(-layout.run // LANES)
@@ -164,7 +165,8 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
     add = _adder(form, run, long, code)
     finish, parts = vector_norms.finish_totals(form, code, many), vector_norms.parts_of(form)
-    settle, square = _rescale(codec) if form.bits == 64 else _settle(codec), code == TWO
+    settle = _rescale(codec) if form.bits == 64 else _settle(codec)
+    square = code == TWO
 
     @standalone
     def measure(
@@ -355,43 +357,50 @@ def scaler(layout: Layout) -> Any:
     return scale
 
 
-@cache
-def scale_kernel(layout: Layout) -> Any:
-    """The kernel that multiplies the blocks [i0, i1) by their factors; 0 writes +0.0, 1 keeps the bits."""
-    scale = scaler(layout)
-
-    @kernel
-    def scale_blocks(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, factors: Any) -> None:
-        scale(buffer, origin, grid, elements, i0, i1, factors)
-
-    return scale_blocks
+_WHERE = (types.int64, NEST, NEST)  # behind a buffer: its origin, grid and elements
+_RANGE = (types.int64, types.int64)
+call_measurer, call_scaler = caller(9), caller(7)
 
 
 @cache
-def norm_kernel(layout: Layout, code: int) -> Any:
-    """The kernel that writes the norms of blocks [i0, i1), dense; and in float64 if `wide` is not empty.
+def measurer_address(layout: Layout, code: int, unit: np.dtype, norm: np.dtype) -> int:
+    """Where the code of a `measurer` is, for buffers and norms of these dtypes."""
+    sums, limbs = array_of(np.float64), array_of(np.int64, 2)
+    return address_of(measurer(layout, code), array_of(unit), *_WHERE, *_RANGE, sums, array_of(norm), limbs)
+
+
+@cache
+def scaler_address(layout: Layout, unit: np.dtype) -> int:
+    """Where the code of a `scaler` is, for buffers of this dtype."""
+    return address_of(scaler(layout), array_of(unit), *_WHERE, *_RANGE, array_of(np.float64))
+
+
+@kernel
+def scale_blocks(
+    scale: int, buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, factors: Any
+) -> None:
+    """Multiply the blocks [i0, i1) by their factors; 0 writes +0.0, 1 keeps the bits."""
+    call_scaler(scale, buffer, origin, grid, elements, i0, i1, factors)
+
+
+@kernel
+def norms_of_blocks(
+    measure: int, largest: bool, buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int,
+    out: Any, wide: Any, sums: Any, norms: Any, limbs: Any,
+) -> None:  # fmt: skip
+    """Write the norms of blocks [i0, i1), dense; and in float64 if `wide` is not empty. They are the `largest` or sums.
 
     `strip` is `strip_blocks` of the blocks.
     """
-    measure = measurer(layout, code)
-    largest = code == INF
-
-    @kernel
-    def norms_of_blocks(
-        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int, out: Any, wide: Any,
-        sums: Any, norms: Any, limbs: Any,
-    ) -> None:  # fmt: skip
-        for i in range(i0, i1, strip):
-            stop = least(i1, i + strip)
-            measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)
-            copy(norms, stop - i, out, i - i0)
-            if wide.size:
-                if largest:
-                    copy(norms, stop - i, wide, i - i0)
-                else:
-                    copy(sums, stop - i, wide, i - i0)
-
-    return norms_of_blocks
+    for i in range(i0, i1, strip):
+        stop = least(i1, i + strip)
+        call_measurer(measure, buffer, origin, grid, elements, i, stop, sums, norms, limbs)
+        copy(norms, stop - i, out, i - i0)
+        if wide.size:
+            if largest:
+                copy(norms, stop - i, wide, i - i0)
+            else:
+                copy(sums, stop - i, wide, i - i0)
 
 
 # --- selection among single elements ---------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Loop nests in memory: an int64 array of two rows, the sizes of the loops and the steps between their turns.
+"""Loop nests in memory: an int64 array of two rows, the sizes (at least 1) of the loops and the steps between turns.
 
 Every kernel asks where an index lies. As functions in Python these two took a tenth of a second of its compilation.
 """
@@ -12,9 +12,12 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from npscope.backends.numba_cpu.jit import with_arguments
+from npscope.backends.numba_cpu.jit import intrinsic_of
 
 _INT = ir.IntType(64)
+
+NEST = types.Array(types.int64, 2, "C")
+"""The type of a nest."""
 
 
 def _on_nest(name: str, doc: str, count: int, emit: Callable[..., Any]) -> Any:
@@ -22,7 +25,9 @@ def _on_nest(name: str, doc: str, count: int, emit: Callable[..., Any]) -> Any:
 
     def typed(typing_context: Any, *args: Any) -> Any:
         nest = args[-1]
-        if not isinstance(nest, types.Array) or (nest.dtype, nest.ndim, nest.layout) != (types.int64, 2, "C"):
+        if not isinstance(nest, types.Array) or (nest.dtype, nest.ndim, nest.layout) != (NEST.dtype, 2, "C"):
+            return None
+        if not all(isinstance(arg, types.Integer) for arg in args[:-1]):
             return None
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -39,7 +44,7 @@ def _on_nest(name: str, doc: str, count: int, emit: Callable[..., Any]) -> Any:
 
         return types.int64(*[types.int64] * (count - 1), nest), generate
 
-    return with_arguments(typed, name, doc, count)
+    return intrinsic_of(typed, name, doc, count)
 
 
 def _emit_place(b: Any, loops: Any, size_of: Any, step_of: Any, index: Any) -> Any:

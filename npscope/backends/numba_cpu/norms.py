@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.arithmetic import LIMBS
-from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
@@ -26,7 +26,7 @@ from npscope.backends.numba_cpu.operands import (
 from npscope.tiling import Cut, Dim, Leaf, Part, Parts
 
 UNSURE_ROWS = 768
-"""Undecided norms that are summed exactly at a time."""
+"""Undecided norms that are summed exactly at a time: half a MiB of limbs."""
 
 _NOT_WIDE = np.empty(0)
 """In the place of norms in float64, where none are asked for."""
@@ -40,10 +40,10 @@ def code_of(ord: float, elements: int) -> int:
 
 
 class LineNorms:
-    """The norms of up to `length` blocks of a part that one kernel measures line by line."""
+    """The norms of up to `length` blocks of a part that one kernel measures line by line, told its `source`."""
 
-    def __init__(self, part: Competitors, kernel: Function, where: lines.Where, strip: int, length: int) -> None:
-        self.kernel, self.where, self.strip = kernel, where, strip
+    def __init__(self, part: Competitors, source: tuple[Any, ...], strip: int, length: int) -> None:
+        self.source, self.strip = source, strip
         self.loan = Loan(lines.NormBuffers, lines.STRIP_BLOCKS, part.norm)
         self.buffers = self.loan.work.all
         self.norm, self.wide = np.empty(length, dtype=part.norm), np.empty(length)
@@ -51,12 +51,12 @@ class LineNorms:
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
         """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
         norm, wide = self.norm[: i1 - i0], self.wide[: i1 - i0]
-        self.kernel(*self.where, i0, i1, self.strip, norm, wide, *self.buffers)
+        lines.norms_of_blocks(*self.source, i0, i1, self.strip, norm, wide, *self.buffers)
         return norm, wide
 
     def fill_into(self, i0: int, i1: int, norm: np.ndarray) -> None:
         """The norms of blocks [i0, i1) into a dense array, which may be any."""
-        self.kernel(*self.where, i0, i1, self.strip, norm, _NOT_WIDE, *self.buffers)
+        lines.norms_of_blocks(*self.source, i0, i1, self.strip, norm, _NOT_WIDE, *self.buffers)
 
 
 class PassNorms:
@@ -131,24 +131,25 @@ class PassNorms:
 
 
 @lru_cache(maxsize=2048)
-def _by_lines(placed: Placement, code: int) -> tuple[Function, int, np.ndarray] | None:
-    """The kernel that measures blocks line by line, if they can be, its strip, and the loops over their numbers."""
+def _by_lines(placed: Placement, code: int, norm: np.dtype) -> tuple[tuple[int, bool], int, np.ndarray] | None:
+    """How a kernel measures blocks line by line, if they can be, its strip, and the loops over their numbers."""
     found = lines.numbers_of(placed, code)
     if found is None or not lines.can_sum(found[0], code, wide=True):
         return None
     layout, elements = found
-    return lines.norm_kernel(layout.compiled, code), lines.strip_blocks(layout), elements
+    how = lines.measurer_address(layout.compiled, code, placed.unit, norm), code == nk.INF
+    return how, lines.strip_blocks(layout), elements
 
 
 def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms | PassNorms], int]:
     """What measures up to so many blocks of a part, and the elements of a piece that suit it."""
     leaf = part.leaves[0]
-    found = None if part.spans_leaves else _by_lines(leaf.place, code_of(ord, part.elements))
+    found = None if part.spans_leaves else _by_lines(leaf.place, code_of(ord, part.elements), part.norm)
     if found is None:
         return lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS
-    kernel, strip, elements = found
-    where = leaf.buffer, leaf.origin, leaf.grid, elements
-    return lambda length: LineNorms(part, kernel, where, strip, length), STRIPS_ELEMENTS
+    how, strip, elements = found
+    source = *how, leaf.buffer, leaf.origin, leaf.grid, elements
+    return lambda length: LineNorms(part, source, strip, length), STRIPS_ELEMENTS
 
 
 def workspace_of(part: Competitors, ord: float) -> int:

@@ -15,13 +15,14 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numba import typeof, types
 
 from npscope.backends.numba_cpu import planes, vector_shrinkage
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
-from npscope.backends.numba_cpu.jit import inner, kernel, standalone
-from npscope.backends.numba_cpu.kernels import TWO, read_numbers
-from npscope.backends.numba_cpu.lines import measurer, scaler
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, standalone
+from npscope.backends.numba_cpu.kernels import read_numbers
+from npscope.backends.numba_cpu.lines import call_measurer, call_scaler
 from npscope.backends.numba_cpu.nests import place
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import greatest, least
@@ -123,24 +124,18 @@ def shrink_factors(norms: Any, wide: Any, t: Any) -> None:
     form_factors(norms, wide, t, norms.size)
 
 
-@cache
-def shrink_kernel(layout: Layout) -> Any:
-    """The kernel that shrinks the blocks [i0, i1) by their norm."""
-    measure, scale = measurer(layout, TWO), scaler(layout)
-
-    @kernel
-    def shrink_blocks(
-        x: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int,
-        t: Any, t_origin: int, t_grid: Any, repeat: int, limits: Any, sums: Any, norms: Any, limbs: Any,
-    ) -> None:  # fmt: skip
-        for i in range(i0, i1, strip):
-            stop = least(i1, i + strip)
-            measure(x, origin, grid, elements, i, stop, sums, norms, limbs)
-            read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
-            form_factors(norms, sums, limits, stop - i)
-            scale(x, origin, grid, elements, i, stop, sums)
-
-    return shrink_blocks
+@kernel
+def shrink_blocks(
+    measure: int, scale: int, x: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int,
+    t: Any, t_origin: int, t_grid: Any, repeat: int, limits: Any, sums: Any, norms: Any, limbs: Any,
+) -> None:  # fmt: skip
+    """Shrink the blocks [i0, i1) by their norm."""
+    for i in range(i0, i1, strip):
+        stop = least(i1, i + strip)
+        call_measurer(measure, x, origin, grid, elements, i, stop, sums, norms, limbs)
+        read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
+        form_factors(norms, sums, limits, stop - i)
+        call_scaler(scale, x, origin, grid, elements, i, stop, sums)
 
 
 # --- conditioned: dealing ------------------------------------------------------------------------
@@ -207,7 +202,7 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
     return deal
 
 
-Pair = tuple[Codec, Layout | None, Codec, Layout | None]
+Pair = tuple[Any, Layout | None, Any, Layout | None]
 """How the elements of a leaf and of its metric are read."""
 
 
@@ -218,7 +213,7 @@ def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
     deal_v, deal_h = _dealer(x_codec.value, x_layout), _dealer(h_codec.value, h_layout)
     deal_rest = _pairs_dealer(pairs[1:]) if len(pairs) > 1 else None
 
-    @inner
+    @standalone
     def deal(leaves: Any, i: int, stop: int, e0: int, e1: int, row: int, v: Any, h: Any, width: int) -> None:
         x, x_origin, x_grid, x_elements, hh, h_origin, h_grid, h_elements, size = leaves[0]
         first, last = greatest(e0, 0), least(e1, size)
@@ -231,6 +226,15 @@ def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
             deal_rest(leaves[1:], i, stop, e0 - size, e1 - size, row, v, h, width)
 
     return deal
+
+
+_call_dealer = caller(9)
+
+
+def dealer_address(pairs: tuple[Pair, ...], leaves: Any) -> int:
+    """Where the code is that deals the elements of leaves which are read like this."""
+    numbers, plane = [types.int64] * 5, array_of(np.float64)
+    return address_of(_pairs_dealer(pairs), typeof(leaves), *numbers, plane, plane, types.int64)
 
 
 # --- conditioned: solving ------------------------------------------------------------------------
@@ -379,17 +383,20 @@ def _step(bends: bool, falls: bool, near: float, s: Any) -> int:
 
 
 @cache
-def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
+def solve_kernel(exact: bool, narrow: bool) -> Any:
     """The kernel that solves the blocks [i0, i1): an element becomes ``h / (h + mu)`` of itself.
 
-    Zero blocks get an infinite mu, unchanged ones 0. False where an iteration does not end.
+    Zero blocks get an infinite mu, unchanged ones 0. False where an iteration does not end. `deal` is the
+    `dealer_address` of the leaves.
     """
-    deal, measure_planes, secular_sums = _pairs_dealer(pairs), planes.measure_planes(), planes.secular_sums()
+    measure_planes, secular_sums = planes.measure_planes(), planes.secular_sums()
     largest = 1e76 if narrow else 1e100
 
     @standalone
-    def look(leaves: Any, i: int, stop: int, b: int, total: int, chunk: int, limit: float, v: Any, h: Any, width: int,
-             s: Any) -> None:  # fmt: skip
+    def look(
+        deal: int, leaves: Any, i: int, stop: int, b: int, total: int, chunk: int, limit: float, v: Any, h: Any,
+        width: int, s: Any,
+    ) -> None:  # fmt: skip
         """Decide on block b of a strip by sums that neither overflow nor round amiss."""
         top, widest, unit, scale = 0.0, 0.0, 1.0, 1.0
         hi, low, size, size_low, cubes = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -397,7 +404,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
                 if chunk < total:
-                    deal(leaves, i, stop, e0, e1, 0, v, h, width)
+                    _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, width)
                 for k in range(b, (e1 - e0) * width, width):
                     x, c = v[k] * unit, h[k]
                     if turn == 0:
@@ -437,7 +444,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
 
     @kernel
     def solve(
-        leaves: Any, i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, total: int,
+        deal: int, leaves: Any, i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, total: int,
         width: int, max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
     ) -> bool:  # fmt: skip
         chunk = least(total, v.size // width)
@@ -449,13 +456,13 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
             s[SQUARES:NORM] = 0.0
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
-                deal(leaves, i, stop, e0, e1, 0, v, h, width)
+                _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, width)
                 for b in range(0, count, LANES):
                     measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, DISTANCE)
             if _classify(limits, largest, s):
                 for b in range(count):
                     if s[ACTIVE + b] < 0.0:
-                        look(leaves, i, stop, b, total, chunk, np.float64(limits[b]), v, h, width, s)
+                        look(deal, leaves, i, stop, b, total, chunk, np.float64(limits[b]), v, h, width, s)
             left = _open(limits, s)
             steps = 0
             while left:
@@ -465,7 +472,7 @@ def solve_kernel(pairs: tuple[Pair, ...], exact: bool, narrow: bool) -> Any:
                 for e0 in range(0, total, chunk):
                     e1 = least(total, e0 + chunk)
                     if chunk < total:
-                        deal(leaves, i, stop, e0, e1, 0, v, h, width)
+                        _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, width)
                     for b in range(0, count, LANES):
                         secular_sums(v, b, h, b, s, UNIT + b, s, SQUARES + b, e1 - e0, width, DISTANCE)
                 bends = steps < BENDING

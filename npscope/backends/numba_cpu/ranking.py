@@ -10,7 +10,6 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, strips
-from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import code_of, norms_of, put
 from npscope.backends.numba_cpu.operands import (
@@ -32,9 +31,9 @@ ACROSS_ELEMENTS, ACROSS_KEYS = 1 << 14, 1 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """How kernels read the keys of a part: `read`, its leading arguments, and the blocks of a strip."""
+    """How kernels read the keys of a part: the address of a reader, what it reads, and the blocks of a strip."""
 
-    read: Function
+    read: int
     where: Where
     strip: int
 
@@ -55,16 +54,19 @@ def source_of(
     leaf = part.leaves[0]
     if part.spans_leaves or leaf.codec is None:
         return None
+    unit, key_dtype = leaf.place.unit, np.dtype(f"u{width // 8}")
     if ord is None or (part.elements == 1 and (exact_integers or not part.wide_integers)):
         keys = {32: leaf.codec.key32, 64: leaf.codec.key64}
         key = leaf.codec.signed_key if ord is None else keys.get(width) or leaf.codec.narrow_key
         if across and leaf.across is not None:
-            return Source(strips.across_reader(key, planes), (leaf.buffer, leaf.origin, *leaf.across), ACROSS_ELEMENTS)
-        return Source(strips.element_reader(key), leaf.where, STRIP_ELEMENTS)
+            read, where = strips.across_reader(key, planes), (leaf.buffer, leaf.origin, *leaf.across)
+            return Source(strips.reader_address(read, unit, key_dtype), where, ACROSS_ELEMENTS)
+        read = strips.element_reader(key)
+        return Source(strips.reader_address(read, unit, key_dtype), leaf.where, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
         read = strips.norm_reader(leaf.layout.compiled, code, width == 64)
-        return Source(read, leaf.where, lines.strip_blocks(leaf.layout))
+        return Source(strips.reader_address(read, unit, key_dtype), leaf.where, lines.strip_blocks(leaf.layout))
     return None
 
 
@@ -122,7 +124,6 @@ class KeyWork:
             self.strip = source.strip
             if ranking.fits_a_piece:  # whole scopes, which may lie side by side
                 self.strip = ranking.scopes_of_a_strip(source.strip) * part.blocks
-            self.kernel = strips.read_kernel(source.read)
             self.scratch = Loan(Scratch, self.strip, 0, ranking.key)
 
     def fill(self, i0: int, i1: int, keys: np.ndarray) -> None:
@@ -130,13 +131,13 @@ class KeyWork:
         if self.norms is not None:
             nk.keys_of_norms(self.norms.fill(i0, i1)[0], keys)
         elif self.source is not None:
-            self.kernel(self.source.where, i0, i1, self.strip, keys, self.scratch.work.all)
+            strips.read_blocks(self.source.read, self.source.where, i0, i1, self.strip, keys, self.scratch.work.all)
 
 
 class Sink(Protocol):
-    """Where masks of the blocks of a part go; `write` and `where` let a kernel do it by itself."""
+    """Where masks of the blocks of a part go; a kernel does it by itself by the writer at `write`, if there is one."""
 
-    write: Function | None
+    write: int | None
     where: Where
     operand: Operand | None
     """The array of elements that is zeroed, if that is what `write` does."""
@@ -162,7 +163,7 @@ class TableSink(Sink):
     def __init__(self, columns: np.ndarray) -> None:
         self.columns = columns
         contiguous = columns.flags.c_contiguous
-        self.write = strips.store_mask if contiguous else None
+        self.write = strips.mask_writer() if contiguous else None
         self.where = dense(columns.reshape(-1) if contiguous else np.empty(0, dtype=np.bool_))
         self.operand: Operand | None = None
 
@@ -171,10 +172,12 @@ class TableSink(Sink):
         put(self.columns, i0, i1, mask)
 
 
-def cutter_of(ranking: Ranking, p: int, sink: Sink) -> Function | None:
+def cutter_of(ranking: Ranking, p: int, sink: Sink) -> int | None:
     """How adjacent elements are zeroed by their own keys, where keys and sink belong to elements that lie alike."""
     read, written = ranking.parts[p].leaves[0].layout, None if sink.operand is None else sink.operand.layout
     if read is None or written is None or ranking.parts[p].elements > 1 or ranking.ord is None:
         return None
     same = read.form == written.form and ranking.width == read.form.bits
-    return strips.cutter(read.form, read.codec) if same else None
+    if not same:
+        return None
+    return strips.cutter_address(strips.cutter(read.form, read.codec), ranking.parts[p].leaves[0].place.unit)

@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from npscope.backends.numba_cpu.jit import with_arguments
+from npscope.backends.numba_cpu.jit import intrinsic_of
 
 _FLOAT_OF = {types.uint32: types.float32, types.uint64: types.float64}
 _BITS_OF = {number: bits for bits, number in _FLOAT_OF.items()}
@@ -34,7 +34,7 @@ def _bitcast(name: str, result_of: dict[Any, Any], doc: str) -> Any:
 
         return result(number), generate
 
-    return with_arguments(typed, name, doc, 1)
+    return intrinsic_of(typed, name, doc, 1)
 
 
 def _choice(name: str, extreme: str, doc: str) -> Any:
@@ -51,7 +51,7 @@ def _choice(name: str, extreme: str, doc: str) -> Any:
 
         return common(common, common), generate
 
-    return with_arguments(typed, name, doc, 2)
+    return intrinsic_of(typed, name, doc, 2)
 
 
 bits_of = _bitcast("bits_of", _BITS_OF, "The bits of a float32 or float64, as an unsigned integer of its width.")

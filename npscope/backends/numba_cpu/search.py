@@ -54,6 +54,7 @@ def neighbours_of(keys: Any, start: int, n: int, limit: Any) -> tuple[Any, Any]:
     above, below = ones, zero
     for i in range(n):
         key = keys[np.uintp(start + i)]
+        # Comparisons and choices, of which LLVM makes a vector's minimum; of `least` it makes none here.
         up, down = (key, zero) if key >= border else (ones, key)
         above = up if up < above else above
         below = down if down > below else below

@@ -8,7 +8,6 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import strips
-from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.large_scopes import LargeScopes
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
@@ -39,7 +38,11 @@ class ScopeWork:
         self.columns = np.empty(longest, dtype=np.bool_)
         self.rows = ranking.scopes_of_a_strip(STRIP_ELEMENTS)
         self.scratch = Loan(Scratch, self.rows * ranking.blocks, self.rows, ranking.key)
-        self.select = strips.scopes_kernel(strips.dense_reader(), strips.store_mask, ranking.group, ranking.width)
+        self.steps = (
+            strips.dense_reader(ranking.key),
+            strips.selector_address(ranking.group, ranking.key),
+            strips.mask_writer(),
+        )
 
     def load(self, s0: int, s1: int) -> Where:
         """The keys of scopes [s0, s1), as a kernel reads them by scope number."""
@@ -55,7 +58,8 @@ class ScopeWork:
         """Hand each sink the mask of its kept blocks of scopes [s0, s1)."""
         rows, n = s1 - s0, self.ranking.blocks
         target = dense(self.mask.reshape(-1), -s0 * n)
-        self.select(self.load(s0, s1), target, self.counts, s0, s1, n, self.rows, self.scratch.work.all)
+        keys, scratch = self.load(s0, s1), self.scratch.work.all
+        strips.keep_in_scopes(*self.steps, keys, target, self.counts, s0, s1, n, self.rows, scratch)
         for sink, columns in zip(sinks, self.ranking.columns, strict=True):
             width = columns.stop - columns.start
             mask = self.columns[: rows * width]
@@ -101,7 +105,7 @@ def select_blocks(
     job()
 
 
-def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Function, sink: Sink) -> Callable[[], None]:
+def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: int, sink: Sink) -> Callable[[], None]:
     """The job in which one kernel reads, decides and writes."""
     cut = None if ranking.group else cutter_of(ranking, 0, sink)
     where, written = sink.where, sink.operand
@@ -109,8 +113,10 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Functi
     if written is not None and written.codec is not None and written.across is not None:
         planes = ranking.planes_source is not None
         source = ranking.planes_source or source
-        write, where = strips.across_dropper(written.codec, planes), (written.buffer, written.origin, *written.across)
-    kernel = strips.scopes_kernel(source.read, write, ranking.group, ranking.width, cut, planes=planes)
+        write = strips.writer_address(strips.across_dropper(written.codec, planes), written.place.unit)
+        where = written.buffer, written.origin, *written.across
+    kernel = strips.keep_in_scopes if cut is None else strips.cut_in_scopes
+    decide = strips.selector_address(ranking.group, ranking.key, planes=planes) if cut is None else cut
     rows = ranking.scopes_of_a_strip(source.strip)
     limits = counts.buffer, counts.origin, counts.grid
 
@@ -118,7 +124,8 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: Functi
         works = [Loan(Scratch, rows * ranking.blocks, rows, ranking.key) for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
-            kernel(source.where, where, limits, s0, s1, ranking.blocks, rows, works[slot].work.all)
+            scratch = works[slot].work.all
+            kernel(source.read, decide, write, source.where, where, limits, s0, s1, ranking.blocks, rows, scratch)
 
         return work
 
@@ -133,10 +140,12 @@ def strips_of_thresholds(
     sink = DropSink(written)
     if source is None or sink.write is None:
         return None
-    kernel = strips.threshold_kernel(source.read, sink.write, measured.norm.itemsize == 8)
-    read = Operand(thresholds)
-    limits, repeat = (read.buffer, read.origin, read.grid), measured.blocks if thresholds.cut.blocks == 1 else 1
-    write, key = sink.where, np.dtype(f"u{measured.norm.itemsize}")
+    kernel, numbers = strips.threshold_kernel(measured.norm.itemsize == 8), Operand(thresholds)
+    limits, repeat = (
+        (numbers.buffer, numbers.origin, numbers.grid),
+        measured.blocks if thresholds.cut.blocks == 1 else 1,
+    )
+    read, write, key = source.read, sink.write, np.dtype(f"u{measured.norm.itemsize}")
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [
@@ -145,7 +154,7 @@ def strips_of_thresholds(
         ]
 
         def work(slot: int, i0: int, i1: int) -> None:
-            kernel(source.where, write, limits, repeat, i0, i1, source.strip, *works[slot])
+            kernel(read, write, source.where, sink.where, limits, repeat, i0, i1, source.strip, *works[slot])
 
         return work
 
@@ -179,27 +188,29 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
 
 def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
     source, limits = ranking.sources[0], (counts.buffer, counts.origin, counts.grid)
+    kernel = strips.kth_kernel(ranking.signed)
     if len(ranking.parts) == 1 and source is not None:
-        kernel, rows = strips.kth_kernel(source.read, ranking.signed), ranking.scopes_of_a_strip(source.strip)
+        rows = ranking.scopes_of_a_strip(source.strip)
 
         def make_strips(slots: int, length: int) -> Callable[[int, int, int], None]:
             works = [Loan(Scratch, rows * ranking.blocks, rows, ranking.key) for _ in range(slots)]
 
             def work(slot: int, s0: int, s1: int) -> None:
-                kernel(source.where, limits, s0, s1, ranking.blocks, rows, found, works[slot].work.all)
+                scratch = works[slot].work.all
+                kernel(source.read, source.where, limits, s0, s1, ranking.blocks, rows, found, scratch)
 
             return work
 
         return ranges(ranking.scopes, ranking.elements, make_strips, workspace=0, piece=STRIPS_ELEMENTS)
 
-    dense = strips.kth_kernel(strips.dense_reader(), ranking.signed)
+    read = strips.dense_reader(ranking.key)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
-            keys = works[slot].load(s0, s1)
-            dense(keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, works[slot].scratch.work.all)
+            keys, scratch = works[slot].load(s0, s1), works[slot].scratch.work.all
+            kernel(read, keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, scratch)
 
         return work
 

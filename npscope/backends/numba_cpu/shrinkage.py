@@ -94,11 +94,13 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
     """The job that shrinks every block of `written` by its norm in `source`, whose elements it has by then."""
     x = written.leaves[0]
     if x.layout is not None and not source.spans_leaves and source.exact and lines.can_sum(x.layout, nk.TWO):
-        shrink, t = proximal.shrink_kernel(x.layout.compiled), _thresholds(thresholds, written)
-        strip = lines.strip_blocks(x.layout)
+        layout, unit = x.layout.compiled, x.place.unit
+        measure, scale = lines.measurer_address(layout, nk.TWO, unit, source.norm), lines.scaler_address(layout, unit)
+        head: tuple[Any, ...] = (measure, scale, *x.where)
+        strip, t = lines.strip_blocks(x.layout), _thresholds(thresholds, written)
         return in_place(
             written,
-            lambda i0, i1, limits, norms: shrink(*x.where, i0, i1, strip, *t, limits, *norms.work.all),
+            lambda i0, i1, limits, norms: proximal.shrink_blocks(*head, i0, i1, strip, *t, limits, *norms.work.all),
             lambda: np.empty(lines.STRIP_BLOCKS, dtype=thresholds.array.dtype),
             lambda: Loan(lines.NormBuffers, lines.STRIP_BLOCKS, source.norm),
         )
@@ -128,11 +130,11 @@ def conditioned_job(
     mus = np.empty(total)
     pairs = tuple((x.codec, x.layout, h.codec, h.layout) for x, h in zip(source.leaves, metric, strict=True))
     leaves = tuple((*x.where, *h.where, x.size) for x, h in zip(source.leaves, metric, strict=True))
-    solve = proximal.solve_kernel(pairs, source.exact, source.norm.itemsize == 4)
+    solve, deal = proximal.solve_kernel(source.exact, source.norm.itemsize == 4), proximal.dealer_address(pairs, leaves)
     t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
-        if not solve(leaves, i0, i1, *t, elements, width, max_iter, *near, v, h, s, limits, mus):
+        if not solve(deal, leaves, i0, i1, *t, elements, width, max_iter, *near, v, h, s, limits, mus):
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
             )

@@ -1,12 +1,16 @@
 """Kernels that decide: strip by strip they read keys, mark what is kept, and write.
 
 A strip is a few thousand elements, which stay in the nearest cache between its three steps. The
-steps are compiled functions that are joined for each operation, so that none is written twice:
+steps are functions of their own, compiled once each, and a kernel is told at which addresses they are:
 
 read(source, i, stop, keys, sums, norms, limbs)
     blocks [i, stop) of an array as ordered integers;
+select(keys, rows, n, keep, mask, guess, spacing)
+    the mask of the first-ranked keys, see `search.selector`;
 write(target, i, stop, mask)
-    what the mask says of these blocks.
+    what the mask says of these blocks;
+cut(source, target, i, stop, limit)
+    adjacent elements, those below a limit as +0.0.
 """
 
 from __future__ import annotations
@@ -15,15 +19,16 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from npscope.backends.numba_cpu import lines, search, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
-from npscope.backends.numba_cpu.jit import inner, kernel, merged, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, standalone
 from npscope.backends.numba_cpu.kernels import read_numbers
-from npscope.backends.numba_cpu.nests import length_of, place
+from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.scalars import least
-from npscope.backends.numba_cpu.search import count_from, kth_finder, mark, selector
+from npscope.backends.numba_cpu.search import count_from, kth_finder, mark
 
 STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
@@ -53,6 +58,45 @@ class Scratch:
     def all(self) -> tuple[np.ndarray, ...]:
         """The last argument of a kernel."""
         return self.keys, self.mask, self.keep, *self.norms.all
+
+
+# --- addresses -----------------------------------------------------------------------------------
+
+_RANGE = (types.int64, types.int64)
+_MASK, _WIDE, _KEEP = array_of(np.bool_), array_of(np.float64), array_of(np.int64)
+_NEXT = types.Tuple((types.uint64, types.float64))  # where the next search starts
+_call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(5), caller(7, _NEXT)
+
+
+def _where(unit: np.dtype) -> Any:
+    """The type of a `Where` with a buffer of this dtype."""
+    return types.Tuple((array_of(unit), types.int64, NEST, NEST))
+
+
+@cache
+def reader_address(read: Function, unit: np.dtype, key: np.dtype) -> int:
+    """Where the code of a reader is, for buffers and keys of these dtypes."""
+    norms, limbs = array_of(np.float32), array_of(np.int64, 2)
+    return address_of(read, _where(unit), *_RANGE, array_of(key), _WIDE, norms, limbs)
+
+
+@cache
+def writer_address(write: Function, unit: np.dtype) -> int:
+    """Where the code of a writer is, for buffers of this dtype."""
+    return address_of(write, _where(unit), *_RANGE, _MASK)
+
+
+@cache
+def cutter_address(cut: Function, unit: np.dtype) -> int:
+    """Where the code of a `cutter` is, for buffers of this dtype."""
+    return address_of(cut, _where(unit), _where(unit), *_RANGE, types.uint64)
+
+
+@cache
+def selector_address(group: int, key: np.dtype, *, planes: bool = False) -> int:
+    """Where the code of a `search.selector` is, or for keys in planes, for keys of this dtype."""
+    select = search.select_planes if planes else search.selector(group, 8 * key.itemsize)
+    return address_of(select, array_of(key), *_RANGE, _KEEP, _MASK, types.uint64, types.float64, result=_NEXT)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -88,7 +132,7 @@ def across_reader(key: Function, planes: bool) -> Function:
     """
     walk = _across(_key_to(key), planes)
 
-    @merged
+    @standalone
     def read(source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any) -> None:
         walk(source, i, stop, keys)
 
@@ -155,9 +199,9 @@ def _itself(keys: Any, i: int) -> Any:
     return keys[np.uintp(i)]
 
 
-def dense_reader() -> Function:
+def dense_reader(key: np.dtype) -> int:
     """Read keys that are already there."""
-    return element_reader(_itself)
+    return reader_address(element_reader(_itself), key, key)
 
 
 @cache
@@ -181,9 +225,10 @@ def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def dropper(operand: Operand) -> Function:
+def dropper(operand: Operand) -> int:
     """Write +0.0 to the blocks whose mask is False."""
-    return _dropper(operand.codec) if operand.layout is None else lines.dropper(operand.layout.compiled)
+    write = _dropper(operand.codec) if operand.layout is None else lines.dropper(operand.layout.compiled)
+    return writer_address(write, operand.place.unit)
 
 
 @cache
@@ -235,93 +280,80 @@ def cutter(form: vectors.Format, codec: Codec) -> Function:
     return cut
 
 
-@merged
-def store_mask(target: Any, i: int, stop: int, mask: Any) -> None:
-    """The mask itself, into a dense table."""
+@standalone
+def _store(target: Any, i: int, stop: int, mask: Any) -> None:
     buffer, origin, _, _ = target
     for j in range(stop - i):
         buffer[np.uintp(origin + i + j)] = mask[np.uintp(j)]
 
 
-@cache
-def write_kernel(write: Function) -> Function:
-    """The kernel that writes blocks [i0, i1) by a mask that is already there."""
+def mask_writer() -> int:
+    """Write the mask itself, into a dense table."""
+    return writer_address(_store, np.dtype(np.bool_))
 
-    @kernel
-    def write_blocks(target: Any, i0: int, i1: int, mask: Any) -> None:
-        write(target, i0, i1, mask)
 
-    return write_blocks
+@kernel
+def write_blocks(write: int, target: Any, i0: int, i1: int, mask: Any) -> None:
+    """Write blocks [i0, i1) by a mask that is already there."""
+    _call_writer(write, target, i0, i1, mask)
 
 
 # --- scopes that fit in cache ----------------------------------------------------------------------
 
 
-@cache
-def scopes_kernel(
-    read: Function, write: Function, group: int, width: int, cut: Function | None = None, *, planes: bool = False
-) -> Function:
-    """The kernel that keeps the first-ranked blocks of scopes [s0, s1), in strips of `rows` scopes of n blocks.
+@kernel
+def keep_in_scopes(
+    read: int, select: int, write: int, source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int,
+    scratch: Any,
+) -> None:  # fmt: skip
+    """Keep the first-ranked blocks of scopes [s0, s1), in strips of `rows` scopes of n blocks."""
+    keys, mask, keep, sums, norms, limbs = scratch
+    guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+    for s in range(s0, s1, rows):
+        stop = least(s1, s + rows)
+        read_numbers(*counts, 1, s, stop, keep)
+        _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
+        guess, spacing = _call_selector(select, keys, stop - s, n, keep, mask, guess, spacing)
+        _call_writer(write, target, s * n, stop * n, mask)
 
-    With `cut` (a `cutter`) it serves scopes that are searched, not `group`s, of elements. `planes` says how
-    `read` and `write` order the keys and the mask of a strip.
-    """
-    if cut is not None:
 
-        @kernel
-        def cut_in_scopes(
-            source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, scratch: Any
-        ) -> None:
-            keys, mask, keep, sums, norms, limbs = scratch
-            guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
-            for s in range(s0, s1, rows):
-                stop = least(s1, s + rows)
-                read_numbers(*counts, 1, s, stop, keep)
-                read(source, s * n, stop * n, keys, sums, norms, limbs)
-                for r in range(stop - s):
-                    i = (s + r) * n
-                    limit, ties, guess, spacing = search.limit_of(keys, r * n, n, keep[r], guess, spacing)
-                    if ties == n:
-                        cut(source, target, i, i + n, limit)
-                    else:
-                        mark(keys, r * n, n, limit, ties, mask, 0)
-                        write(target, i, i + n, mask)
-
-        return cut_in_scopes
-
-    select = search.select_planes if planes else selector(group, width)
-
-    @kernel
-    def keep_in_scopes(
-        source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, scratch: Any
-    ) -> None:
-        keys, mask, keep, sums, norms, limbs = scratch
-        guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
-        for s in range(s0, s1, rows):
-            stop = least(s1, s + rows)
-            read_numbers(*counts, 1, s, stop, keep)
-            read(source, s * n, stop * n, keys, sums, norms, limbs)
-            guess, spacing = select(keys, stop - s, n, keep, mask, guess, spacing)
-            write(target, s * n, stop * n, mask)
-
-    return keep_in_scopes
+@kernel
+def cut_in_scopes(
+    read: int, cut: int, write: int, source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int,
+    scratch: Any,
+) -> None:  # fmt: skip
+    """As `keep_in_scopes`, for elements in scopes that are searched: most are cut by their limit, without a mask."""
+    keys, mask, keep, sums, norms, limbs = scratch
+    guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+    for s in range(s0, s1, rows):
+        stop = least(s1, s + rows)
+        read_numbers(*counts, 1, s, stop, keep)
+        _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
+        for r in range(stop - s):
+            i = (s + r) * n
+            limit, ties, guess, spacing = search.limit_of(keys, r * n, n, keep[r], guess, spacing)
+            if ties == n:
+                _call_cutter(cut, source, target, i, i + n, limit)
+            else:
+                mark(keys, r * n, n, limit, ties, mask, 0)
+                _call_writer(write, target, i, i + n, mask)
 
 
 @cache
-def kth_kernel(read: Function, signed: bool) -> Function:
+def kth_kernel(signed: bool) -> Any:
     """The kernel that finds the k-th largest key of scopes [s0, s1); `signed`: keys of signed floats."""
     kth_key = kth_finder(signed)
 
     @kernel
     def kth_of_scopes(
-        source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any
+        read: int, source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any
     ) -> None:
         keys, _mask, keep, sums, norms, limbs = scratch
         guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
         for s in range(s0, s1, rows):
             stop = least(s1, s + rows)
             read_numbers(*counts, 1, s, stop, keep)
-            read(source, s * n, stop * n, keys, sums, norms, limbs)
+            _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
             for r in range(stop - s):
                 guess, spacing = kth_key(keys, r * n, n, keep[r], guess, spacing)
                 found[s + r] = guess
@@ -333,7 +365,7 @@ def kth_kernel(read: Function, signed: bool) -> Function:
 
 
 @cache
-def survey_kernel(read: Function, width: int) -> Function:
+def survey_kernel(width: int) -> Any:
     """The kernel that counts the keys of blocks [i0, i1) above `high`, and counts and collects those in [low, high].
 
     Returns (above, inside, stored): fewer are stored from `start` on in `found` where they do not fit.
@@ -343,7 +375,7 @@ def survey_kernel(read: Function, width: int) -> Function:
 
     @kernel
     def survey(
-        source: Any, i0: int, i1: int, low: Any, high: Any, found: Any, start: int, scratch: Any
+        read: int, source: Any, i0: int, i1: int, low: Any, high: Any, found: Any, start: int, scratch: Any
     ) -> tuple[int, int, int]:
         keys, _mask, _keep, sums, norms, limbs = scratch
         bottom, span = keys.dtype.type(low), keys.dtype.type(high - low)
@@ -352,7 +384,7 @@ def survey_kernel(read: Function, width: int) -> Function:
         for i in range(i0, i1, STRIP_ELEMENTS):
             stop = least(i1, i + STRIP_ELEMENTS)
             count = stop - i
-            read(source, i, stop, keys, sums, norms, limbs)
+            _call_reader(read, source, i, stop, keys, sums, norms, limbs)
             over = 0 if most == ones else count_from(keys, 0, count, most + np.uint64(1))
             above += over
             if end + count + search.SLACK > found.size or low == high:
@@ -371,79 +403,57 @@ def survey_kernel(read: Function, width: int) -> Function:
     return survey
 
 
-@cache
-def sample_kernel(read: Function) -> Function:
-    """The kernel that reads runs of `length` keys at places spread over blocks [i0, i1), always the same ones."""
-
-    @kernel
-    def sample(source: Any, i0: int, i1: int, length: int, seed: int, out: Any, scratch: Any) -> None:
-        keys, _mask, _keep, sums, norms, limbs = scratch
-        state = np.uint64(i1 - i0) + np.uint64(seed)
-        room = np.uint64(i1 - i0 - length + 1)
-        for e in range(0, out.size, length):
-            state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
-            i = i0 + np.int64((state >> np.uint64(16)) % room)
-            read(source, i, i + length, keys, sums, norms, limbs)
-            for j in range(length):
-                out[e + j] = keys[j]
-
-    return sample
+@kernel
+def sample(read: int, source: Any, i0: int, i1: int, length: int, seed: int, out: Any, scratch: Any) -> None:
+    """Read runs of `length` keys at places spread over blocks [i0, i1), always the same ones."""
+    keys, _mask, _keep, sums, norms, limbs = scratch
+    state = np.uint64(i1 - i0) + np.uint64(seed)
+    room = np.uint64(i1 - i0 - length + 1)
+    for e in range(0, out.size, length):
+        state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+        i = i0 + np.int64((state >> np.uint64(16)) % room)
+        _call_reader(read, source, i, i + length, keys, sums, norms, limbs)
+        for j in range(length):
+            out[e + j] = keys[j]
 
 
-@cache
-def read_kernel(read: Function) -> Function:
-    """The kernel that reads the keys of blocks [i0, i1) into a dense array."""
-
-    @kernel
-    def read_blocks(source: Any, i0: int, i1: int, strip: int, out: Any, scratch: Any) -> None:
-        keys, _mask, _keep, sums, norms, limbs = scratch
-        for i in range(i0, i1, strip):
-            stop = least(i1, i + strip)
-            read(source, i, stop, keys, sums, norms, limbs)
-            for j in range(stop - i):
-                out[np.uintp(i - i0 + j)] = keys[np.uintp(j)]
-
-    return read_blocks
+@kernel
+def read_blocks(read: int, source: Any, i0: int, i1: int, strip: int, out: Any, scratch: Any) -> None:
+    """Read the keys of blocks [i0, i1) into a dense array."""
+    keys, _mask, _keep, sums, norms, limbs = scratch
+    for i in range(i0, i1, strip):
+        stop = least(i1, i + strip)
+        _call_reader(read, source, i, stop, keys, sums, norms, limbs)
+        for j in range(stop - i):
+            out[np.uintp(i - i0 + j)] = keys[np.uintp(j)]
 
 
-@cache
-def cut_kernel(read: Function, write: Function) -> Function:
-    """The kernel that keeps, of blocks [i0, i1), those above `limit` and the first `ties` equal to it.
-
-    Returns how many ties are left.
-    """
-
-    @kernel
-    def cut(
-        source: Any, start: int, target: Any, i0: int, i1: int, strip: int, limit: Any, ties: int, scratch: Any
-    ) -> Any:
-        keys, mask, _keep, sums, norms, limbs = scratch
-        for i in range(i0, i1, strip):
-            stop = least(i1, i + strip)
-            read(source, start + i - i0, start + stop - i0, keys, sums, norms, limbs)
-            ties = mark(keys, 0, stop - i, limit, ties, mask, 0)
-            write(target, i, stop, mask)
-        return ties
-
-    return cut
+@kernel
+def keep_above(
+    read: int, write: int, source: Any, start: int, target: Any, i0: int, i1: int, strip: int, limit: Any, ties: int,
+    scratch: Any,
+) -> Any:  # fmt: skip
+    """Keep, of blocks [i0, i1), those above `limit` and the first `ties` equal to it; how many ties are left."""
+    keys, mask, _keep, sums, norms, limbs = scratch
+    for i in range(i0, i1, strip):
+        stop = least(i1, i + strip)
+        _call_reader(read, source, start + i - i0, start + stop - i0, keys, sums, norms, limbs)
+        ties = mark(keys, 0, stop - i, limit, ties, mask, 0)
+        _call_writer(write, target, i, stop, mask)
+    return ties
 
 
-@cache
-def cutter_kernel(cut: Function) -> Function:
-    """The kernel of a `cutter` on elements [i0, i1)."""
-
-    @kernel
-    def cut_elements(source: Any, target: Any, i0: int, i1: int, limit: Any) -> None:
-        cut(source, target, i0, i1, limit)
-
-    return cut_elements
+@kernel
+def cut_elements(cut: int, source: Any, target: Any, i0: int, i1: int, limit: Any) -> None:
+    """Keep, of elements [i0, i1), those that are not below `limit`."""
+    _call_cutter(cut, source, target, i0, i1, limit)
 
 
 # --- thresholds ------------------------------------------------------------------------------------
 
 
 @cache
-def threshold_kernel(read: Function, write: Function, wide: bool) -> Function:
+def threshold_kernel(wide: bool) -> Any:
     """The kernel that keeps the blocks [i0, i1) whose norm is not below their threshold.
 
     A threshold serves `repeat` blocks in a row. Nothing is below a threshold of 0 or less.
@@ -452,24 +462,17 @@ def threshold_kernel(read: Function, write: Function, wide: bool) -> Function:
 
     @kernel
     def keep_not_below(
-        source: Any,
-        target: Any,
-        thresholds: Numbers,
-        repeat: int,
-        i0: int,
-        i1: int,
-        strip: int,
-        limits: Any,
-        scratch: Any,
-    ) -> None:
+        read: int, write: int, source: Any, target: Any, thresholds: Numbers, repeat: int, i0: int, i1: int, strip: int,
+        limits: Any, scratch: Any,
+    ) -> None:  # fmt: skip
         keys, mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
             stop = least(i1, i + strip)
             read_numbers(*thresholds, repeat, i, stop, limits)
-            read(source, i, stop, keys, sums, norms, limbs)
+            _call_reader(read, source, i, stop, keys, sums, norms, limbs)
             for j in range(stop - i):
                 limit = limits[np.uintp(j)]
                 mask[np.uintp(j)] = not ((limit > 0) & (keys[np.uintp(j)] < key(limit)))
-            write(target, i, stop, mask)
+            _call_writer(write, target, i, stop, mask)
 
     return keep_not_below

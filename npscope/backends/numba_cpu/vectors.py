@@ -19,7 +19,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from npscope.backends.numba_cpu.jit import with_arguments
+from npscope.backends.numba_cpu.jit import intrinsic_of
 from npscope.dtypes import Kind
 
 AHEAD = 4096
@@ -162,7 +162,7 @@ def step(emit: Callable[..., Value], count: int, returns: Any = types.void) -> A
 
         return returns(*args), generate
 
-    return with_arguments(typing, "step", emit.__doc__, count)
+    return intrinsic_of(typing, "step", emit.__doc__, count)
 
 
 def keys_of(b: Builder, bits: Value, form: Format) -> Value:

@@ -29,7 +29,7 @@ def arrays(target: Parts) -> list[np.ndarray]:
 def drop(part: Competitors, i0: int, i1: int, mask_: np.ndarray) -> None:
     """Zero the blocks [i0, i1) of a part whose mask is False, in all its leaves."""
     for leaf in part.leaves:
-        strips.write_kernel(strips.dropper(leaf))(leaf.where, i0, i1, mask_)
+        strips.write_blocks(strips.dropper(leaf), leaf.where, i0, i1, mask_)
 
 
 class DropSink:
@@ -50,7 +50,8 @@ def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray) -> None:
     """Multiply the blocks [i0, i1) of a part by their factors, in all its leaves."""
     for leaf in part.leaves:
         if leaf.layout is not None:
-            lines.scale_kernel(leaf.layout.compiled)(*leaf.where, i0, i1, factors)
+            scale = lines.scaler_address(leaf.layout.compiled, leaf.place.unit)
+            lines.scale_blocks(scale, *leaf.where, i0, i1, factors)
         else:
             nk.kernels(leaf.codec).rescale(*leaf.where, i0, i1, leaf.size, factors)
 

@@ -1,0 +1,135 @@
+"""What kernels are made of: functions called at their address, loop nests, exact sums."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+numba = pytest.importorskip("numba")
+
+from numba import types  # noqa: E402
+
+from npscope.backends.numba_cpu.arithmetic import LIMB_BITS, LIMB_ORIGIN, LIMBS, limbs_add, limbs_sign  # noqa: E402
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, standalone  # noqa: E402
+from npscope.backends.numba_cpu.nests import length_of, place  # noqa: E402
+
+
+@standalone
+def total_of(numbers, scale):
+    """The sum of all numbers, times `scale`."""
+    total = 0.0
+    for i in range(numbers.size):
+        total += numbers[i]
+    return total * scale
+
+
+@standalone
+def set_first(numbers, i, value):
+    if i < 0:
+        raise ValueError("below")
+    numbers[i] = value
+
+
+@kernel
+def twice_the_total(numbers):
+    return total_of(numbers, 2)
+
+
+@kernel
+def set_through(numbers, i, value):
+    set_first(numbers, i, value)
+
+
+def test_a_standalone_function_serves_every_type_that_it_is_called_with():
+    for dtype in ("float32", "float64", "int32"):
+        assert twice_the_total(np.arange(5, dtype=dtype)) == 20.0
+    strided = np.arange(10.0)[::2]
+    assert twice_the_total(strided) == 40.0
+
+
+def test_what_a_standalone_function_raises_reaches_python():
+    numbers = np.zeros(2)
+    set_through(numbers, 1, 3.0)
+    assert numbers.tolist() == [0.0, 3.0]
+    with pytest.raises(ValueError, match="below"):
+        set_through(numbers, -1, 3.0)
+
+
+def test_code_with_an_address_in_it_is_never_kept_on_a_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    @numba.njit(cache=True)
+    def cached(numbers):
+        return total_of(numbers, 2)
+
+    with pytest.warns(numba.core.errors.NumbaWarning, match="dynamic globals"):
+        assert cached(np.ones(3)) == 6.0
+    assert not list(tmp_path.rglob("*.nbc"))
+
+
+def test_a_caller_calls_what_is_at_the_address():
+    call = caller(2, types.float64)
+
+    @kernel
+    def through(address, numbers, scale):
+        return call(address, numbers, scale)
+
+    arguments = array_of(np.float64), types.int64
+    address = address_of(total_of, *arguments, result=types.float64)
+    assert through(address, np.arange(4.0), 10) == 60.0
+    assert address_of(total_of, *arguments, result=types.float64) == address
+    with pytest.raises(TypeError, match="returns float64, not none"):
+        address_of(total_of, *arguments)
+
+
+@kernel
+def places_of(nest, out):
+    for i in range(out.size):
+        out[i] = place(i, nest)
+    return length_of(nest)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(-100, 100)), min_size=1, max_size=4))
+def test_places_are_those_of_nested_loops(loops):
+    nest = np.array(loops, dtype=np.int64).T.copy()
+    expected = [
+        sum(turn * step for turn, (_, step) in zip(turns, loops, strict=True))
+        for turns in itertools.product(*(range(size) for size, _ in loops))
+    ]
+    out = np.empty(len(expected), dtype=np.int64)
+    assert places_of(nest, out) == len(expected)
+    assert out.tolist() == expected
+
+
+@kernel
+def sign_of_sum(numbers, signs, square, limbs):
+    limbs[:] = 0
+    for i in range(numbers.size):
+        limbs_add(limbs, 0, numbers[i], square, signs[i])
+    return limbs_sign(limbs, 0)
+
+
+LARGEST = (float(np.finfo(np.float32).max) + 2.0**128) / 2  # the border to infinity
+TERMS = st.one_of(
+    st.sampled_from([0.0, 2.0**-150, 2.0**-149, 2.0**-126, 1.0, float(np.finfo(np.float32).max), LARGEST]),
+    st.floats(0, width=32, allow_infinity=False),
+    st.floats(0.5, 1, width=32).map(lambda x: x + 2.0**-25 if x < 1 else x),  # halfway between two float32
+)
+
+
+@given(st.lists(st.tuples(TERMS, st.sampled_from([1, -1])), min_size=1, max_size=12), st.booleans())
+def test_exact_sums_are_those_of_fractions(terms, square):
+    terms = terms + [(x, -sign) for x, sign in terms[::2]]  # much of it cancels
+    numbers, signs = np.array([x for x, _ in terms]), np.array([sign for _, sign in terms])
+    limbs = np.empty((1, LIMBS), dtype=np.int64)
+    sign = sign_of_sum(numbers, signs, square, limbs)
+    exact = sum(s * Fraction(x) ** (2 if square else 1) for x, s in terms)
+    assert sign == (exact > 0) - (exact < 0)
+    digits = sum(int(limb) << (LIMB_BITS * i) for i, limb in enumerate(limbs[0]))
+    modulus = 1 << (LIMB_BITS * LIMBS)
+    assert digits == exact * 2**LIMB_ORIGIN % modulus
