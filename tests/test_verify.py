@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from npscope import cli
+from npscope import cli, config
 from npscope.errors import SpecError
 from npscope.recipes.pattern import Pattern
 from npscope.recipes.plans import Budget, Plan, Skip
@@ -236,6 +236,40 @@ def test_a_file_that_threads_cannot_share_is_read_in_order(tmp_path: Path, monke
         places = list(group)
         assert places == sorted(places)
     assert len(starts) > 100
+
+
+def test_batches_of_tensors_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> list[verification.Verdict]:
+        with open_weights(DATA) as weights:
+            decisions = resolve(Recipe.shorthand(Pattern.parse("2:4")), weights.tensors.values())
+            plans = tuple(decision for decision in decisions if isinstance(decision, Plan))
+            budget = Budget("all", plans[:2], 100, ((0, 100), (0, 100)))
+            return verify(weights, [*decisions, budget])
+
+    together = found()
+    monkeypatch.setattr(verification, "BATCH_BYTES", 0)
+    assert found() == together
+    assert {type(verdict) for verdict in together} == {Checked, CheckedBudget, Skip}
+
+
+def test_a_tensor_of_large_pieces_leaves_threads_to_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    names = ("a", "b", "large", "y", "z")
+    save_file({name: np.ones((64, 64 if name == "large" else 4), np.float32) for name in names}, path)
+    monkeypatch.setattr(occupancy, "MEMORY_BYTES", 10 * 1024)
+    monkeypatch.setattr(occupancy, "PIECE_BYTES", 128)
+    asked: list[tuple[int, int]] = []
+    real = occupancy.threads.run
+
+    def run(pieces: int, work: Any, workers: int) -> None:
+        asked.append((pieces, workers))
+        real(pieces, work, workers)
+
+    monkeypatch.setattr(occupancy.threads, "run", run)
+    with config(threads=8):
+        found = verify_file(path, Recipe.shorthand(Pattern.parse("block=1x1 scope=8x-1 sparsity=0.5")))
+    assert len(found) == 5
+    assert asked == [(16, 8), (8, 3), (16, 8)]
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ of the values: no kernel has to be compiled before a file can be checked.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -63,13 +64,14 @@ class Walk:
 
     @property
     def pieces(self) -> int:
-        """How many there are."""
+        """The number of pieces."""
         return math.prod(-(-length // size) for length, size in zip(self.shape, self.sizes, strict=True))
 
     @property
-    def buffer_bytes(self) -> int:
-        """What a thread holds of it."""
-        return math.prod(self.sizes) * (self.itemsize + 2)
+    def workers(self) -> int:
+        """Threads that may work at once: where pieces are large, fewer."""
+        piece_bytes = math.prod(self.sizes) * (self.itemsize + 2)
+        return max(1, min(thread_count(), MEMORY_BYTES // piece_bytes))
 
 
 class PieceReader:
@@ -85,10 +87,10 @@ class PieceReader:
 
         Reads begin in order, one at a time unless the file can be read by several threads at once.
         """
-        if not walks:
-            return
-        pieces = sum(walk.pieces for walk in walks)
-        workers = max(1, min(thread_count(), pieces, MEMORY_BYTES // max(walk.buffer_bytes for walk in walks)))
+        for workers, alike in itertools.groupby(walks, key=lambda walk: walk.workers):
+            self._each_on(workers, list(alike))
+
+    def _each_on(self, workers: int, walks: Sequence[Walk]) -> None:
         self._buffers += [np.empty(0, np.uint8)] * (workers - len(self._buffers))
         self._strided += [StridedReader() for _ in range(workers - len(self._strided))]
         places = ((walk, box) for walk in walks for box in cells(whole(walk.shape), walk.sizes))
@@ -97,11 +99,14 @@ class PieceReader:
         def step(slot: int, piece: int) -> None:
             with reading:
                 with turn:
-                    walk, box = next(places)
+                    place = next(places, None)
+                if place is None:  # an interrupt has ended the list
+                    return
+                walk, box = place
                 found = self._fill(slot, walk, box)
             walk.work(box, found)
 
-        threads.run(pieces, step, workers)
+        threads.run(sum(walk.pieces for walk in walks), step, workers)
 
     def _fill(self, slot: int, walk: Walk, box: Box) -> Piece:
         """The part `box` of a tensor, in the buffers of a thread."""

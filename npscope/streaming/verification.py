@@ -32,7 +32,7 @@ COUNTERS = 1 << 20
 """Scopes, or blocks, of which a number is held while pieces come; more than that are read whole, by parts of rows."""
 
 BATCH_BYTES = 16 << 20
-"""What the counters of tensors may hold that are read without a pause in between."""
+"""What the counters of tensors may hold that are read without a pause in between; a budget is not cut."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes to do in all."""
@@ -131,10 +131,12 @@ def verify(
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         raise SpecError(f"nothing to check in {len(decisions)} tensors: {listed or 'the file holds none'}")
     tell = _Progress(decisions, progress)
-    reader, verdicts = PieceReader(weights), list[Verdict]()
+    reader = PieceReader(weights)
+    verdicts: list[Verdict] = []
     for batch in _batches(decisions):
         reader.each([counter.walk(tell) for _, counters in batch for counter in counters])
         verdicts += [_verdict(weights, decision, counters, tell) for decision, counters in batch]
+        del batch  # before the next one is made
     return verdicts
 
 
@@ -155,7 +157,8 @@ class _Progress:
 
 def _batches(decisions: Sequence[Decision]) -> Iterator[list[tuple[Decision, list[_Counter]]]]:
     """Decisions with the counters of their tensors, so many that these take about `BATCH_BYTES`."""
-    batch, held = list[tuple[Decision, list[_Counter]]](), 0
+    batch: list[tuple[Decision, list[_Counter]]] = []
+    held = 0
     for decision in decisions:
         if isinstance(decision, Budget):
             counters = [_Counter(plan, -1) for plan in decision.plans]  # any count is more than -1, so it is told
