@@ -14,11 +14,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def collections_off() -> Iterator[None]:
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_on:
+            gc.enable()
 
 
 @contextmanager
