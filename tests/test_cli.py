@@ -669,6 +669,12 @@ def test_what_follows_two_dashes_is_a_file(run: Run, folder: Path, monkeypatch: 
     assert "'--help': No such file" in run("inspect", "--", "--help").err
 
 
+def test_the_version_and_the_short_option_for_help(run: Run) -> None:
+    assert run("--version") == (0, f"npscope {npscope.__version__}\n", "")
+    assert run("-h") == run("--help")
+    assert run("verify", "-h") == run("verify", "--help")
+
+
 @pytest.mark.parametrize("name", [None, *(job.__name__.replace("_", "-") for job, _ in app.COMMANDS)])
 def test_help_fits_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     monkeypatch.setenv("COLUMNS", "60")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from npscope import __version__
 from npscope.cli import apply_mask, bench, diff, export, inspect, plan, prune, verify
 from npscope.cli.parsing import CommandParser, Parser
 from npscope.cli.running import run
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="npscope", description="Block and N:M sparsity for files of weights.")
+    parser.add_argument("--version", action="version", version=f"npscope {__version__}", help="Show it and exit.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for job, arguments in COMMANDS:
         text = job.__doc__ or ""  # python -OO has no docstrings

@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         layout = partial(argparse.HelpFormatter, max_help_position=28)
         super().__init__(add_help=False, allow_abbrev=False, formatter_class=layout, **settings)
-        self.add_argument("--help", action="help", help="Show this message and exit.")
+        self.add_argument("-h", "--help", action="help", help="Show this message and exit.")
 
     def print_help(self, file: object = None) -> None:
         """Write the help to standard output; argparse would hide that nobody reads it."""
@@ -68,7 +68,7 @@ class CommandParser(Parser):
         operands = [str(action.metavar) for action in actions if not action.option_strings]
         self.usage = " ".join((self.prog, "[OPTIONS]", *operands))
         self._valued = {name for action in actions if action.nargs is None for name in action.option_strings}
-        self._known = {"--help"}.union(*(action.option_strings for action in actions))
+        self._known = {"-h", "--help"}.union(*(action.option_strings for action in actions))
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse does, with values that begin with a dash, and wrong options told before what is missing."""
