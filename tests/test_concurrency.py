@@ -19,6 +19,7 @@ from strategies import same_bits
 
 import npscope
 from npscope import BlockCoupling, BlockSpec, ScopeSpec
+from npscope.backends import threads
 
 
 @pytest.fixture
@@ -279,6 +280,31 @@ def test_case96_an_interrupt_is_prompt(shape, call):
     """
     done = run(code)
     assert float(done.stdout or "inf") < 0.6, done.stderr
+
+
+def test_an_interrupt_inside_the_pool_does_not_block_later_calls(monkeypatch):
+    """Its locks are Python's, which an interrupt between taking and using one leaves locked."""
+    done = []
+
+    def work(slot, piece):
+        time.sleep(0.001)
+        done.append(piece)
+
+    threads.run(4, work, 2)
+    pool = threads._pool
+    lock = pool._idle_semaphore._cond
+
+    def interrupted(job):
+        lock.acquire()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(4, work, 2)
+    done.clear()
+    threads.run(4, work, 2)
+    assert sorted(done) == [0, 1, 2, 3]
+    lock.release()
 
 
 @pytest.mark.parametrize(

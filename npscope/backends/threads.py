@@ -49,6 +49,9 @@ def _submit(work: Callable[[], None], size: int) -> bool:
             _pool.submit(work)
     except (RuntimeError, ImportError):  # interpreter shutdown, or the system refuses another thread
         return False
+    except BaseException:  # an interrupt may have left a lock of the pool locked for ever: nobody may use it again
+        _pool, _pool_size = None, 0
+        raise
     return True
 
 
