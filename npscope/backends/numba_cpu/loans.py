@@ -6,6 +6,8 @@ time of the norms of a 64x64 array.
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
@@ -25,24 +27,29 @@ class Work(Protocol):
 W = TypeVar("W", bound=Work)
 
 
+class _Return(weakref.ref["Loan[Any]"]):
+    """Gives work arrays back when their loan is dropped, in C: an interrupt inside of a `__del__` would be lost."""
+
+    __slots__ = ("work",)
+    work: Any
+
+
 @lru_cache(maxsize=KINDS)
-def _kept(make: Callable[..., W], arguments: tuple[Any, ...]) -> list[W]:
-    return []
+def _kept(make: Callable[..., Any], arguments: tuple[Any, ...]) -> deque[_Return]:
+    return deque(maxlen=KEPT_EACH)
 
 
 class Loan(Generic[W]):
     """Work arrays of the kind ``make(*arguments)``, new or from an earlier call; dropping this gives them back."""
 
-    __slots__ = ("_kept", "work")
+    __slots__ = ("__weakref__", "_return", "work")
 
     def __init__(self, make: Callable[..., W], *arguments: Any) -> None:
-        kept: list[W] = _kept(make, arguments)
+        kept = _kept(make, arguments)
         try:
-            self.work = kept.pop()
+            self.work: W = kept.pop().work
         except IndexError:  # also where another thread took the last
             self.work = make(*arguments)
-        self._kept = kept
-
-    def __del__(self) -> None:
-        if hasattr(self, "_kept") and self.work.nbytes <= KEPT_BYTES and len(self._kept) < KEPT_EACH:
-            self._kept.append(self.work)
+        if self.work.nbytes <= KEPT_BYTES:
+            self._return = _Return(self, kept.append)
+            self._return.work = self.work
