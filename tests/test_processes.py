@@ -67,6 +67,20 @@ def test_case78_one_cpu_is_one_thread_and_the_same_bytes(tmp_path: Path) -> None
     assert (tmp_path / "one").read_bytes() == (tmp_path / "all").read_bytes()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_case78_more_threads_than_a_cgroup_gives_time_to_write_the_same_bytes(tmp_path: Path) -> None:
+    """A quota of processor time does not show in the affinity: to the threads it is as one CPU for many of them."""
+    assert run("prune", DATA, "-o", tmp_path / "one", *PRUNE, "-j", 1).code == 0
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert run("prune", DATA, "-o", tmp_path / "many", *PRUNE, "-j", 16).code == 0
+        assert run("verify", tmp_path / "many", "--pattern", "2:4", "-j", 16, "--quiet").code == 0
+    finally:
+        os.sched_setaffinity(0, before)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
+
+
 NO_THREADS = """
 import sys, threading
 def refuse(self):
