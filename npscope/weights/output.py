@@ -237,13 +237,17 @@ def claimed(path: str, kind: Kind) -> Iterator[int]:
     The body takes it away from `path`; when it fails, what it did not take away is removed.
     What a dead process left at `path` is removed first. FileError when a living one holds it.
     """
-    fd = _claim(path, kind)
+    held: list[int] = []
     try:
-        yield fd
+        _claim(path, kind, held)
+        yield held[0]
     except BaseException:
-        _discard(fd, path, kind)
+        if held:
+            _discard(held[0], path, kind)
+        else:  # an interrupt may have come between the creation and its result
+            _discard_leftover(path, kind)
         raise
-    os.close(fd)
+    os.close(held[0])
 
 
 def lock(fd: int, path: str) -> None:
@@ -277,34 +281,45 @@ def sync_folder(folder: str) -> None:
         os.close(fd)
 
 
-def _claim(path: str, kind: Kind) -> int:
+def _claim(path: str, kind: Kind, held: list[int]) -> None:
+    """Make what is to be at `path` and lock it; its descriptor is in `held` from the moment that it exists."""
     for _ in range(_ATTEMPTS):
         try:
-            fd, is_new = kind.create(path), True
+            held.append(kind.create(path))
         except FileExistsError:
-            try:
-                fd, is_new = kind.open(path), False
-            except FileNotFoundError:  # its owner has just finished
-                continue
+            _remove_leftover(path, kind)
+            continue
         try:
-            lock(fd, path)
-            if is_at(fd, path):
-                if is_new:
-                    return fd
-                kind.remove(path)  # nobody holds it: left by a process that was killed
+            lock(held[0], path)
         except FileError:
             # Even what is new can be locked: by a process that found it before this one locked it, takes it
             # for a leftover and is about to remove it.
-            os.close(fd)
+            os.close(held.pop())
             raise
-        except BaseException:
-            if is_new:
-                _discard(fd, path, kind)
-            else:
-                os.close(fd)
-            raise
-        os.close(fd)
+        if is_at(held[0], path):
+            return
+        os.close(held.pop())
     raise FileError(f"{path!r} is made and removed by other processes all the time; run again when they are done")
+
+
+def _remove_leftover(path: str, kind: Kind) -> None:
+    """Remove what a process left at `path` that is no more, if anything; FileError when a living one holds it."""
+    try:
+        fd = kind.open(path)
+    except FileNotFoundError:  # its owner has just finished
+        return
+    try:
+        lock(fd, path)
+        if is_at(fd, path):
+            kind.remove(path)
+    finally:
+        os.close(fd)
+
+
+def _discard_leftover(path: str, kind: Kind) -> None:
+    """`_remove_leftover` where there is a failure to report already."""
+    with suppress(OSError):
+        _remove_leftover(path, kind)
 
 
 def _discard(fd: int, path: str, kind: Kind) -> None:

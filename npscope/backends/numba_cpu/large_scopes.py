@@ -86,7 +86,7 @@ class LargeScopes:
             strips.dense_reader(ranking.key) if p in self.lasting or source is None else source.read
             for p, source in enumerate(ranking.sources)
         ]
-        self.wheres = [
+        self.places = [
             dense(self.norm_keys, columns.start) if p in self.lasting or source is None else source.where
             for p, (source, columns) in enumerate(zip(ranking.sources, ranking.columns, strict=True))
         ]
@@ -152,7 +152,7 @@ class LargeScopes:
             p, seed, share = self.samples[i]
             first, blocks = self._first(p, scope), self.ranking.parts[p].blocks
             run, work = min(SAMPLE_RUN, blocks), self.works[slot]
-            strips.sample(self.reads[p], self.wheres[p], first, first + blocks, run, seed, share, work)
+            strips.sample(self.reads[p], self.places[p], first, first + blocks, run, seed, share, work)
 
         self._each(len(self.samples), use)
         return np.sort(np.concatenate([share for _, _, share in self.samples]))
@@ -166,7 +166,7 @@ class LargeScopes:
             piece, start = self.pieces[i], ends[slot]
             first = self._first(piece.part, scope)
             self.above[i], self.inside[i], self.stored[i] = survey(
-                self.reads[piece.part], self.wheres[piece.part], first + piece.b0, first + piece.b1, *limits,
+                self.reads[piece.part], self.places[piece.part], first + piece.b0, first + piece.b1, *limits,
                 self.found[slot], start, self.works[slot],
             )  # fmt: skip
             self.slot[i], self.start[i] = slot, start
@@ -256,13 +256,13 @@ class LargeScopes:
             if cut is not None and (spare[scope, place] >= 0 or left == 0) and (left > 0 or limit < largest):
                 # Equal keys stay or go together, so elements can be cut by a limit alone.
                 bound = np.uint64(limit + (left == 0))
-                strips.cut_elements(cut, self.wheres[p], sink.where, first + start, first + stop, bound)
+                strips.cut_elements(cut, self.places[p], sink.where, first + start, first + stop, bound)
                 return
             for b0 in range(start, stop, steps[p]):
                 b1 = min(stop, b0 + steps[p])
                 target = dense(masks[slot], -first - b0) if sink.write is None else sink.where
                 left = strips.keep_above(
-                    self.reads[p], writes[p], self.wheres[p], read_first + b0, target, first + b0, first + b1,
+                    self.reads[p], writes[p], self.places[p], read_first + b0, target, first + b0, first + b1,
                     STRIP_ELEMENTS, limits[scope], left, self.works[slot],
                 )  # fmt: skip
                 if sink.write is None:
