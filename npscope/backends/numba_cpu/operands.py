@@ -35,14 +35,14 @@ SCOPE_BLOCKS, SCOPE_ELEMENTS = 1 << 17, 1 << 22
 STRIPS_ELEMENTS = 1 << 20
 """Elements of a piece that one kernel works off strip by strip: 0.1 ms and more, so that pieces cost little."""
 
+SOLVE_ELEMENTS = 1 << 17
+"""Elements of a piece of which equations are solved, which takes ten times as long."""
+
 SHAPED_ELEMENTS = 1 << 10
 """Elements from which kernels made for one shape of block or scope pay: compiling one takes half a second or more."""
 
 ACROSS = 16
 """Scopes that must lie side by side to be read across: fewer do not fill a line."""
-
-SERIAL_ELEMENTS = 1 << 16
-"""Below this many elements a call is about 0.1 ms of work and runs in the calling thread."""
 
 PIECES_PER_THREAD = 4
 """Pieces that each thread gets at least, so that all finish together."""
@@ -260,12 +260,17 @@ def competitors(parts: Sequence[Part]) -> list[Competitors]:
     return [Competitors(part) for part in parts]
 
 
-def workers_for(elements: int) -> int:
-    """Threads worth using for this many elements."""
-    if elements < SERIAL_ELEMENTS:
+def workers_for(elements: int, piece: int = STRIPS_ELEMENTS) -> int:
+    """Threads worth using for this many elements, of work that is done in pieces of up to `piece`: one for each half.
+
+    To hand work to a thread and to wait for it was seen to cost 0.1 ms, about what half a piece takes: two
+    threads were slower than one up to 2 MiB of float32 at 2:4, norms and rows, and as fast at 4 MiB.
+    """
+    worth = 2 * elements // piece
+    if worth < 2:
         thread_limit()  # asked always, so that a bad setting never goes unnoticed
         return 1
-    return thread_count()
+    return min(worth, thread_count())
 
 
 def piece_length(
@@ -298,7 +303,7 @@ def ranges(
     """
     if total == 0:
         return lambda: None
-    workers = workers_for(total * elements)
+    workers = workers_for(total * elements, piece)
     length = piece_length(total, elements, workers, workspace, piece, fixed=fixed)
     pieces = -(-total // length)
     work = make_work(min(workers, pieces), min(length, total))

@@ -12,7 +12,14 @@ from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, proximal
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import norm_ranges
-from npscope.backends.numba_cpu.operands import STRIPS_ELEMENTS, Competitors, Operand, competitors, ranges
+from npscope.backends.numba_cpu.operands import (
+    SOLVE_ELEMENTS,
+    STRIPS_ELEMENTS,
+    Competitors,
+    Operand,
+    competitors,
+    ranges,
+)
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
 from npscope.errors import ConvergenceError
 from npscope.tiling import Leaf, Parts, axis_cut
@@ -66,7 +73,11 @@ def _thresholds(thresholds: Leaf, part: Competitors) -> tuple[Any, ...]:
 
 
 def in_place(
-    part: Competitors, run: Callable[..., None], *make_buffers: Callable[[], Any], shielded: bool = False
+    part: Competitors,
+    run: Callable[..., None],
+    *make_buffers: Callable[[], Any],
+    shielded: bool = False,
+    piece: int = STRIPS_ELEMENTS,
 ) -> Callable[[], None]:
     """The job of ``run(i0, i1, *buffers)`` on all blocks, each thread with its own buffers."""
 
@@ -74,7 +85,7 @@ def in_place(
         buffers = [[make() for make in make_buffers] for _ in range(slots)]
         return lambda slot, i0, i1: run(i0, i1, *buffers[slot])
 
-    return ranges(part.total, part.elements, make_work, workspace=0, piece=STRIPS_ELEMENTS, shielded=shielded)
+    return ranges(part.total, part.elements, make_work, workspace=0, piece=piece, shielded=shielded)
 
 
 def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand | None) -> Callable[[], None]:
@@ -149,6 +160,7 @@ def conditioned_job(
         planes,
         lambda: np.empty(proximal.ROWS * proximal.DISTANCE),
         lambda: np.empty(proximal.WIDTH, dtype=thresholds.array.dtype),
+        piece=SOLVE_ELEMENTS,
     )()
 
     weighs = [_weigh(x, h) for x, h in zip(written, metric, strict=True)]
