@@ -106,7 +106,7 @@ def named(name: str) -> Case:
 HOSTILE: list[Case] = [
     replace(named(name), data=data, bar=3.0)
     for name in ("2:4", "rows of 1024, half", "1x1, global half")
-    for data in ("constant", "two-valued", "sorted", "heavy-tailed")
+    for data in ("constant", "two-valued", "sorted", "heavy-tailed", "pruned")
 ]
 """Data that some ways of selecting are slow on; `bar` is how many times the time of normal data will do."""
 

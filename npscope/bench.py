@@ -242,6 +242,8 @@ def fresh(case: Case, mib: float) -> np.ndarray:
         x.reshape(-1).sort()
     elif case.data == "heavy-tailed":
         x = (x / (np.abs(rng.standard_normal(shape, dtype=np.float32)) + np.float32(1e-6))) ** 3
+    elif case.data == "pruned":
+        x = keep_largest(x, case.nnz(x), case.block, case.scope)
     if case.dtype.startswith("complex"):
         x = x + 1j * rng.standard_normal(shape, dtype=np.float32)
     return x.astype(dtype_of(case.dtype), copy=False)

@@ -111,7 +111,7 @@ def test_sizes_of_cases():
     assert cases.named("3x3 kernels, half per filter").nnz(np.empty((4, 8, 3, 3))) == 4
 
 
-@pytest.mark.parametrize("kind", ["normal", "constant", "two-valued", "sorted", "heavy-tailed"])
+@pytest.mark.parametrize("kind", ["normal", "constant", "two-valued", "sorted", "heavy-tailed", "pruned"])
 def test_data_is_fresh_and_what_it_says(kind):
     case = replace(cases.named("2:4"), data=kind)
     x, again = core.fresh(case, 1 / 8), core.fresh(case, 1 / 8)

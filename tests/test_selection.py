@@ -367,7 +367,27 @@ CROWDED = {
     "few values": lambda x: np.round(4 * x),
     "sorted": np.sort,
     "heavy tails": lambda x: x**15,
+    "half zero": lambda x: np.where(np.abs(x) < np.median(np.abs(x)), 0, x),
 }
+
+
+@pytest.mark.parametrize("data", CROWDED)
+def test_passes_over_large_scopes(monkeypatch, data):
+    """Each pass reads everything: three find the key, where many are equal and on pruned arrays, too."""
+    large_scopes = pytest.importorskip("npscope.backends.numba_cpu.large_scopes")
+    passes = []
+    survey = large_scopes.LargeScopes._survey
+    monkeypatch.setattr(
+        large_scopes.LargeScopes, "_survey", lambda self, *limits: passes.append(limits) or survey(self, *limits)
+    )
+    for elements in (200_000, 300_000, 400_000):
+        x = np.abs(CROWDED[data](np.random.default_rng(5).standard_normal(elements))).astype(np.float32)
+        ascending = np.sort(x)
+        with npscope.use_backend("numba"):
+            for nnz in (1, 1000, elements // 3 + 7, *range(elements // 2 - 2, elements // 2 + 3), elements - 1):
+                passes.clear()
+                np.testing.assert_equal(npscope.kth_largest(x, nnz), ascending[-nnz])
+                assert 1 <= len(passes) <= 3, (elements, nnz, passes)
 
 
 @pytest.mark.parametrize("name", ["float32", "float64", "float16", "int8", "int64"])

@@ -61,6 +61,12 @@ class Codec:
     soften: Function
     narrow_key: Function | None = None
 
+    def key_of_width(self, bits: int) -> Function:
+        """The key that is an integer of so many bits."""
+        found = {32: self.key32, 64: self.key64}.get(bits, self.narrow_key)
+        assert found is not None
+        return found
+
 
 # --- ordered integers ----------------------------------------------------------------------------
 

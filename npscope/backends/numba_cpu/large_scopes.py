@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,20 +20,31 @@ from npscope.backends.numba_cpu.operands import (
     ranges,
     workers_for,
 )
-from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, Sink, cutter_of, dense
+from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, Sink, cutter_of, dense, surveyor_of
+from npscope.backends.numba_cpu.search import SLACK
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch
 
 FOUND_BYTES = 6 << 20
-"""Work array of a thread for the keys between two limits; 1 % of a scope lies there as a rule."""
+"""Work array of a thread for the keys between two limits; 3 % of a scope lies there as a rule."""
 
-SAMPLE_RUNS, SAMPLE_RUN = 1 << 13, 16
-"""Places of a scope that are sampled, and keys read at each: as many as a cache line of float32 holds."""
+SAMPLE_RUNS, SAMPLE_RUN = 1 << 13, 4
+"""Places of a scope that are sampled, and keys read at each, which mostly lie in one cache line.
+
+Their bracket holds 3 % of a scope. To sort twice as many takes 1.3 ms more, to look up one key among these 3 % of
+64 Mi half a millisecond more than among 2 %.
+"""
+
+MOST_RUNS = 1 << 16
+"""Places that are sampled at most, where more keys would lie between the limits than can be kept."""
 
 SAMPLE_SHARES = 8
 """Pieces in which a part is sampled, whatever the number of threads."""
 
-MARGIN = 6.0
+MARGIN = 5.0
 """Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
+
+FEW_KEYS = 1 << 15
+"""Keys that are sorted to find one by its rank; NumPy's partition of a million takes 8 ms, of many equal ones 60."""
 
 MAX_GUESSES = 8
 """Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
@@ -54,6 +66,14 @@ class _Bracket:
     high: int
     above: int
     inside: int
+
+
+class _Survey(NamedTuple):
+    """Keys above two limits and inside them, and those inside, unless there was no room for all of them."""
+
+    above: int
+    inside: int
+    found: list[np.ndarray]
 
 
 class LargeScopes:
@@ -86,6 +106,10 @@ class LargeScopes:
             strips.dense_reader(ranking.key) if p in self.lasting or source is None else source.read
             for p, source in enumerate(ranking.sources)
         ]
+        self.looks = [
+            strips.dense_surveyor(ranking.key) if p in self.lasting else surveyor_of(ranking, p)
+            for p in range(len(ranking.parts))
+        ]
         self.places = [
             dense(self.norm_keys, columns.start) if p in self.lasting or source is None else source.where
             for p, (source, columns) in enumerate(zip(ranking.sources, ranking.columns, strict=True))
@@ -93,17 +117,17 @@ class LargeScopes:
         room = min(ranking.blocks + 2 * STRIP_ELEMENTS, FOUND_BYTES // ranking.key.itemsize)
         self.found = [np.empty(room, dtype=ranking.key) for _ in range(self.workers)]
         self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key).all for _ in range(self.workers)]
-        runs = max(1, min(SAMPLE_RUNS, ranking.blocks // 256 // SAMPLE_RUN))
+        # So many that the bracket, 2 * MARGIN standard deviations of a share, holds no more than can be kept.
+        runs = round((MARGIN * ranking.blocks / (room * self.workers)) ** 2 / SAMPLE_RUN)
+        runs = max(1, min(max(runs, SAMPLE_RUNS), MOST_RUNS, ranking.blocks // 256 // SAMPLE_RUN))
         self.samples = [
             (
                 p,
                 seed,
-                np.empty(
-                    max(1, runs * part.blocks // ranking.blocks // SAMPLE_SHARES) * min(SAMPLE_RUN, part.blocks),
-                    dtype=ranking.key,
-                ),
+                np.empty(share * min(SAMPLE_RUN, part.blocks) + SLACK, dtype=ranking.key),
             )
             for p, part in enumerate(ranking.parts)
+            for share in [max(1, runs * part.blocks // ranking.blocks // SAMPLE_SHARES)]
             for seed in range(SAMPLE_SHARES)
         ]
         # By piece: keys above the bracket and inside it, and where those inside were stored.
@@ -152,72 +176,89 @@ class LargeScopes:
             p, seed, share = self.samples[i]
             first, blocks = self._first(p, scope), self.ranking.parts[p].blocks
             run, work = min(SAMPLE_RUN, blocks), self.works[slot]
-            strips.sample(self.reads[p], self.places[p], first, first + blocks, run, seed, share, work)
+            runs, how = (share.size - SLACK) // run, (self.looks[p], self.reads[p], self.places[p])
+            strips.sample(*how, first, first + blocks, run, runs, seed, share, work)
 
         self._each(len(self.samples), use)
-        return np.sort(np.concatenate([share for _, _, share in self.samples]))
+        return np.sort(np.concatenate([share[:-SLACK] for _, _, share in self.samples]))
 
-    def _survey(self, scope: int, low: int, high: int) -> None:
+    def _survey(self, scope: int, low: int, high: int) -> _Survey:
         """Count the keys of every piece above and inside [low, high], and collect the latter."""
-        limits, survey = (np.uint64(low), np.uint64(high)), strips.survey_kernel(self.ranking.width)
         ends = [0] * self.workers
 
         def use(slot: int, i: int) -> None:
             piece, start = self.pieces[i], ends[slot]
             first = self._first(piece.part, scope)
-            self.above[i], self.inside[i], self.stored[i] = survey(
-                self.reads[piece.part], self.places[piece.part], first + piece.b0, first + piece.b1, *limits,
+            self.above[i], self.inside[i], self.stored[i] = strips.survey(
+                self.looks[piece.part], self.reads[piece.part], self.places[piece.part],
+                first + piece.b0, first + piece.b1, np.uint64(low), np.uint64(high),
                 self.found[slot], start, self.works[slot],
             )  # fmt: skip
             self.slot[i], self.start[i] = slot, start
             ends[slot] = start + int(self.stored[i])
 
         self._each(len(self.pieces), use)
+        return _Survey(int(self.above.sum()), int(self.inside.sum()), self._collected())
 
-    def _collected(self, i: int) -> np.ndarray:
-        """The keys of piece i that the last survey collected."""
-        start = self.start[i]
-        keys: np.ndarray = self.found[self.slot[i]][start : start + self.stored[i]]
-        return keys
+    def _collected(self) -> list[np.ndarray]:
+        """The keys that the last survey collected, by piece."""
+        places = zip(self.slot, self.start, self.stored, strict=True)
+        return [self.found[slot][start : start + stored] for slot, start, stored in places]
 
     def nth(self, scope: int, k: int) -> tuple[int, int]:
         """(k-th largest key of a scope, how many keys equal to it are among the k largest).
 
         Leaves in `equal` how many keys of each piece equal it.
         """
-        sample = self._sample(scope)
-        bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, self.ranking.blocks)
+        limit, ties = self._narrow(k, self.ranking.blocks, self._sample(scope), partial(self._survey, scope))
+        if self.stored.any():
+            self.equal[:] = [np.count_nonzero(keys == limit) for keys in self._collected()]
+        else:  # the last survey was of that key alone
+            self.equal[:] = self.inside
+        return limit, ties
+
+    def _narrow(self, k: int, count: int, sample: np.ndarray, survey: Callable[[int, int], _Survey]) -> tuple[int, int]:
+        """`nth` of `count` keys, from a sorted sample of them and what looks at all."""
+        bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, count)
         crowded = False
         for guesses in range(MAX_GUESSES + 2 * self.ranking.width):
             low, high = _ends(sample, bracket, k, crowded, halve=guesses >= MAX_GUESSES)
-            self._survey(scope, low, high)
-            above, inside = int(self.above.sum()), int(self.inside.sum())
+            above, inside, found = survey(low, high)
             crowded = False
             if k <= above:
                 bracket = _Bracket(high + 1, bracket.high, bracket.above, above - bracket.above)
             elif k > above + inside:
-                bracket = _Bracket(
-                    bracket.low, low - 1, above + inside, bracket.above + bracket.inside - above - inside
-                )
+                below = bracket.above + bracket.inside - above - inside
+                bracket = _Bracket(bracket.low, low - 1, above + inside, below)
             elif low == high:
-                self.equal[:] = self.inside
                 return low, k - above
-            elif int(self.stored.sum()) == inside:
-                return self._look_up(k - above)
+            elif sum([keys.size for keys in found]) == inside:
+                return self._nth_of(found, k - above)
             else:
                 bracket, crowded = _Bracket(low, high, above, inside), True
-                sample = np.sort(np.concatenate([self._collected(i) for i in range(len(self.pieces))])[: sample.size])
+                sample = _sorted_sample(found, sample.size)
         raise AssertionError("a bracket narrows with every pass")
 
-    def _look_up(self, k: int) -> tuple[int, int]:
-        """`nth` among the keys that the last survey collected."""
-        pieces = [self._collected(i) for i in range(len(self.pieces))]
-        keys = np.concatenate(pieces)
-        keys.partition(keys.size - k)
-        limit = keys[keys.size - k]
-        for i, found in enumerate(pieces):
-            self.equal[i] = np.count_nonzero(found == limit)
-        return int(limit), k - int(np.count_nonzero(keys[keys.size - k :] > limit))
+    def _nth_of(self, pieces: list[np.ndarray], k: int) -> tuple[int, int]:
+        """`nth` among some keys, by passes over them while they are many."""
+        count = sum([keys.size for keys in pieces])
+        if count <= FEW_KEYS:
+            keys = np.sort(np.concatenate(pieces))
+            limit = keys[-k]
+            return int(limit), k - count + int(np.searchsorted(keys, limit, side="right"))
+        narrower = np.empty(count // 2 + SLACK, dtype=self.ranking.key)
+
+        def survey(low: int, high: int) -> _Survey:
+            look, limits = strips.dense_surveyor(self.ranking.key), (np.uint64(low), np.uint64(high))
+            above, inside, end = 0, 0, 0
+            for keys in pieces:
+                over, within, stored = strips.survey(
+                    look, 0, dense(keys), 0, keys.size, *limits, narrower, end, self.works[0]
+                )
+                above, inside, end = above + over, inside + within, end + stored
+            return _Survey(above, inside, [narrower[:end]])
+
+        return self._narrow(k, count, _sorted_sample(pieces, FEW_KEYS // 4), survey)
 
     def _limit(self, scope: int, k: int) -> tuple[int, int]:
         """`nth`, for any k; 0 blocks are above the largest key, and all above key 0 or equal to it."""
@@ -271,23 +312,38 @@ class LargeScopes:
         return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)
 
 
+def _sorted_sample(pieces: list[np.ndarray], size: int) -> np.ndarray:
+    """About `size` of some keys, or all of them."""
+    step = max(1, sum([keys.size for keys in pieces]) // size)
+    return np.sort(np.concatenate([keys[::step] for keys in pieces]))
+
+
 def _ends(sample: np.ndarray, bracket: _Bracket, k: int, crowded: bool, *, halve: bool) -> tuple[int, int]:
-    """Two keys of the bracket that should enclose the k-th, from sorted keys; one twice where many are equal."""
+    """Two keys of the bracket that should enclose the k-th, from sorted keys; one twice where many are equal.
+
+    A key that many are equal to is never the end of a longer range, which the equal ones would crowd: it is
+    looked at by itself, when the count says that the k-th is not beside it. In an array that has been
+    pruned before, zero is such a key, and often the next below the k-th.
+    """
     inside = sample[
         np.searchsorted(sample, bracket.low, side="left") : np.searchsorted(sample, bracket.high, side="right")
     ]
-    if halve or not inside.size:
+    if halve:
         middle = bracket.low + (bracket.high - bracket.low) // 2
         return middle, middle if crowded else bracket.high
+    if not inside.size:
+        return bracket.low, bracket.high
     share = (k - bracket.above) / bracket.inside
     place = (1 - share) * inside.size
     margin = MARGIN * (inside.size * share * (1 - share)) ** 0.5 + 2
-    low, high = int(place - margin), int(place + margin) + 1
+
+    def is_frequent(key: int) -> bool:
+        return bool(np.searchsorted(inside, key, side="right") - np.searchsorted(inside, key, side="left") > margin)
+
     key = int(inside[min(int(place), inside.size - 1)])
-    first, last = np.searchsorted(inside, key, side="left"), np.searchsorted(inside, key, side="right")
-    if crowded or last - first > margin:
+    if crowded or is_frequent(key):
         return key, key
-    return (
-        int(inside[low]) if low >= 0 else bracket.low,
-        int(inside[high]) if high < inside.size else bracket.high,
-    )
+    first, last = int(place - margin), int(place + margin) + 1
+    low = int(inside[first]) if first >= 0 else bracket.low
+    high = int(inside[last]) if last < inside.size else bracket.high
+    return low + is_frequent(low), high - is_frequent(high)

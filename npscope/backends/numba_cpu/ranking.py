@@ -56,8 +56,7 @@ def source_of(
         return None
     unit, key_dtype = leaf.place.unit, np.dtype(f"u{width // 8}")
     if ord is None or (part.elements == 1 and (exact_integers or not part.wide_integers)):
-        keys = {32: leaf.codec.key32, 64: leaf.codec.key64}
-        key = leaf.codec.signed_key if ord is None else keys.get(width) or leaf.codec.narrow_key
+        key = leaf.codec.signed_key if ord is None else leaf.codec.key_of_width(width)
         if across and leaf.across is not None:
             read, where = strips.across_reader(key, planes), (leaf.buffer, leaf.origin, *leaf.across)
             return Source(strips.reader_address(read, unit, key_dtype), where, ACROSS_ELEMENTS)
@@ -181,3 +180,14 @@ def cutter_of(ranking: Ranking, p: int, sink: Sink) -> int | None:
     if not same:
         return None
     return strips.cutter_address(strips.cutter(read.form, read.codec), ranking.parts[p].leaves[0].place.unit)
+
+
+def surveyor_of(ranking: Ranking, p: int) -> int:
+    """How the keys of a part that kernels read by themselves are surveyed."""
+    leaf = ranking.parts[p].leaves[0]
+    layout, unit = leaf.layout, leaf.place.unit
+    if layout is None or ranking.parts[p].elements > 1 or ranking.width != layout.form.bits:
+        return strips.surveyor_address(strips.surveyor(ranking.width), unit, ranking.key)
+    signed, codec = ranking.ord is None, layout.codec
+    key = codec.signed_key if signed else codec.key_of_width(layout.form.bits)
+    return strips.surveyor_address(strips.line_surveyor(layout.form, key, signed), unit, ranking.key)

@@ -10,7 +10,10 @@ select(keys, rows, n, keep, mask, guess, spacing)
 write(target, i, stop, mask)
     what the mask says of these blocks;
 cut(source, target, i, stop, limit)
-    adjacent elements, those below a limit as +0.0.
+    adjacent elements, those below a limit as +0.0;
+look(read, source, i, stop, low, high, found, end, stores, scratch)
+    how many keys of blocks [i, stop) are above `high`, and how many in [low, high]; the latter are
+    appended to `found` from `end` on if `stores`, which writes up to `SLACK` entries more than it needs.
 """
 
 from __future__ import annotations
@@ -65,7 +68,9 @@ class Scratch:
 _RANGE = (types.int64, types.int64)
 _MASK, _WIDE, _KEEP = array_of(np.bool_), array_of(np.float64), array_of(np.int64)
 _NEXT = types.Tuple((types.uint64, types.float64))  # where the next search starts
+_COUNTS = types.UniTuple(types.int64, 2)
 _call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(5), caller(7, _NEXT)
+_call_surveyor = caller(10, _COUNTS)
 
 
 def _where(unit: np.dtype) -> Any:
@@ -90,6 +95,14 @@ def writer_address(write: Function, unit: np.dtype) -> int:
 def cutter_address(cut: Function, unit: np.dtype) -> int:
     """Where the code of a `cutter` is, for buffers of this dtype."""
     return address_of(cut, _where(unit), _where(unit), *_RANGE, types.uint64)
+
+
+@cache
+def surveyor_address(look: Function, unit: np.dtype, key: np.dtype) -> int:
+    """Where the code of a surveyor is, for buffers and keys of these dtypes."""
+    scratch = types.Tuple((array_of(key), _MASK, _KEEP, _WIDE, array_of(np.float32), array_of(np.int64, 2)))
+    limits, places = (types.uint64, types.uint64), (array_of(key), types.int64, types.boolean)
+    return address_of(look, types.int64, _where(unit), *_RANGE, *limits, *places, scratch, result=_COUNTS)
 
 
 @cache
@@ -204,6 +217,11 @@ def dense_reader(key: np.dtype) -> int:
     return reader_address(element_reader(_itself), key, key)
 
 
+def dense_surveyor(key: np.dtype) -> int:
+    """Look at keys that are already there."""
+    return surveyor_address(line_surveyor(vectors.KEYS[8 * key.itemsize], _itself, False), key, key)
+
+
 @cache
 def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
     """Read blocks by their norms; `wide`: as 64-bit keys."""
@@ -259,8 +277,7 @@ def _dropper(codec: Codec) -> Function:
 @cache
 def cutter(form: vectors.Format, codec: Codec) -> Function:
     """Write adjacent elements by their own keys, ``(source, target, i, stop, limit)``: +0.0 for those below `limit`."""
-    step, size, keep = vector_selection.keep_from(form), form.lanes, codec.keep
-    key: Any = {32: codec.key32, 64: codec.key64}.get(form.bits) or codec.narrow_key
+    step, size, keep, key = vector_selection.keep_from(form), form.lanes, codec.keep, codec.key_of_width(form.bits)
 
     @standalone
     def cut(source: Any, target: Any, i: int, stop: int, limit: Any) -> None:
@@ -365,56 +382,95 @@ def kth_kernel(signed: bool) -> Any:
 
 
 @cache
-def survey_kernel(width: int) -> Any:
-    """The kernel that counts the keys of blocks [i0, i1) above `high`, and counts and collects those in [low, high].
-
-    Returns (above, inside, stored): fewer are stored from `start` on in `found` where they do not fit.
-    """
+def surveyor(width: int) -> Function:
+    """Look at keys that `read` reads."""
     lanes_ = 8 * vectors.LINE // width
     collect = vector_selection.collect(width)
 
-    @kernel
-    def survey(
-        read: int, source: Any, i0: int, i1: int, low: Any, high: Any, found: Any, start: int, scratch: Any
-    ) -> tuple[int, int, int]:
+    @standalone
+    def look(
+        read: int, source: Any, i: int, stop: int, low: Any, high: Any, found: Any, end: int, stores: bool, scratch: Any
+    ) -> tuple[int, int]:
         keys, _mask, _keep, sums, norms, limbs = scratch
-        bottom, span = keys.dtype.type(low), keys.dtype.type(high - low)
+        _call_reader(read, source, i, stop, keys, sums, norms, limbs)
+        count = stop - i
         most, ones = np.uint64(high), np.uint64(keys.dtype.type(~np.uint64(0)))
-        above, inside, end = 0, 0, start
-        for i in range(i0, i1, STRIP_ELEMENTS):
-            stop = least(i1, i + STRIP_ELEMENTS)
-            count = stop - i
-            _call_reader(read, source, i, stop, keys, sums, norms, limbs)
-            over = 0 if most == ones else count_from(keys, 0, count, most + np.uint64(1))
-            above += over
-            if end + count + search.SLACK > found.size or low == high:
-                inside += count_from(keys, 0, count, low) - over
-                continue
-            before = end
-            whole = count - count % lanes_
-            for e in range(0, whole, lanes_):
-                end += collect(keys, e, found, end, bottom, span)
-            for e in range(whole, count):
-                found[end] = keys[e]
-                end += keys[e] - bottom <= span
-            inside += end - before
-        return above, inside, end - start
+        above = 0 if most == ones else count_from(keys, 0, count, most + np.uint64(1))
+        if not stores:
+            return above, count_from(keys, 0, count, low) - above
+        bottom, span = keys.dtype.type(low), keys.dtype.type(high - low)
+        start, whole = end, count - count % lanes_
+        for e in range(0, whole, lanes_):
+            end += collect(keys, e, found, end, bottom, span)
+        for e in range(whole, count):
+            found[end] = keys[e]
+            end += keys[e] - bottom <= span
+        return above, end - start
 
-    return survey
+    return look
+
+
+@cache
+def line_surveyor(form: vectors.Format, key: Function, signed: bool) -> Function:
+    """Look at adjacent elements, each once, by their `key`, which may be the `signed` one; `read` is not called."""
+    step, size = vector_selection.survey_line(form, signed), form.lanes
+
+    @standalone
+    def look(
+        read: int, source: Any, i: int, stop: int, low: Any, high: Any, found: Any, end: int, stores: bool, scratch: Any
+    ) -> tuple[int, int]:
+        data, origin, grid, _ = source
+        width, move = grid[0, -1], int(stores)
+        above, inside = 0, 0
+        while i < stop:
+            after = least(stop, i + width - i % width)
+            at, count = origin + place(i, grid), after - i
+            whole = count - count % size
+            for e in range(0, whole, size):
+                both = step(data, at + e, found, end, low, high)
+                within = both & 0xFFFFFFFF
+                above, inside, end = above + (both >> 32), inside + within, end + move * within
+            for e in range(whole, count):
+                own = np.uint64(key(data, at + e))
+                within = int((own >= low) & (own <= high))
+                found[np.uintp(end)] = own
+                above, inside, end = above + int(own > high), inside + within, end + move * within
+            i = after
+        return above, inside
+
+    return look
 
 
 @kernel
-def sample(read: int, source: Any, i0: int, i1: int, length: int, seed: int, out: Any, scratch: Any) -> None:
-    """Read runs of `length` keys at places spread over blocks [i0, i1), always the same ones."""
-    keys, _mask, _keep, sums, norms, limbs = scratch
+def survey(
+    look: int, read: int, source: Any, i0: int, i1: int, low: Any, high: Any, found: Any, start: int, scratch: Any
+) -> tuple[int, int, int]:
+    """Count the keys of blocks [i0, i1) above `high`, and count and collect those in [low, high].
+
+    Returns (above, inside, stored): fewer are stored from `start` on in `found` where they do not fit.
+    """
+    above, inside, end = 0, 0, start
+    for i in range(i0, i1, STRIP_ELEMENTS):
+        stop = least(i1, i + STRIP_ELEMENTS)
+        stores = low != high and end + stop - i + search.SLACK <= found.size
+        over, within = _call_surveyor(look, read, source, i, stop, low, high, found, end, stores, scratch)
+        above, inside = above + over, inside + within
+        if stores:
+            end += within
+    return above, inside, end - start
+
+
+@kernel
+def sample(
+    look: int, read: int, source: Any, i0: int, i1: int, run: int, runs: int, seed: int, out: Any, scratch: Any
+) -> None:
+    """Collect `runs` runs of `run` keys at places spread over blocks [i0, i1), always the same ones."""
     state = np.uint64(i1 - i0) + np.uint64(seed)
-    room = np.uint64(i1 - i0 - length + 1)
-    for e in range(0, out.size, length):
+    room = np.uint64(i1 - i0 - run + 1)
+    for r in range(runs):
         state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
         i = i0 + np.int64((state >> np.uint64(16)) % room)
-        _call_reader(read, source, i, i + length, keys, sums, norms, limbs)
-        for j in range(length):
-            out[e + j] = keys[j]
+        _call_surveyor(look, read, source, i, i + run, np.uint64(0), ~np.uint64(0), out, r * run, True, scratch)
 
 
 @kernel

@@ -15,6 +15,7 @@ from npscope.backends.numba_cpu.vectors import (
     Builder,
     Format,
     Value,
+    all_keys_of,
     broadcast,
     call,
     keys_of,
@@ -117,6 +118,24 @@ def mark_groups(width: int, n: int) -> Any:
     return step(emit, 6)
 
 
+def _count(b: Builder, flags: Value) -> Value:
+    """How many lanes are true."""
+    bits = b.bitcast(flags, ir.IntType(flags.type.count))
+    found = call(b, f"llvm.ctpop.i{flags.type.count}", bits.type, [bits])
+    return found if flags.type.count == 64 else b.zext(found, ir.IntType(64))
+
+
+def _append(b: Builder, numbers: Value, chosen: Value, target: Value) -> None:
+    """Store the chosen lanes side by side, and anything behind them."""
+    vector = numbers.type
+    function = b.module.declare_intrinsic(
+        f"llvm.experimental.vector.compress.v{vector.count}i{vector.element.width}",
+        (),
+        ir.FunctionType(vector, [vector, chosen.type, vector]),
+    )
+    store(b, b.call(function, [numbers, chosen, ir.Constant(vector, ir.Undefined)]), target)
+
+
 @cache
 def collect(width: int) -> Any:
     """``(keys, i, found, j, low, span)``: append the keys of a line with ``key - low <= span``; how many those are.
@@ -129,14 +148,27 @@ def collect(width: int) -> Any:
         own = load(b, keys, vector)
         offset = b.sub(own, broadcast(b, low, vector.count))
         inside = b.icmp_unsigned("<=", offset, broadcast(b, span, vector.count))
-        function = b.module.declare_intrinsic(
-            f"llvm.experimental.vector.compress.v{vector.count}i{width}",
-            (),
-            ir.FunctionType(vector, [vector, inside.type, vector]),
-        )
-        store(b, b.call(function, [own, inside, ir.Constant(vector, ir.Undefined)]), found)
-        bits = b.bitcast(inside, ir.IntType(vector.count))
-        return b.zext(call(b, f"llvm.ctpop.i{vector.count}", bits.type, [bits]), ir.IntType(64))
+        _append(b, own, inside, found)
+        return _count(b, inside)
+
+    return step(emit, 6, types.int64)
+
+
+@cache
+def survey_line(form: Format, signed: bool) -> Any:
+    """``(source, i, found, j, low, high)``: append the keys of a line of numbers that are in [low, high].
+
+    Returns how many those are, plus 2 ** 32 for each key above.
+    """
+
+    def emit(b: Builder, source: Value, found: Value, low: Value, high: Value) -> Value:
+        prefetch(b, source, LINE)
+        keys = all_keys_of(b, load(b, source, vector_of(form.bits, form.lanes)), form, signed)
+        least, most = (_narrow(b, end, keys.type) for end in (low, high))
+        above = b.icmp_unsigned(">", keys, most)
+        inside = b.and_(b.icmp_unsigned(">=", keys, least), b.not_(above))
+        _append(b, keys, inside, found)
+        return b.add(_count(b, inside), b.shl(_count(b, above), ir.Constant(ir.IntType(64), 32)))
 
     return step(emit, 6, types.int64)
 
@@ -149,10 +181,7 @@ def count_above(form: Format) -> Any:
         prefetch(b, source, LINE)
         keys = keys_of(b, load(b, source, vector_of(form.bits, form.lanes)), form)
         most = limit if form.bits == 64 else b.trunc(limit, keys.type.element)
-        above = b.icmp_unsigned(">", keys, broadcast(b, most, form.lanes))
-        bits = b.bitcast(above, ir.IntType(form.lanes))
-        found = call(b, f"llvm.ctpop.i{form.lanes}", bits.type, [bits])
-        return found if form.lanes == 64 else b.zext(found, ir.IntType(64))
+        return _count(b, b.icmp_unsigned(">", keys, broadcast(b, most, form.lanes)))
 
     return step(emit, 3, types.int64)
 

@@ -70,6 +70,10 @@ _FORMATS = {
 _INTEGERS = {name: Format(name, bits, 0) for bits in (8, 16) for name in (f"int{bits}", f"uint{bits}")}
 
 
+KEYS = {bits: Format(f"key{bits}", bits, 0) for bits in (8, 16, 32, 64)}
+"""Ordered integers that numbers have been turned into, as formats."""
+
+
 def number_format(kind: Kind) -> Format | None:
     """The format in which norms read a dtype: that of a real part for complex numbers, and small integers as well."""
     name = {"complex64": "float32", "complex128": "float64"}.get(kind.name, kind.name)
@@ -173,6 +177,19 @@ def keys_of(b: Builder, bits: Value, form: Format) -> Value:
         return size
     nan = splat(bits.type, form.inf + 1)
     return b.select(b.icmp_unsigned("<", size, nan), size, nan)
+
+
+def all_keys_of(b: Builder, bits: Value, form: Format, signed: bool) -> Value:
+    """The ordered integers of a `Codec`: of magnitudes, or of signed numbers; NaN is all ones. `KEYS` stay."""
+    if form in KEYS.values():
+        return bits
+    top = 1 << (form.bits - 1)
+    size = b.and_(bits, splat(bits.type, top - 1))
+    keys = size
+    if signed:
+        keys = b.select(b.icmp_signed("<", bits, splat(bits.type, 0)), b.not_(bits), b.or_(bits, splat(bits.type, top)))
+        keys = b.select(b.icmp_unsigned("==", size, splat(bits.type, 0)), splat(bits.type, top), keys)
+    return b.select(b.icmp_unsigned(">", size, splat(bits.type, form.inf)), splat(bits.type, 2 * top - 1), keys)
 
 
 def single_of(b: Builder, bits: Value, form: Format, signed: bool = False) -> Value:
