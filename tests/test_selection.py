@@ -371,6 +371,34 @@ CROWDED = {
 }
 
 
+SCALES = {
+    "alike": lambda rows: np.ones(rows),
+    "of any size": lambda rows: 2.0 ** np.random.default_rng(3).integers(-30, 30, rows),
+    "drifting": lambda rows: 1.02 ** np.arange(rows),
+}
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("data", CROWDED)
+def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data, scale, name):
+    """Large arrays are searched near the limits of the rows before: small ones, too, here."""
+    strips = pytest.importorskip("npscope.backends.numba_cpu.strips")
+    monkeypatch.setattr(strips, "WIDE_ELEMENTS", 0)
+    n, rows, rng = 700, 24, np.random.default_rng(6)
+    with np.errstate(all="ignore"):
+        values = rng.permuted(CROWDED[data](rng.standard_normal(n * rows)).reshape(rows, n), axis=1)
+        x = (values * SCALES[scale](rows)[:, None]).astype(dtype(name))
+    for nnz in (n // 2, n - 1, np.arange(rows) * n // (rows - 1), rng.integers(0, n + 1, rows)):
+        each, k = np.reshape(nnz, (-1, 1)), np.maximum(np.broadcast_to(nnz, rows), 1)
+        with npscope.use_backend("reference"):
+            expected = npscope.keep_largest(x, each, (1, 1), (1, -1)), npscope.kth_largest(x, k, axis=-1)
+        with npscope.use_backend("numba"):
+            found = npscope.keep_largest(x, each, (1, 1), (1, -1)), npscope.kth_largest(x, k, axis=-1)
+        assert same_bits(found[0], expected[0])
+        np.testing.assert_equal(found[1].astype(np.float64), expected[1].astype(np.float64))
+
+
 @pytest.mark.parametrize("data", CROWDED)
 def test_passes_over_large_scopes(monkeypatch, data):
     """Each pass reads everything: three find the key, where many are equal and on pruned arrays, too."""

@@ -182,12 +182,26 @@ def cutter_of(ranking: Ranking, p: int, sink: Sink) -> int | None:
     return strips.cutter_address(strips.cutter(read.form, read.codec), ranking.parts[p].leaves[0].place.unit)
 
 
-def surveyor_of(ranking: Ranking, p: int) -> int:
-    """How the keys of a part that kernels read by themselves are surveyed."""
-    leaf = ranking.parts[p].leaves[0]
-    layout, unit = leaf.layout, leaf.place.unit
-    if layout is None or ranking.parts[p].elements > 1 or ranking.width != layout.form.bits:
-        return strips.surveyor_address(strips.surveyor(ranking.width), unit, ranking.key)
-    signed, codec = ranking.ord is None, layout.codec
-    key = codec.signed_key if signed else codec.key_of_width(layout.form.bits)
+def line_surveyor_of(ranking: Ranking, p: int) -> int | None:
+    """How the keys of adjacent elements are looked at."""
+    part = ranking.parts[p]
+    layout, unit, signed = part.leaves[0].layout, part.leaves[0].place.unit, ranking.ord is None
+    if layout is None or part.elements > 1 or ranking.width != layout.form.bits:
+        return None
+    key = layout.codec.signed_key if signed else layout.codec.key_of_width(layout.form.bits)
     return strips.surveyor_address(strips.line_surveyor(layout.form, key, signed), unit, ranking.key)
+
+
+def surveyor_of(ranking: Ranking, p: int) -> int:
+    """How the keys of a part that kernels read by themselves are looked at."""
+    unit = ranking.parts[p].leaves[0].place.unit
+    return line_surveyor_of(ranking, p) or strips.surveyor_address(strips.surveyor(ranking.width), unit, ranking.key)
+
+
+def search_of(ranking: Ranking) -> tuple[int, int]:
+    """Addresses of what searches whole scopes, and of how it looks at them; zeros where that does not pay."""
+    wide = ranking.blocks >= strips.WIDE_SCOPE and ranking.scopes * ranking.blocks >= strips.WIDE_ELEMENTS
+    look = line_surveyor_of(ranking, 0) if wide else None
+    if look is None:
+        return 0, 0
+    return strips.searcher_address(ranking.signed, ranking.parts[0].leaves[0].place.unit, ranking.key), look

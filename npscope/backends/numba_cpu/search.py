@@ -91,6 +91,16 @@ def _signed_key_near(real: float, itemsize: int) -> Any:
     return signed_key_of_float64(real)
 
 
+def reals(signed: bool) -> tuple[Any, Any, float, float]:
+    """(number of a key, key near a number, least number that has one, bound of them), for keys of signed floats or not.
+
+    Both take the bytes of a key as their last argument.
+    """
+    if signed:
+        return _real_of_signed_key, _signed_key_near, -np.finfo(np.float64).max, np.inf
+    return _real_of_key, _key_near, 0.0, 1.8e19
+
+
 @cache
 def separator(signed: bool) -> Any:
     """``separate(keys, start, n, k, guess, spacing)``: (limit, ties, spacing), for 0 < k < n.
@@ -101,8 +111,7 @@ def separator(signed: bool) -> Any:
 
     Invariant: more than k keys are at least `low`, fewer than k are above `high`.
     """
-    real_of, key_near = (_real_of_signed_key, _signed_key_near) if signed else (_real_of_key, _key_near)
-    first, beyond = (-np.finfo(np.float64).max, np.inf) if signed else (0.0, 1.8e19)
+    real_of, key_near, first, beyond = reals(signed)
 
     @standalone
     def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, int, float]:
@@ -188,23 +197,6 @@ def limit_of(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) 
         return np.uint64(0), n, guess, spacing
     limit, ties, spacing = _separate(keys, start, n, k, guess, spacing)
     return limit, ties, limit, spacing
-
-
-@cache
-def kth_finder(signed: bool) -> Any:
-    """``kth_key(keys, start, n, k, guess, spacing)``: (k-th largest of n keys, spacing); 1 <= k <= n."""
-    separate = separator(signed)
-
-    @merged
-    def kth_key(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, float]:
-        limit, ties = np.uint64(0), n
-        if k < n:
-            limit, ties, spacing = separate(keys, start, n, k, guess, spacing)
-        if ties == n:
-            limit, _ = neighbours_of(keys, start, n, limit)
-        return limit, spacing
-
-    return kth_key
 
 
 def group_of(n: int) -> int:

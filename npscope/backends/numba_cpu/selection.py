@@ -17,7 +17,17 @@ from npscope.backends.numba_cpu.operands import (
     Operand,
     ranges,
 )
-from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, Sink, Source, TableSink, cutter_of, dense, source_of
+from npscope.backends.numba_cpu.ranking import (
+    KeyWork,
+    Ranking,
+    Sink,
+    Source,
+    TableSink,
+    cutter_of,
+    dense,
+    search_of,
+    source_of,
+)
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
 from npscope.backends.numba_cpu.writing import DropSink
 from npscope.dtypes import kind_of
@@ -115,8 +125,13 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: int, s
         source = ranking.planes_source or source
         write = strips.writer_address(strips.across_dropper(written.codec, planes), written.place.unit)
         where = written.buffer, written.origin, *written.across
-    kernel = strips.keep_in_scopes if cut is None else strips.cut_in_scopes
-    decide = strips.selector_address(ranking.group, ranking.key, planes=planes) if cut is None else cut
+    steps: tuple[int, ...]
+    if cut is None:
+        kernel = strips.keep_in_scopes
+        steps = source.read, strips.selector_address(ranking.group, ranking.key, planes=planes), write
+    else:
+        kernel = strips.cut_in_scopes
+        steps = *search_of(ranking), source.read, cut, write
     rows = ranking.scopes_of_a_strip(source.strip)
     limits = counts.buffer, counts.origin, counts.grid
 
@@ -125,7 +140,7 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: int, s
 
         def work(slot: int, s0: int, s1: int) -> None:
             scratch = works[slot].work.all
-            kernel(source.read, decide, write, source.where, where, limits, s0, s1, ranking.blocks, rows, scratch)
+            kernel(*steps, source.where, where, limits, s0, s1, ranking.blocks, rows, scratch)
 
         return work
 
@@ -190,14 +205,14 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
     source, limits = ranking.sources[0], (counts.buffer, counts.origin, counts.grid)
     kernel = strips.kth_kernel(ranking.signed)
     if len(ranking.parts) == 1 and source is not None:
-        rows = ranking.scopes_of_a_strip(source.strip)
+        rows, steps = ranking.scopes_of_a_strip(source.strip), (*search_of(ranking), source.read)
 
         def make_strips(slots: int, length: int) -> Callable[[int, int, int], None]:
             works = [Loan(Scratch, rows * ranking.blocks, rows, ranking.key) for _ in range(slots)]
 
             def work(slot: int, s0: int, s1: int) -> None:
                 scratch = works[slot].work.all
-                kernel(source.read, source.where, limits, s0, s1, ranking.blocks, rows, found, scratch)
+                kernel(*steps, source.where, limits, s0, s1, ranking.blocks, rows, found, scratch)
 
             return work
 
@@ -210,7 +225,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
 
         def work(slot: int, s0: int, s1: int) -> None:
             keys, scratch = works[slot].load(s0, s1), works[slot].scratch.work.all
-            kernel(read, keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, scratch)
+            kernel(0, 0, read, keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, scratch)
 
         return work
 

@@ -26,12 +26,12 @@ from numba import types
 
 from npscope.backends.numba_cpu import lines, search, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, merged, standalone
 from npscope.backends.numba_cpu.kernels import read_numbers
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.scalars import least
-from npscope.backends.numba_cpu.search import count_from, kth_finder, mark
+from npscope.backends.numba_cpu.search import count_from, mark, neighbours_of
 
 STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
@@ -69,13 +69,20 @@ _RANGE = (types.int64, types.int64)
 _MASK, _WIDE, _KEEP = array_of(np.bool_), array_of(np.float64), array_of(np.int64)
 _NEXT = types.Tuple((types.uint64, types.float64))  # where the next search starts
 _COUNTS = types.UniTuple(types.int64, 2)
+_EXPECTED = types.UniTuple(types.float64, 3)
+_LIMIT = types.Tuple((types.uint64, types.int64, types.int64, _EXPECTED))
 _call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(5), caller(7, _NEXT)
-_call_surveyor = caller(10, _COUNTS)
+_call_surveyor, _call_searcher = caller(10, _COUNTS), caller(8, _LIMIT)
 
 
 def _where(unit: np.dtype) -> Any:
     """The type of a `Where` with a buffer of this dtype."""
     return types.Tuple((array_of(unit), types.int64, NEST, NEST))
+
+
+def _scratch(key: np.dtype) -> Any:
+    """The type of `Scratch.all`."""
+    return types.Tuple((array_of(key), _MASK, _KEEP, _WIDE, array_of(np.float32), array_of(np.int64, 2)))
 
 
 @cache
@@ -100,9 +107,8 @@ def cutter_address(cut: Function, unit: np.dtype) -> int:
 @cache
 def surveyor_address(look: Function, unit: np.dtype, key: np.dtype) -> int:
     """Where the code of a surveyor is, for buffers and keys of these dtypes."""
-    scratch = types.Tuple((array_of(key), _MASK, _KEEP, _WIDE, array_of(np.float32), array_of(np.int64, 2)))
     limits, places = (types.uint64, types.uint64), (array_of(key), types.int64, types.boolean)
-    return address_of(look, types.int64, _where(unit), *_RANGE, *limits, *places, scratch, result=_COUNTS)
+    return address_of(look, types.int64, _where(unit), *_RANGE, *limits, *places, _scratch(key), result=_COUNTS)
 
 
 @cache
@@ -334,46 +340,137 @@ def keep_in_scopes(
         _call_writer(write, target, s * n, stop * n, mask)
 
 
+WIDE_SCOPE = 512
+"""Keys of a scope from which on those near the expected limit are looked at first; fewer are searched as fast."""
+
+WIDE_ELEMENTS = 1 << 23
+"""Elements from which on that pays: it takes a third of a second to compile, and saves a millisecond for so many."""
+
+REACH, FAR_REACH, WEIGHT = 3.0, 24.0, 0.25
+"""Standard deviations of a rank between the expected limit and the ends of a look: at least, and after misses; and
+how much a new limit counts in what is expected next."""
+
+
+@cache
+def searcher(signed: bool) -> Function:
+    """``search_scope(look, read, source, i, n, k, expected, scratch)``: a `search.separator` of n keys from block i on.
+
+    Returns (limit, ties, count, expected): limit and ties for any k. All keys that can be the least from `limit` on are
+    among the first `count` in the work array; those are the scope as it is if `count` is n. What is `expected` of the
+    next scope: its limit, as a number; the distance between keys near it; and how far off it may be, 0 for unknown.
+    """
+    separate = search.separator(signed)
+    real_of, key_near, first, beyond = search.reals(signed)
+
+    @merged
+    def key_at(real: float, itemsize: int) -> Any:
+        if not real >= first:
+            return np.uint64(0)
+        ones = ~np.uint64(0) >> np.uint64(64 - 8 * itemsize)
+        return ones if real >= beyond else least(key_near(real, itemsize), ones)
+
+    @standalone
+    def search_scope(
+        look: int, read: int, source: Any, i: int, n: int, k: int, expected: tuple[float, float, float], scratch: Any
+    ) -> tuple[Any, int, int, tuple[float, float, float]]:
+        keys, _mask, _keep, sums, norms, limbs = scratch
+        center, spacing, reach = expected
+        size = keys.itemsize
+        if k <= 0:
+            return ~np.uint64(0), 0, 0, expected
+        if reach > 0 and k < n:
+            step = reach * spacing * np.sqrt(np.float64(k) * np.float64(n - k) / np.float64(n))
+            low, high = key_at(center - step, size), key_at(center + step, size)
+            above, inside = _call_surveyor(look, read, source, i, i + n, low, high, keys, 0, True, scratch)
+            if above < k <= above + inside:
+                limit, ties = low, n
+                if k < above + inside:
+                    limit, ties, _ = separate(keys, 0, inside, k - above, key_at(center, size), spacing)
+                    ties = n if ties == inside else ties
+                spacing = (real_of(high, size) - real_of(low, size)) / np.float64(inside)
+                center += WEIGHT * (real_of(limit, size) - center)
+                reach *= 0.9
+                return limit, ties, inside, (center, spacing, REACH if reach < REACH else reach)
+        _call_reader(read, source, i, i + n, keys, sums, norms, limbs)
+        if k >= n:
+            return np.uint64(0), n, n, expected
+        limit, ties, spacing = separate(keys, 0, n, k, key_at(center, size), spacing)
+        reach = 2.0 * reach if 0 < reach < FAR_REACH else REACH
+        return limit, ties, n, (real_of(limit, size), spacing, reach)
+
+    return search_scope
+
+
+@cache
+def searcher_address(signed: bool, unit: np.dtype, key: np.dtype) -> int:
+    """Where the code of a `searcher` is, for buffers and keys of these dtypes."""
+    where = types.int64, types.int64, _where(unit), types.int64, types.int64, types.int64
+    return address_of(searcher(signed), *where, _EXPECTED, _scratch(key), result=_LIMIT)
+
+
 @kernel
 def cut_in_scopes(
-    read: int, cut: int, write: int, source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int,
-    scratch: Any,
+    seek: int, look: int, read: int, cut: int, write: int, source: Any, target: Any, counts: Numbers, s0: int, s1: int,
+    n: int, rows: int, scratch: Any,
 ) -> None:  # fmt: skip
-    """As `keep_in_scopes`, for elements in scopes that are searched: most are cut by their limit, without a mask."""
+    """As `keep_in_scopes`, for elements in scopes that are searched: most are cut by their limit, without a mask.
+
+    By a `searcher` at the address `seek`, if it is not 0.
+    """
     keys, mask, keep, sums, norms, limbs = scratch
-    guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+    guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
         read_numbers(*counts, 1, s, stop, keep)
-        _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
+        if seek == 0:
+            _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
         for r in range(stop - s):
-            i = (s + r) * n
-            limit, ties, guess, spacing = search.limit_of(keys, r * n, n, keep[r], guess, spacing)
+            i, first, count = (s + r) * n, r * n, n
+            if seek == 0:
+                limit, ties, guess, spacing = search.limit_of(keys, first, n, keep[r], guess, spacing)
+            else:
+                first = 0
+                limit, ties, count, expected = _call_searcher(
+                    seek, look, read, source, i, n, keep[r], expected, scratch
+                )
             if ties == n:
                 _call_cutter(cut, source, target, i, i + n, limit)
             else:
-                mark(keys, r * n, n, limit, ties, mask, 0)
+                if count < n:
+                    _call_reader(read, source, i, i + n, keys, sums, norms, limbs)
+                mark(keys, first, n, limit, ties, mask, 0)
                 _call_writer(write, target, i, i + n, mask)
 
 
 @cache
 def kth_kernel(signed: bool) -> Any:
     """The kernel that finds the k-th largest key of scopes [s0, s1); `signed`: keys of signed floats."""
-    kth_key = kth_finder(signed)
+    separate = search.separator(signed)
 
     @kernel
     def kth_of_scopes(
-        read: int, source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any
-    ) -> None:
+        seek: int, look: int, read: int, source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any,
+        scratch: Any,
+    ) -> None:  # fmt: skip
         keys, _mask, keep, sums, norms, limbs = scratch
-        guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+        guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
         for s in range(s0, s1, rows):
             stop = least(s1, s + rows)
             read_numbers(*counts, 1, s, stop, keep)
-            _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
+            if seek == 0:
+                _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
             for r in range(stop - s):
-                guess, spacing = kth_key(keys, r * n, n, keep[r], guess, spacing)
-                found[s + r] = guess
+                first, count, limit, ties = r * n, n, np.uint64(0), n
+                if seek != 0:
+                    first = 0
+                    limit, ties, count, expected = _call_searcher(
+                        seek, look, read, source, (s + r) * n, n, keep[r], expected, scratch
+                    )
+                elif keep[r] < n:
+                    limit, ties, spacing = separate(keys, first, n, keep[r], guess, spacing)
+                if ties == n:
+                    limit, _ = neighbours_of(keys, first, count, limit)
+                found[s + r] = guess = limit
 
     return kth_of_scopes
 
