@@ -63,9 +63,8 @@ class Codec:
 
     def key_of_width(self, bits: int) -> Function:
         """The key that is an integer of so many bits."""
-        found = {32: self.key32, 64: self.key64}.get(bits, self.narrow_key)
-        assert found is not None
-        return found
+        keys = {8: self.narrow_key, 16: self.narrow_key, 32: self.key32, 64: self.key64}
+        return keys[bits] or self.key32
 
 
 # --- ordered integers ----------------------------------------------------------------------------
