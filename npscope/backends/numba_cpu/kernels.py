@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.arithmetic import (
@@ -30,8 +31,9 @@ from npscope.backends.numba_cpu.arithmetic import (
     two_sum,
 )
 from npscope.backends.numba_cpu.codecs import Codec, key_of_float32, key_of_float64
-from npscope.backends.numba_cpu.jit import inner, inner_any_order, kernel, standalone
-from npscope.backends.numba_cpu.nests import place
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, inner_any_order, kernel, standalone
+from npscope.backends.numba_cpu.nests import NEST, place
+from npscope.backends.numba_cpu.operands import Operand
 from npscope.backends.numba_cpu.scalars import bits_of, float_of, least
 from npscope.backends.numba_cpu.vector_norms import (
     INF as INF,
@@ -201,6 +203,33 @@ def read_numbers(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop:
             for j in range(after - i):
                 out[np.uintp(i - start + j)] = buffer[at + j * step]
         i = after
+
+
+@standalone
+def repeat_number(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop: int, out: Any) -> None:
+    """`read_numbers` where all blocks have one number: half of its compilation."""
+    value = buffer[origin]
+    for j in range(stop - i):
+        out[np.uintp(j)] = value
+
+
+Numbers = tuple[int, np.ndarray, int, np.ndarray, int]
+"""Numbers over blocks: what reads them, their buffer, origin and grid, and how many blocks in a row each serves."""
+
+call_numbers = caller(7)
+"""``call_numbers(*numbers, i, stop, out)`` for compiled functions: the numbers of blocks [i, stop), dense."""
+
+
+def numbers_over(leaf: Operand, repeat: int, dtype: np.dtype) -> Numbers:
+    """Numbers over blocks, to be read into work arrays of `dtype`."""
+    read = repeat_number if leaf.is_one_number else read_numbers
+    buffer = leaf.buffer
+    return _numbers_reader(read, buffer.dtype, dtype), buffer, leaf.origin, leaf.grid, repeat
+
+
+@cache
+def _numbers_reader(read: Any, unit: np.dtype, dtype: np.dtype) -> int:
+    return address_of(read, array_of(unit), types.int64, NEST, *[types.int64] * 3, array_of(dtype))
 
 
 @kernel

@@ -37,9 +37,6 @@ Their bracket holds 3 % of a scope. To sort twice as many takes 1.3 ms more, to 
 MOST_RUNS = 1 << 16
 """Places that are sampled at most, where more keys would lie between the limits than can be kept."""
 
-SAMPLE_SHARES = 8
-"""Pieces in which a part is sampled, whatever the number of threads."""
-
 MARGIN = 5.0
 """Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
 
@@ -101,13 +98,9 @@ class LargeScopes:
             for length in [max(STRIP_ELEMENTS, STRIPS_ELEMENTS // part.elements)]
             for b0 in range(0, part.blocks, length)
         ]
-        # The keys of a part: those kept in `norm_keys`, or as a kernel reads them from the array.
-        self.reads = [
-            strips.dense_reader(ranking.key) if p in self.lasting or source is None else source.read
-            for p, source in enumerate(ranking.sources)
-        ]
+        # How the keys of a part are looked at, and where they are: kept in `norm_keys`, or in the array.
         self.looks = [
-            strips.dense_surveyor(ranking.key) if p in self.lasting else surveyor_of(ranking, p)
+            (strips.dense_surveyor(ranking.key), 0) if p in self.lasting else surveyor_of(ranking, p)
             for p in range(len(ranking.parts))
         ]
         self.places = [
@@ -120,16 +113,12 @@ class LargeScopes:
         # So many that the bracket, 2 * MARGIN standard deviations of a share, holds no more than can be kept.
         runs = round((MARGIN * ranking.blocks / (room * self.workers)) ** 2 / SAMPLE_RUN)
         runs = max(1, min(max(runs, SAMPLE_RUNS), MOST_RUNS, ranking.blocks // 256 // SAMPLE_RUN))
-        self.samples = [
-            (
-                p,
-                seed,
-                np.empty(share * min(SAMPLE_RUN, part.blocks) + SLACK, dtype=ranking.key),
-            )
-            for p, part in enumerate(ranking.parts)
-            for share in [max(1, runs * part.blocks // ranking.blocks // SAMPLE_SHARES)]
-            for seed in range(SAMPLE_SHARES)
-        ]
+        # By part: the blocks of every how many are sampled. Odd, or rows of a power of two would be sampled in columns.
+        self.sample_steps = [part.blocks // -(-runs * part.blocks // ranking.blocks) | 1 for part in ranking.parts]
+        # Keys of magnitudes are magnitudes, and what looks at elements looks at them as well.
+        adjacent = [p for p, (_, read) in enumerate(self.looks) if not (read or ranking.signed or p in self.lasting)]
+        self.dense_look = self.looks[adjacent[0]][0] if adjacent else strips.dense_surveyor(ranking.key)
+        self.dense_unit = ranking.parts[adjacent[0]].leaves[0].place.unit if adjacent else ranking.key
         # By piece: keys above the bracket and inside it, and where those inside were stored.
         self.above, self.inside, self.stored, self.slot, self.start, self.equal = np.zeros(
             (6, len(self.pieces)), dtype=np.int64
@@ -142,6 +131,11 @@ class LargeScopes:
     def _first(self, p: int, scope: int) -> int:
         """The number of the first block of a scope, for the reader of part p."""
         return scope * (self.ranking.blocks if p in self.lasting else self.ranking.parts[p].blocks)
+
+    def _reader(self, p: int) -> int:
+        """How a kernel reads the keys of part p, where `places` says they are."""
+        source = self.ranking.sources[p]
+        return strips.dense_reader(self.ranking.key) if p in self.lasting or source is None else source.read
 
     def _keep_norms(self) -> None:
         """The keys of all blocks whose norms take more than a look."""
@@ -171,16 +165,16 @@ class LargeScopes:
 
     def _sample(self, scope: int) -> np.ndarray:
         """Some keys of a scope, sorted."""
-
-        def use(slot: int, i: int) -> None:
-            p, seed, share = self.samples[i]
-            first, blocks = self._first(p, scope), self.ranking.parts[p].blocks
-            run, work = min(SAMPLE_RUN, blocks), self.works[slot]
-            runs, how = (share.size - SLACK) // run, (self.looks[p], self.reads[p], self.places[p])
-            strips.sample(*how, first, first + blocks, run, runs, seed, share, work)
-
-        self._each(len(self.samples), use)
-        return np.sort(np.concatenate([share[:-SLACK] for _, _, share in self.samples]))
+        everything, found = (np.uint64(0), np.uint64((1 << self.ranking.width) - 1)), []
+        for p, (part, step) in enumerate(zip(self.ranking.parts, self.sample_steps, strict=True)):
+            first = self._first(p, scope)
+            keys = np.empty(-(-part.blocks // step) * SAMPLE_RUN + SLACK, dtype=self.ranking.key)
+            _, _, stored = strips.survey(
+                *self.looks[p], self.places[p], first, first + part.blocks, step, SAMPLE_RUN, *everything, keys, 0,
+                self.works[0],
+            )  # fmt: skip
+            found.append(keys[:stored])
+        return np.sort(np.concatenate(found))
 
     def _survey(self, scope: int, low: int, high: int) -> _Survey:
         """Count the keys of every piece above and inside [low, high], and collect the latter."""
@@ -190,8 +184,8 @@ class LargeScopes:
             piece, start = self.pieces[i], ends[slot]
             first = self._first(piece.part, scope)
             self.above[i], self.inside[i], self.stored[i] = strips.survey(
-                self.looks[piece.part], self.reads[piece.part], self.places[piece.part],
-                first + piece.b0, first + piece.b1, np.uint64(low), np.uint64(high),
+                *self.looks[piece.part], self.places[piece.part],
+                first + piece.b0, first + piece.b1, STRIP_ELEMENTS, STRIP_ELEMENTS, np.uint64(low), np.uint64(high),
                 self.found[slot], start, self.works[slot],
             )  # fmt: skip
             self.slot[i], self.start[i] = slot, start
@@ -249,12 +243,13 @@ class LargeScopes:
         narrower = np.empty(count // 2 + SLACK, dtype=self.ranking.key)
 
         def survey(low: int, high: int) -> _Survey:
-            look, limits = strips.dense_surveyor(self.ranking.key), (np.uint64(low), np.uint64(high))
+            limits = np.uint64(low), np.uint64(high)
             above, inside, end = 0, 0, 0
             for keys in pieces:
                 over, within, stored = strips.survey(
-                    look, 0, dense(keys), 0, keys.size, *limits, narrower, end, self.works[0]
-                )
+                    self.dense_look, 0, dense(keys.view(self.dense_unit)), 0, keys.size, STRIP_ELEMENTS, STRIP_ELEMENTS,
+                    *limits, narrower, end, self.works[0],
+                )  # fmt: skip
                 above, inside, end = above + over, inside + within, end + stored
             return _Survey(above, inside, [narrower[:end]])
 
@@ -277,36 +272,54 @@ class LargeScopes:
             # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
             quotas[scope] = np.maximum(ties - np.cumsum(self.equal) + self.equal, 0)
             spare[scope] = quotas[scope] - self.equal
-        largest = (1 << ranking.width) - 1
-        cutters = [cutter_of(ranking, p, sink) for p, sink in enumerate(sinks)]
-        writes = [strips.mask_writer() if sink.write is None else sink.write for sink in sinks]
+        cuts = [cutter_of(ranking, p, sink) for p, sink in enumerate(sinks)]
+        # Keys are read to be compared one by one, but where all elements of a piece can be cut by their limit.
+        splits = (spare < 0) & (quotas > 0)
+        parts = [piece.part for piece in self.pieces]
+        compared = {p for p, split in zip(parts, splits.T, strict=True) if split.any() or cuts[p] is None}
+        reads = [self._reader(p) if p in compared else 0 for p in range(len(sinks))]
+        writes = [
+            0 if cut is not None else sink.write if sink.is_direct else strips.mask_writer()
+            for cut, sink in zip(cuts, sinks, strict=True)
+        ]
         # What a kernel cannot write by itself goes through a mask, as much of it as other work arrays take.
         steps = [
-            STRIPS_ELEMENTS if sink.write is not None else piece_length(part.blocks, part.elements, 1, BLOCK_WORKSPACE)
+            STRIPS_ELEMENTS if sink.is_direct else piece_length(part.blocks, part.elements, 1, BLOCK_WORKSPACE)
             for part, sink in zip(ranking.parts, sinks, strict=True)
         ]
-        length = max((step for step, sink in zip(steps, sinks, strict=True) if sink.write is None), default=0)
+        length = max((step for step, sink in zip(steps, sinks, strict=True) if not sink.is_direct), default=0)
         masks = np.empty((self.workers, length), dtype=np.bool_)
+
+        def cut_piece(cut: int, slot: int, scope: int, place: int) -> None:
+            p, start, stop = self.pieces[place]
+            here, there, read_first = self.places[p], sinks[p].where, self._first(p, scope)
+            first, limit, left = scope * ranking.parts[p].blocks, limits[scope], quotas[scope, place]
+            border = stop if left > 0 else start
+            if splits[scope, place]:
+                at = read_first + start, read_first + stop
+                border = strips.tie_border_in(reads[p], here, *at, limit, left, self.works[slot]) - read_first
+            if start < border and limit > 0:
+                strips.cut_elements(cut, here, there, first + start, first + border, limit - np.uint64(1))
+            if border < stop:
+                strips.cut_elements(cut, here, there, first + border, first + stop, limit)
 
         def use(slot: int, i: int) -> None:
             scope, place = divmod(i, pieces)
             p, start, stop = self.pieces[place]
-            sink, first, read_first = sinks[p], scope * ranking.parts[p].blocks, self._first(p, scope)
-            left, limit = int(quotas[scope, place]), int(limits[scope])
-            cut = cutters[p]
-            if cut is not None and (spare[scope, place] >= 0 or left == 0) and (left > 0 or limit < largest):
-                # Equal keys stay or go together, so elements can be cut by a limit alone.
-                bound = np.uint64(limit + (left == 0))
-                strips.cut_elements(cut, self.places[p], sink.where, first + start, first + stop, bound)
+            cut = cuts[p]
+            if cut is not None:
+                cut_piece(cut, slot, scope, place)
                 return
+            sink, first, read_first = sinks[p], scope * ranking.parts[p].blocks, self._first(p, scope)
+            left = int(quotas[scope, place])
             for b0 in range(start, stop, steps[p]):
                 b1 = min(stop, b0 + steps[p])
-                target = dense(masks[slot], -first - b0) if sink.write is None else sink.where
+                target = sink.where if sink.is_direct else dense(masks[slot], -first - b0)
                 left = strips.keep_above(
-                    self.reads[p], writes[p], self.places[p], read_first + b0, target, first + b0, first + b1,
+                    reads[p], writes[p], self.places[p], read_first + b0, target, first + b0, first + b1,
                     STRIP_ELEMENTS, limits[scope], left, self.works[slot],
                 )  # fmt: skip
-                if sink.write is None:
+                if not sink.is_direct:
                     sink.put(first + b0, first + b1, masks[slot, : b1 - b0])
 
         return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)

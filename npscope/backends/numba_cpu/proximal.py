@@ -21,7 +21,7 @@ from npscope.backends.numba_cpu import planes, vector_shrinkage
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, standalone
-from npscope.backends.numba_cpu.kernels import read_numbers
+from npscope.backends.numba_cpu.kernels import Numbers, call_numbers
 from npscope.backends.numba_cpu.lines import call_measurer, call_scaler
 from npscope.backends.numba_cpu.nests import place
 from npscope.backends.numba_cpu.operands import Layout
@@ -33,9 +33,9 @@ STRIP = 2048
 
 
 @inner
-def read_limits(t: Any, origin: int, grid: Any, repeat: int, i: int, stop: int, limits: Any) -> None:
+def read_limits(t: Numbers, i: int, stop: int, limits: Any) -> None:
     """The thresholds of elements [i, stop), dense; -0.0 for zero, which is how `vector_shrinkage.soften` knows it."""
-    read_numbers(t, origin, grid, repeat, i, stop, limits)
+    call_numbers(*t, i, stop, limits)
     for j in range(np.uintp(stop - i)):
         limit = limits[j]
         limits[j] = -limits.dtype.type(0) if limit == 0 else limit
@@ -56,17 +56,17 @@ def soften_kernel(codec: Codec, form: Format | None, metric: Codec | None) -> An
     @kernel
     def soften_elements(
         x: Any, origin: int, grid: Any, elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, alike: bool, limits: Any,
+        i0: int, i1: int, t: Numbers, alike: bool, limits: Any,
     ) -> None:  # fmt: skip
         width, h_width = grid[0, -1], h_grid[0, -1]
         step, h_step = (1, 1) if adjacent else (grid[1, -1], h_grid[1, -1])
         if alike:
-            read_limits(t, t_origin, t_grid, repeat, i0, least(i1, i0 + limits.size), limits)
+            read_limits(t, i0, least(i1, i0 + limits.size), limits)
         i = i0
         while i < i1:
             stop = least(least(i1, i + limits.size), least(i + width - i % width, i + h_width - i % h_width))
             if not alike:
-                read_limits(t, t_origin, t_grid, repeat, i, stop, limits)
+                read_limits(t, i, stop, limits)
             at, h_at = origin + place(i, grid), h_origin + place(i, h_grid)
             whole = 0
             if by_lines:
@@ -127,13 +127,13 @@ def shrink_factors(norms: Any, wide: Any, t: Any) -> None:
 @kernel
 def shrink_blocks(
     measure: int, scale: int, x: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int,
-    t: Any, t_origin: int, t_grid: Any, repeat: int, limits: Any, sums: Any, norms: Any, limbs: Any,
+    t: Numbers, limits: Any, sums: Any, norms: Any, limbs: Any,
 ) -> None:  # fmt: skip
     """Shrink the blocks [i0, i1) by their norm."""
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
         call_measurer(measure, x, origin, grid, elements, i, stop, sums, norms, limbs)
-        read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
+        call_numbers(*t, i, stop, limits)
         form_factors(norms, sums, limits, stop - i)
         call_scaler(scale, x, origin, grid, elements, i, stop, sums)
 
@@ -444,14 +444,14 @@ def solve_kernel(exact: bool, narrow: bool) -> Any:
 
     @kernel
     def solve(
-        deal: int, leaves: Any, i0: int, i1: int, t: Any, t_origin: int, t_grid: Any, repeat: int, total: int,
+        deal: int, leaves: Any, i0: int, i1: int, t: Numbers, total: int,
         width: int, max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
     ) -> bool:  # fmt: skip
         chunk = least(total, v.size // width)
         for i in range(i0, i1, width):
             stop = least(i1, i + width)
             count = stop - i
-            read_numbers(t, t_origin, t_grid, repeat, i, stop, limits)
+            call_numbers(*t, i, stop, limits)
             limits[count:] = 0  # blocks that are not there are not open
             s[SQUARES:NORM] = 0.0
             for e0 in range(0, total, chunk):

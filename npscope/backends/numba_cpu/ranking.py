@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -31,11 +33,16 @@ ACROSS_ELEMENTS, ACROSS_KEYS = 1 << 14, 1 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """How kernels read the keys of a part: the address of a reader, what it reads, and the blocks of a strip."""
+    """How kernels read the keys of a part: what compiles a reader, what it reads, and the blocks of a strip."""
 
-    read: int
+    make_reader: Callable[[], int]
     where: Where
     strip: int
+
+    @property
+    def read(self) -> int:
+        """The address of the reader, which is compiled for it."""
+        return self.make_reader()
 
 
 def source_of(
@@ -59,13 +66,15 @@ def source_of(
         key = leaf.codec.signed_key if ord is None else leaf.codec.key_of_width(width)
         if across and leaf.across is not None:
             read, where = strips.across_reader(key, planes), (leaf.buffer, leaf.origin, *leaf.across)
-            return Source(strips.reader_address(read, unit, key_dtype), where, ACROSS_ELEMENTS)
+            return Source(partial(strips.reader_address, read, unit, key_dtype), where, ACROSS_ELEMENTS)
         read = strips.element_reader(key)
-        return Source(strips.reader_address(read, unit, key_dtype), leaf.where, STRIP_ELEMENTS)
+        return Source(partial(strips.reader_address, read, unit, key_dtype), leaf.where, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
         read = strips.norm_reader(leaf.layout.compiled, code, width == 64)
-        return Source(strips.reader_address(read, unit, key_dtype), leaf.where, lines.strip_blocks(leaf.layout))
+        return Source(
+            partial(strips.reader_address, read, unit, key_dtype), leaf.where, lines.strip_blocks(leaf.layout)
+        )
     return None
 
 
@@ -134,12 +143,16 @@ class KeyWork:
 
 
 class Sink(Protocol):
-    """Where masks of the blocks of a part go; a kernel does it by itself by the writer at `write`, if there is one."""
+    """Where masks of the blocks of a part go; if it `is_direct`, a kernel puts them there, by the writer at `write`."""
 
-    write: int | None
+    is_direct: bool
     where: Where
     operand: Operand | None
     """The array of elements that is zeroed, if that is what `write` does."""
+
+    @property
+    def write(self) -> int:
+        """The address of the writer, which is compiled for it."""
 
     def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
         """Take the mask of blocks [i0, i1)."""
@@ -162,9 +175,14 @@ class TableSink(Sink):
     def __init__(self, columns: np.ndarray) -> None:
         self.columns = columns
         contiguous = columns.flags.c_contiguous
-        self.write = strips.mask_writer() if contiguous else None
+        self.is_direct = contiguous
         self.where = dense(columns.reshape(-1) if contiguous else np.empty(0, dtype=np.bool_))
         self.operand: Operand | None = None
+
+    @property
+    def write(self) -> int:
+        """The writer of masks."""
+        return strips.mask_writer()
 
     def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
         """Keep the mask of blocks [i0, i1)."""
@@ -192,10 +210,13 @@ def line_surveyor_of(ranking: Ranking, p: int) -> int | None:
     return strips.surveyor_address(strips.line_surveyor(layout.form, key, signed), unit, ranking.key)
 
 
-def surveyor_of(ranking: Ranking, p: int) -> int:
-    """How the keys of a part that kernels read by themselves are looked at."""
+def surveyor_of(ranking: Ranking, p: int) -> tuple[int, int]:
+    """How the keys of a part that kernels read by themselves are looked at, and the reader that this takes or 0."""
+    look, source = line_surveyor_of(ranking, p), ranking.sources[p]
+    if look is not None or source is None:
+        return look or 0, 0
     unit = ranking.parts[p].leaves[0].place.unit
-    return line_surveyor_of(ranking, p) or strips.surveyor_address(strips.surveyor(ranking.width), unit, ranking.key)
+    return strips.surveyor_address(strips.surveyor(ranking.width), unit, ranking.key), source.read
 
 
 def search_of(ranking: Ranking) -> tuple[int, int]:

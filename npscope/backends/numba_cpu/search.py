@@ -188,6 +188,18 @@ def mark(keys: Any, start: int, n: int, limit: Any, ties: Any, mask: Any, at: in
     return ties
 
 
+@standalone
+def tie_border(keys: Any, start: int, n: int, limit: Any, ties: int) -> tuple[int, int]:
+    """(how many of n keys come before the one that equals `limit` after the first `ties` do; the ties left if none)."""
+    border = keys.dtype.type(limit)
+    for i in range(n):
+        if keys[np.uintp(start + i)] == border:
+            if ties == 0:
+                return i, 0
+            ties -= 1
+    return n, ties
+
+
 @merged
 def limit_of(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, Any, Any, float]:
     """`separator` for any k, with where to start the next search: (limit, ties, guess, spacing)."""

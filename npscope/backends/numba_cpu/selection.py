@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class ScopeWork:
 
     def __init__(self, ranking: Ranking, counts: Operand, length: int) -> None:
         self.ranking = ranking
-        self.counts = counts.buffer, counts.origin, counts.grid
+        self.counts = nk.numbers_over(counts, 1, np.dtype(np.int64))
         self.works = [KeyWork(ranking, p, length * part.blocks) for p, part in enumerate(ranking.parts)]
         longest = max(part.blocks for part in ranking.parts) * length
         self.table = np.empty((length, ranking.blocks), dtype=ranking.key)
@@ -94,15 +95,16 @@ def select_blocks(
         return
     counts = Operand(keep)
     if not ranking.fits_a_piece:
-        keeps = np.empty(ranking.scopes, dtype=np.int64)
-        nk.gather(counts.buffer, counts.origin, counts.grid, 1, 0, ranking.scopes, keeps)
-        cut = LargeScopes(ranking).cut_job(keeps.tolist(), sinks, shielded=shielded)
+        places = np.asarray([counts.origin])
+        for size, step in counts.grid.T:
+            places = np.add.outer(places, step * np.arange(size)).reshape(-1)
+        cut = LargeScopes(ranking).cut_job(counts.buffer[places].tolist(), sinks, shielded=shielded)
         ready()
         cut()
         return
     source, sink = ranking.sources[0], sinks[0]
-    if len(sinks) == 1 and source is not None and sink.write is not None:
-        job = _strips_job(ranking, counts, source, sink.write, sink)
+    if len(sinks) == 1 and source is not None and sink.is_direct:
+        job = _strips_job(ranking, counts, source, sink)
     else:
 
         def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
@@ -115,25 +117,27 @@ def select_blocks(
     job()
 
 
-def _strips_job(ranking: Ranking, counts: Operand, source: Source, write: int, sink: Sink) -> Callable[[], None]:
+def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -> Callable[[], None]:
     """The job in which one kernel reads, decides and writes."""
     cut = None if ranking.group else cutter_of(ranking, 0, sink)
     where, written = sink.where, sink.operand
-    planes = False
-    if written is not None and written.codec is not None and written.across is not None:
-        planes = ranking.planes_source is not None
-        source = ranking.planes_source or source
-        write = strips.writer_address(strips.across_dropper(written.codec, planes), written.place.unit)
-        where = written.buffer, written.origin, *written.across
+    kernel: Any
     steps: tuple[int, ...]
-    if cut is None:
+    if cut is not None:
+        kernel, steps = strips.cut_in_scopes, (*search_of(ranking), source.read, cut)
+    else:
+        planes = False
+        if written is not None and written.codec is not None and written.across is not None:
+            planes = ranking.planes_source is not None
+            source = ranking.planes_source or source
+            write = strips.writer_address(strips.across_dropper(written.codec, planes), written.place.unit)
+            where = written.buffer, written.origin, *written.across
+        else:
+            write = sink.write
         kernel = strips.keep_in_scopes
         steps = source.read, strips.selector_address(ranking.group, ranking.key, planes=planes), write
-    else:
-        kernel = strips.cut_in_scopes
-        steps = *search_of(ranking), source.read, cut, write
     rows = ranking.scopes_of_a_strip(source.strip)
-    limits = counts.buffer, counts.origin, counts.grid
+    limits = nk.numbers_over(counts, 1, np.dtype(np.int64))
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [Loan(Scratch, rows * ranking.blocks, rows, ranking.key) for _ in range(slots)]
@@ -153,13 +157,11 @@ def strips_of_thresholds(
     """The job in which one kernel measures, compares and writes; None where no kernel can."""
     source = source_of(measured, ord, 8 * measured.norm.itemsize, exact_integers=False)
     sink = DropSink(written)
-    if source is None or sink.write is None:
+    if source is None or not sink.is_direct:
         return None
-    kernel, numbers = strips.threshold_kernel(measured.norm.itemsize == 8), Operand(thresholds)
-    limits, repeat = (
-        (numbers.buffer, numbers.origin, numbers.grid),
-        measured.blocks if thresholds.cut.blocks == 1 else 1,
-    )
+    kernel, repeat = strips.threshold_kernel(measured.norm.itemsize == 8), measured.blocks
+    numbers = Operand(thresholds)
+    limits = nk.numbers_over(numbers, repeat if thresholds.cut.blocks == 1 else 1, thresholds.array.dtype)
     read, write, key = source.read, sink.write, np.dtype(f"u{measured.norm.itemsize}")
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
@@ -169,7 +171,7 @@ def strips_of_thresholds(
         ]
 
         def work(slot: int, i0: int, i1: int) -> None:
-            kernel(read, write, source.where, sink.where, limits, repeat, i0, i1, source.strip, *works[slot])
+            kernel(read, write, source.where, sink.where, limits, i0, i1, source.strip, *works[slot])
 
         return work
 
@@ -202,7 +204,7 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
 
 
 def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
-    source, limits = ranking.sources[0], (counts.buffer, counts.origin, counts.grid)
+    source, limits = ranking.sources[0], nk.numbers_over(counts, 1, np.dtype(np.int64))
     kernel = strips.kth_kernel(ranking.signed)
     if len(ranking.parts) == 1 and source is not None:
         rows, steps = ranking.scopes_of_a_strip(source.strip), (*search_of(ranking), source.read)

@@ -66,10 +66,10 @@ def require_conditioner(h: np.ndarray) -> None:
             raise conditioner_error(float(h.min()), float(h.max()))
 
 
-def _thresholds(thresholds: Leaf, part: Competitors) -> tuple[Any, ...]:
+def _thresholds(thresholds: Leaf, part: Competitors) -> nk.Numbers:
     """Thresholds over blocks or scopes as kernels read them."""
-    read = Operand(thresholds)
-    return read.buffer, read.origin, read.grid, part.blocks if thresholds.cut.blocks == 1 else 1
+    repeat = part.blocks if thresholds.cut.blocks == 1 else 1
+    return nk.numbers_over(Operand(thresholds), repeat, thresholds.array.dtype)
 
 
 def in_place(
@@ -96,7 +96,7 @@ def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand 
     alike = Operand(thresholds).is_one_number
     return in_place(
         part,
-        lambda i0, i1, limits: soften(*where, i0, i1, *t, alike, limits),
+        lambda i0, i1, limits: soften(*where, i0, i1, t, alike, limits),
         lambda: np.empty(proximal.STRIP, dtype=thresholds.array.dtype),
     )
 
@@ -111,7 +111,7 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
         strip, t = lines.strip_blocks(x.layout), _thresholds(thresholds, written)
         return in_place(
             written,
-            lambda i0, i1, limits, norms: proximal.shrink_blocks(*head, i0, i1, strip, *t, limits, *norms.work.all),
+            lambda i0, i1, limits, norms: proximal.shrink_blocks(*head, i0, i1, strip, t, limits, *norms.work.all),
             lambda: np.empty(lines.STRIP_BLOCKS, dtype=thresholds.array.dtype),
             lambda: Loan(lines.NormBuffers, lines.STRIP_BLOCKS, source.norm),
         )
@@ -145,7 +145,7 @@ def conditioned_job(
     t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
-        if not solve(deal, leaves, i0, i1, *t, elements, width, max_iter, *near, v, h, s, limits, mus):
+        if not solve(deal, leaves, i0, i1, t, elements, width, max_iter, *near, v, h, s, limits, mus):
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
             )

@@ -10,7 +10,7 @@ select(keys, rows, n, keep, mask, guess, spacing)
 write(target, i, stop, mask)
     what the mask says of these blocks;
 cut(source, target, i, stop, limit)
-    adjacent elements, those below a limit as +0.0;
+    adjacent elements, those not above a limit as +0.0;
 look(read, source, i, stop, low, high, found, end, stores, scratch)
     how many keys of blocks [i, stop) are above `high`, and how many in [low, high]; the latter are
     appended to `found` from `end` on if `stores`, which writes up to `SLACK` entries more than it needs.
@@ -27,20 +27,17 @@ from numba import types
 from npscope.backends.numba_cpu import lines, search, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, merged, standalone
-from npscope.backends.numba_cpu.kernels import read_numbers
+from npscope.backends.numba_cpu.kernels import Numbers, call_numbers
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.scalars import least
-from npscope.backends.numba_cpu.search import count_from, mark, neighbours_of
+from npscope.backends.numba_cpu.search import count_from, mark, neighbours_of, tie_border
 
 STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
 """Buffer, origin, grid and elements of an operand."""
-
-Numbers = tuple[Any, int, Any]
-"""Buffer, origin and grid of numbers over scopes or blocks."""
 
 
 class Scratch:
@@ -282,8 +279,8 @@ def _dropper(codec: Codec) -> Function:
 
 @cache
 def cutter(form: vectors.Format, codec: Codec) -> Function:
-    """Write adjacent elements by their own keys, ``(source, target, i, stop, limit)``: +0.0 for those below `limit`."""
-    step, size, keep, key = vector_selection.keep_from(form), form.lanes, codec.keep, codec.key_of_width(form.bits)
+    """Write adjacent elements by their own keys: +0.0 for those not above the limit."""
+    step, size, keep, key = vector_selection.keep_above(form), form.lanes, codec.keep, codec.key_of_width(form.bits)
 
     @standalone
     def cut(source: Any, target: Any, i: int, stop: int, limit: Any) -> None:
@@ -297,7 +294,7 @@ def cutter(form: vectors.Format, codec: Codec) -> Function:
             for e in range(0, whole, size):
                 step(data, at + e, out, at_out + e, limit)
             for e in range(whole, count):
-                keep(out, at_out + e, np.uint64(key(data, at + e)) >= limit)
+                keep(out, at_out + e, np.uint64(key(data, at + e)) > limit)
             i = after
 
     return cut
@@ -334,7 +331,7 @@ def keep_in_scopes(
     guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
-        read_numbers(*counts, 1, s, stop, keep)
+        call_numbers(*counts, s, stop, keep)
         _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
         guess, spacing = _call_selector(select, keys, stop - s, n, keep, mask, guess, spacing)
         _call_writer(write, target, s * n, stop * n, mask)
@@ -410,18 +407,18 @@ def searcher_address(signed: bool, unit: np.dtype, key: np.dtype) -> int:
 
 @kernel
 def cut_in_scopes(
-    seek: int, look: int, read: int, cut: int, write: int, source: Any, target: Any, counts: Numbers, s0: int, s1: int,
-    n: int, rows: int, scratch: Any,
+    seek: int, look: int, read: int, cut: int, source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int,
+    rows: int, scratch: Any,
 ) -> None:  # fmt: skip
-    """As `keep_in_scopes`, for elements in scopes that are searched: most are cut by their limit, without a mask.
+    """As `keep_in_scopes`, for elements in scopes that are searched, and cut by their limit without a mask.
 
     By a `searcher` at the address `seek`, if it is not 0.
     """
-    keys, mask, keep, sums, norms, limbs = scratch
+    keys, _mask, keep, sums, norms, limbs = scratch
     guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
-        read_numbers(*counts, 1, s, stop, keep)
+        call_numbers(*counts, s, stop, keep)
         if seek == 0:
             _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
         for r in range(stop - s):
@@ -433,13 +430,15 @@ def cut_in_scopes(
                 limit, ties, count, expected = _call_searcher(
                     seek, look, read, source, i, n, keep[r], expected, scratch
                 )
-            if ties == n:
-                _call_cutter(cut, source, target, i, i + n, limit)
-            else:
+            border = n
+            if ties < n:
                 if count < n:
                     _call_reader(read, source, i, i + n, keys, sums, norms, limbs)
-                mark(keys, first, n, limit, ties, mask, 0)
-                _call_writer(write, target, i, i + n, mask)
+                border, _ = tie_border(keys, first, n, limit, ties)
+            if limit > 0:
+                _call_cutter(cut, source, target, i, i + border, limit - np.uint64(1))
+            if border < n:
+                _call_cutter(cut, source, target, i + border, i + n, limit)
 
 
 @cache
@@ -456,7 +455,7 @@ def kth_kernel(signed: bool) -> Any:
         guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
         for s in range(s0, s1, rows):
             stop = least(s1, s + rows)
-            read_numbers(*counts, 1, s, stop, keep)
+            call_numbers(*counts, s, stop, keep)
             if seek == 0:
                 _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
             for r in range(stop - s):
@@ -540,34 +539,23 @@ def line_surveyor(form: vectors.Format, key: Function, signed: bool) -> Function
 
 @kernel
 def survey(
-    look: int, read: int, source: Any, i0: int, i1: int, low: Any, high: Any, found: Any, start: int, scratch: Any
-) -> tuple[int, int, int]:
+    look: int, read: int, source: Any, i0: int, i1: int, step: int, run: int, low: Any, high: Any, found: Any,
+    start: int, scratch: Any,
+) -> tuple[int, int, int]:  # fmt: skip
     """Count the keys of blocks [i0, i1) above `high`, and count and collect those in [low, high].
 
-    Returns (above, inside, stored): fewer are stored from `start` on in `found` where they do not fit.
+    Of every `step` blocks the first `run`, up to `STRIP_ELEMENTS`. Returns (above, inside, stored): fewer are stored
+    from `start` on in `found` where they do not fit.
     """
     above, inside, end = 0, 0, start
-    for i in range(i0, i1, STRIP_ELEMENTS):
-        stop = least(i1, i + STRIP_ELEMENTS)
+    for i in range(i0, i1, step):
+        stop = least(i1, i + run)
         stores = low != high and end + stop - i + search.SLACK <= found.size
         over, within = _call_surveyor(look, read, source, i, stop, low, high, found, end, stores, scratch)
         above, inside = above + over, inside + within
         if stores:
             end += within
     return above, inside, end - start
-
-
-@kernel
-def sample(
-    look: int, read: int, source: Any, i0: int, i1: int, run: int, runs: int, seed: int, out: Any, scratch: Any
-) -> None:
-    """Collect `runs` runs of `run` keys at places spread over blocks [i0, i1), always the same ones."""
-    state = np.uint64(i1 - i0) + np.uint64(seed)
-    room = np.uint64(i1 - i0 - run + 1)
-    for r in range(runs):
-        state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
-        i = i0 + np.int64((state >> np.uint64(16)) % room)
-        _call_surveyor(look, read, source, i, i + run, np.uint64(0), ~np.uint64(0), out, r * run, True, scratch)
 
 
 @kernel
@@ -598,8 +586,21 @@ def keep_above(
 
 @kernel
 def cut_elements(cut: int, source: Any, target: Any, i0: int, i1: int, limit: Any) -> None:
-    """Keep, of elements [i0, i1), those that are not below `limit`."""
+    """Keep, of elements [i0, i1), those above `limit`."""
     _call_cutter(cut, source, target, i0, i1, limit)
+
+
+@kernel
+def tie_border_in(read: int, source: Any, i0: int, i1: int, limit: Any, ties: int, scratch: Any) -> int:
+    """The block of [i0, i1) that equals `limit` after the first `ties` do; i1 if there is none."""
+    keys, _mask, _keep, sums, norms, limbs = scratch
+    for i in range(i0, i1, STRIP_ELEMENTS):
+        stop = least(i1, i + STRIP_ELEMENTS)
+        _call_reader(read, source, i, stop, keys, sums, norms, limbs)
+        border, ties = tie_border(keys, 0, stop - i, limit, ties)
+        if border < stop - i:
+            return i + border
+    return i1
 
 
 # --- thresholds ------------------------------------------------------------------------------------
@@ -609,19 +610,19 @@ def cut_elements(cut: int, source: Any, target: Any, i0: int, i1: int, limit: An
 def threshold_kernel(wide: bool) -> Any:
     """The kernel that keeps the blocks [i0, i1) whose norm is not below their threshold.
 
-    A threshold serves `repeat` blocks in a row. Nothing is below a threshold of 0 or less.
+    Nothing is below a threshold of 0 or less.
     """
     key = key_of_float64 if wide else key_of_float32
 
     @kernel
     def keep_not_below(
-        read: int, write: int, source: Any, target: Any, thresholds: Numbers, repeat: int, i0: int, i1: int, strip: int,
+        read: int, write: int, source: Any, target: Any, thresholds: Numbers, i0: int, i1: int, strip: int,
         limits: Any, scratch: Any,
     ) -> None:  # fmt: skip
         keys, mask, _keep, sums, norms, limbs = scratch
         for i in range(i0, i1, strip):
             stop = least(i1, i + strip)
-            read_numbers(*thresholds, repeat, i, stop, limits)
+            call_numbers(*thresholds, i, stop, limits)
             _call_reader(read, source, i, stop, keys, sums, norms, limbs)
             for j in range(stop - i):
                 limit = limits[np.uintp(j)]

@@ -73,17 +73,13 @@ def prune_groups(form: Format, n: int) -> Any:
 
 
 @cache
-def keep_from(form: Format) -> Any:
-    """``(source, i, target, j, limit)``: write a line of numbers, +0.0 for those whose magnitude's key is below it."""
+def keep_above(form: Format) -> Any:
+    """``(source, i, target, j, limit)``: write a line of numbers, +0.0 for those whose magnitude's key is not above."""
 
     def emit(b: Builder, source: Value, target: Value, limit: Value) -> None:
         prefetch(b, source, LINE)
         bits = load(b, source, vector_of(form.bits, form.lanes))
-        word = bits.type.element
-        least = limit if form.bits == 64 else b.trunc(limit, word)
-        nan = word(form.inf + 1)  # every key above infinity is that of NaN
-        least = b.select(b.icmp_unsigned("<", least, nan), least, nan)
-        kept = b.icmp_unsigned(">=", keys_of(b, bits, form), broadcast(b, least, form.lanes))
+        kept = b.icmp_unsigned(">", all_keys_of(b, bits, form, False), _narrow(b, limit, bits.type))
         store(b, b.select(kept, bits, splat(bits.type, 0)), target)
 
     return step(emit, 5)

@@ -37,9 +37,14 @@ class DropSink:
 
     def __init__(self, part: Competitors) -> None:
         self.part = part
-        self.write = None if part.spans_leaves else strips.dropper(part.leaves[0])
+        self.is_direct = not part.spans_leaves
         self.where = part.leaves[0].where
         self.operand = None if part.spans_leaves else part.leaves[0]
+
+    @property
+    def write(self) -> int:
+        """The writer for the only leaf."""
+        return strips.dropper(self.part.leaves[0])
 
     def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
         """Zero what the mask of blocks [i0, i1) says."""
