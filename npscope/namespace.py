@@ -157,8 +157,9 @@ def block_norms(x: Array, block: Block, *, ord: float = 2, out: Array | None = N
         geometry, blocks, _ = _cuts(x, block)
         p = op.as_ord(ord)
         if out is not None:
-            norm = getattr(array_namespace(x), kind_of(x.dtype).norm)
-            op.as_destination(out, x, blocks.grid, np.dtype(norm) if op.is_numpy(x) else norm)
+            norm = kind_of(x.dtype).norm
+            dtype = np.dtype(norm) if op.is_numpy(x) else getattr(array_namespace(x), norm)
+            op.as_destination(out, x, blocks.grid, dtype)
         table = None if out is None else op.as_table(out)
         result = backend.norms(_one(Leaf(x, geometry)), p, table)
         if out is not None and result is table:

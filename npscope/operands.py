@@ -170,9 +170,12 @@ def require_no_overlap(written: Any, read: Any, what: str, read_what: str, *, un
     """SpecError if `written` shares memory with `read`; being the same window is allowed if `unless_same`."""
     if read is written and unless_same:
         return
-    if not (is_strided(written) and is_strided(read)) or (is_cupy(read) and _lie_apart(written, read)):
+    if is_numpy(written) and is_numpy(read):
+        here, there = written, read
+    elif not (is_strided(written) and is_strided(read)) or (is_cupy(read) and _lie_apart(written, read)):
         return
-    here, there = geometry(written), geometry(read)
+    else:
+        here, there = geometry(written), geometry(read)
     if share_an_element(here, there):
         if unless_same and written.dtype == read.dtype and same_window(here, there):
             return
@@ -209,9 +212,11 @@ def store(array: Any, result: Any) -> Any:
 
 def as_table(place: Any) -> Any:
     """The memory of a place for a result, as one row of blocks; None where it is not contiguous memory."""
-    fits = is_strided(place) and place.flags.c_contiguous
     if is_numpy(place):
-        fits = fits and place.flags.aligned and place.dtype.isnative
+        flags = place.flags
+        fits = flags.c_contiguous and flags.aligned and place.dtype.isnative
+    else:
+        fits = is_cupy(place) and place.flags.c_contiguous
     return place.reshape(1, -1) if fits else None
 
 

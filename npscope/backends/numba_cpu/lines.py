@@ -80,11 +80,7 @@ class NormBuffers:
         self.sums = np.ndarray(size // 8, np.float64, raw, start)
         self.norms = np.ndarray(size // dtype.itemsize, dtype, raw, start + size)
         self.limbs = np.ndarray((_SUM_ROWS, LIMBS), np.int64, raw, start + 2 * size)
-
-    @property
-    def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The arguments of a kernel."""
-        return self.sums, self.norms, self.limbs
+        self.all = self.sums, self.norms, self.limbs  # the arguments of a kernel
 
 
 def numbers_of(placed: Placement, code: int) -> tuple[Layout, np.ndarray] | None:

@@ -28,8 +28,8 @@ from npscope.tiling import Cut, Dim, Leaf, Part, Parts
 UNSURE_ROWS = 768
 """Undecided norms that are summed exactly at a time: half a MiB of limbs."""
 
-_NOT_WIDE = np.empty(0)
-"""In the place of norms in float64, where none are asked for."""
+_NONE: np.ndarray = np.empty(0)
+"""In the place of norms where none are asked for."""
 
 _CODES = {1.0: nk.ONE, 2.0: nk.TWO, math.inf: nk.INF}
 
@@ -46,7 +46,8 @@ class LineNorms:
         self.source, self.strip = source, strip
         self.loan = Loan(lines.NormBuffers, lines.STRIP_BLOCKS, part.norm)
         self.buffers = self.loan.work.all
-        self.norm, self.wide = np.empty(length, dtype=part.norm), np.empty(length)
+        self.norm = np.empty(length, dtype=part.norm) if length else _NONE
+        self.wide = np.empty(length) if length else _NONE
 
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
         """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
@@ -56,7 +57,7 @@ class LineNorms:
 
     def fill_into(self, i0: int, i1: int, norm: np.ndarray) -> None:
         """The norms of blocks [i0, i1) into a dense array, which may be any."""
-        lines.norms_of_blocks(*self.source, i0, i1, self.strip, norm, _NOT_WIDE, *self.buffers)
+        lines.norms_of_blocks(*self.source, i0, i1, self.strip, norm, _NONE, *self.buffers)
 
 
 class PassNorms:

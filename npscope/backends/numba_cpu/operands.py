@@ -277,6 +277,8 @@ def piece_length(
     total: int, elements: int, workers: int, workspace: int, piece: int = PIECE_ELEMENTS, *, fixed: bool = False
 ) -> int:
     """Items (blocks or scopes of `elements` elements each, `workspace` bytes of work arrays) to a piece."""
+    if workers == 1 and total * elements <= piece and total * workspace <= PIECE_WORKSPACE:
+        return total
     limit = max(1, piece // max(1, elements))
     if workspace:
         limit = max(1, min(limit, PIECE_WORKSPACE // workspace))
