@@ -176,17 +176,18 @@ GROUPS = {(n, name) for n in range(2, 18) for name in ("float32", "bfloat16", "f
 FEW_GROUPS = {(n, "float32") for n in (2, 3, 8, 16, 17)} | {(4, "bfloat16"), (5, "float64"), (7, "int8")}
 
 
+@pytest.mark.parametrize("kind", ["normal", "two_valued"])
 @pytest.mark.parametrize(
     ("n", "name"),
     [pytest.param(*case, marks=() if case in FEW_GROUPS else pytest.mark.slow) for case in sorted(GROUPS)],
 )
-def test_scopes_ranked_inside_vectors(n, name):
+def test_scopes_ranked_inside_vectors(n, name, kind):
     """Scopes of every size that fits a vector, beside others and at the end of a row that no vector fills."""
-    x = hostile("two_valued" if n % 3 == 0 else "normal", (27, 64 * n), name, n)
+    x = hostile(kind, (27, 66 * n), name, n)
     x[0, 0] = x[1, n : 2 * n] = 0
     for block in ((1, 1), (1, 2)):
-        counts = np.random.default_rng(n).integers(0, n + 1, (27, 64 // block[1]))
-        for nnz in (n // 2, counts):
+        counts = np.random.default_rng(n).integers(0, n + 1, (27, 66 // block[1]))
+        for nnz in (0, n // 2, n - 1, counts):
             with npscope.use_backend("reference"):
                 expected = npscope.keep_largest(x, nnz, block, (1, n))
             for array in (x, np.asfortranarray(x), np.asfortranarray(x[::-1])[::-1]):
