@@ -168,6 +168,25 @@ def test_a_crumb_beside_a_midpoint(backend, rng, block, crumb):
 
 
 @pytest.mark.parametrize("ord", [1, 2])
+@pytest.mark.parametrize("block", [(1, 4), (4, 1), (1, 3), (4, 4), (1, 16), (2, 17), (16, 1), (1, 64)])
+def test_sums_that_float64_rounds_across_a_midpoint(backend, rng, block, ord):
+    """The last element brings the norm within a few units of float64 of a midpoint: what is off in a sum matters."""
+    n, rows = math.prod(block), []
+    while len(rows) < 200:
+        middle = 2 * int(rng.integers(2**23, 2**24)) + 1
+        terms = rng.random(n - 1) * 2.0 ** -rng.integers(0, 2 * 16 // ord, n - 1)
+        whole = float(middle) ** ord
+        terms *= whole * (1 - 2.0 ** -rng.integers(1, 28)) / terms.sum()
+        given = (terms ** (1 / ord)).astype(np.float32)
+        left = Fraction(middle) ** ord - sum(Fraction(float(x)) ** ord for x in given)
+        if left > 0:
+            rows.append(rng.permutation(np.append(given, np.float32(float(left) ** (1 / ord)))))
+    x = np.asarray(rows).reshape(-1, 20, *block).swapaxes(1, 2).reshape(-1, 20 * block[1])
+    expected = np.asarray([o.norm(row.tolist(), ord, "float32") for row in rows], dtype=np.float32)
+    assert same_bits(npscope.block_norms(x, block, ord=ord).reshape(-1), expected)
+
+
+@pytest.mark.parametrize("ord", [1, 2])
 @pytest.mark.parametrize("block", [(1, 4), (4, 4), (1, 16), (3, 3)])
 def test_any_spread_of_exponents(backend, rng, block, ord):
     shape = (24, 48)

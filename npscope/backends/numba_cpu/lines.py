@@ -25,6 +25,8 @@ from npscope.backends.numba_cpu.operands import Layout, Placement, layout_of
 from npscope.backends.numba_cpu.scalars import bits_of, float_of, greatest, least
 from npscope.backends.numba_cpu.vector_norms import (
     INF,
+    MARGIN,
+    MOST_DOUBT,
     ONE,
     PARTIAL,
     TWO,
@@ -40,12 +42,8 @@ STRIP_RUN, STRIP_ELEMENTS, STRIP_BLOCKS = 1 << 12, 1 << 17, 1 << 11
 Rows are read one after the other, so that memory is read in pieces of 16 KiB: measured, twice as fast as 1 KiB.
 """
 
-MAX_ADDITIONS = vector_norms.DOUBT - 100
-"""Additions in sequence that `vector_norms.DOUBT` allows for, with those that join the lanes to spare."""
-
-
-MARGIN = vector_norms.DOUBT * 2.0**-53
-"""What a norm may be off, relative to it."""
+JOINS = 16
+"""Additions in sequence that join lanes and what was summed side by side, at most."""
 
 LEAST, PARTS = LIMBS, LIMBS + 8
 """Where `LANES` least magnitudes and the partial sums stand behind the limbs of an exact sum, on lines of their own."""
@@ -119,10 +117,15 @@ def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
     """Whether a `measurer` serves these blocks and this norm; `wide`: float64 too, which needs buffers of its own."""
     if layout is None or layout.form.bits > (64 if wide else 32) or code not in (INF, ONE, TWO):
         return False
-    vectors = -(-layout.run // LANES)
-    several = vectors if layout.run <= CHUNK else -(-layout.run // CHUNK) + CHUNK // LANES
-    additions = layout.run if vector_norms.takes_many(layout.run) else LANES // PARTIAL * several
-    return layout.form.bits == 64 or layout.rows * additions <= MAX_ADDITIONS
+    return layout.form.bits == 64 or _additions(layout.run, layout.rows) <= MOST_DOUBT
+
+
+def _additions(run: int, rows: int) -> int:
+    """Additions in sequence for blocks of so many adjacent numbers in so many rows."""
+    if vector_norms.takes_many(run):
+        return run * rows
+    several = -(-run // LANES) if run <= CHUNK else -(-run // CHUNK) + CHUNK // LANES
+    return LANES // PARTIAL * several * rows + JOINS
 
 
 def strip_blocks(layout: Layout, multiple: int = 1) -> int:
@@ -172,6 +175,11 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size
         most = greatest(LANES, FLAT_RUN // size) if rows == 1 else stop - i if many else PART_BLOCKS
+        # A number of n additions in sequence is off by n - 1 times 2 ** -53 of it at most, and its root by half of that
+        # and 2 ** -53: so many units in the last place. More is no help: of sorted numbers, every fourth block of four
+        # is 4 to 8 units from where rounding turns.
+        additions = rows * (run if many else LANES // PARTIAL * -(-size // LANES)) + (0 if many else JOINS)
+        doubt = least(MOST_DOUBT, (additions + 1) // 2 + 1 if square else additions)
         while i < stop:
             after = least(least(stop, i + width - i % width), i + most)
             at, j, end = origin + place(i, grid), i - start, after - start
@@ -182,18 +190,18 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
                 add(buffer, here, end - j, size, sums, norms, limbs, j, ahead, row)
             while j < end and not (many and code == INF):
                 if not many:
-                    doubt = finish(limbs, PARTS + parts * (j - i + start), limbs, LEAST, sums, j, norms, j)
+                    doubtful = finish(limbs, PARTS + parts * (j - i + start), limbs, LEAST, sums, j, norms, j, doubt)
                 elif lossy:
-                    doubt = finish(sums, j, norms, j, sums, j, norms, j)
+                    doubtful = finish(sums, j, norms, j, sums, j, norms, j, doubt)
                 else:
-                    doubt = finish(sums, j, limbs, LEAST, sums, j, norms, j)
+                    doubtful = finish(sums, j, limbs, LEAST, sums, j, norms, j, doubt)
                 if code != INF:
                     lane = j
-                    while doubt and lane < end:
-                        if doubt & 1:
+                    while doubtful and lane < end:
+                        if doubtful & 1:
                             at = origin + place(start + lane, grid)
                             sums[lane], norms[lane] = settle(buffer, at, elements, square, sums[lane], limbs)
-                        doubt >>= 1
+                        doubtful >>= 1
                         lane += 1
                 j += LANES
             i = after

@@ -267,11 +267,12 @@ def _folded(b: Builder, form: Format, code: int, source: Value) -> list[Value]:
 ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
 """A float64 lies halfway between two normal float32 where its low 29 bits are the first number."""
 
-DOUBT = 1 << 16
-"""Units in the last place of float64 by which a norm may be off: each addition in sequence adds one at most.
+MOST_DOUBT = 1 << 16
+"""Units in the last place of float64 by which a norm may be off at most; larger blocks are summed in another way."""
 
-One norm in 4096 is in doubt without need, and settled by a few nanoseconds an element.
-"""
+MARGIN = MOST_DOUBT * 2.0**-53
+"""What a norm may be off, relative to it."""
+
 
 EXACT_SPAN = 2.0**29
 """A float64 sum of float32 magnitudes is exact if it is at most this times the least of them that is not zero.
@@ -287,14 +288,14 @@ SAFE_LEAST = 1e-280
 
 @cache
 def finish_totals(form: Format, code: int, many: bool) -> Any:
-    """``(totals, i, more, j, sums, k, norms, l)``: what `add_run` found for `LANES` blocks, to norms.
+    """``(totals, i, more, j, sums, k, norms, l, doubt)``: what `add_run` found for `LANES` blocks, to norms.
 
     To float32, or float64 if the elements are that, and except for maxima to float64 in `sums`. Returns a bit for
-    each block whose rounding is in doubt, or whose norm is no normal number of float32, or whose squares may have
-    left the range of float64.
+    each block whose rounding is in `doubt`, or whose norm is a number but no normal one of float32, or whose squares
+    may have left the range of float64.
     """
 
-    def emit(b: Builder, totals: Value, more: Value, sums: Value, norms: Value) -> Value:
+    def emit(b: Builder, totals: Value, more: Value, sums: Value, norms: Value, doubt: Value) -> Value:
         double, single = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.FloatType(), LANES)
         bits = vector_of(64, LANES)
         if not many:
@@ -324,13 +325,20 @@ def finish_totals(form: Format, code: int, many: bool) -> Any:
             return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
         store(b, b.fptrunc(wide, single), norms)
         raw = b.bitcast(wide, bits)
-        offset = b.and_(b.add(raw, splat(bits, DOUBT - ROUNDING_BORDER)), splat(bits, ROUNDING_MASK))
-        near = b.icmp_unsigned("<", offset, splat(bits, 2 * DOUBT))
-        # Zero is sure; subnormal float32, NaN and what float32 cannot hold are for the scalar code.
-        low, high = 0x3810000000000000, 0x47EFFFFFE0000000
-        odd = b.icmp_unsigned(">", b.sub(raw, splat(bits, low)), splat(bits, high - low))
-        odd = b.and_(odd, b.icmp_unsigned("!=", raw, splat(bits, 0)))
-        doubtful = b.or_(near, odd)
+        few = broadcast(b, doubt, LANES)
+        offset = b.and_(b.sub(b.add(raw, few), splat(bits, ROUNDING_BORDER)), splat(bits, ROUNDING_MASK))
+        near = b.icmp_unsigned("<", offset, b.add(few, few))
+        # Zero, infinity and NaN are sure; what float32 cannot hold is for the scalar code.
+        low, high, infinite = 0x3810000000000000, 0x47EFFFFFE0000000, 0x7FF0000000000000
+        large = b.icmp_unsigned("<", b.sub(raw, splat(bits, high + 1)), splat(bits, infinite - high - 1))
+        # Subnormal float32 are rounded at another place.
+        small = b.icmp_unsigned("<", b.sub(raw, splat(bits, 1)), splat(bits, low - 1))
+        doubtful = cgutils.alloca_once_value(b, b.or_(near, b.or_(small, large)))
+        is_any = b.icmp_unsigned("!=", b.bitcast(small, ir.IntType(LANES)), ir.IntType(LANES)(0))
+        with b.if_then(is_any, likely=False):
+            ends = (b.fptrunc(b.fmul(wide, splat(double, 1 + side * MARGIN)), single) for side in (-1, 1))
+            b.store(b.or_(b.and_(small, b.fcmp_unordered("!=", *ends)), b.and_(near, b.not_(small))), doubtful)
+        doubtful = b.load(doubtful)
         if code == ONE:
             most = call(b, f"llvm.vector.reduce.umax.v{LANES}i32", INT32, [load(b, more, vector_of(32, LANES))])
             least = b.fpext(b.bitcast(b.neg(most), ir.FloatType()), ir.DoubleType())
@@ -338,4 +346,4 @@ def finish_totals(form: Format, code: int, many: bool) -> Any:
             doubtful = b.and_(doubtful, b.not_(b.fcmp_ordered("<=", wide, broadcast(b, span, LANES))))
         return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
 
-    return step(emit, 8, types.int64)
+    return step(emit, 9, types.int64)
