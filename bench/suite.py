@@ -14,7 +14,7 @@ from typing import Any
 from bench import cold, small
 from bench.cases import CURVES, HOSTILE, TABLE, WARM, of_size
 from npscope.bench import Case, Plan, environment, measure
-from npscope.clock import Row, steps
+from npscope.clock import Row, arithmetic_of, steps
 from npscope.options import config, thread_count
 
 FULL = Plan(256, slow_mib=16, rounds=11, seconds=4)
@@ -89,7 +89,7 @@ def run(
     for done, task in enumerate(chosen):
         progress(task.name, done, len(chosen))
         found.rows += task.run(found)
-    about = environment()
+    about = environment() | {"arithmetic_of_threads": arithmetic_of(thread_count())}
     about["versions"] |= {name: number for name in LIBRARIES if (number := _version(name))}
     rows = [asdict(row) for row in found.rows]
     return {**about, "commit": commit(), "plan": asdict(plan), "unable": found.unable, "rows": rows}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,34 +137,16 @@ def steps(threads: int) -> list[int]:
 # --- the floor -----------------------------------------------------------------------------------
 
 
-@cache
-def _kernels() -> tuple[Any, Any]:
-    """Serial kernels that read, and that change, every word: exclusive or, as fast as memory on any dtype's bits."""
-    import numba
-
-    def read(words: Any) -> Any:
-        found = words[0]
-        for i in range(words.size):
-            found ^= words[i]
-        return found
-
-    def change(words: Any, bits: Any) -> None:
-        for i in range(words.size):
-            words[i] ^= bits
-
-    compiled = numba.njit(nogil=True)
-    return compiled(read), compiled(change)
-
-
 class Floor:
     """The ways to go over an array once: the fastest is what no operation can beat.
 
     A read pass is done by Numba, an in-place pass by Numba, by NumPy and as a copy from another
-    array; those by Numba on 1, 2, 4 .. `threads` slices.
+    array; those by Numba on 1, 2, 4 .. `threads` slices, with and without prefetching.
     """
 
     def __init__(self, work: np.ndarray, pristine: np.ndarray, threads: int, rounds: int) -> None:
-        read, change = _kernels()
+        from npscope.backends.numba_cpu.passes import change, change_ahead, read, read_ahead
+
         words, source = (a.reshape(-1).view(np.uint64) for a in (work, pristine))
         zero = np.uint64(0)
         self._pool = ThreadPoolExecutor(threads)
@@ -175,8 +157,8 @@ class Floor:
         ]
         for count in steps(threads):
             slices = np.array_split(words, min(count, words.size))
-            self._reads.append(partial(self._spread, read, slices))
-            self._passes.append(partial(self._spread, change, slices, zero))
+            self._reads += [partial(self._spread, kernel, slices) for kernel in (read, read_ahead)]
+            self._passes += [partial(self._spread, kernel, slices, zero) for kernel in (change, change_ahead)]
         self.timed = [Timed(partial(_as_it_is, call), words, source) for call in (*self._reads, *self._passes)]
         for timed in self.timed:
             timed.run()
@@ -205,6 +187,28 @@ def _as_it_is(call: Call, work: np.ndarray) -> Call:
 
 
 # --- the machine ---------------------------------------------------------------------------------
+
+
+def arithmetic_of(threads: int, rounds: int = 5) -> float:
+    """How many times the arithmetic of one thread `threads` threads do together, the median of some tries.
+
+    As many as there are threads, if each has a core of its own; less where cores are shared, as those of a virtual
+    machine may be: what is bound by arithmetic and not by memory is slower there.
+    """
+    from npscope.backends.numba_cpu.passes import compute
+
+    work = np.ones((threads, 4096), np.float32)
+
+    def seconds(pool: ThreadPoolExecutor, count: int) -> float:
+        start = time.perf_counter()
+        for helper in [pool.submit(compute, numbers, 1 << 16) for numbers in work[:count]]:
+            helper.result()
+        return time.perf_counter() - start
+
+    with ThreadPoolExecutor(threads) as pool:
+        seconds(pool, threads)
+        found = [threads * seconds(pool, 1) / seconds(pool, threads) for _ in range(rounds)]
+    return significant(float(np.median(found)))
 
 
 def machine() -> dict[str, str | int | float | None]:

@@ -272,7 +272,8 @@ def test_a_run_of_some_rows(tmp_path):
     out = tmp_path / "tiny.json"
     command.main(["--quick", "--mib", "0.25", "--largest-mib", "0.004", "--rows", "2:4*", "--out", str(out)])
     results = tables.load(out)
-    assert set(results.about) == {"machine", "versions", "threads", "commit", "plan", "unable"}
+    about = {"machine", "versions", "threads", "arithmetic_of_threads", "commit", "plan", "unable"}
+    assert set(results.about) == about
     assert {r.section for r in results.rows} == {"warm", "hostile", "size", "threads"}
     assert all(r.cost is not None for r in results.of("hostile"))
     text = out.read_text()

@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "view": {"operands", "memory", "tiling", "dtypes", "errors"},
     "block": {"view", "namespace", "backends", "operands", "memory", "axes", "tiling", "dtypes", "errors"},
     "scope": {"block", "view", "namespace", "backends", "operands", "counts", "axes", "tiling", "dtypes", "errors"},
-    "clock": {"options"},
+    "clock": {"options", "backends"},
     "bench": {"clock", "namespace", "options", "axes", "dtypes", "errors"},
     "weights": {"errors"},
     "pattern": {"counts", "errors"},
@@ -83,7 +83,7 @@ TOP = {"cli", "__main__", "__init__"}
 STANDARD = {"numpy", "npscope", *sys.stdlib_module_names}
 
 HEAVY = {
-    "numba": ("backends/numba_cpu", "clock"),
+    "numba": ("backends/numba_cpu",),
     "llvmlite": ("backends/numba_cpu",),
     "cupy": ("backends/cupy_gpu",),
     "rich": ("cli", "viz"),

@@ -350,7 +350,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
             at = origin + place(i0 + chosen[row], grid)
             for e in range(total):
                 limbs_add(limbs, row, magnitude(buffer, at + place(e, elements)), square, 1)
-                if e & 0x3FFFFFFF == 0x3FFFFFFF:  # before a limb can overflow
+                if e & 0xFFFF == 0xFFFF:  # before a limb can overflow, whatever other leaves add
                     limbs_sign(limbs, row)
 
     @kernel
