@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mib", type=float, help="MiB of the arrays (256, quick 16)")
     parser.add_argument("--largest-mib", type=float, help="end of the size curve (1024, quick 16)")
     parser.add_argument("--rows", default="*", metavar="GLOB", help="only the parts of these names")
+    parser.add_argument("--only", default="", metavar="CONTENDER", help="only contenders whose names begin like this")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json", metavar="JSON")
     measure(parser.parse_args(given))
 
@@ -47,7 +48,8 @@ def measure(options: argparse.Namespace) -> None:
     plan = suite.QUICK if options.quick else suite.FULL
     plan = replace(plan, mib=options.mib or plan.mib, slow_mib=min(plan.slow_mib, options.mib or plan.mib))
     largest = options.largest_mib or (16 if options.quick else 1024)
-    chosen = suite.matching(suite.tasks(plan, largest, cold_rounds=1 if options.quick else 5), options.rows)
+    all_tasks = suite.tasks(plan, largest, cold_rounds=1 if options.quick else 5, only=options.only)
+    chosen = suite.matching(all_tasks, options.rows)
     if not chosen:
         raise SystemExit(f"no part of the benchmark is named {options.rows!r}")
     results = _with_progress(chosen, plan)

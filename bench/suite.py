@@ -39,11 +39,11 @@ class Task:
     run: Callable[[Found], list[Row]]
 
 
-def tasks(plan: Plan, largest_mib: float, cold_rounds: int) -> list[Task]:
-    """All of the benchmark, in order."""
+def tasks(plan: Plan, largest_mib: float, cold_rounds: int, only: str = "") -> list[Task]:
+    """All of the benchmark, in order; of the warm cases `only` the contenders whose names begin like this."""
     sizes = [4.0**i / 1024 for i in range(16) if 4.0**i / 1024 <= largest_mib]
     return [
-        *(Task(case.name, partial(_warm, case, plan)) for case in WARM),
+        *(Task(case.name, partial(_warm, case, plan, only)) for case in WARM),
         *(Task(f"{case.name}, {case.data}", partial(_hostile, case, plan)) for case in HOSTILE),
         Task("small arrays", lambda before: small.rows(plan)),
         *(Task(f"{case.name}, sizes", partial(_size, of_size(case, mib), plan)) for case in CURVES for mib in sizes),
@@ -56,12 +56,12 @@ def tasks(plan: Plan, largest_mib: float, cold_rounds: int) -> list[Task]:
     ]
 
 
-def _warm(case: Case, plan: Plan, before: Found) -> list[Row]:
+def _warm(case: Case, plan: Plan, only: str, before: Found) -> list[Row]:
     def unable(contender: str, error: Exception) -> None:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.80}"
         before.unable.append({"case": case.name, "contender": contender, "reason": reason})
 
-    rows = measure(case, TABLE, plan, unable=unable)
+    rows = measure(case, TABLE, plan, only=(only,), unable=unable)
     return [row if row.contender == "npscope numba" else replace(row, bar=None) for row in rows]
 
 

@@ -189,8 +189,8 @@ def _as_it_is(call: Call, work: np.ndarray) -> Call:
 # --- the machine ---------------------------------------------------------------------------------
 
 
-def arithmetic_of(threads: int, rounds: int = 5) -> float:
-    """How many times the arithmetic of one thread `threads` threads do together, the median of some tries.
+def arithmetic_of(threads: int, rounds: int = 15) -> float:
+    """How many times the arithmetic of one thread `threads` threads do together, from medians.
 
     As many as there are threads, if each has a core of its own; less where cores are shared, as those of a virtual
     machine may be: what is bound by arithmetic and not by memory is slower there.
@@ -207,8 +207,8 @@ def arithmetic_of(threads: int, rounds: int = 5) -> float:
 
     with ThreadPoolExecutor(threads) as pool:
         seconds(pool, threads)
-        found = [threads * seconds(pool, 1) / seconds(pool, threads) for _ in range(rounds)]
-    return significant(float(np.median(found)))
+        one, all_ = np.median([(seconds(pool, 1), seconds(pool, threads)) for _ in range(rounds)], axis=0)
+    return significant(threads * float(one / all_))
 
 
 def machine() -> dict[str, str | int | float | None]:

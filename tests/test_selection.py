@@ -399,6 +399,25 @@ def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data
         np.testing.assert_equal(found[1].astype(np.float64), expected[1].astype(np.float64))
 
 
+@pytest.mark.parametrize("elements", [0, 1 << 23], ids=["wide", "narrow"])
+@pytest.mark.parametrize("name", ["float32", "float16", "float64", "int8"])
+@pytest.mark.parametrize(("shape", "scope"), [((8, 640), (1, 4)), ((8, 640), (1, 16)), ((8, 640), (1, 32)),
+                                              ((8, 640), (1, -1)), ((512, 300), (-1, -1))])  # fmt: skip
+def test_scores_rank_and_the_array_is_kept(monkeypatch, shape, scope, name, elements):
+    """Scopes of every size, where other numbers decide: what is kept are the array's own bits."""
+    monkeypatch.setattr(pytest.importorskip("npscope.backends.numba_cpu.strips"), "WIDE_ELEMENTS", elements)
+    x, scores = hostile("normal", shape, name, 1), hostile("normal", shape, name, 2)
+    count = math.prod(n if s == -1 else s for n, s in zip(shape, scope, strict=True))
+    for nnz in (1, count // 2, count - 1):
+        with npscope.use_backend("reference"):
+            expected = npscope.keep_largest(x, nnz, (1, 1), scope, scores=scores)
+        with npscope.use_backend("numba"):
+            assert same_bits(npscope.keep_largest(x, nnz, (1, 1), scope, scores=scores), expected)
+            for out in (x.copy(), np.empty_like(x)):
+                source = out if same_bits(out, x) else x
+                assert same_bits(npscope.keep_largest(source, nnz, (1, 1), scope, scores=scores, out=out), expected)
+
+
 @pytest.mark.parametrize("data", CROWDED)
 def test_passes_over_large_scopes(monkeypatch, data):
     """Each pass reads everything: three find the key, where many are equal and on pruned arrays, too."""

@@ -282,7 +282,7 @@ def sync_folder(folder: str) -> None:
 
 
 def _claim(path: str, kind: Kind, held: list[int]) -> None:
-    """Make what is to be at `path` and lock it; its descriptor is in `held` from the moment that it exists."""
+    """Make what is to be at `path` and lock it; its descriptor is in `held` until it is closed."""
     for _ in range(_ATTEMPTS):
         try:
             held.append(kind.create(path))

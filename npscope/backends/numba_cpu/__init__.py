@@ -4,7 +4,7 @@ Every operation walks pieces: ranges of whole scopes, or of the blocks of a scop
 for one piece. Per piece the norms or keys of the blocks come into dense work arrays, the
 decision is made there, and the decision is written back. The work arrays are allocated
 before the first write; for 1-element blocks nothing else is, because the passes over a
-large scope (radix digits, ties, writing) read the array again.
+large scope (counting, ties, writing) read the array again.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class LargeScopes:
 
     def __init__(self, ranking: Ranking) -> None:
         self.ranking = ranking
-        self.workers = workers_for(ranking.elements)
+        self.workers = workers_for(ranking.scopes * ranking.elements)
         read_blocks = [
             source is not None and part.elements == 1
             for source, part in zip(ranking.sources, ranking.parts, strict=True)
@@ -327,7 +327,7 @@ class LargeScopes:
 
 def _sorted_sample(pieces: list[np.ndarray], size: int) -> np.ndarray:
     """About `size` of some keys, or all of them."""
-    step = max(1, sum([keys.size for keys in pieces]) // size)
+    step = max(1, sum([keys.size for keys in pieces]) // max(1, size))
     return np.sort(np.concatenate([keys[::step] for keys in pieces]))
 
 

@@ -175,9 +175,10 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size
         most = greatest(LANES, FLAT_RUN // size) if rows == 1 else stop - i if many else PART_BLOCKS
-        # A number of n additions in sequence is off by n - 1 times 2 ** -53 of it at most, and its root by half of that
-        # and 2 ** -53: so many units in the last place. More is no help: of sorted numbers, every fourth block of four
-        # is 4 to 8 units from where rounding turns.
+        # A sum of n additions in sequence is off by n - 1 times 2 ** -53 of it at most, and its root by half of that
+        # and half a unit: so many units in the last place, and no more, for of sorted numbers every fourth block of
+        # four is 4 to 8 units from where rounding turns. Counted here are all vectors of a row, though those of long
+        # runs are summed four side by side: that covers the joins of a row, and `JOINS` those behind the last.
         additions = rows * (run if many else LANES // PARTIAL * -(-size // LANES)) + (0 if many else JOINS)
         doubt = least(MOST_DOUBT, (additions + 1) // 2 + 1 if square else additions)
         while i < stop:
@@ -414,6 +415,8 @@ def norms_of_blocks(
 def prune_groups_kernel(form: Format, n: int) -> Any:
     """The kernel that keeps the k first-ranked of every n adjacent elements, of elements [i0, i1)."""
     step, size = vector_selection.prune_groups(form, n), vector_selection.group_lanes(form, n)
+    sorts = vector_selection.is_sorted(form, n)
+    sort_step: Any = vector_selection.prune_groups(form, n, several=True) if sorts else None
 
     @kernel
     def prune_groups(
@@ -426,8 +429,12 @@ def prune_groups_kernel(form: Format, n: int) -> Any:
             after = least(i1, least(i + width - i % width, i + width2 - i % width2))
             at, at2 = origin + place(i, grid), origin2 + place(i, grid2)
             count = after - i
-            whole = count - count % size
-            for e in range(0, whole, size):
+            whole, done = count - count % size, 0
+            if sorts:
+                done = count - count % (n * size)
+                for e in range(0, done, n * size):
+                    sort_step(source, at + e, target, at2 + e, k)
+            for e in range(done, whole, size):
                 step(source, at + e, target, at2 + e, k)
             if whole < count:  # groups that do not fill a vector take a detour over one
                 for e in range(whole, count):

@@ -82,11 +82,6 @@ class Layout:
     rows: int
 
     @property
-    def steps(self) -> int:
-        """Additions in sequence for one block, where a step takes `CHUNK` elements."""
-        return self.rows * -(-self.run // CHUNK)
-
-    @property
     def is_long(self) -> bool:
         """Whether kernels ask the tables how long runs are, and how many, instead of being compiled for it."""
         return self.run > CHUNK

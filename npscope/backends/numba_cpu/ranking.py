@@ -213,7 +213,7 @@ def line_surveyor_of(ranking: Ranking, p: int) -> int | None:
 def surveyor_of(ranking: Ranking, p: int) -> tuple[int, int]:
     """How the keys of a part that kernels read by themselves are looked at, and the reader that this takes or 0."""
     look, source = line_surveyor_of(ranking, p), ranking.sources[p]
-    if look is not None or source is None:
+    if look is not None or source is None:  # without a source, what has been kept is looked at
         return look or 0, 0
     unit = ranking.parts[p].leaves[0].place.unit
     return strips.surveyor_address(strips.surveyor(ranking.width), unit, ranking.key), source.read

@@ -67,9 +67,9 @@ _MASK, _WIDE, _KEEP = array_of(np.bool_), array_of(np.float64), array_of(np.int6
 _NEXT = types.Tuple((types.uint64, types.float64))  # where the next search starts
 _COUNTS = types.UniTuple(types.int64, 2)
 _EXPECTED = types.UniTuple(types.float64, 3)
-_LIMIT = types.Tuple((types.uint64, types.int64, types.int64, _EXPECTED))
+_LIMIT = types.Tuple((types.uint64, types.int64, types.int64, types.uint64, _EXPECTED))
 _call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(5), caller(7, _NEXT)
-_call_surveyor, _call_searcher = caller(10, _COUNTS), caller(8, _LIMIT)
+_call_surveyor, _call_searcher = caller(10, _COUNTS), caller(9, _LIMIT)
 
 
 def _where(unit: np.dtype) -> Any:
@@ -347,14 +347,18 @@ REACH, FAR_REACH, WEIGHT = 3.0, 24.0, 0.25
 """Standard deviations of a rank between the expected limit and the ends of a look: at least, and after misses; and
 how much a new limit counts in what is expected next."""
 
+PAUSE = 32.0
+"""Scopes that are searched without a look after one that reached far and missed: they are not like each other."""
+
 
 @cache
 def searcher(signed: bool) -> Function:
     """``search_scope(look, read, source, i, n, k, expected, scratch)``: a `search.separator` of n keys from block i on.
 
-    Returns (limit, ties, count, expected): limit and ties for any k. All keys that can be the least from `limit` on are
-    among the first `count` in the work array; those are the scope as it is if `count` is n. What is `expected` of the
-    next scope: its limit, as a number; the distance between keys near it; and how far off it may be, 0 for unknown.
+    Returns (limit, ties, count, guess, expected): limit and ties for any k. All keys that can be the least from `limit`
+    on are among the first `count` in the work array; those are the scope as it is if `count` is n. `guess` is the key
+    where a search starts. What is `expected` of the next scope: its limit, as a number; the distance between keys near
+    it; and how far off it may be, 0 for unknown, and below zero the scopes that are not looked at first.
     """
     separate = search.separator(signed)
     real_of, key_near, first, beyond = search.reals(signed)
@@ -368,13 +372,14 @@ def searcher(signed: bool) -> Function:
 
     @standalone
     def search_scope(
-        look: int, read: int, source: Any, i: int, n: int, k: int, expected: tuple[float, float, float], scratch: Any
-    ) -> tuple[Any, int, int, tuple[float, float, float]]:
+        look: int, read: int, source: Any, i: int, n: int, k: int, guess: Any, expected: tuple[float, float, float],
+        scratch: Any,
+    ) -> tuple[Any, int, int, Any, tuple[float, float, float]]:  # fmt: skip
         keys, _mask, _keep, sums, norms, limbs = scratch
         center, spacing, reach = expected
         size = keys.itemsize
         if k <= 0:
-            return ~np.uint64(0), 0, 0, expected
+            return ~np.uint64(0), 0, 0, guess, expected
         if reach > 0 and k < n:
             step = reach * spacing * np.sqrt(np.float64(k) * np.float64(n - k) / np.float64(n))
             low, high = key_at(center - step, size), key_at(center + step, size)
@@ -382,18 +387,22 @@ def searcher(signed: bool) -> Function:
             if above < k <= above + inside:
                 limit, ties = low, n
                 if k < above + inside:
-                    limit, ties, _ = separate(keys, 0, inside, k - above, key_at(center, size), spacing)
+                    limit, ties, _ = separate(keys, 0, inside, k - above, guess, spacing)
                     ties = n if ties == inside else ties
                 spacing = (real_of(high, size) - real_of(low, size)) / np.float64(inside)
                 center += WEIGHT * (real_of(limit, size) - center)
                 reach *= 0.9
-                return limit, ties, inside, (center, spacing, REACH if reach < REACH else reach)
+                return limit, ties, inside, limit, (center, spacing, REACH if reach < REACH else reach)
         _call_reader(read, source, i, i + n, keys, sums, norms, limbs)
         if k >= n:
-            return np.uint64(0), n, n, expected
-        limit, ties, spacing = separate(keys, 0, n, k, key_at(center, size), spacing)
-        reach = 2.0 * reach if 0 < reach < FAR_REACH else REACH
-        return limit, ties, n, (real_of(limit, size), spacing, reach)
+            return np.uint64(0), n, n, guess, expected
+        limit, ties, spacing = separate(keys, 0, n, k, guess, spacing)
+        center = real_of(limit, size)
+        if reach >= FAR_REACH or not abs(center) < np.inf or not spacing < np.inf:
+            reach = -PAUSE
+        else:
+            reach = 2.0 * reach if reach > 0 else reach + 1.0 if reach < 0 else REACH
+        return limit, ties, n, limit, (center, spacing, reach)
 
     return search_scope
 
@@ -402,7 +411,7 @@ def searcher(signed: bool) -> Function:
 def searcher_address(signed: bool, unit: np.dtype, key: np.dtype) -> int:
     """Where the code of a `searcher` is, for buffers and keys of these dtypes."""
     where = types.int64, types.int64, _where(unit), types.int64, types.int64, types.int64
-    return address_of(searcher(signed), *where, _EXPECTED, _scratch(key), result=_LIMIT)
+    return address_of(searcher(signed), *where, types.uint64, _EXPECTED, _scratch(key), result=_LIMIT)
 
 
 @kernel
@@ -427,8 +436,8 @@ def cut_in_scopes(
                 limit, ties, guess, spacing = search.limit_of(keys, first, n, keep[r], guess, spacing)
             else:
                 first = 0
-                limit, ties, count, expected = _call_searcher(
-                    seek, look, read, source, i, n, keep[r], expected, scratch
+                limit, ties, count, guess, expected = _call_searcher(
+                    seek, look, read, source, i, n, keep[r], guess, expected, scratch
                 )
             border = n
             if ties < n:
@@ -462,8 +471,8 @@ def kth_kernel(signed: bool) -> Any:
                 first, count, limit, ties = r * n, n, np.uint64(0), n
                 if seek != 0:
                     first = 0
-                    limit, ties, count, expected = _call_searcher(
-                        seek, look, read, source, (s + r) * n, n, keep[r], expected, scratch
+                    limit, ties, count, guess, expected = _call_searcher(
+                        seek, look, read, source, (s + r) * n, n, keep[r], guess, expected, scratch
                     )
                 elif keep[r] < n:
                     limit, ties, spacing = separate(keys, first, n, keep[r], guess, spacing)

@@ -291,8 +291,8 @@ def finish_totals(form: Format, code: int, many: bool) -> Any:
     """``(totals, i, more, j, sums, k, norms, l, doubt)``: what `add_run` found for `LANES` blocks, to norms.
 
     To float32, or float64 if the elements are that, and except for maxima to float64 in `sums`. Returns a bit for
-    each block whose rounding is in `doubt`, or whose norm is a number but no normal one of float32, or whose squares
-    may have left the range of float64.
+    each block whose rounding is in `doubt`, or whose norm may be beyond float32, or whose squares may have left the
+    range of float64.
     """
 
     def emit(b: Builder, totals: Value, more: Value, sums: Value, norms: Value, doubt: Value) -> Value:

@@ -60,28 +60,31 @@ def is_sorted(form: Format, n: int) -> bool:
 
 
 def group_lanes(form: Format, n: int) -> int:
-    """Numbers that `prune_groups` takes: whole groups of n in a vector, or as many groups as it has lanes."""
-    return n * (form.lanes if is_sorted(form, n) else max(1, form.lanes // n))
+    """Numbers of whole groups of n in a vector."""
+    return n * max(1, form.lanes // n)
 
 
 @cache
-def prune_groups(form: Format, n: int) -> Any:
-    """``(source, i, target, j, k)``: write `group_lanes` numbers, the k first-ranked of each n and zeros."""
-    size = group_lanes(form, n)
-    lanes = form.lanes if is_sorted(form, n) else size
+def prune_groups(form: Format, n: int, *, several: bool = False) -> Any:
+    """``(source, i, target, j, k)``: write `group_lanes` numbers, the k first-ranked of each n and zeros.
+
+    `several`: n times as many numbers, for groups that are sorted.
+    """
+    lanes = group_lanes(form, n)
+    starts = range(0, lanes * (n if several else 1), lanes)
 
     def emit(b: Builder, source: Value, target: Value, k: Value) -> None:
         lines = []
-        for start in range(0, size, lanes):
+        for start in starts:
             here = b.gep(source, [INT32(start)])
             prefetch(b, here, lanes * form.bits // 8)
             lines.append(load(b, here, vector_of(form.bits, lanes)))
         keys = [keys_of(b, bits, form) for bits in lines]
-        if is_sorted(form, n):
+        if several:
             kept = _first_by_sorting(b, keys, k, n)
         else:
             kept = [b.icmp_unsigned("<", _ranks(b, keys[0], n), _narrow(b, k, keys[0].type))]
-        for start, bits, flags in zip(range(0, size, lanes), lines, kept, strict=True):
+        for start, bits, flags in zip(starts, lines, kept, strict=True):
             store(b, b.select(flags, bits, splat(bits.type, 0)), b.gep(target, [INT32(start)]))
 
     return step(emit, 5)
@@ -144,13 +147,16 @@ def _sorting_network(n: int) -> list[tuple[int, int]]:
 
 @cache
 def keep_above(form: Format) -> Any:
-    """``(source, i, target, j, limit)``: write a line of numbers, +0.0 for those whose magnitude's key is not above."""
+    """``(source, i, target, j, limit)``: +0.0 in a line of `target` where the key of a magnitude is not above.
+
+    What stays is that of `target`: `source` may be other numbers, that rank these.
+    """
 
     def emit(b: Builder, source: Value, target: Value, limit: Value) -> None:
         prefetch(b, source, LINE)
         bits = load(b, source, vector_of(form.bits, form.lanes))
         kept = b.icmp_unsigned(">", all_keys_of(b, bits, form, False), _narrow(b, limit, bits.type))
-        store(b, b.select(kept, bits, splat(bits.type, 0)), target)
+        store(b, b.select(kept, load(b, target, bits.type), splat(bits.type, 0)), target)
 
     return step(emit, 5)
 
