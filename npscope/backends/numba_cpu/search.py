@@ -24,7 +24,7 @@ QUICK_PROBES = 6
 """Guesses before the search always looks for the keys next to a guess; normal data needs 5.8 in rows of 1024."""
 
 CHUNK = 64
-"""Keys marked together: only in one chunk of a scope do ties have to be counted one by one."""
+"""Keys looked at together: only in one chunk of a scope do ties have to be counted one by one."""
 
 SLACK = 64
 """Entries that work arrays have beyond what is used, so that vectors need no remainder."""
@@ -192,11 +192,18 @@ def mark(keys: Any, start: int, n: int, limit: Any, ties: Any, mask: Any, at: in
 def tie_border(keys: Any, start: int, n: int, limit: Any, ties: int) -> tuple[int, int]:
     """(how many of n keys come before the one that equals `limit` after the first `ties` do; the ties left if none)."""
     border = keys.dtype.type(limit)
-    for i in range(n):
-        if keys[np.uintp(start + i)] == border:
-            if ties == 0:
-                return i, 0
-            ties -= 1
+    for c in range(0, n, CHUNK):
+        count = least(CHUNK, n - c)
+        equal = np.uint32(0)
+        for i in range(count):
+            equal = np.uint32(equal + np.uint32(keys[np.uintp(start + c + i)] == border))
+        if equal > ties:
+            for i in range(count):
+                if keys[np.uintp(start + c + i)] == border:
+                    if ties == 0:
+                        return c + i, 0
+                    ties -= 1
+        ties -= int(equal)
     return n, ties
 
 
