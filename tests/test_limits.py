@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,7 @@ def test_infinities_zeros_of_either_sign_and_all_or_nothing(tmp_path: Path, dtyp
 
             def decide(found: Any, ranked: Any = ranked, plans: list[Plan] = plans, other: Any = other) -> list[Plan]:
                 plan = lay(Pattern.parse(text), found["w"])
-                plans.append(plan if ranked is None else replace(plan, scores=Scores(other, other.tensors["w"])))
+                plans.append(plan if ranked is None else plan._replace(scores=Scores(other, other.tensors["w"])))
                 return plans
 
             found = pruned(tmp_path, {"w": values}, decide)["w"]
@@ -235,7 +234,7 @@ def test_scores(tmp_path: Path, text: str, vector: bool) -> None:
 
         def decide(found: Any) -> list[Plan]:
             plan = lay(Pattern.parse(text), found["w"])
-            plans.append(replace(plan, scores=Scores(other, other.tensors["w"], 1 if vector else None)))
+            plans.append(plan._replace(scores=Scores(other, other.tensors["w"], 1 if vector else None)))
             return plans
 
         result = pruned(tmp_path, {"w": weight}, decide)["w"]
@@ -253,7 +252,7 @@ def test_scores_that_are_no_scores(tmp_path: Path, bad: float) -> None:
     with open_weights(tmp_path / "scores") as other:
 
         def decide(found: Any) -> list[Plan]:
-            return [replace(lay(Pattern.parse("2:4"), found["w"]), scores=Scores(other, other.tensors["w"]))]
+            return [lay(Pattern.parse("2:4"), found["w"])._replace(scores=Scores(other, other.tensors["w"]))]
 
         with pytest.raises(FormatError, match="scores of tensor 'w' hold 1 "):
             pruned(tmp_path, {"w": np.ones((1, 4), np.float32)}, decide)

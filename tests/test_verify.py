@@ -291,7 +291,7 @@ def test_the_command_says_where_and_ends_with_1(tmp_path: Path, capsys: pytest.C
     found = json.loads(text)
     line = next(line for line in found["tensors"] if line["name"] == "conv2.weight")
     assert (code, found["holds"], line["holds"]) == (1, False, False)
-    assert (line["scope"], line["index"], line["used"], line["offending"]) == ([0, 0, 0], [0, 0, 0], 2, 6144)
+    assert (line["scope"], line["start"], line["used"], line["offending"]) == ([0, 0, 0], [0, 0, 0], 2, 6144)
     code, text, _ = run(capsys, "verify", out, "--pattern", "1:4")
     assert code == 1
     assert "first [0, 0, 0] at [0, 0, 0]: 2 in use" in text

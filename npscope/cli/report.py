@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 NAME_WIDTH = 100
 """Characters of a name that a table shows."""
@@ -18,8 +17,7 @@ NAME_WIDTH = 100
 _PIPE_WIDTH = 200  # columns of a table that no terminal limits
 
 
-@dataclass(frozen=True, slots=True)
-class Pruned:
+class Pruned(NamedTuple):
     """One tensor of a run of ``npscope prune``: what was done, or why it was `skipped`.
 
     `misfit`: it was meant to be pruned, but the pattern does not fit its shape.
@@ -40,8 +38,7 @@ class Pruned:
     misfit: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(NamedTuple):
     """One tensor of a plan: what its stored `axes` mean, the `rule` that takes it, and what will be done, or why not.
 
     `keep` of `blocks` blocks survive, which is unknown where tensors of one `group` compete.
@@ -61,8 +58,7 @@ class Planned:
     misfit: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Inspected:
+class Inspected(NamedTuple):
     """One tensor of a file: its zeros and NaN where its dtype can be pruned, and what was detected in it.
 
     `groups` are ``{"keep": N, "of": M, "along": axis}``, `blocks` ``{"size": [rows, columns], "zero":
@@ -79,12 +75,11 @@ class Inspected:
     blocks: tuple[Mapping[str, Any], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(NamedTuple):
     """One tensor or budget of a run of ``npscope verify``: whether its pattern `holds`, or why it was `skipped`.
 
     `offending` scopes have too many blocks in use. The first of them has the index `scope` in the
-    ``[out, in, ...]`` grid of scopes and begins at `index` of the tensor as it was saved; `used` of its
+    ``[out, in, ...]`` grid of scopes and begins at `start` of the tensor as it was saved; `used` of its
     blocks are not zero. For a budget `used` is the sum over its tensors.
     """
 
@@ -97,14 +92,13 @@ class Verified:
     scopes: int | None = None
     offending: int | None = None
     scope: tuple[int, ...] | None = None
-    index: tuple[int, ...] | None = None
+    start: tuple[int, ...] | None = None
     used: int | None = None
     skipped: str | None = None
     misfit: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Differing:
+class Differing(NamedTuple):
     """One tensor of a run of ``npscope diff``; the counts are those of `npscope.streaming.comparison.Difference`."""
 
     name: str
@@ -127,7 +121,7 @@ def verified_fields(lines: Sequence[Verified]) -> dict[str, Any]:
         "skipped": sum(line.skipped is not None for line in lines),
         "misfits": sum(line.misfit for line in lines),
     }
-    return {"tensors": [asdict(line) for line in lines], "totals": totals, "holds": not totals["failed"]}
+    return {"tensors": [line._asdict() for line in lines], "totals": totals, "holds": not totals["failed"]}
 
 
 def verified_table(lines: Sequence[Verified], *, width: int | None) -> str:
@@ -154,7 +148,7 @@ def _verified_cells(line: Verified) -> tuple[str, ...]:
         return (*lead, pattern or "", "holds")
     if line.scope is None:
         return (*lead, pattern or "", f"FAILS: {line.used} in use")
-    start = "" if line.index is None else f" at {list(line.index)}"
+    start = "" if line.start is None else f" at {list(line.start)}"
     where = f"{list(line.scope)}{start}: {line.used} in use"
     return (*lead, pattern or "", f"FAILS in {line.offending} of {line.scopes} scopes, first {where}")
 
@@ -163,7 +157,7 @@ def differing_fields(lines: Sequence[Differing]) -> dict[str, Any]:
     """The lines and their totals, ready for JSON."""
     unequal = sum(line.status != "equal" for line in lines)
     totals = {"tensors": len(lines), "equal": len(lines) - unequal, "unequal": unequal}
-    return {"tensors": [asdict(line) for line in lines], "totals": totals, "equal": not unequal}
+    return {"tensors": [line._asdict() for line in lines], "totals": totals, "equal": not unequal}
 
 
 def differing_table(lines: Sequence[Differing], *, width: int | None) -> str:
@@ -211,7 +205,7 @@ def pruned_fields(lines: Sequence[Pruned]) -> dict[str, Any]:
         "zeros_after": zeros,
         "sparsity": _share(zeros, elements),
     }
-    return {"tensors": [asdict(line) for line in lines], "totals": totals}
+    return {"tensors": [line._asdict() for line in lines], "totals": totals}
 
 
 def planned_fields(lines: Sequence[Planned]) -> dict[str, Any]:
@@ -223,7 +217,7 @@ def planned_fields(lines: Sequence[Planned]) -> dict[str, Any]:
         "skipped": skipped,
         "misfits": sum(line.misfit for line in lines),
     }
-    return {"tensors": [asdict(line) for line in lines], "totals": totals}
+    return {"tensors": [line._asdict() for line in lines], "totals": totals}
 
 
 def inspected_fields(lines: Sequence[Inspected]) -> dict[str, Any]:
@@ -239,7 +233,7 @@ def inspected_fields(lines: Sequence[Inspected]) -> dict[str, Any]:
         "sparsity": _share(zeros, elements),
     }
     return {
-        "tensors": [asdict(line) | {"sparsity": _share(line.zeros, line.elements)} for line in lines],
+        "tensors": [line._asdict() | {"sparsity": _share(line.zeros, line.elements)} for line in lines],
         "totals": totals,
     }
 

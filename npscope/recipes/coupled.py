@@ -11,7 +11,6 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +70,7 @@ def blocks_in_use(coupling: Coupling, weights: WeightFile, advance: Callable[[in
     """
     used: list[Array] = []
     for group in coupling.groups:
-        stored = replace(group, members=tuple(replace(member, scores=None) for member in group.members))
+        stored = group._replace(members=tuple(member._replace(scores=None) for member in group.members))
         largest = _table(stored, math.inf, weights, advance)
         scopes = ScopeSpec(BlockSpec(largest, ()), group.scope)
         used.append(scopes.block_to_scope(largest != 0, merge=True).sum(axis=-1))

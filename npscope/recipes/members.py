@@ -11,8 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,8 +32,7 @@ _OVERLAP_WORK = 1_000_000
 """Steps that the exact search for a shared element may take; windows from slices need a few."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemberRule:
+class MemberRule(NamedTuple):
     """A member as a recipe writes it.
 
     `tensor` is a name in which ``*`` stands for what tells the instances of a coupling apart, such
@@ -53,8 +51,7 @@ class MemberRule:
     take: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class CouplingRule:
+class CouplingRule(NamedTuple):
     """Members whose blocks are kept or dropped together.
 
     `amount` is as in a `Pattern`, and `scope` counts blocks of the aligned grid (``()`` is all of

@@ -23,7 +23,7 @@ _SHARE = re.compile(_NUMBER, re.ASCII | re.IGNORECASE)
 _WAYS = 'write "2:4", "4x4@0.5" or "block=1x16 scope=1x8 keep=4"'
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pattern:
     """Which blocks compete and how many survive.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,8 +44,7 @@ def _norms_of(plan: Plan, weights: WeightFile) -> Norms:
     return histogram.norms()
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(NamedTuple):
     """What is to be done with one tensor of a file, and why.
 
     `axes` are words for the stored axes as they are understood, `blocks` all blocks that compete

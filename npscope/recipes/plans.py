@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from npscope.weights import Axes, Tensor, WeightFile
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(NamedTuple):
     """What the blocks of a tensor rank by: a tensor of another file.
 
     One of the shape of the weight ranks by itself. One with a number for each index of the axis
@@ -26,8 +25,7 @@ class Scores:
     along: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """How one tensor is pruned, in exact numbers.
 
     Read as a C-contiguous array of `shape` and transposed to `order`, its axes are tiled by
@@ -98,8 +96,7 @@ class Plan:
         return f"keep {self.keep} of {self.blocks}{shown}"
 
 
-@dataclass(frozen=True, slots=True)
-class Skip:
+class Skip(NamedTuple):
     """A tensor that is left as it is; `misfit` when it was meant but cannot take the pattern of its `rule`.
 
     `axes` is what the axes of a misfit were taken to mean.
@@ -112,8 +109,7 @@ class Skip:
     axes: Axes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(NamedTuple):
     """Tensors whose blocks compete in one scope, in the order of `plans`: `keep` of all blocks survive.
 
     Each plan has one scope, its whole tensor. `bounds` are the least and the most blocks that
@@ -127,8 +123,7 @@ class Budget:
     bounds: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """Elements of a tensor, as an array of `shape`: `strides` and `offset` count elements of the tensor in C order.
 
     Windows come from transposing, slicing and reshaping: along the axis of the largest stride, the
@@ -141,8 +136,7 @@ class Window:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A window cut into blocks, its grid axes put in `order` so that the grids of all members agree.
 
     Blocks rank by `scores` where there are any; these lie in their tensor as the window does in its own.
@@ -164,8 +158,7 @@ class Member:
         return tuple(self.grid[axis] for axis in self.order)
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Members whose blocks are dropped together: block i is block i of all of them, and its norm is joint.
 
     `scope` counts blocks of the aligned grid.
@@ -180,8 +173,7 @@ class Group:
         return math.prod(self.scope)
 
 
-@dataclass(frozen=True, slots=True)
-class Coupling:
+class Coupling(NamedTuple):
     """Windows of tensors that share one decision.
 
     In every one of `scopes` scopes `keep` of `blocks` blocks survive, ranked by their joint norm of
@@ -201,8 +193,7 @@ class Coupling:
         return tuple({m.window.tensor.name: m.window.tensor for group in self.groups for m in group.members}.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Coupled:
+class Coupled(NamedTuple):
     """One tensor of a coupling, with what is said of a `Plan`."""
 
     tensor: Tensor

@@ -76,7 +76,7 @@ NormsOf = Callable[[Plan], allocation.Norms]
 """Reads the norms of all blocks of a plan."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """Which tensors, and what is done with them; `pattern` None leaves them alone.
 
@@ -123,7 +123,7 @@ class Rule:
         return not self.names and self.op is None and self.node is None and self.shape is None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Recipe:
     """Couplings first, then rules, of which the first that matches takes a tensor.
 
@@ -170,7 +170,7 @@ class Recipe:
     def with_scores(self, path: str) -> Self:
         """The same recipe, which ranks by the file `path` wherever it names no scores itself."""
         rules = (rule if rule.pattern is None or rule.scores else replace(rule, scores=path) for rule in self.rules)
-        couplings = (rule if rule.scores else replace(rule, scores=path) for rule in self.couplings)
+        couplings = (rule if rule.scores else rule._replace(scores=path) for rule in self.couplings)
         return replace(self, rules=tuple(rules), couplings=tuple(couplings))
 
     @property
@@ -206,7 +206,7 @@ def resolve(
             decision = Skip(tensor, recipe.rest) if rule is None else _decide(rule, texts, tensor, known[tensor.name])
             if isinstance(decision, Plan) and rule is not None and rule.scores is not None:
                 assigned = scores_of(files[rule.scores], rule.scores, tensor, known[tensor.name], decision.axes)
-                decision = replace(decision, scores=assigned)
+                decision = decision._replace(scores=assigned)
             single[tensor.name] = decision
     shared = _shared(recipe.rules, taken, single, known, norms)
     decisions = {name: coupled.get(name) or shared.get(name) or single[name] for name in known}
@@ -400,7 +400,7 @@ def _shared(
                 shared |= dict.fromkeys((plan.tensor.name for plan in members), _budget(rule, members))
             else:
                 keeps = _allocated(rule, members, norms)
-                shared |= {plan.tensor.name: replace(plan, keep=keeps[plan.tensor.name]) for plan in members}
+                shared |= {plan.tensor.name: plan._replace(keep=keeps[plan.tensor.name]) for plan in members}
     return shared
 
 

@@ -12,7 +12,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -234,7 +234,7 @@ def dropper_of(plan: Plan, search: Search, file: MarksFile) -> Dropper:
         return ByScope(plan, kept)
     keys = Keys([plan])
     if plan.keep in (0, plan.blocks):
-        elements = replace(plan, block=(1,) * len(plan.block))  # blocks do not matter, and slabs may cut them
+        elements = plan._replace(block=(1,) * len(plan.block))  # blocks do not matter, and slabs may cut them
         return ByLimit.single(elements, keys, keys.all_or_none(kept))
     by_limit = plan.scopes <= LIMITS and _holds_blocks(plan) and (plan.has_exact_norms or plan.scopes == 1)
     if not by_limit and math.prod(plan.scope_size) <= elements_in(SCOPE_BYTES, plan.width):
@@ -261,7 +261,7 @@ def droppers_of(budget: Budget, search: Search, file: MarksFile) -> list[Dropper
 
 
 def _by_limit(shared: Plan, keys: Keys, limit: Limit, search: Search, file: MarksFile) -> Dropper:
-    plan = replace(shared, keep=limit.kept)
+    plan = shared._replace(keep=limit.kept)
     found = ByLimit.single(plan, keys, limit)
     if _holds_blocks(plan):
         return found

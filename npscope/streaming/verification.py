@@ -12,7 +12,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +38,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes to do in all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Offence:
+class Offence(NamedTuple):
     """The first scope with too many blocks in use.
 
     `scope` is its index in the canonical ``[out, in, ...]`` grid of scopes, `start` the index of its
@@ -51,8 +50,7 @@ class Offence:
     used: int
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(NamedTuple):
     """One tensor that was checked: how many scopes have too many blocks in use, and the first of them."""
 
     plan: Plan
@@ -65,8 +63,7 @@ class Checked:
         return not self.offending
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedBudget:
+class CheckedBudget(NamedTuple):
     """Tensors with one budget: blocks in use of each, the limit for each, and the limit for all."""
 
     budget: Budget
@@ -79,8 +76,7 @@ class CheckedBudget:
         return within and sum(self.used) <= self.budget.keep
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedCoupling:
+class CheckedCoupling(NamedTuple):
     """Coupled tensors: how many scopes have too many blocks with an element in use in any of their members.
 
     `scope` is the index of the first of them in the grid of scopes, `used` how many blocks are in use there.

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from npscope.errors import FormatError, SpecError
@@ -76,8 +75,7 @@ class Axes(NamedTuple):
         return (*stack, fan_in, shape[self.out]), (*lead, len(lead) + 1, len(lead))
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(NamedTuple):
     """What a file with a graph says of a tensor: which nodes compute with it, and as what.
 
     `op` is the type of those nodes and `node` the path of the first; `axes` is None where
@@ -90,8 +88,7 @@ class Use:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor of a file: its name, dtype, shape in storage order (C-contiguous) and size in bytes.
 
     `dtype` is the name that NumPy or ml_dtypes has for it, or what the file says where they have

@@ -14,7 +14,6 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -237,7 +236,7 @@ def _without_shared(ordered: list[Found]) -> list[Found]:
                 continue
         last = each
     return [
-        each._replace(use=replace(each.use, axes=None, reason=f"its bytes are those of {shared[each.name]!r:.120} too"))
+        each._replace(use=each.use._replace(axes=None, reason=f"its bytes are those of {shared[each.name]!r:.120} too"))
         if each.name in shared
         else each
         for each in ordered
