@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from files import contents, save_onnx, save_sharded, small
+from rich.cells import cell_len
 from safetensors.numpy import load_file, save_file
 
 import npscope
 from npscope import cli
 from npscope.cli import app, report
+from npscope.cli.table import text_table
 from npscope.errors import SpecError
 from npscope.options import thread_count
 from npscope.recipes.pattern import Pattern
@@ -1002,3 +1005,32 @@ def test_threads_are_counted(run: Run, folder: Path, monkeypatch: pytest.MonkeyP
     for bad in ("0", "-1", "many", "2000"):
         result = run(command, DATA, "--pattern", "2:4", *more, "--threads", bad)
         assert (result.code, is_one_line(result)) == (2, True), result
+
+
+WIDE = "\N{CJK UNIFIED IDEOGRAPH-4E2D}" * 30
+
+
+@pytest.mark.parametrize("width", [20, 40, 79, 200])
+@pytest.mark.parametrize(
+    "name", ["w", "a.very.long.name." * 6, WIDE, "[red] of two words", "e\N{COMBINING ACUTE ACCENT}" * 40]
+)
+def test_a_table_fits_the_terminal_and_loses_nothing(width: int, name: str) -> None:
+    row = (name, "float32", "keep 2 of 4, axis 1 (in)")
+    text = text_table(("tensor", "dtype", "pattern"), [row, ("b", "", "last")], width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    body = text[text.rindex("---") + 3 :]
+    shown = Counter("".join(body.split()))
+    assert shown == Counter("".join("".join((*row, "blast")).split()))
+
+
+def test_columns_stand_below_each_other_whatever_the_width_of_characters() -> None:
+    lines = text_table(("tensor", "dtype"), [(WIDE, "int8"), ("w", "int8")]).splitlines()
+    begin = lines[0].index("dtype")
+    assert [cell_len(line[: line.index("int8")]) for line in lines[2:]] == [begin, begin]
+
+
+def test_many_tensors_cost_a_table_little() -> None:
+    rows = [(f"layers.{i}.weight", "bfloat16", "4096x4096", "keep 2 of 4, axis 1 (in)", "holds") for i in range(2000)]
+    start = time.process_time()
+    text_table(("tensor", "dtype", "shape", "pattern", "found"), rows, 200)
+    assert time.process_time() - start < 0.5

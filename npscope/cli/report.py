@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from npscope.cli.table import text_table
+
 NAME_WIDTH = 100
 """Characters of a name that a table shows."""
 
@@ -367,21 +369,9 @@ def _timing(row: Mapping[str, Any] | None, elements: int) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int | None) -> str:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=False)
-    for title in header:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        # Text and not str: a name such as "[red]" is no markup.
-        table.add_row(*(Text(printable(cell, NAME_WIDTH)) for cell in row))
-    console = Console(width=width or _PIPE_WIDTH, color_system=None, markup=False, highlight=False, emoji=False)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+    return (
+        text_table(header, ([printable(cell, NAME_WIDTH) for cell in row] for row in rows), width or _PIPE_WIDTH) + "\n"
+    )
 
 
 def _shape(shape: tuple[int, ...]) -> str:
