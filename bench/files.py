@@ -4,8 +4,8 @@ python -m bench.files --gib 4
     writes bench/results/files.json, and the table of the README.
 
 The file is a model of bfloat16 matrices of new normal data, in safetensors. Every round removes the last
-output, syncs and waits, then times one process from start to end, so that all contenders find the cache and the disk
-alike: the input in the cache, nothing left to be written.
+output, syncs and waits, reads the inputs, then times one process from start to end, so that all contenders find the
+machine alike: nothing left to be written, the input in the cache, and a processor that is awake.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ def measure(folder: Path, gib: float, rounds: int) -> list[Contender]:
     for _ in range(rounds):
         for contender in contenders:
             target.unlink(missing_ok=True)
-            for path in (source, pruned):
-                _read(path)
             os.sync()
             time.sleep(PAUSE)
+            for path in (source, pruned):
+                _read(path)
             contender.run()
     return contenders
 
