@@ -269,7 +269,7 @@ def test_a_tensor_of_large_pieces_leaves_threads_to_the_others(tmp_path: Path, m
     with config(threads=8):
         found = verify_file(path, Recipe.shorthand(Pattern.parse("block=1x1 scope=8x-1 sparsity=0.5")))
     assert len(found) == 5
-    assert asked == [(16, 8), (8, 3), (16, 8)]
+    assert asked == [(16, 8), (8, 4), (16, 8)]
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class Walk:
     @property
     def workers(self) -> int:
         """Threads that may work at once: where pieces are large, fewer."""
-        piece_bytes = math.prod(self.sizes) * (self.itemsize + 2)
+        piece_bytes = math.prod(self.sizes) * (self.itemsize + 1)
         return max(1, min(thread_count(), MEMORY_BYTES // piece_bytes))
 
 
@@ -112,25 +112,24 @@ class PieceReader:
         """The part `box` of a tensor, in the buffers of a thread."""
         itemsize, shape = walk.itemsize, extents(box)
         size = math.prod(shape)
-        if size * (itemsize + 2) > self._buffers[slot].size:
-            self._buffers[slot] = np.empty(size * (itemsize + 2), np.uint8)
-        raw, spare = self._buffers[slot][: size * itemsize], self._buffers[slot][size * itemsize :]
+        if size * (itemsize + 1) > self._buffers[slot].size:
+            self._buffers[slot] = np.empty(size * (itemsize + 1), np.uint8)
+        raw, flags = self._buffers[slot][: size * itemsize], self._buffers[slot][size * itemsize :]
         bits = raw.view(f"<u{itemsize}").reshape(shape)
         strides = [math.prod(walk.shape[axis + 1 :]) for axis in range(len(shape))]
         offset = sum(part.start * stride for part, stride in zip(box, strides, strict=True))
         self._strided[slot].read(self._weights, walk.tensor, offset, strides, bits)
-        return Piece(bits, spare[:size], spare[size : 2 * size], walk.tensor.sign_bits)
+        return Piece(bits, flags[:size], walk.tensor.sign_bits)
 
 
 class Piece(NamedTuple):
-    """Numbers as unsigned integers, and two buffers with a byte for each: fresh ones would cost more than the work.
+    """Numbers as unsigned integers, and a buffer with a byte for each: a fresh one would cost more than the work.
 
     The highest bit of a float is its sign, which a zero may have.
     """
 
     bits: Array
     flags: Array
-    spare: Array
     sign_bits: int = 1
 
     def nonzero(self) -> Array:
@@ -149,7 +148,7 @@ class Piece(NamedTuple):
         words = self.flags.view(f"u{size}")
         ones = words.dtype.type(int.from_bytes(bytes([1] * size), "little"))
         # The highest byte of the product is the sum of all bytes, each 0 or 1.
-        sums = np.multiply(words, ones, out=self.spare.view(words.dtype))
+        sums = np.multiply(words, ones, out=words)
         return int(sums.max(initial=0)) < (keep + 1) << (8 * (size - 1))
 
 
