@@ -133,9 +133,11 @@ class Piece(NamedTuple):
     sign_bits: int = 1
 
     def nonzero(self) -> Array:
-        """1 where the number is no zero of either sign, else 0: uint8, gone with the piece."""
+        """1 where the number is no zero of either sign, else 0: uint8, gone with the piece, whose bits are used up."""
         found = self.flags.reshape(self.bits.shape)
-        np.not_equal(np.left_shift(self.bits, self.sign_bits), 0, out=found.view(np.bool_))
+        if self.sign_bits:
+            np.left_shift(self.bits, self.sign_bits, out=self.bits)
+        np.not_equal(self.bits, 0, out=found.view(np.bool_))
         return found
 
     def surely_within(self, size: int, keep: int) -> bool:
@@ -185,6 +187,7 @@ def _fold(
     combine: np.ufunc, values: Array, box: Box, sizes: tuple[int, ...], dtype: np.dtype[Any]
 ) -> tuple[Array, Box]:
     """Every axis in groups of its size, counted from the start of the whole, each combined to one number of `dtype`."""
+    binary = True
     for axis in reversed(range(len(box))):
         part, size = box[axis], sizes[axis]
         if size == 1:
@@ -193,15 +196,17 @@ def _fold(
             edges = np.arange(_groups(part, size).start, _groups(part, size).stop) * size - part.start
             values = combine.reduceat(values, np.maximum(edges, 0), axis=axis, dtype=dtype)
         else:
-            values = _fold_whole(combine, values, axis, size, dtype)
+            values = _fold_whole(combine, values, axis, size, dtype, binary=binary)
+        binary = combine is np.bitwise_or
     return values, tuple(_groups(part, size) for part, size in zip(box, sizes, strict=True))
 
 
-def _fold_whole(combine: np.ufunc, values: Array, axis: int, size: int, dtype: np.dtype[Any]) -> Array:
+def _fold_whole(combine: np.ufunc, values: Array, axis: int, size: int, dtype: np.dtype[Any], *, binary: bool) -> Array:
+    """One axis in groups of its size, which divides it; `binary`: the values are 0 and 1, not counts."""
     lead, tail = values.shape[:axis], values.shape[axis + 1 :]
     shape = (*lead, values.shape[axis] // size)
-    if math.prod(tail) == 1 and size in WORDS and values.dtype == np.uint8:
-        # Neighbours in one word, many at a time. The last axis is the first to be folded: here are only 0 and 1.
+    if binary and math.prod(tail) == 1 and size in WORDS and values.dtype == np.uint8:
+        # Neighbours in one word, many at a time.
         words = np.ascontiguousarray(values).reshape(*shape, size).view(f"u{size}")
         folded = words != 0 if combine is np.bitwise_or else np.bitwise_count(words)
         counts: Array = folded.view(np.uint8).astype(dtype, copy=False)
