@@ -825,7 +825,7 @@ def test_help_is_quick_and_needs_no_kernels() -> None:
     assert process.returncode == 0
     assert "--pattern" in process.stdout
     loaded = process.stdout.splitlines()[-1]
-    for module in ("numba", "ml_dtypes", "rich.table", "npscope.streaming.pruning"):
+    for module in ("numba", "ml_dtypes", "rich", "npscope.streaming.pruning"):
         assert f"'{module}'" not in loaded
 
 
@@ -1021,6 +1021,24 @@ def test_a_table_fits_the_terminal_and_loses_nothing(width: int, name: str) -> N
     body = text[text.rindex("---") + 3 :]
     shown = Counter("".join(body.split()))
     assert shown == Counter("".join("".join((*row, "blast")).split()))
+
+
+@pytest.mark.parametrize(
+    "cell", ["a.very.long.name." * 6, WIDE, "x  y of  two spaces", "x \N{COMBINING ACUTE ACCENT} y", ""]
+)
+def test_a_folded_cell_reads_on(cell: str) -> None:
+    for width in range(2, 40):
+        _, rule, *lines = text_table(("t",), [(cell,)], width).splitlines()
+        assert "".join(lines).replace(" ", "") == cell.replace(" ", "")
+        assert max(map(cell_len, lines)) <= len(rule) <= width
+        assert "" not in lines[1:]
+
+
+def test_a_mask_file_without_tensors_is_a_report_without_lines(run: Run, folder: Path) -> None:
+    save_file({}, folder / "none", metadata={"npscope.mask": "1", "recipe": "0" * 64, "tensors": "{}"})
+    result = run("apply-mask", DATA, folder / "none", "-o", folder / "out")
+    assert (result.code, result.err) == (0, "")
+    assert (folder / "out").read_bytes() == DATA.read_bytes()
 
 
 def test_columns_stand_below_each_other_whatever_the_width_of_characters() -> None:

@@ -285,7 +285,9 @@ def storage_line(*, now: int, bitmask: int, deflated: int) -> str:
 
 def plain_table(lines: Sequence[Mapping[str, Any]], *, width: int | None) -> str:
     """A table with a column for each key of the lines."""
-    titles = [key.replace("_", " ") for key in (lines[0] if lines else ())]
+    if not lines:
+        return ""
+    titles = [key.replace("_", " ") for key in lines[0]]
     rows = ([_shape(cell) if isinstance(cell, tuple) else str(cell) for cell in line.values()] for line in lines)
     return _table(titles, rows, width)
 
