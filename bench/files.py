@@ -84,10 +84,11 @@ def measure(folder: Path, gib: float, rounds: int) -> list[Contender]:
         Contender("cp and sync", ("sh", "-c", copy)),
         Contender("prune 2:4", (*npscope, "prune", source, "-o", target, "--pattern", "2:4"), "cp and sync", 1.43),
         Contender("prune half of all 4x4", (*npscope, "prune", source, "-o", target, "-r", recipe), "cp and sync", 2.5),
+        Contender("prune 4x4@0.5", (*npscope, "prune", source, "-o", target, "--pattern", "4x4@0.5"), "cp and sync"),
         Contender("read", ("sh", "-c", f"cat '{pruned}' >/dev/null")),
         Contender("verify 2:4", (*npscope, "verify", pruned, "--pattern", "2:4"), "read", 1.43),
     ]
-    writing, reading = contenders[:3], contenders[3:]
+    writing, reading = contenders[:4], contenders[4:]
     for _ in range(rounds):
         for contender in writing + SHORT * reading:
             target.unlink(missing_ok=True)
@@ -125,8 +126,8 @@ def section(results: dict[str, Any], contenders: Sequence[Contender]) -> str:
     machine = f"{results['machine']['cpu']}, {results['threads']} threads"
     head = (
         f"A bfloat16 model of {results['gib']} GiB, {machine}, commit {results['commit']}: seconds of a whole process, "
-        f"median and range of {len(contenders[0].seconds)} runs, or of {SHORT} times as many where nothing is "
-        "written. `python -m bench.files` repeats it."
+        f"median and range of {len(contenders[0].seconds)} runs ({SHORT * len(contenders[0].seconds)} where "
+        "nothing is written). `python -m bench.files` repeats it."
     )
     return head + "\n\n" + tables.table(("process", "seconds", "ratio", "bar"), lines)
 
