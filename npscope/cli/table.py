@@ -24,10 +24,8 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int 
            of 4
     long
     """
-    from rich.cells import cell_len
-
     cells = [header, *rows]
-    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(_columns, column)) for column in zip(*cells, strict=True)]
     most = None if width is None else max(width - len(_GAP) * (len(widths) - 1), 2 * len(widths))
     while most is not None and sum(widths) > most:
         widths[widths.index(max(widths))] -= 1
@@ -38,29 +36,34 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int 
 
 def _lines(row: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
     """The cells of one row side by side, on as many lines as the highest takes."""
-    from rich.cells import cell_len
-
     folded = [_folded(cell, size) for cell, size in zip(row, widths, strict=True)]
     for at in range(max(map(len, folded))):
         texts = [lines[at] if at < len(lines) else "" for lines in folded]
-        padded = [text + " " * (size - cell_len(text)) for text, size in zip(texts, widths, strict=True)]
+        padded = [text + " " * (size - _columns(text)) for text, size in zip(texts, widths, strict=True)]
         yield _GAP.join(padded).rstrip() + "\n"
 
 
 def _folded(cell: str, width: int) -> list[str]:
     """A cell on lines of at most `width` columns, which end between words where these fit."""
-    from rich.cells import cell_len
-
-    if cell_len(cell) <= width:
+    if _columns(cell) <= width:
         return [cell]
     lines: list[str] = []
     for word in re.findall(" *[^ ]+", cell):
-        if lines and cell_len(lines[-1] + word) <= width:
+        if lines and _columns(lines[-1] + word) <= width:
             lines[-1] += word
         else:
             lines.append("")
             for character in word.lstrip(" "):
-                if lines[-1] and cell_len(lines[-1] + character) > width:
+                if lines[-1] and _columns(lines[-1] + character) > width:
                     lines.append("")
                 lines[-1] += character
     return lines
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)

@@ -6,13 +6,11 @@ understood is refused by file and key, with the nearest key that is.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 import re
 import stat
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -123,6 +121,8 @@ def _text(path: str) -> str:
 
 
 def _toml(text: str) -> dict[str, Any]:
+    import tomllib
+
     try:
         return tomllib.loads(text, parse_float=_decimal)
     except RecursionError:
@@ -172,9 +172,9 @@ class _Table:
         self._table, self._folder = table, folder
         for key in table:
             if key not in known:
-                near = difflib.get_close_matches(key, list(known), n=1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                raise SpecError(f"{self.at()}unknown key {key!r:.80}{meant} (known are {', '.join(known)})")
+                raise SpecError(
+                    f"{self.at()}unknown key {key!r:.80}{_meant(key, known)} (known are {', '.join(known)})"
+                )
 
     def get(self, key: str, read: Callable[[Any], _T]) -> _T | None:
         """What `read` makes of the value; None where there is none."""
@@ -437,9 +437,14 @@ def _one_of(value: Any, allowed: tuple[_T, ...], more: str = "") -> _T:
     for choice in allowed:
         if value == choice and type(value) is type(choice):
             return choice
+    raise SpecError(f"must be {', '.join(map(str, allowed))}{more}, not {_shown(value)}{_meant(value, allowed)}")
+
+
+def _meant(value: Any, allowed: Iterable[Any]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
-    meant = f"; did you mean {near[0]!r}?" if near else ""
-    raise SpecError(f"must be {', '.join(map(str, allowed))}{more}, not {_shown(value)}{meant}")
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _shown(value: Any) -> str:
