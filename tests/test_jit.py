@@ -14,7 +14,7 @@ numba = pytest.importorskip("numba")
 
 from numba import types  # noqa: E402
 
-from npscope.backends.numba_cpu.arithmetic import LIMB_BITS, LIMB_ORIGIN, LIMBS, limbs_add, limbs_sign  # noqa: E402
+from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly  # noqa: E402
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, standalone  # noqa: E402
 from npscope.backends.numba_cpu.nests import length_of, place  # noqa: E402
 
@@ -107,29 +107,34 @@ def test_places_are_those_of_nested_loops(loops):
 
 
 @kernel
-def sign_of_sum(numbers, signs, square, limbs):
-    limbs[:] = 0
-    for i in range(numbers.size):
-        limbs_add(limbs, 0, numbers[i], square, signs[i])
-    return limbs_sign(limbs, 0)
+def exact_root(numbers, below, square, sums):
+    sums[:] = 0
+    for x in numbers:
+        add_exactly(sums, 0, x, square)
+    return round_exactly(sums, 0, below, square)
 
 
-LARGEST = (float(np.finfo(np.float32).max) + 2.0**128) / 2  # the border to infinity
+LARGEST = float(np.finfo(np.float32).max)
 TERMS = st.one_of(
-    st.sampled_from([0.0, 2.0**-150, 2.0**-149, 2.0**-126, 1.0, float(np.finfo(np.float32).max), LARGEST]),
+    st.sampled_from([0.0, 2.0**-149, 2.0**-126, 1.0, 2.0**-24, 2.0**100, LARGEST]),
     st.floats(0, width=32, allow_infinity=False),
-    st.floats(0.5, 1, width=32).map(lambda x: x + 2.0**-25 if x < 1 else x),  # halfway between two float32
+    st.floats(0.5, 1, width=32),
 )
 
 
-@given(st.lists(st.tuples(TERMS, st.sampled_from([1, -1])), min_size=1, max_size=12), st.booleans())
-def test_exact_sums_are_those_of_fractions(terms, square):
-    terms = terms + [(x, -sign) for x, sign in terms[::2]]  # much of it cancels
-    numbers, signs = np.array([x for x, _ in terms]), np.array([sign for _, sign in terms])
-    limbs = np.empty((1, LIMBS), dtype=np.int64)
-    sign = sign_of_sum(numbers, signs, square, limbs)
-    exact = sum(s * Fraction(x) ** (2 if square else 1) for x, s in terms)
-    assert sign == (exact > 0) - (exact < 0)
-    digits = sum(int(limb) << (LIMB_BITS * i) for i, limb in enumerate(limbs[0]))
-    modulus = 1 << (LIMB_BITS * LIMBS)
-    assert digits == exact * 2**LIMB_ORIGIN % modulus
+@given(st.lists(TERMS, min_size=1, max_size=12), st.booleans())
+def test_exact_sums_round_as_fractions_do(terms, square):
+    exact = sum(Fraction(x) ** (2 if square else 1) for x in terms)
+    numbers, sums = np.array(terms, dtype=np.float32), np.empty(EXACT_WORDS, dtype=np.int64)
+    # The float32 at or below the sum, or its root: what rounds to more is stepped back from.
+    below = np.float32(min(float(exact) ** (0.5 if square else 1), LARGEST))
+    while Fraction(float(below)) ** (2 if square else 1) > exact:
+        below = np.nextafter(below, np.float32(0))
+    above = 2.0**128 if below == LARGEST else float(np.nextafter(below, np.float32(np.inf)))
+    middle = (Fraction(float(below)) + Fraction(above)) / 2
+    side = exact - middle ** (2 if square else 1)
+    up = side > 0 or (side == 0 and below.view(np.uint32) & 1)
+    expected = np.float32(np.inf if up and above > LARGEST else above if up else below)
+    assert exact_root(numbers, below, square, sums) == expected
+    units = sum(int(np.uint64(word)) << (64 * i) for i, word in enumerate(sums.view(np.uint64)))
+    assert units == exact * 2 ** (298 if square else 149)

@@ -1,4 +1,4 @@
-"""Sums and powers beyond float64: double-double numbers, exact sums, and rounding from them.
+"""Sums and powers beyond float64: double-double numbers, and rounding from them.
 
 A double-double is an unevaluated sum of two float64, about 106 bits (Dekker 1971). Functions
 here are only called from other compiled functions.
@@ -15,9 +15,6 @@ from npscope.backends.numba_cpu.codecs import Real
 from npscope.backends.numba_cpu.jit import inner, merged
 from npscope.backends.numba_cpu.scalars import bits_of, float_of
 
-LIMBS, LIMB_BITS, LIMB_ORIGIN = 80, 8, 352
-"""An exact sum is an integer in units of 2**-352. Limb i counts 2 ** (8 * i) of them; only in the end it is a digit."""
-
 
 @inner
 def two_sum(a: float, b: float) -> tuple[float, float]:
@@ -25,35 +22,6 @@ def two_sum(a: float, b: float) -> tuple[float, float]:
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)
-
-
-@merged
-def limbs_add(limbs: Any, row: int, x: float, square: bool, sign: int) -> None:
-    """Add sign * x (or x squared) exactly; x >= 0 with at most 25 significant bits. Good for 2**31 times."""
-    if x == 0.0:
-        return
-    bits = bits_of(np.float64(x))
-    mantissa = np.int64((bits & np.uint64((1 << 52) - 1) | np.uint64(1 << 52)) >> np.uint64(28))
-    exponent = np.int64(bits >> np.uint64(52)) - 1023 - 24
-    if square:
-        mantissa *= mantissa
-        exponent *= 2
-    position = exponent + LIMB_ORIGIN
-    limb, shifted = np.uintp(position // LIMB_BITS), mantissa << position % LIMB_BITS
-    limbs[row, limb] += sign * (shifted & 0xFFFFFFFF)
-    limbs[row, limb + np.uintp(32 // LIMB_BITS)] += sign * (shifted >> 32)
-
-
-@merged
-def limbs_sign(limbs: Any, row: int) -> int:
-    """Sign of an exact sum; makes its limbs digits."""
-    carry, nonzero = 0, 0
-    for j in range(np.uintp(limbs.shape[1])):  # not a constant, for LLVM would unroll it
-        total = limbs[row, j] + carry
-        carry = total >> LIMB_BITS
-        limbs[row, j] = total & ((1 << LIMB_BITS) - 1)
-        nonzero |= limbs[row, j]
-    return -1 if carry < 0 else 1 if nonzero | carry else 0
 
 
 @merged

@@ -25,16 +25,14 @@ from npscope.backends.numba_cpu.arithmetic import (
     dd_exp,
     dd_log,
     dd_multiply,
-    limbs_add,
-    limbs_sign,
-    midpoint_above,
     two_sum,
 )
 from npscope.backends.numba_cpu.codecs import Codec, key_of_float32, key_of_float64
+from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, inner_any_order, kernel, standalone
 from npscope.backends.numba_cpu.nests import NEST, place
 from npscope.backends.numba_cpu.operands import Operand
-from npscope.backends.numba_cpu.scalars import bits_of, float_of, least
+from npscope.backends.numba_cpu.scalars import least
 from npscope.backends.numba_cpu.vector_norms import (
     INF as INF,
 )
@@ -83,15 +81,11 @@ def finish_exact(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
 
 
 @kernel
-def finish_unsure(limbs: Any, unsure: Any, count: int, square: bool, norm: Any) -> None:
-    """Round up the listed norms whose exact sum lies above the midpoint (ties to even)."""
+def finish_unsure(sums: Any, unsure: Any, count: int, square: bool, norm: Any) -> None:
+    """Round the listed norms by their exact sums."""
     for row in range(count):
         i = unsure[row]
-        limbs_add(limbs, row, midpoint_above(norm[i]), square, -1)
-        side = limbs_sign(limbs, row)
-        bits = bits_of(norm[i])
-        if side > 0 or (side == 0 and bits & np.uint32(1)):
-            norm[i] = float_of(np.uint32(bits + np.uint32(1)))
+        norm[i] = round_exactly(sums, row * EXACT_WORDS, norm[i], square)
 
 
 @kernel
@@ -341,17 +335,16 @@ def kernels(codec: Codec) -> SimpleNamespace:
             hi[i - i0], lo[i - i0] = a, b
 
     @kernel
-    def accumulate_limbs(
+    def accumulate_exactly(
         buffer: Any, origin: int, grid: Any, elements: Any, i0: int, chosen: Any, count: int, total: int,
-        square: bool, limbs: Any,
+        square: bool, sums: Any,
     ) -> None:  # fmt: skip
         """Add all elements of the `chosen` blocks (counted from i0) to their exact sums."""
         for row in range(count):
             at = origin + place(i0 + chosen[row], grid)
             for e in range(total):
-                limbs_add(limbs, row, magnitude(buffer, at + place(e, elements)), square, 1)
-                if e & 0xFFFF == 0xFFFF:  # before a limb can overflow, whatever other leaves add
-                    limbs_sign(limbs, row)
+                x = np.float32(magnitude(buffer, at + place(e, elements)))
+                add_exactly(sums, row * EXACT_WORDS, x, square)
 
     @kernel
     def rescale(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, factors: Any) -> None:
@@ -370,7 +363,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
     return SimpleNamespace(
         accumulate=accumulate,
         accumulate_scaled=accumulate_scaled,
-        accumulate_limbs=accumulate_limbs,
+        accumulate_exactly=accumulate_exactly,
         rescale=rescale,
     )
 

@@ -17,12 +17,13 @@ import numpy as np
 from numba import types
 
 from npscope.backends.numba_cpu import vector_norms, vector_selection
-from npscope.backends.numba_cpu.arithmetic import LIMBS, limbs_add, limbs_sign, midpoint_above, two_sum
+from npscope.backends.numba_cpu.arithmetic import two_sum
 from npscope.backends.numba_cpu.codecs import Codec, codec
+from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, merged, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Placement, layout_of
-from npscope.backends.numba_cpu.scalars import bits_of, float_of, greatest, least
+from npscope.backends.numba_cpu.scalars import greatest, least
 from npscope.backends.numba_cpu.vector_norms import (
     INF,
     MARGIN,
@@ -45,14 +46,17 @@ Rows are read one after the other, so that memory is read in pieces of 16 KiB: m
 JOINS = 16
 """Additions in sequence that join lanes and what was summed side by side, at most."""
 
-LEAST, PARTS = LIMBS, LIMBS + 8
-"""Where `LANES` least magnitudes and the partial sums stand behind the limbs of an exact sum, on lines of their own."""
+LEAST, PARTS = 16, 24
+"""Where `LANES` least magnitudes and the partial sums stand behind the words of an exact sum, on lines of their own."""
 
 PART_BLOCKS = STRIP_RUN // LANES
 """Blocks in one row of a strip that have partial sums, because their runs are no shorter than a vector."""
 
 FLAT_RUN = 1 << 10
 """Elements whose sums are finished together where a block is one run: short, so that roots run beside loads."""
+
+TOGETHER = 4
+"""Rows that are read side by side: a sum of four needs to be stored, and dealt out to its block, only once."""
 
 AHEAD = 1 << 11
 """Elements between what is summed and what is prefetched, as long as memory is read in order."""
@@ -62,8 +66,7 @@ def _whole_lines(length: int) -> int:
     return -(-length // LINE) * LINE
 
 
-_SUM_ROWS = -(-(PARTS + 2 * PARTIAL * (PART_BLOCKS + LANES)) // LIMBS)
-"""Rows of limbs, which have room for sums in the making behind them."""
+_MAKING_WORDS = PARTS + 2 * PARTIAL * (PART_BLOCKS + LANES)
 
 
 class NormBuffers:
@@ -71,14 +74,14 @@ class NormBuffers:
 
     def __init__(self, blocks: int, dtype: np.dtype) -> None:
         size = _whole_lines(8 * (blocks + LANES))
-        raw = np.empty(2 * size + 8 * _SUM_ROWS * LIMBS + LINE, dtype=np.uint8)
+        raw = np.empty(2 * size + 8 * _MAKING_WORDS + LINE, dtype=np.uint8)
         self.nbytes = raw.nbytes
         # Each starts where a line starts: vectors that straddle two cost twice.
         start = -raw.__array_interface__["data"][0] % LINE
         self.sums = np.ndarray(size // 8, np.float64, raw, start)
         self.norms = np.ndarray(size // dtype.itemsize, dtype, raw, start + size)
-        self.limbs = np.ndarray((_SUM_ROWS, LIMBS), np.int64, raw, start + 2 * size)
-        self.all = self.sums, self.norms, self.limbs  # the arguments of a kernel
+        self.making = np.ndarray(_MAKING_WORDS, np.int64, raw, start + 2 * size)
+        self.all = self.sums, self.norms, self.making  # the arguments of a kernel
 
 
 def numbers_of(placed: Placement, code: int) -> tuple[Layout, np.ndarray] | None:
@@ -147,9 +150,9 @@ def copy(source: Any, count: int, target: Any, start: int) -> None:
 
 
 def measurer(layout: Layout, code: int) -> Any:
-    """``measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)``: norms of the blocks of a strip.
+    """``measure(buffer, origin, grid, elements, i, stop, sums, norms, making)``: norms of the blocks of a strip.
 
-    In float64 they are left in `sums`, unless they are maxima. Behind the limbs is room for sums in the making.
+    In float64 they are left in `sums`, unless they are maxima. Sums in the making stand in `making`.
     """
     run = layout.run
     code = INF if run * layout.rows == 1 else code  # the norm of one element is its magnitude, whatever the order
@@ -165,15 +168,16 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     add = _adder(form, run, long, code)
     finish, parts = vector_norms.finish_totals(form, code, many), vector_norms.parts_of(form)
     settle = _rescale(codec) if form.bits == 64 else _settle(codec)
-    square = code == TWO
+    square, inner = code == TWO, -1 if run == 1 and not long else -2
 
     @standalone
     def measure(
-        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, limbs: Any
+        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, making: Any
     ) -> None:
         start, width = i, grid[0, -1]
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size
+        turns, step = (elements[0, inner], elements[1, inner]) if rows > 1 else (1, 0)
         most = greatest(LANES, FLAT_RUN // size) if rows == 1 else stop - i if many else PART_BLOCKS
         # A sum of n additions in sequence is off by n - 1 times 2 ** -53 of it at most, and its root by half of that
         # and half a unit: so many units in the last place, and no more, for of sorted numbers every fourth block of
@@ -184,24 +188,28 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
         while i < stop:
             after = least(least(stop, i + width - i % width), i + most)
             at, j, end = origin + place(i, grid), i - start, after - start
-            for row in range(rows):
+            row = 0
+            while row < rows:
+                together = least(least(TOGETHER, rows - row), turns - row % turns)
                 here = at + place(row * size, elements)
-                further = origin + place(after, grid) if row == rows - 1 else at + place(row * size + size, elements)
+                row_after = row + together
+                further = origin + place(after, grid) if row_after == rows else at + place(row_after * size, elements)
                 ahead = AHEAD if further - here == (end - j) * size else further - here
-                add(buffer, here, end - j, size, sums, norms, limbs, j, ahead, row)
+                add(buffer, here, end - j, size, together, step, sums, norms, making, j, ahead, row)
+                row = row_after
             while j < end and not (many and code == INF):
                 if not many:
-                    doubtful = finish(limbs, PARTS + parts * (j - i + start), limbs, LEAST, sums, j, norms, j, doubt)
+                    doubtful = finish(making, PARTS + parts * (j - i + start), making, LEAST, sums, j, norms, j, doubt)
                 elif lossy:
                     doubtful = finish(sums, j, norms, j, sums, j, norms, j, doubt)
                 else:
-                    doubtful = finish(sums, j, limbs, LEAST, sums, j, norms, j, doubt)
+                    doubtful = finish(sums, j, making, LEAST, sums, j, norms, j, doubt)
                 if code != INF:
                     lane = j
                     while doubtful and lane < end:
                         if doubtful & 1:
                             at = origin + place(start + lane, grid)
-                            sums[lane], norms[lane] = settle(buffer, at, elements, square, sums[lane], limbs)
+                            sums[lane], norms[lane] = settle(buffer, at, elements, square, sums[lane], making)
                         doubtful >>= 1
                         lane += 1
                 j += LANES
@@ -211,45 +219,42 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
 
 
 def _adder(form: Format, run: int, long: bool, code: int) -> Any:
-    """``add(..., j, ahead, row)``: a run of each of `count` adjacent blocks, left where `measure` looks for them."""
+    """``add(..., j, ahead, row)``: rows of each of `count` adjacent blocks, left where `measure` looks for them."""
     many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
-    add_run = vector_norms.add_run(form, run, long, code)
+    add_rows = vector_norms.add_rows(form, run, long, code)
 
     @merged
     def add(
-        buffer: Any, at: int, count: int, size: int, sums: Any, norms: Any, limbs: Any, j: int, ahead: int, row: int
-    ) -> None:
+        buffer: Any, at: int, count: int, size: int, rows: int, step: int, sums: Any, norms: Any, making: Any, j: int,
+        ahead: int, row: int,
+    ) -> None:  # fmt: skip
         if not many:
-            add_run(buffer, at, count, size, limbs, PARTS, limbs, LEAST, ahead, row)
+            add_rows(buffer, at, count, size, rows, step, making, PARTS, making, LEAST, ahead, row)
         elif code == INF:
-            add_run(buffer, at, count, size, norms, j, limbs, LEAST, ahead, row)
+            add_rows(buffer, at, count, size, rows, step, norms, j, making, LEAST, ahead, row)
         elif lossy:  # what the sums lose stands where the norms will
-            add_run(buffer, at, count, size, sums, j, norms, j, ahead, row)
+            add_rows(buffer, at, count, size, rows, step, sums, j, norms, j, ahead, row)
         else:
-            add_run(buffer, at, count, size, sums, j, limbs, LEAST, ahead, row)
+            add_rows(buffer, at, count, size, rows, step, sums, j, making, LEAST, ahead, row)
 
     return add
 
 
 @cache
 def _settle(codec: Codec) -> Any:
-    """``settle(buffer, at, elements, square, wide, limbs)``: a norm in doubt, rounded as the exact sum demands."""
+    """``settle(buffer, at, elements, square, wide, making)``: a norm in doubt, rounded as the exact sum demands."""
     magnitude = codec.magnitude
 
     @standalone
-    def settle(buffer: Any, at: int, elements: Any, square: bool, wide: float, limbs: Any) -> Any:
+    def settle(buffer: Any, at: int, elements: Any, square: bool, wide: float, making: Any) -> Any:
         below = np.float32(wide * (1 - MARGIN))
         if not wide < np.inf or below == np.float32(wide * (1 + MARGIN)):
             return wide, np.float32(wide)
-        for limb in range(np.uintp(limbs.shape[1])):
-            limbs[0, limb] = 0
-        total = length_of(elements)
-        for e in range(total + 1):  # one call to compile
-            x = magnitude(buffer, at + place(e, elements)) if e < total else midpoint_above(below)
-            limbs_add(limbs, 0, x, square, 1 if e < total else -1)
-        side, bits = limbs_sign(limbs, 0), bits_of(below)
-        up = side > 0 or (side == 0 and bits & np.uint32(1))
-        return wide, float_of(np.uint32(bits + np.uint32(up)))
+        for word in range(EXACT_WORDS):
+            making[word] = 0
+        for e in range(length_of(elements)):
+            add_exactly(making, 0, np.float32(magnitude(buffer, at + place(e, elements))), square)
+        return wide, round_exactly(making, 0, below, square)
 
     return settle
 
@@ -260,7 +265,7 @@ def _rescale(codec: Codec) -> Any:
     magnitude = codec.magnitude
 
     @standalone
-    def rescale(buffer: Any, at: int, elements: Any, square: bool, wide: float, limbs: Any) -> Any:
+    def rescale(buffer: Any, at: int, elements: Any, square: bool, wide: float, making: Any) -> Any:
         total = length_of(elements)
         top = 0.0
         for e in range(total):
@@ -370,8 +375,8 @@ call_measurer, call_scaler = caller(9), caller(7)
 @cache
 def measurer_address(layout: Layout, code: int, unit: np.dtype, norm: np.dtype) -> int:
     """Where the code of a `measurer` is, for buffers and norms of these dtypes."""
-    sums, limbs = array_of(np.float64), array_of(np.int64, 2)
-    return address_of(measurer(layout, code), array_of(unit), *_WHERE, *_RANGE, sums, array_of(norm), limbs)
+    sums, making = array_of(np.float64), array_of(np.int64)
+    return address_of(measurer(layout, code), array_of(unit), *_WHERE, *_RANGE, sums, array_of(norm), making)
 
 
 @cache
@@ -391,7 +396,7 @@ def scale_blocks(
 @kernel
 def norms_of_blocks(
     measure: int, largest: bool, buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int,
-    out: Any, wide: Any, sums: Any, norms: Any, limbs: Any,
+    out: Any, wide: Any, sums: Any, norms: Any, making: Any,
 ) -> None:  # fmt: skip
     """Write the norms of blocks [i0, i1), dense; and in float64 if `wide` is not empty. They are the `largest` or sums.
 
@@ -399,7 +404,7 @@ def norms_of_blocks(
     """
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
-        call_measurer(measure, buffer, origin, grid, elements, i, stop, sums, norms, limbs)
+        call_measurer(measure, buffer, origin, grid, elements, i, stop, sums, norms, making)
         copy(norms, stop - i, out, i - i0)
         if wide.size:
             if largest:

@@ -47,22 +47,42 @@ def _on_nest(name: str, doc: str, count: int, emit: Callable[..., Any]) -> Any:
     return intrinsic_of(typed, name, doc, count)
 
 
+def _short_loop(b: Any, count: Any, body: Callable[[Any], None]) -> None:
+    """``body(0 .. count - 1)`` as a loop that LLVM leaves one: unrolled, they were half of a kernel's machine code."""
+    before, turn, after = b.block, b.append_basic_block("turn"), b.append_basic_block("after")
+    b.cbranch(b.icmp_signed(">", count, _INT(0)), turn, after)
+    b.position_at_end(turn)
+    index = b.phi(_INT)
+    index.add_incoming(_INT(0), before)
+    body(index)
+    following = b.add(index, _INT(1))
+    index.add_incoming(following, b.block)
+    back = b.cbranch(b.icmp_signed("<", following, count), turn, after)
+    advice = b.module.add_metadata(["llvm.loop.unroll.disable"])
+    loop = ir.values.MDValue(b.module, [advice], name=str(len(b.module.metadata)))
+    loop.operands = (loop, *loop.operands)  # LLVM tells loops by nodes that hold themselves
+    back.set_metadata("llvm.loop", loop)
+    b.position_at_end(after)
+
+
 def _emit_place(b: Any, loops: Any, size_of: Any, step_of: Any, index: Any) -> Any:
     i, offset = cgutils.alloca_once_value(b, index), cgutils.alloca_once_value(b, _INT(0))
     inner = b.sub(loops, _INT(1))
-    with cgutils.for_range(b, inner) as loop:  # the innermost loop first
-        d = b.sub(inner, loop.index)
+
+    def take(turn: Any) -> None:  # the innermost loop first
+        d = b.sub(inner, turn)
         outer = b.sdiv(b.load(i), size_of(d))
         turn = b.sub(b.load(i), b.mul(outer, size_of(d)))
         b.store(b.add(b.load(offset), b.mul(turn, step_of(d))), offset)
         b.store(outer, i)
+
+    _short_loop(b, inner, take)
     return b.add(b.load(offset), b.mul(b.load(i), step_of(_INT(0))))
 
 
 def _emit_length(b: Any, loops: Any, size_of: Any, step_of: Any) -> Any:
     total = cgutils.alloca_once_value(b, _INT(1))
-    with cgutils.for_range(b, loops) as loop:
-        b.store(b.mul(b.load(total), size_of(loop.index)), total)
+    _short_loop(b, loops, lambda d: b.store(b.mul(b.load(total), size_of(d)), total))
     return b.load(total)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines
-from npscope.backends.numba_cpu.arithmetic import LIMBS
+from npscope.backends.numba_cpu.exact import EXACT_WORDS
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
@@ -25,8 +25,8 @@ from npscope.backends.numba_cpu.operands import (
 )
 from npscope.tiling import Cut, Dim, Leaf, Part, Parts
 
-UNSURE_ROWS = 768
-"""Undecided norms that are summed exactly at a time: half a MiB of limbs."""
+UNSURE_BLOCKS = 1 << 12
+"""Undecided norms that are summed exactly at a time: a third of a MiB of sums."""
 
 _NONE: np.ndarray = np.empty(0)
 """In the place of norms where none are asked for."""
@@ -76,8 +76,7 @@ class PassNorms:
         self.again = np.empty(length if rescales else 0, dtype=part.norm)
         self.wide = np.empty(length if rescales else 0)
         self.unsure = np.empty(length if self.code in (nk.ONE, nk.TWO) else 0, dtype=np.int64)
-        rows = min(length, UNSURE_ROWS) if part.exact else 0
-        self.limbs = np.empty((rows, LIMBS), dtype=np.int64)
+        self.sums = np.empty(min(length, UNSURE_BLOCKS) * EXACT_WORDS if part.exact else 0, dtype=np.int64)
 
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
         """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
@@ -91,8 +90,8 @@ class PassNorms:
             nk.finish_largest(hi, norm)
         elif self.part.exact:
             unsure = nk.finish_exact(hi, lo, self.code == nk.TWO, norm, self.unsure)
-            for start in range(0, unsure, UNSURE_ROWS):
-                self._decide(i0, self.unsure[start : min(unsure, start + UNSURE_ROWS)], norm)
+            for start in range(0, unsure, UNSURE_BLOCKS):
+                self._decide(i0, self.unsure[start : min(unsure, start + UNSURE_BLOCKS)], norm)
         else:
             risky = nk.finish_wide(hi, lo, self.code == nk.TWO, norm, self.unsure)
             if risky:
@@ -124,11 +123,13 @@ class PassNorms:
 
     def _decide(self, i0: int, chosen: np.ndarray, norm: np.ndarray) -> None:
         """The norms of the `chosen` blocks, rounded by their exact sums."""
-        self.limbs[: chosen.size] = 0
+        self.sums[: chosen.size * EXACT_WORDS] = 0
         square = self.code == nk.TWO
         for leaf in self.part.leaves:
-            nk.kernels(leaf.codec).accumulate_limbs(*leaf.where, i0, chosen, chosen.size, leaf.size, square, self.limbs)
-        nk.finish_unsure(self.limbs, chosen, chosen.size, square, norm)
+            nk.kernels(leaf.codec).accumulate_exactly(
+                *leaf.where, i0, chosen, chosen.size, leaf.size, square, self.sums
+            )
+        nk.finish_unsure(self.sums, chosen, chosen.size, square, norm)
 
 
 @lru_cache(maxsize=2048)

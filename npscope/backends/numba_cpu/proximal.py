@@ -127,12 +127,12 @@ def shrink_factors(norms: Any, wide: Any, t: Any) -> None:
 @kernel
 def shrink_blocks(
     measure: int, scale: int, x: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int,
-    t: Numbers, limits: Any, sums: Any, norms: Any, limbs: Any,
+    t: Numbers, limits: Any, sums: Any, norms: Any, making: Any,
 ) -> None:  # fmt: skip
     """Shrink the blocks [i0, i1) by their norm."""
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
-        call_measurer(measure, x, origin, grid, elements, i, stop, sums, norms, limbs)
+        call_measurer(measure, x, origin, grid, elements, i, stop, sums, norms, making)
         call_numbers(*t, i, stop, limits)
         form_factors(norms, sums, limits, stop - i)
         call_scaler(scale, x, origin, grid, elements, i, stop, sums)

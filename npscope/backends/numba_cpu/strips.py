@@ -3,7 +3,7 @@
 A strip is a few thousand elements, which stay in the nearest cache between its three steps. The
 steps are functions of their own, compiled once each, and a kernel is told at which addresses they are:
 
-read(source, i, stop, keys, sums, norms, limbs)
+read(source, i, stop, keys, sums, norms, making)
     blocks [i, stop) of an array as ordered integers;
 select(keys, rows, n, keep, mask, guess, spacing)
     the mask of the first-ranked keys, see `search.selector`;
@@ -79,14 +79,14 @@ def _where(unit: np.dtype) -> Any:
 
 def _scratch(key: np.dtype) -> Any:
     """The type of `Scratch.all`."""
-    return types.Tuple((array_of(key), _MASK, _KEEP, _WIDE, array_of(np.float32), array_of(np.int64, 2)))
+    return types.Tuple((array_of(key), _MASK, _KEEP, _WIDE, array_of(np.float32), array_of(np.int64)))
 
 
 @cache
 def reader_address(read: Function, unit: np.dtype, key: np.dtype) -> int:
     """Where the code of a reader is, for buffers and keys of these dtypes."""
-    norms, limbs = array_of(np.float32), array_of(np.int64, 2)
-    return address_of(read, _where(unit), *_RANGE, array_of(key), _WIDE, norms, limbs)
+    norms, making = array_of(np.float32), array_of(np.int64)
+    return address_of(read, _where(unit), *_RANGE, array_of(key), _WIDE, norms, making)
 
 
 @cache
@@ -124,7 +124,7 @@ def element_reader(key: Function) -> Function:
 
     @standalone
     def read(
-        source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any
+        source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, making: Any
     ) -> None:  # fmt: skip
         buffer, origin, grid, _ = source
         width, stride = grid[0, -1], grid[1, -1]
@@ -149,7 +149,7 @@ def across_reader(key: Function, planes: bool) -> Function:
     walk = _across(_key_to(key), planes)
 
     @standalone
-    def read(source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any) -> None:
+    def read(source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, making: Any) -> None:
         walk(source, i, stop, keys)
 
     return read
@@ -233,10 +233,10 @@ def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
 
     @standalone
     def read(
-        source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, limbs: Any
+        source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, making: Any
     ) -> None:  # fmt: skip
         buffer, origin, grid, elements = source
-        measure(buffer, origin, grid, elements, i, stop, sums, norms, limbs)
+        measure(buffer, origin, grid, elements, i, stop, sums, norms, making)
         for j in range(stop - i):
             keys[np.uintp(j)] = key(norms[np.uintp(j)])
 
@@ -327,12 +327,12 @@ def keep_in_scopes(
     scratch: Any,
 ) -> None:  # fmt: skip
     """Keep the first-ranked blocks of scopes [s0, s1), in strips of `rows` scopes of n blocks."""
-    keys, mask, keep, sums, norms, limbs = scratch
+    keys, mask, keep, sums, norms, making = scratch
     guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
         call_numbers(*counts, s, stop, keep)
-        _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
+        _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
         guess, spacing = _call_selector(select, keys, stop - s, n, keep, mask, guess, spacing)
         _call_writer(write, target, s * n, stop * n, mask)
 
@@ -375,7 +375,7 @@ def searcher(signed: bool) -> Function:
         look: int, read: int, source: Any, i: int, n: int, k: int, guess: Any, expected: tuple[float, float, float],
         scratch: Any,
     ) -> tuple[Any, int, int, Any, tuple[float, float, float]]:  # fmt: skip
-        keys, _mask, _keep, sums, norms, limbs = scratch
+        keys, _mask, _keep, sums, norms, making = scratch
         center, spacing, reach = expected
         size = keys.itemsize
         if k <= 0:
@@ -393,7 +393,7 @@ def searcher(signed: bool) -> Function:
                 center += WEIGHT * (real_of(limit, size) - center)
                 reach *= 0.9
                 return limit, ties, inside, limit, (center, spacing, REACH if reach < REACH else reach)
-        _call_reader(read, source, i, i + n, keys, sums, norms, limbs)
+        _call_reader(read, source, i, i + n, keys, sums, norms, making)
         if k >= n:
             return np.uint64(0), n, n, guess, expected
         limit, ties, spacing = separate(keys, 0, n, k, guess, spacing)
@@ -423,13 +423,13 @@ def cut_in_scopes(
 
     By a `searcher` at the address `seek`, if it is not 0.
     """
-    keys, _mask, keep, sums, norms, limbs = scratch
+    keys, _mask, keep, sums, norms, making = scratch
     guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
         call_numbers(*counts, s, stop, keep)
         if seek == 0:
-            _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
+            _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
         for r in range(stop - s):
             i, first, count = (s + r) * n, r * n, n
             if seek == 0:
@@ -442,7 +442,7 @@ def cut_in_scopes(
             border = n
             if ties < n:
                 if count < n:
-                    _call_reader(read, source, i, i + n, keys, sums, norms, limbs)
+                    _call_reader(read, source, i, i + n, keys, sums, norms, making)
                 border, _ = tie_border(keys, first, n, limit, ties)
             if limit > 0:
                 _call_cutter(cut, source, target, i, i + border, limit - np.uint64(1))
@@ -460,13 +460,13 @@ def kth_kernel(signed: bool) -> Any:
         seek: int, look: int, read: int, source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any,
         scratch: Any,
     ) -> None:  # fmt: skip
-        keys, _mask, keep, sums, norms, limbs = scratch
+        keys, _mask, keep, sums, norms, making = scratch
         guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
         for s in range(s0, s1, rows):
             stop = least(s1, s + rows)
             call_numbers(*counts, s, stop, keep)
             if seek == 0:
-                _call_reader(read, source, s * n, stop * n, keys, sums, norms, limbs)
+                _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
             for r in range(stop - s):
                 first, count, limit, ties = r * n, n, np.uint64(0), n
                 if seek != 0:
@@ -496,8 +496,8 @@ def surveyor(width: int) -> Function:
     def look(
         read: int, source: Any, i: int, stop: int, low: Any, high: Any, found: Any, end: int, stores: bool, scratch: Any
     ) -> tuple[int, int]:
-        keys, _mask, _keep, sums, norms, limbs = scratch
-        _call_reader(read, source, i, stop, keys, sums, norms, limbs)
+        keys, _mask, _keep, sums, norms, making = scratch
+        _call_reader(read, source, i, stop, keys, sums, norms, making)
         count = stop - i
         most, ones = np.uint64(high), np.uint64(keys.dtype.type(~np.uint64(0)))
         above = 0 if most == ones else count_from(keys, 0, count, most + np.uint64(1))
@@ -570,10 +570,10 @@ def survey(
 @kernel
 def read_blocks(read: int, source: Any, i0: int, i1: int, strip: int, out: Any, scratch: Any) -> None:
     """Read the keys of blocks [i0, i1) into a dense array."""
-    keys, _mask, _keep, sums, norms, limbs = scratch
+    keys, _mask, _keep, sums, norms, making = scratch
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
-        _call_reader(read, source, i, stop, keys, sums, norms, limbs)
+        _call_reader(read, source, i, stop, keys, sums, norms, making)
         for j in range(stop - i):
             out[np.uintp(i - i0 + j)] = keys[np.uintp(j)]
 
@@ -584,10 +584,10 @@ def keep_above(
     scratch: Any,
 ) -> Any:  # fmt: skip
     """Keep, of blocks [i0, i1), those above `limit` and the first `ties` equal to it; how many ties are left."""
-    keys, mask, _keep, sums, norms, limbs = scratch
+    keys, mask, _keep, sums, norms, making = scratch
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
-        _call_reader(read, source, start + i - i0, start + stop - i0, keys, sums, norms, limbs)
+        _call_reader(read, source, start + i - i0, start + stop - i0, keys, sums, norms, making)
         ties = mark(keys, 0, stop - i, limit, ties, mask, 0)
         _call_writer(write, target, i, stop, mask)
     return ties
@@ -602,10 +602,10 @@ def cut_elements(cut: int, source: Any, target: Any, i0: int, i1: int, limit: An
 @kernel
 def tie_border_in(read: int, source: Any, i0: int, i1: int, limit: Any, ties: int, scratch: Any) -> int:
     """The block of [i0, i1) that equals `limit` after the first `ties` do; i1 if there is none."""
-    keys, _mask, _keep, sums, norms, limbs = scratch
+    keys, _mask, _keep, sums, norms, making = scratch
     for i in range(i0, i1, STRIP_ELEMENTS):
         stop = least(i1, i + STRIP_ELEMENTS)
-        _call_reader(read, source, i, stop, keys, sums, norms, limbs)
+        _call_reader(read, source, i, stop, keys, sums, norms, making)
         border, ties = tie_border(keys, 0, stop - i, limit, ties)
         if border < stop - i:
             return i + border
@@ -628,11 +628,11 @@ def threshold_kernel(wide: bool) -> Any:
         read: int, write: int, source: Any, target: Any, thresholds: Numbers, i0: int, i1: int, strip: int,
         limits: Any, scratch: Any,
     ) -> None:  # fmt: skip
-        keys, mask, _keep, sums, norms, limbs = scratch
+        keys, mask, _keep, sums, norms, making = scratch
         for i in range(i0, i1, strip):
             stop = least(i1, i + strip)
             call_numbers(*thresholds, i, stop, limits)
-            _call_reader(read, source, i, stop, keys, sums, norms, limbs)
+            _call_reader(read, source, i, stop, keys, sums, norms, making)
             for j in range(stop - i):
                 limit = limits[np.uintp(j)]
                 mask[np.uintp(j)] = not ((limit > 0) & (keys[np.uintp(j)] < key(limit)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,6 @@ from npscope.backends.numba_cpu.vectors import (
     broadcast,
     call,
     load,
-    planes_of,
     prefetch,
     read_single,
     shuffle,
@@ -75,13 +74,13 @@ class _Total:
     Magnitudes of float32 are summed in float64; those of float64 with what is lost, in a second number.
     """
 
-    def __init__(self, b: Builder, form: Format, code: int, blocks: int) -> None:
-        """For so many blocks side by side, or for one in many lanes where that is 0."""
+    def __init__(self, b: Builder, form: Format, code: int, lanes: int) -> None:
+        """Of so many lanes, or of as many as fit where that is 0."""
         self.b, self.code, self.compensates = b, code, form.bits == 64 and code != INF
         if code == INF:
-            start = splat(vector_of(max(32, form.bits), blocks or LANES), 0)
+            start = splat(vector_of(max(32, form.bits), lanes or LANES), 0)
         else:
-            start = splat(ir.VectorType(ir.DoubleType(), blocks or PARTIAL), 0.0)
+            start = splat(ir.VectorType(ir.DoubleType(), lanes or PARTIAL), 0.0)
         self.type: Any = start.type
         self.places = [cgutils.alloca_once_value(b, start) for _ in range(2 if self.compensates else 1)]
 
@@ -154,19 +153,21 @@ def parts_of(form: Format) -> int:
 
 
 @cache
-def add_run(form: Format, run: int, long: bool, code: int) -> Any:
-    """``(source, i, count, size, totals, j, more, k, ahead, row)``: take in a run of each of `count` adjacent blocks.
+def add_rows(form: Format, run: int, long: bool, code: int) -> Any:
+    """``(source, i, count, size, rows, step, totals, j, more, k, ahead, row)``: take in rows of adjacent blocks.
 
-    Runs have `size` elements; they are `long`, with `run` elements that do not fill a vector, or `size` is the
-    constant `run`. Sums in float64, or maxima as bits (NaN the largest), are left in `totals`: one number a block
-    where `takes_many(run)`, else `parts_of(form)`. Row 0 overwrites them. Sums of float32 magnitudes use
-    `LANES` numbers in `more` for their least ones, and sums of float64 what was lost where `takes_many`.
+    A run of each of `count` blocks in each of `rows` rows `step` apart, which are read side by side. Runs have
+    `size` elements; they are `long`, with `run` elements that do not fill a vector, or `size` is the constant
+    `run`. Sums in float64, or maxima as bits (NaN the largest), are left in `totals`: one number a block where
+    `takes_many(run)`, else `parts_of(form)`. The rows from number 0 on overwrite them. Sums of float32 magnitudes
+    use `LANES` numbers in `more` for their least ones, and sums of float64 what was lost where `takes_many`.
     """
     many = takes_many(run) and not long
 
     def emit(
-        b: Builder, source: Value, count: Value, size: Value, totals: Value, more: Value, ahead: Value, row: Value
-    ) -> None:
+        b: Builder, source: Value, count: Value, size: Value, rows: Value, step: Value, totals: Value, more: Value,
+        ahead: Value, row: Value,
+    ) -> None:  # fmt: skip
         go_on = b.icmp_signed("!=", row, ir.Constant(row.type, 0))
         least = _Least(b, more, go_on) if code == ONE and form.bits <= 32 else None
 
@@ -179,7 +180,7 @@ def add_run(form: Format, run: int, long: bool, code: int) -> Any:
             if length % LANES:
                 bits = _read(b, at, length - length % LANES, length % LANES, form, code)
                 padded = [min(i, length % LANES) for i in range(LANES)]
-                found.append(shuffle(b, bits, padded, splat(bits.type, 0)))
+                found.append(bits if many else shuffle(b, bits, padded, splat(bits.type, 0)))
             return found
 
         def take(totals: Sequence[_Total], vectors: Sequence[Value]) -> None:
@@ -188,45 +189,78 @@ def add_run(form: Format, run: int, long: bool, code: int) -> Any:
                 if least is not None:
                     least.take(bits)
 
-        def add(at: Value, block: Value, blocks: int) -> None:
-            total = _Total(b, form, code, blocks)
+        def places_of(total: _Total, block: Value, lanes: int) -> list[Value]:
             entry = block if many else b.mul(block, number(parts_of(form)))
             words = b.bitcast(totals, total.type.element.as_pointer() if many else ir.DoubleType().as_pointer())
             words = [b.gep(words, [entry])]
             if total.compensates:
                 lost = b.bitcast(more, ir.DoubleType().as_pointer())
                 words.append(b.gep(lost, [entry]) if many else b.gep(words[0], [number(PARTIAL)]))
-            places = [b.bitcast(word, total.type.as_pointer()) for word in words]
+            return [b.bitcast(word, ir.VectorType(total.type.element, lanes).as_pointer()) for word in words]
+
+        def over_rows(at: Value, take_row: Callable[[Value], None]) -> None:
+            with cgutils.for_range(b, rows) as loop:
+                take_row(b.gep(at, [b.mul(loop.index, step)]))
+
+        def add_many(at: Value, block: Value, blocks: int) -> None:
+            # Rows are added as they lie; only their sums are dealt out to the blocks.
+            length = blocks * run
+            parts = [_Total(b, form, code, min(LANES, length)) for _ in range(max(1, length // LANES))]
+            over_rows(at, lambda here: take(parts, read(here, length)))
+            values = _dealt_out(b, code, [part.values for part in parts], run)
+            places = places_of(parts[0], block, blocks)
+            before = [_if(b, go_on, b.load(place, align=4)) for place in places]
+            for value, place in zip(_joined(b, code, values, before), places, strict=True):
+                b.store(value, place, align=4)
+
+        def add_one(at: Value, block: Value) -> None:
+            total = _Total(b, form, code, 0)
+            places = places_of(total, block, total.type.count)
             total.values = [_if(b, go_on, b.load(place, align=4)) for place in places]
-            if blocks:
-                prefetch(b, at, blocks * run * form.bits // 8, ahead)
-                take([total], planes_of(b, [_read(b, at, v * blocks, blocks, form, code) for v in range(run)]))
-            elif long:
-                others = [_Total(b, form, code, 0) for _ in range(CHUNK // LANES)]
+            others = [_Total(b, form, code, 0) for _ in range(CHUNK // LANES if long else 0)]
+
+            def take_long(here: Value) -> None:
                 chunks, vectors = b.udiv(size, number(CHUNK)), b.udiv(size, number(LANES))
                 with cgutils.for_range(b, chunks) as loop:
-                    take(others, read(b.gep(at, [b.mul(loop.index, number(CHUNK))]), CHUNK))
+                    take(others, read(b.gep(here, [b.mul(loop.index, number(CHUNK))]), CHUNK))
                 with cgutils.for_range_slice(b, b.mul(chunks, number(CHUNK // LANES)), vectors, number(1)) as (v, _):
-                    take([total], read(b.gep(at, [b.mul(v, number(LANES))]), LANES))
-                for other in others:
-                    total.join(other.values)
-                take([total], read(b.gep(at, [b.mul(vectors, number(LANES))]), run) if run else [])
-            else:
-                take([total], read(at, run))
+                    take([total], read(b.gep(here, [b.mul(v, number(LANES))]), LANES))
+                take([total], read(b.gep(here, [b.mul(vectors, number(LANES))]), run) if run else [])
+
+            over_rows(at, take_long if long else lambda here: take([total], read(here, run)))
+            for other in others:
+                total.join(other.values)
             for value, place in zip(total.values, places, strict=True):
                 b.store(value, place, align=4)
 
         done = number(0)
-        for blocks in (LANES, 1) if many else (0,):
-            step = number(blocks or 1)
-            stop = b.mul(b.udiv(count, step), step)
-            with cgutils.for_range_slice(b, done, stop, step) as (block, _):
-                add(b.gep(source, [b.mul(block, size)]), block, blocks)
+        for blocks in (LANES, 1) if many else (1,):
+            stop = b.mul(b.udiv(count, number(blocks)), number(blocks))
+            with cgutils.for_range_slice(b, done, stop, number(blocks)) as (block, _):
+                at = b.gep(source, [b.mul(block, size)])
+                if many:
+                    add_many(at, block, blocks)
+                else:
+                    add_one(at, block)
             done = stop
         if least is not None:
             least.leave()
 
-    return step(emit, 10)
+    return step(emit, 12)
+
+
+def _dealt_out(b: Builder, code: int, parts: list[list[Value]], run: int) -> list[Value]:
+    """The totals of adjacent blocks, in a lane each, from those of their elements: `run` lanes for a block."""
+    while run > 1:
+        count = parts[0][0].type.count * min(2, len(parts))
+        joined = []
+        for x, y in zip(parts[::2], parts[1::2] or parts, strict=True):
+            evens, odds = (
+                [shuffle(b, p, range(start, count, 2), q) for p, q in zip(x, y, strict=True)] for start in (0, 1)
+            )
+            joined.append(_joined(b, code, evens, odds))
+        parts, run = joined, run // 2
+    return parts[0]
 
 
 def _folded(b: Builder, form: Format, code: int, source: Value) -> list[Value]:

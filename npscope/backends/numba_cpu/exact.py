@@ -1,0 +1,59 @@
+"""Exact sums of float32 magnitudes or their squares, and the rounding that they demand.
+
+A sum is one integer of 640 bits, in units of the smallest magnitude or its square: 2**64 of the largest squares fit.
+Written for LLVM, which knows integers of any width: Numba took longer to compile this than all else of a norm.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+
+from npscope.backends.numba_cpu.vectors import INT32, Builder, Value, step
+
+EXACT_WORDS = 10
+"""The int64 that an exact sum takes."""
+
+_SUM, _WORD = ir.IntType(64 * EXACT_WORDS), ir.IntType(64)
+
+
+def _parts_of(b: Builder, number: Value) -> tuple[Value, Value]:
+    """(m, e) of a float32 magnitude: it is m times 2**e of the smallest one."""
+    bits = b.bitcast(number, INT32)
+    exponent = b.lshr(bits, INT32(23))
+    normal = b.zext(b.icmp_unsigned("!=", exponent, INT32(0)), INT32)
+    mantissa = b.or_(b.and_(bits, INT32((1 << 23) - 1)), b.shl(normal, INT32(23)))
+    return b.zext(mantissa, _WORD), b.zext(b.sub(exponent, normal), _WORD)
+
+
+def _term(b: Builder, mantissa: Value, exponent: Value, square: Value) -> Value:
+    mantissa = b.select(square, b.mul(mantissa, mantissa), mantissa)
+    exponent = b.select(square, b.add(exponent, exponent), exponent)
+    return b.shl(b.zext(mantissa, _SUM), b.zext(exponent, _SUM))
+
+
+def _add(b: Builder, place: Value, number: Value, square: Value) -> None:
+    total = b.bitcast(place, _SUM.as_pointer())
+    b.store(b.add(b.load(total, align=8), _term(b, *_parts_of(b, number), square)), total, align=8)
+
+
+def _round(b: Builder, place: Value, below: Value, square: Value) -> Value:
+    mantissa, exponent = _parts_of(b, below)
+    # Halfway to the next float32 is an odd number of half units; a square of those is in quarters of a squared unit.
+    middle = _term(b, b.add(b.add(mantissa, mantissa), _WORD(1)), exponent, square)
+    halves = b.select(square, _SUM(2), _SUM(1))
+    total = b.shl(b.load(b.bitcast(place, _SUM.as_pointer()), align=8), halves)
+    bits = b.bitcast(below, INT32)
+    odd = b.trunc(bits, ir.IntType(1))
+    up = b.or_(b.icmp_unsigned(">", total, middle), b.and_(b.icmp_unsigned("==", total, middle), odd))
+    return b.bitcast(b.add(bits, b.zext(up, INT32)), ir.FloatType())
+
+
+add_exactly = step(_add, 4)
+"""``add_exactly(sums, i, x, square)``: add float32 x >= 0, or its square, to the sum in words `i` and following."""
+
+round_exactly = step(_round, 4, types.float32)
+"""``round_exactly(sums, i, below, square)``: the float32 nearest to a sum, or to its root if it is one of squares.
+
+That is `below` or the next larger one, infinity included; of two that are as near the even one.
+"""
