@@ -137,4 +137,4 @@ def test_exact_sums_round_as_fractions_do(terms, square):
     expected = np.float32(np.inf if up and above > LARGEST else above if up else below)
     assert exact_root(numbers, below, square, sums) == expected
     units = sum(int(np.uint64(word)) << (64 * i) for i, word in enumerate(sums.view(np.uint64)))
-    assert units == exact * 2 ** (298 if square else 149)
+    assert units == exact * 2 ** (300 if square else 150)

@@ -119,8 +119,21 @@ def _call(context: Any, builder: Any, place: Any, signature: Any, values: Any) -
     return returned
 
 
+def _small(typing_context: Any) -> tuple[Any, Callable[..., Any]]:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        for attribute in ("optsize", "minsize"):
+            builder.function.attributes.add(attribute)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 def intrinsic_of(typed: Any, name: str, doc: str | None, count: int) -> Any:
     """The intrinsic that ``typed(context, *types)`` describes, for `count` positional arguments."""
     kinds = [inspect.Parameter(f"argument{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(count + 1)]
     typed.__name__, typed.__doc__, typed.__signature__ = name, doc, inspect.Signature(kinds)
     return intrinsic(typed)
+
+
+make_small: Any = intrinsic_of(_small, "make_small", None, 0)
+"""``make_small()``: let LLVM make the function that says so small, and not fast: a third of its time, for rare code."""

@@ -20,7 +20,7 @@ from npscope.backends.numba_cpu import vector_norms, vector_selection
 from npscope.backends.numba_cpu.arithmetic import two_sum
 from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, merged, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Placement, layout_of
 from npscope.backends.numba_cpu.scalars import greatest, least
@@ -174,6 +174,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     def measure(
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, making: Any
     ) -> None:
+        make_small()
         start, width = i, grid[0, -1]
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size
@@ -247,6 +248,7 @@ def _settle(codec: Codec) -> Any:
 
     @standalone
     def settle(buffer: Any, at: int, elements: Any, square: bool, wide: float, making: Any) -> Any:
+        make_small()
         below = np.float32(wide * (1 - MARGIN))
         if not wide < np.inf or below == np.float32(wide * (1 + MARGIN)):
             return wide, np.float32(wide)
@@ -312,6 +314,7 @@ def dropper(layout: Layout) -> Any:
 
     @standalone
     def drop(target: Any, i: int, stop: int, mask: Any) -> None:
+        make_small()
         buffer, origin, grid, elements = target
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size
