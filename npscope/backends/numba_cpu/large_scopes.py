@@ -21,8 +21,8 @@ from npscope.backends.numba_cpu.operands import (
     workers_for,
 )
 from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, Sink, cutter_of, dense, surveyor_of
-from npscope.backends.numba_cpu.search import SLACK
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch
+from npscope.backends.numba_cpu.vector_search import SLACK
 
 FOUND_BYTES = 6 << 20
 """Work array of a thread for the keys between two limits; 3 % of a scope lies there as a rule."""

@@ -56,10 +56,7 @@ FLAT_RUN = 1 << 10
 """Elements whose sums are finished together where a block is one run: short, so that roots run beside loads."""
 
 TOGETHER = 4
-"""Rows that are read side by side: a sum of four needs to be stored, and dealt out to its block, only once."""
-
-AHEAD = 1 << 11
-"""Elements between what is summed and what is prefetched, as long as memory is read in order."""
+"""Rows that are read side by side, but long ones: a sum of four is stored, and dealt out to its block, only once."""
 
 
 def _whole_lines(length: int) -> int:
@@ -169,6 +166,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     finish, parts = vector_norms.finish_totals(form, code, many), vector_norms.parts_of(form)
     settle = _rescale(codec) if form.bits == 64 else _settle(codec)
     square, inner = code == TWO, -1 if run == 1 and not long else -2
+    most_together = 1 if long else TOGETHER
 
     @standalone
     def measure(
@@ -191,12 +189,11 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
             at, j, end = origin + place(i, grid), i - start, after - start
             row = 0
             while row < rows:
-                together = least(least(TOGETHER, rows - row), turns - row % turns)
+                together = least(least(most_together, rows - row), turns - row % turns)
                 here = at + place(row * size, elements)
                 row_after = row + together
                 further = origin + place(after, grid) if row_after == rows else at + place(row_after * size, elements)
-                ahead = AHEAD if further - here == (end - j) * size else further - here
-                add(buffer, here, end - j, size, together, step, sums, norms, making, j, ahead, row)
+                add(buffer, here, end - j, size, together, step, sums, norms, making, j, further - here, row)
                 row = row_after
             while j < end and not (many and code == INF):
                 if not many:
@@ -220,23 +217,23 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
 
 
 def _adder(form: Format, run: int, long: bool, code: int) -> Any:
-    """``add(..., j, ahead, row)``: rows of each of `count` adjacent blocks, left where `measure` looks for them."""
+    """``add(..., j, jump, row)``: rows of each of `count` adjacent blocks, left where `measure` looks for them."""
     many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
     add_rows = vector_norms.add_rows(form, run, long, code)
 
     @merged
     def add(
         buffer: Any, at: int, count: int, size: int, rows: int, step: int, sums: Any, norms: Any, making: Any, j: int,
-        ahead: int, row: int,
+        jump: int, row: int,
     ) -> None:  # fmt: skip
         if not many:
-            add_rows(buffer, at, count, size, rows, step, making, PARTS, making, LEAST, ahead, row)
+            add_rows(buffer, at, count, size, rows, step, making, PARTS, making, LEAST, jump, row)
         elif code == INF:
-            add_rows(buffer, at, count, size, rows, step, norms, j, making, LEAST, ahead, row)
+            add_rows(buffer, at, count, size, rows, step, norms, j, making, LEAST, jump, row)
         elif lossy:  # what the sums lose stands where the norms will
-            add_rows(buffer, at, count, size, rows, step, sums, j, norms, j, ahead, row)
+            add_rows(buffer, at, count, size, rows, step, sums, j, norms, j, jump, row)
         else:
-            add_rows(buffer, at, count, size, rows, step, sums, j, making, LEAST, ahead, row)
+            add_rows(buffer, at, count, size, rows, step, sums, j, making, LEAST, jump, row)
 
     return add
 

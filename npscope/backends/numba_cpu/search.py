@@ -19,46 +19,15 @@ from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.codecs import signed_key_of_float32, signed_key_of_float64
 from npscope.backends.numba_cpu.jit import inner, merged, standalone
 from npscope.backends.numba_cpu.scalars import float_of, greatest, least
+from npscope.backends.numba_cpu.vector_search import count_from, mark, neighbours_of
 
 QUICK_PROBES = 6
 """Guesses before the search always looks for the keys next to a guess; normal data needs 5.8 in rows of 1024."""
-
-CHUNK = 64
-"""Keys looked at together: only in one chunk of a scope do ties have to be counted one by one."""
-
-SLACK = 64
-"""Entries that work arrays have beyond what is used, so that vectors need no remainder."""
 
 _SIGN32, _SIGN64 = np.uint32(1 << 31), np.uint64(1 << 63)
 
 FIRST_GUESS, FIRST_SPACING = np.uint64(1 << 30), 65536.0
 """Where a search starts that has no scope before it."""
-
-
-@inner
-def count_from(keys: Any, start: int, n: int, limit: Any) -> Any:
-    """How many of n keys are at least `limit`."""
-    border = keys.dtype.type(limit)
-    count = np.uint32(0)  # half as wide as an int64, so twice as many in a vector
-    for i in range(n):
-        count = np.uint32(count + np.uint32(keys[np.uintp(start + i)] >= border))
-    return np.int64(count)
-
-
-@inner
-def neighbours_of(keys: Any, start: int, n: int, limit: Any) -> tuple[Any, Any]:
-    """(least key that is at least `limit`, largest key below it); all ones and 0 where there is none."""
-    border = keys.dtype.type(limit)
-    zero = keys.dtype.type(0)
-    ones = keys.dtype.type(~np.uint64(0))
-    above, below = ones, zero
-    for i in range(n):
-        key = keys[np.uintp(start + i)]
-        # Comparisons and choices, of which LLVM makes a vector's minimum; of `least` it makes none here.
-        up, down = (key, zero) if key >= border else (ones, key)
-        above = up if up < above else above
-        below = down if down > below else below
-    return np.uint64(above), np.uint64(below)
 
 
 # --- numbers along which keys are spread evenly enough to interpolate ----------------------------
@@ -164,47 +133,6 @@ _separate = separator(False)
 
 
 # --- ranks ---------------------------------------------------------------------------------------
-
-
-@standalone
-def mark(keys: Any, start: int, n: int, limit: Any, ties: Any, mask: Any, at: int) -> Any:
-    """Mask of n keys: above `limit`, or among the first `ties` equal to it; how many ties are left."""
-    border = keys.dtype.type(limit)
-    for c in range(0, n, CHUNK):
-        count = least(CHUNK, n - c)
-        equal = np.uint32(0)
-        for i in range(count):
-            key = keys[np.uintp(start + c + i)]
-            mask[np.uintp(at + c + i)] = key >= border
-            equal = np.uint32(equal + np.uint32(key == border))
-        if equal > ties:
-            for i in range(count):
-                key = keys[np.uintp(start + c + i)]
-                ties -= np.int64(key == border)
-                mask[np.uintp(at + c + i)] = (key > border) | ((key == border) & (ties >= 0))
-            ties = 0
-        else:
-            ties -= np.int64(equal)
-    return ties
-
-
-@standalone
-def tie_border(keys: Any, start: int, n: int, limit: Any, ties: int) -> tuple[int, int]:
-    """(how many of n keys come before the one that equals `limit` after the first `ties` do; the ties left if none)."""
-    border = keys.dtype.type(limit)
-    for c in range(0, n, CHUNK):
-        count = least(CHUNK, n - c)
-        equal = np.uint32(0)
-        for i in range(count):
-            equal = np.uint32(equal + np.uint32(keys[np.uintp(start + c + i)] == border))
-        if equal > ties:
-            for i in range(count):
-                if keys[np.uintp(start + c + i)] == border:
-                    if ties == 0:
-                        return c + i, 0
-                    ties -= 1
-        ties -= int(equal)
-    return n, ties
 
 
 @merged

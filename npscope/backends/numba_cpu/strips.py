@@ -31,7 +31,7 @@ from npscope.backends.numba_cpu.kernels import Numbers, call_numbers
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.scalars import least
-from npscope.backends.numba_cpu.search import count_from, mark, neighbours_of, tie_border
+from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
 
 STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
@@ -44,9 +44,9 @@ class Scratch:
     """Work arrays of one thread for strips of up to `blocks` blocks and `scopes` scopes."""
 
     def __init__(self, blocks: int, scopes: int, key: np.dtype) -> None:
-        self.keys = np.zeros(blocks + search.SLACK, dtype=key)
-        self.mask = np.zeros(blocks + search.SLACK, dtype=np.bool_)
-        self.keep = np.zeros(scopes + search.SLACK, dtype=np.int64)
+        self.keys = np.zeros(blocks + SLACK, dtype=key)
+        self.mask = np.zeros(blocks + SLACK, dtype=np.bool_)
+        self.keep = np.zeros(scopes + SLACK, dtype=np.int64)
         self.norms = lines.NormBuffers(blocks, np.dtype(np.float32))
 
     @property
@@ -559,7 +559,7 @@ def survey(
     above, inside, end = 0, 0, start
     for i in range(i0, i1, step):
         stop = least(i1, i + run)
-        stores = low != high and end + stop - i + search.SLACK <= found.size
+        stores = low != high and end + stop - i + SLACK <= found.size
         over, within = _call_surveyor(look, read, source, i, stop, low, high, found, end, stores, scratch)
         above, inside = above + over, inside + within
         if stores:
@@ -600,7 +600,7 @@ def cut_elements(cut: int, source: Any, target: Any, i0: int, i1: int, limit: An
 
 
 @kernel
-def tie_border_in(read: int, source: Any, i0: int, i1: int, limit: Any, ties: int, scratch: Any) -> int:
+def tie_border_in(read: int, source: Any, i0: int, i1: int, limit: Any, ties: int, scratch: Any) -> Any:
     """The block of [i0, i1) that equals `limit` after the first `ties` do; i1 if there is none."""
     keys, _mask, _keep, sums, norms, making = scratch
     for i in range(i0, i1, STRIP_ELEMENTS):

@@ -21,6 +21,7 @@ from npscope.backends.numba_cpu.vectors import (
     call,
     keys_of,
     load,
+    narrow,
     planes_of,
     prefetch,
     shuffle,
@@ -46,12 +47,6 @@ def _ranks(b: Builder, keys: Value, n: int) -> Value:
         rivals = b.or_(rivals, ir.Constant(vector, [int(p >= n) for p in places]))
         ranks = b.add(ranks, b.zext(b.icmp_unsigned(">", rivals, doubled), vector))
     return ranks
-
-
-def _narrow(b: Builder, count: Value, vector: ir.VectorType) -> Value:
-    """An int64 in every lane."""
-    scalar = count if vector.element.width == 64 else b.trunc(count, vector.element)
-    return broadcast(b, scalar, vector.count)
 
 
 def is_sorted(form: Format, n: int) -> bool:
@@ -83,7 +78,7 @@ def prune_groups(form: Format, n: int, *, several: bool = False) -> Any:
         if several:
             kept = _first_by_sorting(b, keys, k, n)
         else:
-            kept = [b.icmp_unsigned("<", _ranks(b, keys[0], n), _narrow(b, k, keys[0].type))]
+            kept = [b.icmp_unsigned("<", _ranks(b, keys[0], n), narrow(b, k, keys[0].type))]
         for start, bits, flags in zip(starts, lines, kept, strict=True):
             store(b, b.select(flags, bits, splat(bits.type, 0)), b.gep(target, [INT32(start)]))
 
@@ -114,7 +109,7 @@ def _first_by_sorting(b: Builder, keys: list[Value], k: Value, n: int) -> list[V
         found = b.add(found, _count(b, b.load(place)))
     # Each group has k keys or more from its limit on. If more, only the first of those equal to it are kept.
     with b.if_then(b.icmp_unsigned("!=", found, b.mul(k, ir.Constant(k.type, lanes))), likely=False):
-        left = _narrow(b, k, vector)
+        left = narrow(b, k, vector)
         for plane in planes:
             left = b.sub(left, b.zext(b.icmp_unsigned(">", plane, limit), vector))
         for key, most, order, place in zip(keys, limits, groups, flags, strict=True):
@@ -155,7 +150,7 @@ def keep_above(form: Format) -> Any:
     def emit(b: Builder, source: Value, target: Value, limit: Value) -> None:
         prefetch(b, source, LINE)
         bits = load(b, source, vector_of(form.bits, form.lanes))
-        kept = b.icmp_unsigned(">", all_keys_of(b, bits, form, False), _narrow(b, limit, bits.type))
+        kept = b.icmp_unsigned(">", all_keys_of(b, bits, form, False), narrow(b, limit, bits.type))
         store(b, b.select(kept, load(b, target, bits.type), splat(bits.type, 0)), target)
 
     return step(emit, 5)
@@ -236,7 +231,7 @@ def survey_line(form: Format, signed: bool) -> Any:
     def emit(b: Builder, source: Value, found: Value, low: Value, high: Value) -> Value:
         prefetch(b, source, LINE)
         keys = all_keys_of(b, load(b, source, vector_of(form.bits, form.lanes)), form, signed)
-        least, most = (_narrow(b, end, keys.type) for end in (low, high))
+        least, most = (narrow(b, end, keys.type) for end in (low, high))
         above = b.icmp_unsigned(">", keys, most)
         inside = b.and_(b.icmp_unsigned(">=", keys, least), b.not_(above))
         _append(b, keys, inside, found)
