@@ -119,10 +119,15 @@ def _call(context: Any, builder: Any, place: Any, signature: Any, values: Any) -
     return returned
 
 
+def small(builder: Any) -> None:
+    """Let LLVM make this function small and not fast: a third of its time, where code is rare or vectors are ours."""
+    for attribute in ("optsize", "minsize"):
+        builder.function.attributes.add(attribute)
+
+
 def _small(typing_context: Any) -> tuple[Any, Callable[..., Any]]:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        for attribute in ("optsize", "minsize"):
-            builder.function.attributes.add(attribute)
+        small(builder)
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -136,4 +141,4 @@ def intrinsic_of(typed: Any, name: str, doc: str | None, count: int) -> Any:
 
 
 make_small: Any = intrinsic_of(_small, "make_small", None, 0)
-"""``make_small()``: let LLVM make the function that says so small, and not fast: a third of its time, for rare code."""
+"""``make_small()``: make the function that says so `small`."""

@@ -18,7 +18,7 @@ from numba import types
 
 from npscope.backends.numba_cpu import vector_norms, vector_selection
 from npscope.backends.numba_cpu.arithmetic import two_sum
-from npscope.backends.numba_cpu.codecs import Codec, codec
+from npscope.backends.numba_cpu.codecs import Codec, Function, codec
 from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
@@ -37,10 +37,11 @@ from npscope.dtypes import kind_of
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
 
-STRIP_RUN, STRIP_ELEMENTS, STRIP_BLOCKS = 1 << 12, 1 << 17, 1 << 11
-"""Adjacent elements of a row of a strip, elements and blocks of a strip at most.
+STRIP_RUN, SHORT_RUN, STRIP_ELEMENTS, STRIP_BLOCKS = 1 << 12, 1 << 10, 1 << 17, 1 << 11
+"""Adjacent elements of a row of a strip, those if it has many rows, elements and blocks of a strip at most.
 
-Rows are read one after the other, so that memory is read in pieces of 16 KiB: measured, twice as fast as 1 KiB.
+So a strip of 4x4 blocks is 16 KiB, which the nearest cache holds until it is written: measured, a tenth faster than
+64 KiB. Tall blocks are read in pieces of 4 KiB; with 1 KiB reading takes twice as long.
 """
 
 JOINS = 16
@@ -131,7 +132,8 @@ def _additions(run: int, rows: int) -> int:
 def strip_blocks(layout: Layout, multiple: int = 1) -> int:
     """Blocks of a strip: whole scopes of `multiple` blocks."""
     most = STRIP_BLOCKS if vector_norms.takes_many(layout.run) else PART_BLOCKS
-    count = max(1, min(most, STRIP_RUN // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
+    columns = max(SHORT_RUN, STRIP_RUN // layout.rows)
+    count = max(1, min(most, columns // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
     return max(1, count // multiple) * multiple
 
 
@@ -165,8 +167,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     add = _adder(form, run, long, code)
     finish, parts = vector_norms.finish_totals(form, code, many), vector_norms.parts_of(form)
     settle = _rescale(codec) if form.bits == 64 else _settle(codec)
-    square, inner = code == TWO, -1 if run == 1 and not long else -2
-    most_together = 1 if long else TOGETHER
+    square, (inner, most_together) = code == TWO, _rows_in(run, long)
 
     @standalone
     def measure(
@@ -214,6 +215,11 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
             i = after
 
     return measure
+
+
+def _rows_in(run: int, long: bool) -> tuple[int, int]:
+    """(which loop of a nest over elements goes over rows, and how many of them are read side by side)."""
+    return -1 if run == 1 and not long else -2, 1 if long else TOGETHER
 
 
 def _adder(form: Format, run: int, long: bool, code: int) -> Any:
@@ -288,101 +294,79 @@ def _rescale(codec: Codec) -> Any:
 @cache
 def dropper(layout: Layout) -> Any:
     """``drop(target, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
-    form, run, long, keep = layout.form, layout.run, layout.is_long, layout.codec.keep
-    vectors = run <= 32
-    together = vector_selection.runs_of_lines(form, run)
-    many, one = (vector_selection.drop_runs(form, run if vectors else 1, blocks) for blocks in (together, 1))
-
-    @merged
-    def drop_run(buffer: Any, at: int, count: int, size: int, mask: Any, j: int) -> None:
-        stop = j + count
-        while vectors and together > 1 and j + together <= stop:
-            many(buffer, at, mask, j)
-            at += together * run
-            j += together
-        while j < stop:
-            if vectors:
-                one(buffer, at, mask, j)
-            elif not mask[j]:
-                for e in range(size):
-                    keep(buffer, at + e, False)
-            at += size
-            j += 1
-
-    @standalone
-    def drop(target: Any, i: int, stop: int, mask: Any) -> None:
-        make_small()
-        buffer, origin, grid, elements = target
-        size = elements[0, -1] if long else run
-        rows = length_of(elements) // size
-        width = grid[0, -1]
-        start = i
-        while i < stop:
-            after = least(stop, i + width - i % width)
-            at = origin + place(i, grid)
-            for row in range(rows):
-                drop_run(buffer, at + place(row * size, elements), after - i, size, mask, i - start)
-            i = after
-
-    return drop
+    drop_rows = vector_selection.drop_rows(layout.form, layout.run) if layout.run <= 32 else None
+    return _row_writer(layout, drop_rows, layout.codec.keep, True)
 
 
 @cache
 def scaler(layout: Layout) -> Any:
-    """``scale(buffer, origin, grid, elements, i, stop, factors)``: multiply the blocks of a strip by their factors."""
-    form, run, long, scale_one = layout.form, layout.run, layout.is_long, layout.codec.scale
-    vectors = form.name == "float32" and not long
-    together = vector_selection.runs_per_line(form, run) if vectors else 1
-    many, one = (vector_selection.scale_runs(form, run if vectors else 1, blocks) for blocks in (together, 1))
+    """``scale(target, i, stop, factors)``: multiply the blocks of a strip by their factors."""
+    vectors = layout.form.name == "float32" and not layout.is_long
+    scale_rows = vector_selection.scale_rows(layout.form, layout.run) if vectors else None
+    return _row_writer(layout, scale_rows, layout.codec.scale, 1.0)
 
-    @merged
-    def scale_run(buffer: Any, at: int, count: int, size: int, factors: Any, j: int) -> None:
-        stop = j + count
-        while vectors and together > 1 and j + together <= stop:
-            many(buffer, at, factors, j)
-            at += together * run
-            j += together
-        while j < stop:
-            if vectors:
-                one(buffer, at, factors, j)
-            elif factors[j] != 1.0:
-                for e in range(size):
-                    scale_one(buffer, at + e, factors[j])
-            at += size
-            j += 1
+
+def _row_writer(layout: Layout, write_rows: Any, write_one: Function, same: float) -> Any:
+    """``write(target, i, stop, numbers)``: change the blocks of a strip by a number each; `same` leaves one as it is.
+
+    By vectors of several blocks if there are `write_rows`, else element by element.
+    """
+    run, long, vectors = layout.run, layout.is_long, write_rows is not None
+    inner, most_together = _rows_in(run, long)
 
     @standalone
-    def scale(buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, factors: Any) -> None:
+    def write(target: Any, i: int, stop: int, numbers: Any) -> None:
+        buffer, origin, grid, elements = target
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size
+        turns, step = (elements[0, inner], elements[1, inner]) if rows > 1 else (1, 0)
         width = grid[0, -1]
         start = i
         while i < stop:
             after = least(stop, i + width - i % width)
-            at = origin + place(i, grid)
-            for row in range(rows):
-                scale_run(buffer, at + place(row * size, elements), after - i, size, factors, i - start)
+            at, row = origin + place(i, grid), 0
+            while row < rows:
+                together = least(least(most_together, rows - row), turns - row % turns)
+                here, row_after = at + place(row * size, elements), row + together
+                further = origin + place(after, grid) if row_after == rows else at + place(row_after * size, elements)
+                if vectors:
+                    write_rows(buffer, here, after - i, together, step, numbers, i - start, further - here)
+                else:
+                    for j in range(i, after):
+                        number = numbers[j - start]
+                        if number != same:
+                            for r in range(together):
+                                first = here + (j - i) * size + r * step
+                                for e in range(size):
+                                    write_one(buffer, first + e, number)
+                row = row_after
             i = after
 
-    return scale
+    return write
 
 
-_WHERE = (types.int64, NEST, NEST)  # behind a buffer: its origin, grid and elements
+def where_type(unit: np.dtype) -> Any:
+    """The Numba type of a `Where` with a buffer of this dtype."""
+    return types.Tuple((array_of(unit), types.int64, NEST, NEST))
+
+
 _RANGE = (types.int64, types.int64)
-call_measurer, call_scaler = caller(9), caller(7)
+call_measurer, call_scaler = caller(9), caller(4)
 
 
 @cache
 def measurer_address(layout: Layout, code: int, unit: np.dtype, norm: np.dtype) -> int:
     """Where the code of a `measurer` is, for buffers and norms of these dtypes."""
     sums, making = array_of(np.float64), array_of(np.int64)
-    return address_of(measurer(layout, code), array_of(unit), *_WHERE, *_RANGE, sums, array_of(norm), making)
+    return address_of(
+        measurer(layout, code), array_of(unit), types.int64, NEST, NEST, *_RANGE, sums, array_of(norm), making
+    )
 
 
 @cache
 def scaler_address(layout: Layout, unit: np.dtype) -> int:
     """Where the code of a `scaler` is, for buffers of this dtype."""
-    return address_of(scaler(layout), array_of(unit), *_WHERE, *_RANGE, array_of(np.float64))
+    return address_of(scaler(layout), where_type(unit), *_RANGE, array_of(np.float64))
 
 
 @kernel
@@ -390,7 +374,7 @@ def scale_blocks(
     scale: int, buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, factors: Any
 ) -> None:
     """Multiply the blocks [i0, i1) by their factors; 0 writes +0.0, 1 keeps the bits."""
-    call_scaler(scale, buffer, origin, grid, elements, i0, i1, factors)
+    call_scaler(scale, (buffer, origin, grid, elements), i0, i1, factors)
 
 
 @kernel

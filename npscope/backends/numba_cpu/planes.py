@@ -18,7 +18,7 @@ from npscope.backends.numba_cpu.vectors import (
     Builder,
     Format,
     Value,
-    call,
+    fma,
     planes_of,
     prefetch,
     read_single,
@@ -83,7 +83,7 @@ def measure_planes() -> Any:
         def terms(so_far: list[Value], x: Value, c: Value) -> list[Value]:
             p = b.fmul(c, x)
             p = b.fmul(p, p)
-            return [b.fadd(so_far[0], p), _fma(b, x, x, so_far[1]), _fma(b, p, c, so_far[2])]
+            return [b.fadd(so_far[0], p), fma(b, x, x, so_far[1]), fma(b, p, c, so_far[2])]
 
         for place, value in zip(
             _rows_of(b, sums, distance, 3), _sum_planes(b, (v, h), rows, width, terms), strict=True
@@ -112,7 +112,7 @@ def secular_sums() -> Any:
             q = b.fmul(b.fmul(c, b.fmul(x, unit)), r)
             q, p = b.fmul(q, q), b.fmul(moved, r)
             slope = b.fmul(q, p)
-            return [b.fadd(so_far[0], q), b.fadd(so_far[1], slope), _fma(b, slope, p, so_far[2])]
+            return [b.fadd(so_far[0], q), b.fadd(so_far[1], slope), fma(b, slope, p, so_far[2])]
 
         for place, value in zip(
             _rows_of(b, sums, distance, 3), _sum_planes(b, (v, h), rows, width, terms), strict=True
@@ -120,7 +120,3 @@ def secular_sums() -> Any:
             b.store(b.fadd(b.load(place, align=8), value), place, align=8)
 
     return step(emit, 11)
-
-
-def _fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
-    return call(b, f"llvm.fma.v{x.type.count}f64", x.type, [x, y, z])

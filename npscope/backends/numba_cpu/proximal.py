@@ -135,7 +135,7 @@ def shrink_blocks(
         call_measurer(measure, x, origin, grid, elements, i, stop, sums, norms, making)
         call_numbers(*t, i, stop, limits)
         form_factors(norms, sums, limits, stop - i)
-        call_scaler(scale, x, origin, grid, elements, i, stop, sums)
+        call_scaler(scale, (x, origin, grid, elements), i, stop, sums)
 
 
 # --- conditioned: dealing ------------------------------------------------------------------------

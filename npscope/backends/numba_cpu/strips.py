@@ -28,7 +28,7 @@ from npscope.backends.numba_cpu import lines, search, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, call_numbers
-from npscope.backends.numba_cpu.nests import NEST, length_of, place
+from npscope.backends.numba_cpu.nests import length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.scalars import least
 from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
@@ -72,11 +72,6 @@ _call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4),
 _call_surveyor, _call_searcher = caller(10, _COUNTS), caller(9, _LIMIT)
 
 
-def _where(unit: np.dtype) -> Any:
-    """The type of a `Where` with a buffer of this dtype."""
-    return types.Tuple((array_of(unit), types.int64, NEST, NEST))
-
-
 def _scratch(key: np.dtype) -> Any:
     """The type of `Scratch.all`."""
     return types.Tuple((array_of(key), _MASK, _KEEP, _WIDE, array_of(np.float32), array_of(np.int64)))
@@ -86,26 +81,28 @@ def _scratch(key: np.dtype) -> Any:
 def reader_address(read: Function, unit: np.dtype, key: np.dtype) -> int:
     """Where the code of a reader is, for buffers and keys of these dtypes."""
     norms, making = array_of(np.float32), array_of(np.int64)
-    return address_of(read, _where(unit), *_RANGE, array_of(key), _WIDE, norms, making)
+    return address_of(read, lines.where_type(unit), *_RANGE, array_of(key), _WIDE, norms, making)
 
 
 @cache
 def writer_address(write: Function, unit: np.dtype) -> int:
     """Where the code of a writer is, for buffers of this dtype."""
-    return address_of(write, _where(unit), *_RANGE, _MASK)
+    return address_of(write, lines.where_type(unit), *_RANGE, _MASK)
 
 
 @cache
 def cutter_address(cut: Function, unit: np.dtype) -> int:
     """Where the code of a `cutter` is, for buffers of this dtype."""
-    return address_of(cut, _where(unit), _where(unit), *_RANGE, types.uint64)
+    return address_of(cut, lines.where_type(unit), lines.where_type(unit), *_RANGE, types.uint64)
 
 
 @cache
 def surveyor_address(look: Function, unit: np.dtype, key: np.dtype) -> int:
     """Where the code of a surveyor is, for buffers and keys of these dtypes."""
     limits, places = (types.uint64, types.uint64), (array_of(key), types.int64, types.boolean)
-    return address_of(look, types.int64, _where(unit), *_RANGE, *limits, *places, _scratch(key), result=_COUNTS)
+    return address_of(
+        look, types.int64, lines.where_type(unit), *_RANGE, *limits, *places, _scratch(key), result=_COUNTS
+    )
 
 
 @cache
@@ -410,7 +407,7 @@ def searcher(signed: bool) -> Function:
 @cache
 def searcher_address(signed: bool, unit: np.dtype, key: np.dtype) -> int:
     """Where the code of a `searcher` is, for buffers and keys of these dtypes."""
-    where = types.int64, types.int64, _where(unit), types.int64, types.int64, types.int64
+    where = types.int64, types.int64, lines.where_type(unit), types.int64, types.int64, types.int64
     return address_of(searcher(signed), *where, types.uint64, _EXPECTED, _scratch(key), result=_LIMIT)
 
 

@@ -15,13 +15,14 @@ from npscope.backends.numba_cpu.vectors import (
     CHUNK,
     INT32,
     LANES,
+    Ahead,
     Builder,
     Format,
     Value,
     broadcast,
     call,
+    fma,
     load,
-    prefetch,
     read_single,
     shuffle,
     splat,
@@ -29,9 +30,6 @@ from npscope.backends.numba_cpu.vectors import (
     store,
     vector_of,
 )
-
-FAR = 1 << 11
-"""Elements between what is summed and what is prefetched, at most, where one row is read alone."""
 
 PARTIAL = 8
 """Lanes in which float64 sums of long runs are formed."""
@@ -112,7 +110,7 @@ class _Total:
                 self.join([b.fmul(wide, wide) if self.code == TWO else wide])
             elif self.code == TWO:
                 # A product of two float32 is exact in float64, so that this rounds once, as the sum would.
-                self.values = [call(b, f"llvm.fma.v{self.type.count}f64", self.type, [wide, wide, self.values[0]])]
+                self.values = [fma(b, wide, wide, self.values[0])]
             else:
                 self.join([wide])
 
@@ -178,23 +176,10 @@ def add_rows(form: Format, run: int, long: bool, code: int) -> Any:
         def number(n: int) -> Value:
             return ir.Constant(size.type, n)
 
-        # What comes next is prefetched in the order of memory, row by row, whatever the order in which it is read:
-        # memory that is asked for in four rows at a time takes a third longer.
-        width = b.mul(count, size)
-        far = b.and_(b.icmp_signed(">", width, number(FAR)), b.icmp_signed("==", rows, number(1)))
-        start = b.gep(source, [b.select(far, number(FAR), jump)])
-        wanted, wanted_column = (cgutils.alloca_once_value(b, x) for x in (start, number(0)))
-
-        def fetch(length: int) -> None:
-            here, column = b.load(wanted), b.load(wanted_column)
-            prefetch(b, here, length * form.bits // 8, number(0))
-            further = b.add(column, number(length))
-            ends = b.icmp_signed(">=", further, width)
-            b.store(b.select(ends, number(0), further), wanted_column)
-            b.store(b.gep(here, [b.select(ends, b.sub(step, column), number(length))]), wanted)
+        ahead = Ahead(b, form.bits, source, b.mul(count, size), rows, step, jump)
 
         def read(at: Value, length: int) -> list[Value]:
-            fetch(length)
+            ahead.fetch(length)
             found = [_read(b, at, e, LANES, form, code) for e in range(0, length - LANES + 1, LANES)]
             if length % LANES:
                 bits = _read(b, at, length - length % LANES, length % LANES, form, code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,15 +11,18 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from npscope.backends.numba_cpu.jit import small
 from npscope.backends.numba_cpu.vectors import (
     INT32,
     LINE,
+    Ahead,
     Builder,
     Format,
     Value,
     all_keys_of,
     broadcast,
     call,
+    fma,
     keys_of,
     load,
     narrow,
@@ -253,49 +257,92 @@ def count_above(form: Format) -> Any:
     return step(emit, 3, types.int64)
 
 
-def runs_per_line(form: Format, run: int) -> int:
-    """Blocks whose runs fill a line together; 1 where they do not."""
-    return form.lanes // run if form.lanes % run == 0 else 1
-
-
-def runs_of_lines(form: Format, run: int) -> int:
-    """Blocks whose runs fill whole lines together."""
-    return form.lanes // math.gcd(form.lanes, run)
-
-
-@cache
-def drop_runs(form: Format, run: int, blocks: int) -> Any:
-    """``(target, i, mask, j)``: zero the runs (up to `CHUNK` elements) of adjacent blocks whose mask is False."""
-    count = run * blocks
-    line = min(count, form.lanes)
-
-    def emit(b: Builder, target: Value, mask: Value) -> None:
-        few = b.icmp_unsigned("!=", load(b, mask, vector_of(8, blocks)), splat(vector_of(8, blocks), 0))
-        wide = b.sext(few, vector_of(form.bits, blocks))
-        for start in range(0, count, line):
-            length = min(line, count - start)
-            here = b.gep(target, [INT32(start)])
-            prefetch(b, here, length * form.bits // 8)
-            kept = shuffle(b, wide, [(start + i) // run for i in range(length)])
-            store(b, b.and_(load(b, here, kept.type), kept), here)
-
-    return step(emit, 4)
+def _over_rows(
+    b: Builder,
+    source: Value,
+    count: Value,
+    run: int,
+    together: int,
+    rows: Value,
+    step: Value,
+    ahead: Ahead,
+    taking: Callable[[Value, int], Callable[[Value], None]],
+) -> None:
+    """``taking(number of a block, how many of them)(address)`` for all rows of `count` blocks, `together` at a time."""
+    small(b)
+    done = count.type(0)
+    for blocks in sorted({together, 1}, reverse=True):
+        several = count.type(blocks)
+        stop = b.mul(b.udiv(count, several), several)
+        with cgutils.for_range_slice(b, done, stop, several) as (block, _):
+            take = taking(block, blocks)
+            first = b.gep(source, [b.mul(block, count.type(run))])
+            with cgutils.for_range(b, rows) as loop:
+                ahead.fetch(blocks * run)
+                take(b.gep(first, [b.mul(loop.index, step)]))
+        done = stop
 
 
 @cache
-def scale_runs(form: Format, run: int, blocks: int) -> Any:
-    """``(target, i, factors, j)``: multiply runs of float32 by float64 factors; 0 writes +0.0, 1 keeps the bits."""
-    count = run * blocks
-    double, single = ir.VectorType(ir.DoubleType(), count), ir.VectorType(ir.FloatType(), count)
+def drop_rows(form: Format, run: int) -> Any:
+    """``(target, i, count, rows, step, mask, j, jump)``: zero the blocks whose mask is False.
 
-    def emit(b: Builder, target: Value, factors: Value) -> None:
-        few = b.load(b.bitcast(factors, ir.VectorType(ir.DoubleType(), blocks).as_pointer()), align=8)
-        factor = shuffle(b, few, [i // run for i in range(count)])
-        prefetch(b, target, count * 4)
-        bits = load(b, target, vector_of(32, count))
-        product = b.fptrunc(b.fmul(b.fpext(b.bitcast(bits, single), double), factor), single)
-        scaled = b.select(b.fcmp_ordered("==", factor, splat(double, 1.0)), bits, b.bitcast(product, bits.type))
-        zero = b.fcmp_ordered("==", factor, splat(double, 0.0))
-        store(b, b.select(zero, splat(bits.type, 0), scaled), target)
+    Their runs (up to `CHUNK` elements) in `rows` rows `step` apart, of `count` adjacent blocks. `jump` as for norms.
+    """
+    together = form.lanes // math.gcd(form.lanes, run)  # whole lines
 
-    return step(emit, 4)
+    def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, mask: Value, jump: Value) -> None:
+        def dropping(block: Value, blocks: int) -> Callable[[Value], None]:
+            flags = load(b, b.gep(mask, [block]), vector_of(8, blocks))
+            wide = b.sext(b.icmp_unsigned("!=", flags, splat(flags.type, 0)), vector_of(form.bits, blocks))
+            length = run * blocks
+            lines = [range(start, min(start + form.lanes, length)) for start in range(0, length, form.lanes)]
+            kept = [shuffle(b, wide, [i // run for i in line]) for line in lines]
+
+            def drop(at: Value) -> None:
+                for line, stays in zip(lines, kept, strict=True):
+                    here = b.gep(at, [INT32(line.start)])
+                    store(b, b.and_(load(b, here, stays.type), stays), here)
+
+            return drop
+
+        ahead = Ahead(b, form.bits, target, b.mul(count, count.type(run)), rows, step, jump)
+        _over_rows(b, target, count, run, together, rows, step, ahead, dropping)
+
+    return step(emit, 8)
+
+
+@cache
+def scale_rows(form: Format, run: int) -> Any:
+    """``(target, i, count, rows, step, factors, j, jump)``: multiply float32 by a float64 for each block.
+
+    0 writes +0.0, 1 keeps the bits. All else as for `drop_rows`.
+    """
+    together = max(1, form.lanes // run) if form.lanes % run == 0 else 1
+
+    def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, factors: Value, jump: Value) -> None:
+        def scaling(block: Value, blocks: int) -> Callable[[Value], None]:
+            length = run * blocks
+            few, single = ir.VectorType(ir.DoubleType(), blocks), ir.VectorType(ir.FloatType(), blocks)
+            factor = b.load(b.bitcast(b.gep(factors, [block]), few.as_pointer()), align=8)
+            # A factor as two float32: the product is right to 2**-47 before it is rounded, at half the cost of float64.
+            high = b.fptrunc(factor, single)
+            low = b.fptrunc(b.fsub(factor, b.fpext(high, few)), single)
+            same, zero = (b.fcmp_ordered("==", factor, splat(few, number)) for number in (1.0, 0.0))
+            high, low, same, zero = (shuffle(b, v, [i // run for i in range(length)]) for v in (high, low, same, zero))
+
+            def scale(at: Value) -> None:
+                bits = load(b, at, vector_of(32, length))
+                x = b.bitcast(bits, high.type)
+                product = b.fmul(x, high)
+                lost = fma(b, x, high, b.fneg(product))
+                product = b.fadd(product, fma(b, x, low, lost))
+                scaled = b.select(same, bits, b.bitcast(product, bits.type))
+                store(b, b.select(zero, splat(bits.type, 0), scaled), at)
+
+            return scale
+
+        ahead = Ahead(b, form.bits, target, b.mul(count, count.type(run)), rows, step, jump)
+        _over_rows(b, target, count, run, together, rows, step, ahead, scaling)
+
+    return step(emit, 8)
