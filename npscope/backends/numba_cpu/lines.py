@@ -20,25 +20,28 @@ from npscope.backends.numba_cpu import vector_norms, vector_selection
 from npscope.backends.numba_cpu.arithmetic import two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function, codec
 from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, merged, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Placement, layout_of
 from npscope.backends.numba_cpu.scalars import greatest, least
 from npscope.backends.numba_cpu.vector_norms import (
+    DOUBTS,
     INF,
     MARGIN,
     MOST_DOUBT,
     ONE,
     PARTIAL,
+    PARTS,
     TWO,
 )
+from npscope.backends.numba_cpu.vector_norms import STRIP_BLOCKS as STRIP_BLOCKS
 from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, number_format
 from npscope.dtypes import kind_of
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
 
-STRIP_RUN, SHORT_RUN, STRIP_ELEMENTS, STRIP_BLOCKS = 1 << 12, 1 << 10, 1 << 17, 1 << 11
-"""Adjacent elements of a row of a strip, those if it has many rows, elements and blocks of a strip at most.
+STRIP_RUN, SHORT_RUN, STRIP_ELEMENTS = 1 << 12, 1 << 10, 1 << 17
+"""Adjacent elements of a row of a strip, those if it has many rows, and elements of a strip at most.
 
 So a strip of 4x4 blocks is 16 KiB, which the nearest cache holds until it is written: measured, a tenth faster than
 64 KiB. Tall blocks are read in pieces of 4 KiB; with 1 KiB reading takes twice as long.
@@ -46,9 +49,6 @@ So a strip of 4x4 blocks is 16 KiB, which the nearest cache holds until it is wr
 
 JOINS = 16
 """Additions in sequence that join lanes and what was summed side by side, at most."""
-
-LEAST, PARTS = 16, 24
-"""Where `LANES` least magnitudes and the partial sums stand behind the words of an exact sum, on lines of their own."""
 
 PART_BLOCKS = STRIP_RUN // LANES
 """Blocks in one row of a strip that have partial sums, because their runs are no shorter than a vector."""
@@ -163,9 +163,8 @@ def measurer(layout: Layout, code: int) -> Any:
 @cache
 def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -> Any:
     """`measurer` for runs of `run` elements, which `long` ones end with after whole vectors."""
-    many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
-    add = _adder(form, run, long, code)
-    finish, parts = vector_norms.finish_totals(form, code, many), vector_norms.parts_of(form)
+    many = vector_norms.takes_many(run) and not long
+    add = vector_norms.measure_rows(form, run, long, code)
     settle = _rescale(codec) if form.bits == 64 else _settle(codec)
     square, (inner, most_together) = code == TWO, _rows_in(run, long)
 
@@ -188,30 +187,27 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
         while i < stop:
             after = least(least(stop, i + width - i % width), i + most)
             at, j, end = origin + place(i, grid), i - start, after - start
-            row = 0
+            row, doubts = 0, 0
             while row < rows:
                 together = least(least(most_together, rows - row), turns - row % turns)
                 here = at + place(row * size, elements)
                 row_after = row + together
                 further = origin + place(after, grid) if row_after == rows else at + place(row_after * size, elements)
-                add(buffer, here, end - j, size, together, step, sums, norms, making, j, further - here, row)
+                jump = further - here
+                last = row_after == rows
+                doubts = add(
+                    buffer, here, end - j, size, together, step, sums, j, norms, j, making, 0, jump, row, last, doubt
+                )
                 row = row_after
-            while j < end and not (many and code == INF):
-                if not many:
-                    doubtful = finish(making, PARTS + parts * (j - i + start), making, LEAST, sums, j, norms, j, doubt)
-                elif lossy:
-                    doubtful = finish(sums, j, norms, j, sums, j, norms, j, doubt)
-                else:
-                    doubtful = finish(sums, j, making, LEAST, sums, j, norms, j, doubt)
-                if code != INF:
-                    lane = j
+            if doubts and code != INF:
+                for first in range(j, end, LANES):
+                    doubtful, lane = making[DOUBTS + (first - j) // LANES], first
                     while doubtful and lane < end:
                         if doubtful & 1:
                             at = origin + place(start + lane, grid)
                             sums[lane], norms[lane] = settle(buffer, at, elements, square, sums[lane], making)
                         doubtful >>= 1
                         lane += 1
-                j += LANES
             i = after
 
     return measure
@@ -220,28 +216,6 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
 def _rows_in(run: int, long: bool) -> tuple[int, int]:
     """(which loop of a nest over elements goes over rows, and how many of them are read side by side)."""
     return -1 if run == 1 and not long else -2, 1 if long else TOGETHER
-
-
-def _adder(form: Format, run: int, long: bool, code: int) -> Any:
-    """``add(..., j, jump, row)``: rows of each of `count` adjacent blocks, left where `measure` looks for them."""
-    many, lossy = vector_norms.takes_many(run) and not long, form.bits == 64
-    add_rows = vector_norms.add_rows(form, run, long, code)
-
-    @merged
-    def add(
-        buffer: Any, at: int, count: int, size: int, rows: int, step: int, sums: Any, norms: Any, making: Any, j: int,
-        jump: int, row: int,
-    ) -> None:  # fmt: skip
-        if not many:
-            add_rows(buffer, at, count, size, rows, step, making, PARTS, making, LEAST, jump, row)
-        elif code == INF:
-            add_rows(buffer, at, count, size, rows, step, norms, j, making, LEAST, jump, row)
-        elif lossy:  # what the sums lose stands where the norms will
-            add_rows(buffer, at, count, size, rows, step, sums, j, norms, j, jump, row)
-        else:
-            add_rows(buffer, at, count, size, rows, step, sums, j, making, LEAST, jump, row)
-
-    return add
 
 
 @cache

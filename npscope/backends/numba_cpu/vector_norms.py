@@ -34,6 +34,34 @@ from npscope.backends.numba_cpu.vectors import (
 PARTIAL = 8
 """Lanes in which float64 sums of long runs are formed."""
 
+ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
+"""A float64 lies halfway between two normal float32 where its low 29 bits are the first number."""
+
+MOST_DOUBT = 1 << 16
+"""Units in the last place of float64 by which a norm may be off at most; larger blocks are summed in another way."""
+
+MARGIN = MOST_DOUBT * 2.0**-53
+"""What a norm may be off, relative to it."""
+
+
+EXACT_SPAN = 2.0**29
+"""A float64 sum of float32 magnitudes is exact if it is at most this times the least of them that is not zero.
+
+That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the sum is below 2 ** (e + 30):
+53 bits hold it and every sum on the way.
+"""
+
+
+SAFE_LEAST = 1e-280
+"""A sum of squares of float64 from here to infinity lost nothing to under- or overflow."""
+
+STRIP_BLOCKS = 1 << 11
+"""Blocks that are measured in one go, at most."""
+
+LEAST, DOUBTS = 16, 24
+PARTS = DOUBTS + STRIP_BLOCKS // 16
+"""Where least magnitudes, doubts and partial sums stand in work arrays, on lines of their own, behind an exact sum."""
+
 INF, ONE, TWO = 0, 1, 2
 """What is made of magnitudes: the largest, their sum, the sum of their squares."""
 
@@ -154,24 +182,32 @@ def parts_of(form: Format) -> int:
 
 
 @cache
-def add_rows(form: Format, run: int, long: bool, code: int) -> Any:
-    """``(source, i, count, size, rows, step, totals, j, more, k, jump, row)``: take in rows of adjacent blocks.
+def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
+    """``(source, i, count, size, rows, step, sums, j, norms, k, making, l, jump, row, last, doubt)``: take in rows.
 
-    A run of each of `count` blocks in each of `rows` rows `step` apart, which are read side by side; what is read
+    A run of each of `count` adjacent blocks in each of `rows` rows `step` apart, read side by side; what is read
     next lies `jump` further on. Runs have `size` elements; they are `long`, with `run` elements that do not fill a
-    vector, or `size` is the constant `run`. Sums in float64, or maxima as bits (NaN the largest), are left in
-    `totals`: one number a block where `takes_many(run)`, else `parts_of(form)`. The rows from number 0 on overwrite
-    them. Sums of float32 magnitudes use `LANES` numbers in `more` for their least ones, and sums of float64 what was
-    lost where `takes_many`.
+    vector, or `size` is the constant `run`. Sums in float64, or maxima as bits (NaN the largest), are overwritten by
+    the rows from number 0 on. Where `takes_many(run)` they are in `sums` and `norms`, a number for each block, sums of
+    float64 with what was lost in `norms`; else in `making`, `parts_of(form)` for each. There, too, are the `LANES`
+    least magnitudes of float32 that are summed.
+
+    After the `last` rows `norms` are float32, or float64 if the elements are that, and `sums` the same in float64,
+    except for maxima. A word in `making` from `DOUBTS` on, for `LANES` blocks each, then has a bit for each of them
+    whose rounding is in `doubt`, or whose norm may be beyond float32, or whose squares may have left the range of
+    float64. Returns whether there are any.
     """
     many = takes_many(run) and not long
+    word = ir.IntType(64)
 
     def emit(
-        b: Builder, source: Value, count: Value, size: Value, rows: Value, step: Value, totals: Value, more: Value,
-        jump: Value, row: Value,
-    ) -> None:  # fmt: skip
+        b: Builder, source: Value, count: Value, size: Value, rows: Value, step: Value, sums: Value, norms: Value,
+        making: Value, jump: Value, row: Value, last: Value, doubt: Value,
+    ) -> Value:  # fmt: skip
         go_on = b.icmp_signed("!=", row, ir.Constant(row.type, 0))
-        least = _Least(b, more, go_on) if code == ONE and form.bits <= 32 else None
+        doubts, found = b.gep(making, [word(DOUBTS)]), cgutils.alloca_once_value(b, word(0))
+        totals = b.gep(making, [INT32(PARTS)]) if not many else norms if code == INF else sums
+        least = _Least(b, b.gep(making, [INT32(LEAST)]), go_on) if code == ONE and form.bits <= 32 else None
 
         def number(n: int) -> Value:
             return ir.Constant(size.type, n)
@@ -181,10 +217,14 @@ def add_rows(form: Format, run: int, long: bool, code: int) -> Any:
         def read(at: Value, length: int) -> list[Value]:
             ahead.fetch(length)
             found = [_read(b, at, e, LANES, form, code) for e in range(0, length - LANES + 1, LANES)]
-            if length % LANES:
-                bits = _read(b, at, length - length % LANES, length % LANES, form, code)
-                padded = [min(i, length % LANES) for i in range(LANES)]
-                found.append(bits if many else shuffle(b, bits, padded, splat(bits.type, 0)))
+            # What does not fill a vector: to be summed, it may as well fill half of one.
+            lanes = LANES if many or code == INF else PARTIAL
+            for e in range(LANES * len(found), length, lanes):
+                count = min(lanes, length - e)
+                bits = _read(b, at, e, count, form, code)
+                if not many and count < lanes:
+                    bits = shuffle(b, bits, [min(i, count) for i in range(lanes)], splat(bits.type, 0))
+                found.append(bits)
             return found
 
         def take(totals: Sequence[_Total], vectors: Sequence[Value]) -> None:
@@ -198,7 +238,7 @@ def add_rows(form: Format, run: int, long: bool, code: int) -> Any:
             words = b.bitcast(totals, total.type.element.as_pointer() if many else ir.DoubleType().as_pointer())
             words = [b.gep(words, [entry])]
             if total.compensates:
-                lost = b.bitcast(more, ir.DoubleType().as_pointer())
+                lost = b.bitcast(norms, ir.DoubleType().as_pointer())
                 words.append(b.gep(lost, [entry]) if many else b.gep(words[0], [number(PARTIAL)]))
             return [b.bitcast(word, ir.VectorType(total.type.element, lanes).as_pointer()) for word in words]
 
@@ -214,8 +254,15 @@ def add_rows(form: Format, run: int, long: bool, code: int) -> Any:
             values = _dealt_out(b, code, [part.values for part in parts], run)
             places = places_of(parts[0], block, blocks)
             before = [_if(b, go_on, b.load(place, align=4)) for place in places]
-            for value, place in zip(_joined(b, code, values, before), places, strict=True):
-                b.store(value, place, align=4)
+            values = _joined(b, code, values, before)
+            if blocks == LANES and code != INF:
+                with b.if_else(last) as (then, otherwise):
+                    with then:  # while the next rows are read, for roots take as long
+                        close(block, values)
+                    with otherwise:
+                        put(values, places)
+            else:
+                put(values, places)
 
         def add_one(at: Value, block: Value) -> None:
             total = _Total(b, form, code, 0)
@@ -234,8 +281,21 @@ def add_rows(form: Format, run: int, long: bool, code: int) -> Any:
             over_rows(at, take_long if long else lambda here: take([total], read(here, run)))
             for other in others:
                 total.join(other.values)
-            for value, place in zip(total.values, places, strict=True):
+            put(total.values, places)
+
+        def put(values: Sequence[Value], places: Sequence[Value]) -> None:
+            for value, place in zip(values, places, strict=True):
                 b.store(value, place, align=4)
+
+        def close(block: Value, totals: Sequence[Value]) -> None:
+            """From the totals of `LANES` blocks to norms."""
+            here, place = b.gep(sums, [block]), b.gep(norms, [block])
+            if code == INF:
+                store(b, totals[0], place)
+                return
+            bits = _rounded(b, form, code, totals, here, place, doubt)
+            b.store(bits, b.gep(doubts, [b.udiv(block, number(LANES))]))
+            b.store(b.or_(b.load(found), bits), found)
 
         done = number(0)
         for blocks in (LANES, 1) if many else (1,):
@@ -250,8 +310,25 @@ def add_rows(form: Format, run: int, long: bool, code: int) -> Any:
             done = stop
         if least is not None:
             least.leave()
+        if many and code == INF:
+            return word(0)
+        with b.if_then(last):
+            # Those that do not fill a vector of blocks, and all whose sums are in parts.
+            first = b.mul(b.udiv(count, number(LANES)), number(LANES)) if many else number(0)
+            with cgutils.for_range_slice(b, first, count, number(LANES)) as (block, _):
+                if many:
+                    several = _Total(b, form, code, LANES)
+                    close(block, [b.load(place, align=4) for place in places_of(several, block, LANES)])
+                else:
+                    parts = b.add(b.mul(block, number(parts_of(form))), number(PARTS))
+                    close(block, _folded(b, form, code, b.gep(making, [parts])))
+            if least is not None:
+                with b.if_then(b.icmp_unsigned("!=", b.load(found), word(0))):
+                    groups = b.udiv(b.add(count, number(LANES - 1)), number(LANES))
+                    b.store(_beyond_exact(b, groups, sums, doubts, b.gep(making, [word(LEAST)])), found)
+        return b.load(found)
 
-    return step(emit, 12)
+    return step(emit, 16, types.int64)
 
 
 def _dealt_out(b: Builder, code: int, parts: list[list[Value]], run: int) -> list[Value]:
@@ -303,86 +380,64 @@ def _folded(b: Builder, form: Format, code: int, source: Value) -> list[Value]:
     return [shuffle(b, p, range(LANES), q) for p, q in zip(*blocks, strict=True)]
 
 
-ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
-"""A float64 lies halfway between two normal float32 where its low 29 bits are the first number."""
-
-MOST_DOUBT = 1 << 16
-"""Units in the last place of float64 by which a norm may be off at most; larger blocks are summed in another way."""
-
-MARGIN = MOST_DOUBT * 2.0**-53
-"""What a norm may be off, relative to it."""
-
-
-EXACT_SPAN = 2.0**29
-"""A float64 sum of float32 magnitudes is exact if it is at most this times the least of them that is not zero.
-
-That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the sum is below 2 ** (e + 30):
-53 bits hold it and every sum on the way.
-"""
-
-
-SAFE_LEAST = 1e-280
-"""A sum of squares of float64 from here to infinity lost nothing to under- or overflow."""
-
-
-@cache
-def finish_totals(form: Format, code: int, many: bool) -> Any:
-    """``(totals, i, more, j, sums, k, norms, l, doubt)``: what `add_run` found for `LANES` blocks, to norms.
-
-    To float32, or float64 if the elements are that, and except for maxima to float64 in `sums`. Returns a bit for
-    each block whose rounding is in `doubt`, or whose norm may be beyond float32, or whose squares may have left the
-    range of float64.
-    """
-
-    def emit(b: Builder, totals: Value, more: Value, sums: Value, norms: Value, doubt: Value) -> Value:
-        double, single = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.FloatType(), LANES)
-        bits = vector_of(64, LANES)
-        if not many:
-            found = _folded(b, form, code, totals)
-        else:
-            places = [totals, more] if form.bits == 64 else [totals]
-            found = [b.load(b.bitcast(place, double.as_pointer()), align=8) for place in places]
-        if code == INF:
-            store(b, found[0], norms)
-            return ir.Constant(ir.IntType(64), 0)
-        wide = found[0]
-        doubtful = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
-        if form.bits == 64:
-            # What was lost of an infinite sum is NaN.
-            finite = b.fcmp_ordered("<", wide, splat(double, math.inf))
-            if code == TWO:
-                doubtful = b.or_(
-                    b.fcmp_ordered("<", wide, splat(double, SAFE_LEAST)),
-                    b.fcmp_ordered("==", wide, splat(double, math.inf)),
-                )
-            wide = b.select(finite, b.fadd(wide, found[1]), wide)
+def _rounded(
+    b: Builder, form: Format, code: int, totals: Sequence[Value], sums: Value, norms: Value, doubt: Value
+) -> Value:
+    """Store the norms of `LANES` blocks, and in float64 in `sums`; a bit for each that may be wrong."""
+    double, single = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.FloatType(), LANES)
+    bits, flags = vector_of(64, LANES), ir.IntType(LANES)
+    wide = totals[0]
+    doubtful = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
+    if form.bits == 64:
+        # What was lost of an infinite sum is NaN.
+        finite = b.fcmp_ordered("<", wide, splat(double, math.inf))
         if code == TWO:
-            wide = call(b, f"llvm.sqrt.v{LANES}f64", double, [wide])
-        store(b, wide, sums)
-        if form.bits == 64:
-            store(b, wide, norms)
-            return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
-        store(b, b.fptrunc(wide, single), norms)
-        raw = b.bitcast(wide, bits)
-        few = broadcast(b, doubt, LANES)
-        offset = b.and_(b.sub(b.add(raw, few), splat(bits, ROUNDING_BORDER)), splat(bits, ROUNDING_MASK))
-        near = b.icmp_unsigned("<", offset, b.add(few, few))
-        # Zero, infinity and NaN are sure; what float32 cannot hold is for the scalar code.
-        low, high, infinite = 0x3810000000000000, 0x47EFFFFFE0000000, 0x7FF0000000000000
-        large = b.icmp_unsigned("<", b.sub(raw, splat(bits, high + 1)), splat(bits, infinite - high - 1))
-        # Subnormal float32 are rounded at another place.
-        small = b.icmp_unsigned("<", b.sub(raw, splat(bits, 1)), splat(bits, low - 1))
-        doubtful = cgutils.alloca_once_value(b, b.or_(near, b.or_(small, large)))
-        is_any = b.icmp_unsigned("!=", b.bitcast(small, ir.IntType(LANES)), ir.IntType(LANES)(0))
-        with b.if_then(is_any, likely=False):
-            ends = (b.fptrunc(b.fmul(wide, splat(double, 1 + side * MARGIN)), single) for side in (-1, 1))
-            b.store(b.or_(b.and_(small, b.fcmp_unordered("!=", *ends)), b.and_(near, b.not_(small))), doubtful)
-        doubtful = b.load(doubtful)
-        if code == ONE:
-            most = call(b, f"llvm.vector.reduce.umax.v{LANES}i32", INT32, [load(b, more, vector_of(32, LANES))])
-            least = b.fpext(b.bitcast(b.neg(most), ir.FloatType()), ir.DoubleType())
-            span = b.fmul(least, ir.DoubleType()(EXACT_SPAN))
-            doubtful = b.and_(doubtful, b.not_(b.fcmp_ordered("<=", wide, broadcast(b, span, LANES))))
-        return b.zext(b.bitcast(doubtful, ir.IntType(LANES)), ir.IntType(64))
+            doubtful = b.or_(
+                b.fcmp_ordered("<", wide, splat(double, SAFE_LEAST)),
+                b.fcmp_ordered("==", wide, splat(double, math.inf)),
+            )
+        wide = b.select(finite, b.fadd(wide, totals[1]), wide)
+    if code == TWO:
+        wide = call(b, f"llvm.sqrt.v{LANES}f64", double, [wide])
+    store(b, wide, sums)
+    if form.bits == 64:
+        store(b, wide, norms)
+        return b.zext(b.bitcast(doubtful, flags), ir.IntType(64))
+    rounded = b.fptrunc(wide, single)
+    store(b, rounded, norms)
+    few = broadcast(b, doubt, LANES)
+    offset = b.and_(b.sub(b.add(b.bitcast(wide, bits), few), splat(bits, ROUNDING_BORDER)), splat(bits, ROUNDING_MASK))
+    near = b.icmp_unsigned("<", offset, b.add(few, few))
+    # All but normal numbers above the smallest, which may be a subnormal one that was rounded up.
+    narrow_bits = b.bitcast(rounded, vector_of(32, LANES))
+    least, infinite = (splat(narrow_bits.type, number) for number in (0x00800001, 0x7F800000))
+    unusual = b.icmp_unsigned(">=", b.sub(narrow_bits, least), b.sub(infinite, least))
+    found = cgutils.alloca_once_value(b, near)
+    is_any = b.icmp_unsigned("!=", b.bitcast(unusual, flags), flags(0))
+    with b.if_then(is_any, likely=False):
+        # Zero, infinity and NaN are sure; what float32 cannot hold is for the scalar code. Subnormal float32 are
+        # rounded at another place.
+        large = b.and_(b.icmp_unsigned("==", narrow_bits, infinite), b.fcmp_ordered("<", wide, splat(double, math.inf)))
+        small = b.fcmp_ordered("<=", wide, splat(double, 2.0**-126))
+        ends = (b.fptrunc(b.fmul(wide, splat(double, 1 + side * MARGIN)), single) for side in (-1, 1))
+        unsure = b.and_(small, b.fcmp_ordered("!=", *ends))
+        b.store(b.or_(b.or_(large, unsure), b.and_(near, b.not_(small))), found)
+    return b.zext(b.bitcast(b.load(found), flags), ir.IntType(64))
 
-    return step(emit, 9, types.int64)
+
+def _beyond_exact(b: Builder, groups: Value, sums: Value, doubts: Value, more: Value) -> Value:
+    """Take back the doubts about sums that are exact; those that are left, in one word."""
+    word, double = ir.IntType(64), ir.VectorType(ir.DoubleType(), LANES)
+    most = call(b, f"llvm.vector.reduce.umax.v{LANES}i32", INT32, [load(b, more, vector_of(32, LANES))])
+    least = b.fpext(b.bitcast(b.neg(most), ir.FloatType()), ir.DoubleType())
+    span = broadcast(b, b.fmul(least, ir.DoubleType()(EXACT_SPAN)), LANES)
+    left = cgutils.alloca_once_value(b, word(0))
+    with cgutils.for_range(b, groups) as loop:
+        here = b.gep(sums, [b.mul(loop.index, word(LANES))])
+        wide = b.load(b.bitcast(here, double.as_pointer()), align=8)
+        inexact = b.zext(b.bitcast(b.not_(b.fcmp_ordered("<=", wide, span)), ir.IntType(LANES)), word)
+        place = b.gep(doubts, [loop.index])
+        bits = b.and_(b.load(place), inexact)
+        b.store(bits, place)
+        b.store(b.or_(b.load(left), bits), left)
+    return b.load(left)
