@@ -246,6 +246,16 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
             with cgutils.for_range(b, rows) as loop:
                 take_row(b.gep(at, [b.mul(loop.index, step)]))
 
+        def joined_with(values: list[Value], places: Sequence[Value]) -> list[Value]:
+            """With what earlier rows left, if there are any."""
+            kept = [cgutils.alloca_once_value(b, value) for value in values]
+            with b.if_then(go_on):
+                for value, place in zip(
+                    _joined(b, code, values, [b.load(place, align=4) for place in places]), kept, strict=True
+                ):
+                    b.store(value, place)
+            return [b.load(place) for place in kept]
+
         def add_many(at: Value, block: Value, blocks: int) -> None:
             # Rows are added as they lie; only their sums are dealt out to the blocks.
             length = blocks * run
@@ -253,8 +263,7 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
             over_rows(at, lambda here: take(parts, read(here, length)))
             values = _dealt_out(b, code, [part.values for part in parts], run)
             places = places_of(parts[0], block, blocks)
-            before = [_if(b, go_on, b.load(place, align=4)) for place in places]
-            values = _joined(b, code, values, before)
+            values = joined_with(values, places)
             if blocks == LANES and code != INF:
                 with b.if_else(last) as (then, otherwise):
                     with then:  # while the next rows are read, for roots take as long
