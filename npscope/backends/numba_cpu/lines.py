@@ -19,15 +19,13 @@ from numba import types
 from npscope.backends.numba_cpu import vector_norms, vector_selection
 from npscope.backends.numba_cpu.arithmetic import two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function, codec
-from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Placement, layout_of
 from npscope.backends.numba_cpu.scalars import greatest, least
 from npscope.backends.numba_cpu.vector_norms import (
     DOUBTS,
     INF,
-    MARGIN,
     MOST_DOUBT,
     ONE,
     PARTIAL,
@@ -35,7 +33,7 @@ from npscope.backends.numba_cpu.vector_norms import (
     TWO,
 )
 from npscope.backends.numba_cpu.vector_norms import STRIP_BLOCKS as STRIP_BLOCKS
-from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, number_format
+from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, copy_numbers, number_format
 from npscope.dtypes import kind_of
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
@@ -137,14 +135,6 @@ def strip_blocks(layout: Layout, multiple: int = 1) -> int:
     return max(1, count // multiple) * multiple
 
 
-@inner
-def copy(source: Any, count: int, target: Any, start: int) -> None:
-    """The first `count` numbers of `source` to `target`. Signed indices, which may count from the end, are slow."""
-    first = np.uintp(start)
-    for j in range(np.uintp(count)):
-        target[first + j] = source[j]
-
-
 # --- norms of a strip ----------------------------------------------------------------------------
 
 
@@ -165,7 +155,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     """`measurer` for runs of `run` elements, which `long` ones end with after whole vectors."""
     many = vector_norms.takes_many(run) and not long
     add = vector_norms.measure_rows(form, run, long, code)
-    settle = _rescale(codec) if form.bits == 64 else _settle(codec)
+    lossy, settle, rescale = form.bits == 64, vector_norms.settle(form, code), _rescale(codec)
     square, (inner, most_together) = code == TWO, _rows_in(run, long)
 
     @standalone
@@ -205,7 +195,11 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
                     while doubtful and lane < end:
                         if doubtful & 1:
                             at = origin + place(start + lane, grid)
-                            sums[lane], norms[lane] = settle(buffer, at, elements, square, sums[lane], making)
+                            if lossy:
+                                sums[lane] = norms[lane] = rescale(buffer, at, elements)
+                            else:
+                                loops = elements.shape[1]
+                                norms[lane] = settle(buffer, at, elements, 0, loops, sums, lane, making, 0)
                         doubtful >>= 1
                         lane += 1
             i = after
@@ -219,45 +213,24 @@ def _rows_in(run: int, long: bool) -> tuple[int, int]:
 
 
 @cache
-def _settle(codec: Codec) -> Any:
-    """``settle(buffer, at, elements, square, wide, making)``: a norm in doubt, rounded as the exact sum demands."""
-    magnitude = codec.magnitude
-
-    @standalone
-    def settle(buffer: Any, at: int, elements: Any, square: bool, wide: float, making: Any) -> Any:
-        make_small()
-        below = np.float32(wide * (1 - MARGIN))
-        if not wide < np.inf or below == np.float32(wide * (1 + MARGIN)):
-            return wide, np.float32(wide)
-        for word in range(EXACT_WORDS):
-            making[word] = 0
-        for e in range(length_of(elements)):
-            add_exactly(making, 0, np.float32(magnitude(buffer, at + place(e, elements))), square)
-        return wide, round_exactly(making, 0, below, square)
-
-    return settle
-
-
-@cache
 def _rescale(codec: Codec) -> Any:
-    """As `_settle`, for a norm by squares that left the range of float64: by squares of |x| / max |x|."""
+    """``rescale(buffer, at, elements)``: a norm whose squares left the range of float64, by those of |x| / max |x|."""
     magnitude = codec.magnitude
 
     @standalone
-    def rescale(buffer: Any, at: int, elements: Any, square: bool, wide: float, making: Any) -> Any:
+    def rescale(buffer: Any, at: int, elements: Any) -> float:
         total = length_of(elements)
         top = 0.0
         for e in range(total):
             top = max(top, magnitude(buffer, at + place(e, elements)))
         if top == 0.0 or np.isinf(top):
-            return top, top
+            return top
         high, low = 0.0, 0.0
         for e in range(total):
             x = magnitude(buffer, at + place(e, elements)) / top
             high, error = two_sum(high, x * x)
             low += error
-        wide = top * np.sqrt(high + low)
-        return wide, wide
+        return top * math.sqrt(high + low)
 
     return rescale
 
@@ -353,22 +326,19 @@ def scale_blocks(
 
 @kernel
 def norms_of_blocks(
-    measure: int, largest: bool, buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int,
+    measure: int, buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, strip: int,
     out: Any, wide: Any, sums: Any, norms: Any, making: Any,
 ) -> None:  # fmt: skip
-    """Write the norms of blocks [i0, i1), dense; and in float64 if `wide` is not empty. They are the `largest` or sums.
+    """Write the norms of blocks [i0, i1), dense, and if `wide` is not empty in float64 those that are no maxima.
 
     `strip` is `strip_blocks` of the blocks.
     """
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
         call_measurer(measure, buffer, origin, grid, elements, i, stop, sums, norms, making)
-        copy(norms, stop - i, out, i - i0)
+        copy_numbers(norms, 0, stop - i, out, i - i0)
         if wide.size:
-            if largest:
-                copy(norms, stop - i, wide, i - i0)
-            else:
-                copy(sums, stop - i, wide, i - i0)
+            copy_numbers(sums, 0, stop - i, wide, i - i0)
 
 
 # --- selection among single elements ---------------------------------------------------------------

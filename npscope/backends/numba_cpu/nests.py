@@ -65,6 +65,18 @@ def _short_loop(b: Any, count: Any, body: Callable[[Any], None]) -> None:
     b.position_at_end(after)
 
 
+def place_in(b: Any, nest: Any, loops: Any, index: Any) -> Any:
+    """`place`, for code that LLVM is given: `nest` is the address of a table of so many loops."""
+    return _emit_place(
+        b, loops, lambda d: b.load(b.gep(nest, [d])), lambda d: b.load(b.gep(nest, [b.add(loops, d)])), index
+    )
+
+
+def length_in(b: Any, nest: Any, loops: Any) -> Any:
+    """`length_of`, as `place_in`."""
+    return _emit_length(b, loops, lambda d: b.load(b.gep(nest, [d])), None)
+
+
 def _emit_place(b: Any, loops: Any, size_of: Any, step_of: Any, index: Any) -> Any:
     i, offset = cgutils.alloca_once_value(b, index), cgutils.alloca_once_value(b, _INT(0))
     inner = b.sub(loops, _INT(1))

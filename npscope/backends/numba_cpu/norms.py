@@ -42,8 +42,8 @@ def code_of(ord: float, elements: int) -> int:
 class LineNorms:
     """The norms of up to `length` blocks of a part that one kernel measures line by line, told its `source`."""
 
-    def __init__(self, part: Competitors, source: tuple[Any, ...], strip: int, length: int) -> None:
-        self.source, self.strip = source, strip
+    def __init__(self, part: Competitors, source: tuple[Any, ...], strip: int, code: int, length: int) -> None:
+        self.source, self.strip, self.largest = source, strip, code == nk.INF
         self.loan = Loan(lines.NormBuffers, lines.STRIP_BLOCKS, part.norm)
         self.buffers = self.loan.work.all
         self.norm = np.empty(length, dtype=part.norm) if length else _NONE
@@ -52,7 +52,10 @@ class LineNorms:
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
         """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
         norm, wide = self.norm[: i1 - i0], self.wide[: i1 - i0]
-        lines.norms_of_blocks(*self.source, i0, i1, self.strip, norm, wide, *self.buffers)
+        sums = _NONE if self.largest else wide
+        lines.norms_of_blocks(*self.source, i0, i1, self.strip, norm, sums, *self.buffers)
+        if self.largest:
+            wide[:] = norm
         return norm, wide
 
     def fill_into(self, i0: int, i1: int, norm: np.ndarray) -> None:
@@ -133,25 +136,25 @@ class PassNorms:
 
 
 @lru_cache(maxsize=2048)
-def _by_lines(placed: Placement, code: int, norm: np.dtype) -> tuple[tuple[int, bool], int, np.ndarray] | None:
+def _by_lines(placed: Placement, code: int, norm: np.dtype) -> tuple[int, int, np.ndarray] | None:
     """How a kernel measures blocks line by line, if they can be, its strip, and the loops over their numbers."""
     found = lines.numbers_of(placed, code)
     if found is None or not lines.can_sum(found[0], code, wide=True):
         return None
     layout, elements = found
-    how = lines.measurer_address(layout.compiled, code, placed.unit, norm), code == nk.INF
-    return how, lines.strip_blocks(layout), elements
+    return lines.measurer_address(layout.compiled, code, placed.unit, norm), lines.strip_blocks(layout), elements
 
 
 def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms | PassNorms], int]:
     """What measures up to so many blocks of a part, and the elements of a piece that suit it."""
     leaf = part.leaves[0]
-    found = None if part.spans_leaves else _by_lines(leaf.place, code_of(ord, part.elements), part.norm)
+    code = code_of(ord, part.elements)
+    found = None if part.spans_leaves else _by_lines(leaf.place, code, part.norm)
     if found is None:
         return lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS
-    how, strip, elements = found
-    source = *how, leaf.buffer, leaf.origin, leaf.grid, elements
-    return lambda length: LineNorms(part, source, strip, length), STRIPS_ELEMENTS
+    measure, strip, elements = found
+    source = measure, leaf.buffer, leaf.origin, leaf.grid, elements
+    return lambda length: LineNorms(part, source, strip, code, length), STRIPS_ELEMENTS
 
 
 def workspace_of(part: Competitors, ord: float) -> int:

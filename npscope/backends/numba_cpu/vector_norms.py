@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from npscope.backends.numba_cpu import exact, nests
 from npscope.backends.numba_cpu.vectors import (
     CHUNK,
     INT32,
@@ -450,3 +451,29 @@ def _beyond_exact(b: Builder, groups: Value, sums: Value, doubts: Value, more: V
         b.store(bits, place)
         b.store(b.or_(b.load(left), bits), left)
     return b.load(left)
+
+
+@cache
+def settle(form: Format, code: int) -> Any:
+    """``(source, i, elements, j, loops, sums, k, making, l)``: the norm of a block in doubt, as its exact sum demands.
+
+    To float32, from what `measure_rows` left in `sums`. `elements` is the table of so many loops over its elements.
+    """
+
+    def emit(b: Builder, source: Value, elements: Value, loops: Value, sums: Value, making: Value) -> Value:
+        square, word, single = ir.IntType(1)(code == TWO), ir.IntType(64), ir.FloatType()
+        wide = b.load(sums)
+        below, above = (b.fptrunc(b.fmul(wide, ir.DoubleType()(1 + side * MARGIN)), single) for side in (-1, 1))
+        settled = cgutils.alloca_once_value(b, b.fptrunc(wide, single))
+        finite = b.fcmp_ordered("<", wide, ir.DoubleType()(math.inf))
+        with b.if_then(b.and_(finite, b.fcmp_ordered("!=", below, above))):
+            for i in range(exact.EXACT_WORDS):
+                b.store(word(0), b.gep(making, [word(i)]))
+            with cgutils.for_range(b, nests.length_in(b, elements, loops)) as loop:
+                at = b.gep(source, [nests.place_in(b, elements, loops, loop.index)])
+                bits = b.extract_element(_read(b, at, 0, 1, form, INF), INT32(0))
+                exact.add(b, making, b.bitcast(bits, single), square)
+            b.store(exact.nearest(b, making, below, square), settled)
+        return b.load(settled)
+
+    return step(emit, 9, types.float32)

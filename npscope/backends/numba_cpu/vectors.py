@@ -280,3 +280,13 @@ def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
     evens = planes_of(b, [shuffle(b, x, range(0, count, 2), y) for x, y in pairs])
     odds = planes_of(b, [shuffle(b, x, range(1, count, 2), y) for x, y in pairs])
     return [plane for both in zip(evens, odds, strict=True) for plane in both]
+
+
+def _copy(b: Builder, source: Value, count: Value, target: Value) -> None:
+    element = source.type.pointee
+    size = {"float": 4, "double": 8}.get(str(element)) or element.width // 8
+    cgutils.raw_memcpy(b, target, source, count, size)
+
+
+copy_numbers = step(_copy, 5)
+"""``copy_numbers(source, i, count, target, j)``: `count` numbers of one type from an array to another."""
