@@ -71,7 +71,7 @@ def source_of(
         return Source(partial(strips.reader_address, read, unit, key_dtype), leaf.where, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
-        read = strips.norm_reader(leaf.layout.compiled, code, width == 64)
+        read = strips.norm_reader(leaf.layout.compiled, code)
         return Source(
             partial(strips.reader_address, read, unit, key_dtype), leaf.where, lines.strip_blocks(leaf.layout)
         )

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from npscope.backends.numba_cpu import lines, search, vector_selection, vectors
+from npscope.backends.numba_cpu import lines, search, vector_norms, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, merged, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, call_numbers
 from npscope.backends.numba_cpu.nests import length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
@@ -223,19 +223,18 @@ def dense_surveyor(key: np.dtype) -> int:
 
 
 @cache
-def norm_reader(layout: Layout, code: int, wide: bool) -> Function:
-    """Read blocks by their norms; `wide`: as 64-bit keys."""
+def norm_reader(layout: Layout, code: int) -> Function:
+    """Read blocks by their norms."""
     measure = lines.measurer(layout, code)
-    key = key_of_float64 if wide else key_of_float32
 
     @standalone
     def read(
         source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, making: Any
     ) -> None:  # fmt: skip
+        make_small()
         buffer, origin, grid, elements = source
         measure(buffer, origin, grid, elements, i, stop, sums, norms, making)
-        for j in range(stop - i):
-            keys[np.uintp(j)] = key(norms[np.uintp(j)])
+        vector_norms.keys_of_norms(norms, 0, stop - i, keys, 0)
 
     return read
 

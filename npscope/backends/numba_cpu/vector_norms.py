@@ -477,3 +477,23 @@ def settle(form: Format, code: int) -> Any:
         return b.load(settled)
 
     return step(emit, 9, types.float32)
+
+
+def _keys(b: Builder, norms: Value, count: Value, keys: Value) -> None:
+    width = keys.type.pointee.width
+    scalar = ir.DoubleType() if width == 64 else ir.FloatType()
+    vector, numbers = vector_of(width, LANES), ir.VectorType(norms.type.pointee, LANES)
+    infinite = splat(vector, 0x7FF << 52 if width == 64 else 0xFF << 23)
+    with cgutils.for_range_slice(b, count.type(0), count, count.type(LANES)) as (i, _):
+        found = b.load(b.bitcast(b.gep(norms, [i]), numbers.as_pointer()), align=4)
+        if norms.type.pointee != scalar:
+            found = b.fpext(found, ir.VectorType(scalar, LANES))
+        bits = b.and_(b.bitcast(found, vector), splat(vector, (1 << (width - 1)) - 1))
+        store(b, b.select(b.icmp_unsigned(">", bits, infinite), splat(vector, -1), bits), b.gep(keys, [i]))
+
+
+keys_of_norms = step(_keys, 5)
+"""``keys_of_norms(norms, i, count, keys, j)``: norms as ordered integers of the width of `keys`; NaN the largest.
+
+Up to `LANES` more are read and written than asked for.
+"""
