@@ -26,17 +26,18 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
     read = leaf.array if leaf.origin is None else leaf.origin
     if leaf.cut.elements > 1 or not 1 < n <= MAX_GROUP or source[0][0].array is not read:
         return None
-    counts, written = Operand(keep), Operand(leaf)
+    counts, written = keep.array, Operand(leaf)
     origin = written if leaf.origin is None else Operand(Leaf(read, leaf.cut))
     form = None if written.kind is None else format_of(written.kind)
-    adjacent = all(x.layout is not None and x.grid[0, -1] % n == 0 for x in (written, origin))
-    if form is None or not adjacent or not counts.is_one_number or written.few:
+    if form is None or written.few or not (written.lines_hold(n) and origin.lines_hold(n)):
+        return None
+    if any(counts.strides) and counts.size > 1:
         return None
     kernel = lines.prune_groups_kernel(form, n)
-    k = int(keep.array.reshape(-1)[0]) if keep.array.size else 0
+    k = counts.item(0) if counts.size else 0
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        spare = np.zeros((slots, vector_selection.group_lanes(form, n)), dtype=written.buffer.dtype)
+        spare = [np.empty(vector_selection.group_lanes(form, n), written.buffer.dtype) for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
             kernel(

@@ -99,6 +99,16 @@ layout_of = cache(Layout)
 """One object for one layout, because kernels are found by it; each stands for kernels that are kept as well."""
 
 
+@lru_cache(maxsize=256)
+def _measure(kinds: tuple[Kind, ...]) -> tuple[np.dtype, bool, bool]:
+    """(dtype of the norms, are they correctly rounded, are all 64-bit integers) of blocks of these kinds."""
+    return (
+        np.dtype(common_norm(kinds)),
+        all(kind.rounds_correctly for kind in kinds),
+        all(kind.is_wide_integer for kind in kinds),
+    )
+
+
 class Placement:
     """How an array is cut, laid out and encoded: all that an operand is but its memory.
 
@@ -132,7 +142,9 @@ class Placement:
         self.elements = _nest(self.order, self.steps)
         self.grid = _nest((*cut.scope, *cut.block), self.steps)
         self.is_one_number = not self.grid[1].any()
+        self.width = int(self.grid[0, -1])
         self.few = cut.scopes * cut.blocks * cut.elements < SHAPED_ELEMENTS
+        self.measured = None if self.kind is None else _measure((self.kind,))
         self.across = self._across()
         self.layout = self._layout()
 
@@ -203,20 +215,14 @@ class Operand:
                 self._buffer = np.asarray(_Memory(array, address + place.low, place.length, place.unit))
         return self._buffer
 
+    def lines_hold(self, n: int) -> bool:
+        """Whether blocks lie line by line in memory, and whole groups of n of them in each line."""
+        return self.layout is not None and self.place.width % n == 0
+
     @property
     def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
         """The leading arguments of a kernel."""
         return self.buffer, self.origin, self.grid, self.elements
-
-
-@lru_cache(maxsize=256)
-def _measure(kinds: tuple[Kind, ...]) -> tuple[np.dtype, bool, bool]:
-    """(dtype of the norms, are they correctly rounded, are all 64-bit integers) of blocks of these kinds."""
-    return (
-        np.dtype(common_norm(kinds)),
-        all(kind.rounds_correctly for kind in kinds),
-        all(kind.is_wide_integer for kind in kinds),
-    )
 
 
 class Competitors:
@@ -224,12 +230,17 @@ class Competitors:
 
     def __init__(self, part: Part) -> None:
         self.leaves = [Operand(leaf) for leaf in part]
-        self.cut: Cut = part[0].cut
-        self.blocks = self.cut.blocks
-        self.total = self.cut.scopes * self.cut.blocks
+        cut = self.cut = part[0].cut
+        self.blocks = cut.blocks
+        self.total = cut.scopes * cut.blocks
         self.elements = sum([leaf.size for leaf in self.leaves])
         self.spans_leaves = len(part) > 1
-        self.norm, self.exact, self.wide_integers = _measure(tuple([kind_of(leaf.array.dtype) for leaf in part]))
+        measured = (
+            None if self.spans_leaves else self.leaves[0].place.measured
+        )  # known already: half of this takes time
+        if measured is None:
+            measured = _measure(tuple([kind_of(leaf.array.dtype) for leaf in part]))
+        self.norm, self.exact, self.wide_integers = measured
 
 
 def in_memory_order(target: Parts, source: Parts, numbers: Leaf) -> tuple[Parts, Parts, Leaf]:
@@ -302,6 +313,9 @@ def ranges(
         return lambda: None
     workers = workers_for(total * elements, piece)
     length = piece_length(total, elements, workers, workspace, piece, fixed=fixed)
+    if length >= total and not shielded:
+        all_of_it = make_work(1, total)
+        return lambda: all_of_it(0, 0, total)
     pieces = -(-total // length)
     work = make_work(min(workers, pieces), min(length, total))
 
