@@ -20,13 +20,13 @@ from numba import typeof, types
 from npscope.backends.numba_cpu import planes, vector_shrinkage
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, call_numbers
 from npscope.backends.numba_cpu.lines import call_measurer, call_scaler
 from npscope.backends.numba_cpu.nests import place
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import greatest, least
-from npscope.backends.numba_cpu.vectors import LANES, Format
+from npscope.backends.numba_cpu.vectors import LANES, Format, clear
 
 STRIP = 2048
 """Elements whose thresholds are read at a time where a block is one element."""
@@ -172,6 +172,8 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, e0: int, e1: int, whole: bool,
         out: Any, row: int, width: int,
     ) -> None:  # fmt: skip
+        if vectors:
+            make_small()
         size, step = elements[0, -1], elements[1, -1]
         columns, stride = grid[0, -1], grid[1, -1]
         start, length = i, stop - i
@@ -382,22 +384,25 @@ def _step(bends: bool, falls: bool, near: float, s: Any) -> int:
     return left
 
 
-@cache
-def solve_kernel(exact: bool, narrow: bool) -> Any:
-    """The kernel that solves the blocks [i0, i1): an element becomes ``h / (h + mu)`` of itself.
+DONE, TOO_MANY_STEPS, LOOK_CLOSER = range(3)
+"""How the work of a `solve_kernel` ends."""
 
-    Zero blocks get an infinite mu, unchanged ones 0. False where an iteration does not end. `deal` is the
-    `dealer_address` of the leaves.
+_call_looker = caller(12)
+
+
+@cache
+def _looker(exact: bool, narrow: bool) -> Any:
+    """``look(deal, leaves, i, stop, b, total, chunk, limit, v, h, width, s)``: decide on block b of a strip.
+
+    By sums that neither overflow nor round amiss.
     """
-    measure_planes, secular_sums = planes.measure_planes(), planes.secular_sums()
-    largest = 1e76 if narrow else 1e100
 
     @standalone
     def look(
         deal: int, leaves: Any, i: int, stop: int, b: int, total: int, chunk: int, limit: float, v: Any, h: Any,
         width: int, s: Any,
     ) -> None:  # fmt: skip
-        """Decide on block b of a strip by sums that neither overflow nor round amiss."""
+        make_small()
         top, widest, unit, scale = 0.0, 0.0, 1.0, 1.0
         hi, low, size, size_low, cubes = 0.0, 0.0, 0.0, 0.0, 0.0
         for turn in range(3):
@@ -442,33 +447,58 @@ def solve_kernel(exact: bool, narrow: bool) -> Any:
             s[UNIT + b], s[NORM + b] = unit, norm
             s[MEAN + b], s[SPREAD + b] = cubes / (hi + low), math.sqrt(size + size_low) / norm
 
+    return look
+
+
+def looker_address(exact: bool, narrow: bool, leaves: Any) -> int:
+    """Where the code of a `_looker` is. Few problems need it, and it takes a third of a second to compile."""
+    numbers, plane = [types.int64] * 5, array_of(np.float64)
+    where = types.int64, typeof(leaves), *numbers, types.float64, plane, plane, types.int64, plane
+    return address_of(_looker(exact, narrow), *where)
+
+
+@cache
+def solve_kernel(narrow: bool) -> Any:
+    """The kernel that solves the blocks [i0, i1): an element becomes ``h / (h + mu)`` of itself.
+
+    Zero blocks get an infinite mu, unchanged ones 0. `deal` is the `dealer_address` of the leaves, `look` their
+    `looker_address` or 0. Returns `DONE`, `TOO_MANY_STEPS` where an iteration does not end, or `LOOK_CLOSER` where a
+    block needs a closer look and `look` is 0.
+    """
+    measure_planes, secular_sums = planes.measure_planes(), planes.secular_sums()
+    largest = 1e76 if narrow else 1e100
+
     @kernel
     def solve(
-        deal: int, leaves: Any, i0: int, i1: int, t: Numbers, total: int,
+        deal: int, look: int, leaves: Any, i0: int, i1: int, t: Numbers, total: int,
         width: int, max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
-    ) -> bool:  # fmt: skip
+    ) -> int:  # fmt: skip
+        make_small()
         chunk = least(total, v.size // width)
         for i in range(i0, i1, width):
             stop = least(i1, i + width)
             count = stop - i
             call_numbers(*t, i, stop, limits)
-            limits[count:] = 0  # blocks that are not there are not open
-            s[SQUARES:NORM] = 0.0
+            clear(limits, count, limits.size - count)  # blocks that are not there are not open
+            clear(s, SQUARES, NORM - SQUARES)
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
                 _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, width)
                 for b in range(0, count, LANES):
                     measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, DISTANCE)
             if _classify(limits, largest, s):
+                if look == 0:
+                    return LOOK_CLOSER
                 for b in range(count):
                     if s[ACTIVE + b] < 0.0:
-                        look(deal, leaves, i, stop, b, total, chunk, np.float64(limits[b]), v, h, width, s)
+                        limit = np.float64(limits[b])
+                        _call_looker(look, deal, leaves, i, stop, b, total, chunk, limit, v, h, width, s)
             left = _open(limits, s)
             steps = 0
             while left:
                 if steps == max_iter:
-                    return False
-                s[SQUARES:NORM] = 0.0
+                    return TOO_MANY_STEPS
+                clear(s, SQUARES, NORM - SQUARES)
                 for e0 in range(0, total, chunk):
                     e1 = least(total, e0 + chunk)
                     if chunk < total:
@@ -480,7 +510,7 @@ def solve_kernel(exact: bool, narrow: bool) -> Any:
                 steps += 1
             for b in range(count):
                 mus[np.uintp(i + b)] = s[LIMIT + np.uintp(b)] / s[RATE + np.uintp(b)]
-        return True
+        return DONE
 
     return solve
 

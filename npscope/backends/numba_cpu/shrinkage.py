@@ -141,11 +141,17 @@ def conditioned_job(
     mus = np.empty(total)
     pairs = tuple((x.codec, x.layout, h.codec, h.layout) for x, h in zip(source.leaves, metric, strict=True))
     leaves = tuple((*x.where, *h.where, x.size) for x, h in zip(source.leaves, metric, strict=True))
-    solve, deal = proximal.solve_kernel(source.exact, source.norm.itemsize == 4), proximal.dealer_address(pairs, leaves)
+    narrow, looks = source.norm.itemsize == 4, [0]
+    solve, deal = proximal.solve_kernel(narrow), proximal.dealer_address(pairs, leaves)
     t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
-        if not solve(deal, leaves, i0, i1, t, elements, width, max_iter, *near, v, h, s, limits, mus):
+        works = (leaves, i0, i1, t, elements, width, max_iter, *near, v, h, s, limits, mus)
+        found = solve(deal, *looks, *works)
+        if found == proximal.LOOK_CLOSER:
+            looks[:] = [proximal.looker_address(source.exact, narrow, leaves)]
+            found = solve(deal, *looks, *works)
+        if found == proximal.TOO_MANY_STEPS:
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
             )

@@ -282,11 +282,23 @@ def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
     return [plane for both in zip(evens, odds, strict=True) for plane in both]
 
 
+def _size_of(place: Value) -> int:
+    """Bytes of what an address points to."""
+    element = place.type.pointee
+    return {"float": 4, "double": 8}.get(str(element)) or element.width // 8
+
+
 def _copy(b: Builder, source: Value, count: Value, target: Value) -> None:
-    element = source.type.pointee
-    size = {"float": 4, "double": 8}.get(str(element)) or element.width // 8
-    cgutils.raw_memcpy(b, target, source, count, size)
+    cgutils.raw_memcpy(b, target, source, count, _size_of(source))
 
 
 copy_numbers = step(_copy, 5)
 """``copy_numbers(source, i, count, target, j)``: `count` numbers of one type from an array to another."""
+
+
+def _clear(b: Builder, target: Value, count: Value) -> None:
+    cgutils.memset(b, target, b.mul(count, count.type(_size_of(target))), 0)
+
+
+clear = step(_clear, 3)
+"""``clear(target, i, count)``: zeros."""
