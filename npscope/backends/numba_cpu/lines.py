@@ -51,8 +51,8 @@ JOINS = 16
 PART_BLOCKS = STRIP_RUN // LANES
 """Blocks in one row of a strip that have partial sums, because their runs are no shorter than a vector."""
 
-FLAT_RUN = 1 << 10
-"""Elements whose sums are finished together where a block is one run: short, so that roots run beside loads."""
+FLAT_RUN = 1 << 11
+"""Elements that are summed before their norms are settled where a block is one run: they fit the nearest cache."""
 
 TOGETHER = 4
 """Rows that are read side by side, but long ones: a sum of four is stored, and dealt out to its block, only once."""
