@@ -200,16 +200,31 @@ class LargeScopes:
         return [self.found[slot][start : start + stored] for slot, start, stored in places]
 
     def nth(self, scope: int, k: int) -> tuple[int, int]:
-        """(k-th largest key of a scope, how many keys equal to it are among the k largest).
+        """(k-th largest key of a scope, how many keys equal to it are among the k largest)."""
+        return self._narrow(k, self.ranking.blocks, self._sample(scope), partial(self._survey, scope))
 
-        Leaves in `equal` how many keys of each piece equal it.
-        """
-        limit, ties = self._narrow(k, self.ranking.blocks, self._sample(scope), partial(self._survey, scope))
-        if self.stored.any():
-            self.equal[:] = [np.count_nonzero(keys == limit) for keys in self._collected()]
-        else:  # the last survey was of that key alone
+    def _count_equal(self, limit: int) -> None:
+        """Leave in `equal` how many keys of each piece equal the k-th, after `nth`."""
+        if not self.stored.any():  # the last survey was of that key alone
             self.equal[:] = self.inside
-        return limit, ties
+            return
+        collected = self._collected()
+        spare = np.empty((self.workers, SLACK), dtype=self.ranking.key)  # a look writes there even if it stores nothing
+
+        def use(slot: int, i: int) -> None:
+            _, self.equal[i], _ = self._look_again(slot, collected[i], limit, limit, spare[slot], 0)
+
+        self._each(len(collected), use)
+
+    def _look_again(
+        self, slot: int, keys: np.ndarray, low: int, high: int, found: np.ndarray, start: int
+    ) -> tuple[int, int, int]:
+        """`strips.survey` of collected keys."""
+        seen: tuple[int, int, int] = strips.survey(
+            self.dense_look, 0, dense(keys.view(self.dense_unit)), 0, keys.size, STRIP_ELEMENTS, STRIP_ELEMENTS,
+            np.uint64(low), np.uint64(high), found, start, self.works[slot],
+        )  # fmt: skip
+        return seen
 
     def _narrow(self, k: int, count: int, sample: np.ndarray, survey: Callable[[int, int], _Survey]) -> tuple[int, int]:
         """`nth` of `count` keys, from a sorted sample of them and what looks at all."""
@@ -243,13 +258,9 @@ class LargeScopes:
         narrower = np.empty(count // 2 + SLACK, dtype=self.ranking.key)
 
         def survey(low: int, high: int) -> _Survey:
-            limits = np.uint64(low), np.uint64(high)
             above, inside, end = 0, 0, 0
             for keys in pieces:
-                over, within, stored = strips.survey(
-                    self.dense_look, 0, dense(keys.view(self.dense_unit)), 0, keys.size, STRIP_ELEMENTS, STRIP_ELEMENTS,
-                    *limits, narrower, end, self.works[0],
-                )  # fmt: skip
+                over, within, stored = self._look_again(0, keys, low, high, narrower, end)
                 above, inside, end = above + over, inside + within, end + stored
             return _Survey(above, inside, [narrower[:end]])
 
@@ -258,7 +269,9 @@ class LargeScopes:
     def _limit(self, scope: int, k: int) -> tuple[int, int]:
         """`nth`, for any k; 0 blocks are above the largest key, and all above key 0 or equal to it."""
         if 0 < k < self.ranking.blocks:
-            return self.nth(scope, k)
+            limit, ties = self.nth(scope, k)
+            self._count_equal(limit)
+            return limit, ties
         self.equal[:] = 0
         return (0, self.ranking.blocks) if k > 0 else ((1 << self.ranking.width) - 1, 0)
 
