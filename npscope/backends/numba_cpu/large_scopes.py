@@ -205,26 +205,10 @@ class LargeScopes:
 
     def _count_equal(self, limit: int) -> None:
         """Leave in `equal` how many keys of each piece equal the k-th, after `nth`."""
-        if not self.stored.any():  # the last survey was of that key alone
+        if self.stored.any():
+            self.equal[:] = [np.count_nonzero(keys == limit) for keys in self._collected()]
+        else:  # the last survey was of that key alone
             self.equal[:] = self.inside
-            return
-        collected = self._collected()
-        spare = np.empty((self.workers, SLACK), dtype=self.ranking.key)  # a look writes there even if it stores nothing
-
-        def use(slot: int, i: int) -> None:
-            _, self.equal[i], _ = self._look_again(slot, collected[i], limit, limit, spare[slot], 0)
-
-        self._each(len(collected), use)
-
-    def _look_again(
-        self, slot: int, keys: np.ndarray, low: int, high: int, found: np.ndarray, start: int
-    ) -> tuple[int, int, int]:
-        """`strips.survey` of collected keys."""
-        seen: tuple[int, int, int] = strips.survey(
-            self.dense_look, 0, dense(keys.view(self.dense_unit)), 0, keys.size, STRIP_ELEMENTS, STRIP_ELEMENTS,
-            np.uint64(low), np.uint64(high), found, start, self.works[slot],
-        )  # fmt: skip
-        return seen
 
     def _narrow(self, k: int, count: int, sample: np.ndarray, survey: Callable[[int, int], _Survey]) -> tuple[int, int]:
         """`nth` of `count` keys, from a sorted sample of them and what looks at all."""
@@ -258,9 +242,13 @@ class LargeScopes:
         narrower = np.empty(count // 2 + SLACK, dtype=self.ranking.key)
 
         def survey(low: int, high: int) -> _Survey:
+            limits = np.uint64(low), np.uint64(high)
             above, inside, end = 0, 0, 0
             for keys in pieces:
-                over, within, stored = self._look_again(0, keys, low, high, narrower, end)
+                over, within, stored = strips.survey(
+                    self.dense_look, 0, dense(keys.view(self.dense_unit)), 0, keys.size, STRIP_ELEMENTS, STRIP_ELEMENTS,
+                    *limits, narrower, end, self.works[0],
+                )  # fmt: skip
                 above, inside, end = above + over, inside + within, end + stored
             return _Survey(above, inside, [narrower[:end]])
 
