@@ -26,7 +26,6 @@ Bits = Any
 Real = Any
 """A NumPy float scalar, whose width matters."""
 
-KEY32, KEY64 = np.uint32, np.uint64
 _NAN32, _SIGN32, _INF32 = np.uint32(0xFFFFFFFF), np.uint32(0x80000000), np.uint32(0x7F800000)
 _NAN64, _SIGN64, _INF64 = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(1 << 63), np.uint64(0x7FF0000000000000)
 

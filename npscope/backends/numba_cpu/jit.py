@@ -120,7 +120,7 @@ def _call(context: Any, builder: Any, place: Any, signature: Any, values: Any) -
 
 
 def small(builder: Any) -> None:
-    """Let LLVM make this function small and not fast: a third of its time, where code is rare or vectors are ours."""
+    """Have LLVM make this function small, in a third of the time, not fast: where code is rare or vectors are ours."""
     for attribute in ("optsize", "minsize"):
         builder.function.attributes.add(attribute)
 

@@ -339,8 +339,9 @@ def _ends(sample: np.ndarray, bracket: _Bracket, k: int, crowded: bool, *, halve
     looked at by itself, when the count says that the k-th is not beside it. In an array that has been
     pruned before, zero is such a key, and often the next below the k-th.
     """
+    key_of = sample.dtype.type  # NumPy would look for a Python integer among uint64 by way of float64
     inside = sample[
-        np.searchsorted(sample, bracket.low, side="left") : np.searchsorted(sample, bracket.high, side="right")
+        np.searchsorted(sample, key_of(bracket.low), "left") : np.searchsorted(sample, key_of(bracket.high), "right")
     ]
     if halve:
         middle = bracket.low + (bracket.high - bracket.low) // 2
@@ -352,7 +353,8 @@ def _ends(sample: np.ndarray, bracket: _Bracket, k: int, crowded: bool, *, halve
     margin = MARGIN * (inside.size * share * (1 - share)) ** 0.5 + 2
 
     def is_frequent(key: int) -> bool:
-        return bool(np.searchsorted(inside, key, side="right") - np.searchsorted(inside, key, side="left") > margin)
+        first, last = (np.searchsorted(inside, key_of(key), side) for side in ("left", "right"))
+        return bool(last - first > margin)
 
     key = int(inside[min(int(place), inside.size - 1)])
     if crowded or is_frequent(key):

@@ -36,8 +36,6 @@ from npscope.backends.numba_cpu.vector_norms import STRIP_BLOCKS as STRIP_BLOCKS
 from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, copy_numbers, number_format
 from npscope.dtypes import kind_of
 
-Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
-
 STRIP_RUN, SHORT_RUN, STRIP_ELEMENTS = 1 << 12, 1 << 10, 1 << 17
 """Adjacent elements of a row of a strip, those if it has many rows, and elements of a strip at most.
 
@@ -49,7 +47,7 @@ JOINS = 16
 """Additions in sequence that join lanes and what was summed side by side, at most."""
 
 PART_BLOCKS = STRIP_RUN // LANES
-"""Blocks in one row of a strip that have partial sums, because their runs are no shorter than a vector."""
+"""Blocks of a strip at most, where they have partial sums: what is not summed side by side."""
 
 FLAT_RUN = 1 << 11
 """Elements that are summed before their norms are settled where a block is one run: they fit the nearest cache."""
@@ -127,12 +125,11 @@ def _additions(run: int, rows: int) -> int:
     return LANES // PARTIAL * several * rows + JOINS
 
 
-def strip_blocks(layout: Layout, multiple: int = 1) -> int:
-    """Blocks of a strip: whole scopes of `multiple` blocks."""
+def strip_blocks(layout: Layout) -> int:
+    """Blocks of a strip."""
     most = STRIP_BLOCKS if vector_norms.takes_many(layout.run) else PART_BLOCKS
     columns = max(SHORT_RUN, STRIP_RUN // layout.rows)
-    count = max(1, min(most, columns // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
-    return max(1, count // multiple) * multiple
+    return max(1, min(most, columns // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
 
 
 # --- norms of a strip ----------------------------------------------------------------------------
@@ -155,6 +152,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
     """`measurer` for runs of `run` elements, which `long` ones end with after whole vectors."""
     many = vector_norms.takes_many(run) and not long
     add = vector_norms.measure_rows(form, run, long, code)
+    most_blocks = STRIP_BLOCKS if many else PART_BLOCKS  # what `making` has room for
     lossy, settle, rescale = form.bits == 64, vector_norms.settle(form, code), _rescale(codec)
     square, (inner, most_together) = code == TWO, _rows_in(run, long)
 
@@ -167,7 +165,7 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size
         turns, step = (elements[0, inner], elements[1, inner]) if rows > 1 else (1, 0)
-        most = greatest(LANES, FLAT_RUN // size) if rows == 1 else stop - i if many else PART_BLOCKS
+        most = least(most_blocks, greatest(LANES, FLAT_RUN // size)) if rows == 1 else most_blocks
         # A sum of n additions in sequence is off by n - 1 times 2 ** -53 of it at most, and its root by half of that
         # and half a unit: so many units in the last place, and no more, for of sorted numbers every fourth block of
         # four is 4 to 8 units from where rounding turns. Counted here are all vectors of a row, though those of long
@@ -293,7 +291,7 @@ def _row_writer(layout: Layout, write_rows: Any, write_one: Function, same: floa
 
 
 def where_type(unit: np.dtype) -> Any:
-    """The Numba type of a `Where` with a buffer of this dtype."""
+    """The Numba type of an operand as `strips.Where` names it, with a buffer of this dtype."""
     return types.Tuple((array_of(unit), types.int64, NEST, NEST))
 
 

@@ -157,7 +157,7 @@ def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms |
     return lambda length: LineNorms(part, source, strip, code, length), STRIPS_ELEMENTS
 
 
-def workspace_of(part: Competitors, ord: float) -> int:
+def workspace_of(part: Competitors) -> int:
     """Bytes of work arrays for the norm of a block, and what a caller adds to decide on it."""
     return BLOCK_WORKSPACE if part.elements == 1 or part.exact else 2 * BLOCK_WORKSPACE
 
@@ -177,7 +177,7 @@ def norm_ranges(
         use = make_use(slots, length)
         return lambda slot, i0, i1: use(slot, i0, i1, *works[slot].fill(i0, i1))
 
-    return ranges(part.total, part.elements, make_work, workspace=workspace_of(part, ord), shielded=shielded)
+    return ranges(part.total, part.elements, make_work, workspace=workspace_of(part), shielded=shielded)
 
 
 def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.ndarray:
@@ -212,7 +212,8 @@ def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) 
     """The norms of a part into its columns of a table. The blocks are walked in the order of memory."""
     array = part[0].array
     cut, places = _walk(plain.cut, array.strides if len(part) == 1 else None)
-    in_order = cut is plain.cut and columns.flags.c_contiguous
+    # Parts may have norms of another precision than the table.
+    in_order = cut is plain.cut and columns.flags.c_contiguous and columns.dtype == plain.norm
     walked = plain if cut is plain.cut else Competitors((Leaf(array, cut),))
     flat, table = (columns.reshape(-1), None) if in_order else (None, Operand(Leaf(columns, places)))
     make_norms, piece = norms_of(walked, ord)
@@ -228,7 +229,7 @@ def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) 
 
         return work
 
-    ranges(walked.total, walked.elements, make_work, workspace=workspace_of(walked, ord), piece=piece)()
+    ranges(walked.total, walked.elements, make_work, workspace=workspace_of(walked), piece=piece)()
 
 
 def put(columns: np.ndarray, i0: int, i1: int, values: np.ndarray) -> None:

@@ -57,10 +57,11 @@ SAFE_LEAST = 1e-280
 """A sum of squares of float64 from here to infinity lost nothing to under- or overflow."""
 
 STRIP_BLOCKS = 1 << 11
-"""Blocks that are measured in one go, at most."""
+"""Blocks that `measure_rows` takes at once, at most."""
 
-LEAST, DOUBTS = 16, 24
-PARTS = DOUBTS + STRIP_BLOCKS // 16
+LEAST = -(-exact.EXACT_WORDS // 8) * 8
+DOUBTS = LEAST + LANES // 2
+PARTS = DOUBTS + STRIP_BLOCKS // LANES
 """Where least magnitudes, doubts and partial sums stand in work arrays, on lines of their own, behind an exact sum."""
 
 INF, ONE, TWO = 0, 1, 2
@@ -196,7 +197,7 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
     After the `last` rows `norms` are float32, or float64 if the elements are that, and `sums` the same in float64,
     except for maxima. A word in `making` from `DOUBTS` on, for `LANES` blocks each, then has a bit for each of them
     whose rounding is in `doubt`, or whose norm may be beyond float32, or whose squares may have left the range of
-    float64. Returns whether there are any.
+    float64. Returns all words joined by or; bits of blocks beyond `count` mean nothing.
     """
     many = takes_many(run) and not long
     word = ir.IntType(64)

@@ -316,7 +316,8 @@ def drop_rows(form: Format, run: int) -> Any:
 def scale_rows(form: Format, run: int) -> Any:
     """``(target, i, count, rows, step, factors, j, jump)``: multiply float32 by a float64 for each block.
 
-    0 writes +0.0, 1 keeps the bits. All else as for `drop_rows`.
+    0 writes +0.0, 1 keeps the bits; else the product in float64, rounded, and within 1 ulp of that. All else as for
+    `drop_rows`.
     """
     together = max(1, form.lanes // run) if form.lanes % run == 0 else 1
 
@@ -325,19 +326,36 @@ def scale_rows(form: Format, run: int) -> Any:
             length = run * blocks
             few, single = ir.VectorType(ir.DoubleType(), blocks), ir.VectorType(ir.FloatType(), blocks)
             factor = b.load(b.bitcast(b.gep(factors, [block]), few.as_pointer()), align=8)
-            # A factor as two float32: the product is right to 2**-47 before it is rounded, at half the cost of float64.
+            # As two float32: the product of usual numbers is right to 2**-47 before it is rounded, at half the cost.
             high = b.fptrunc(factor, single)
             low = b.fptrunc(b.fsub(factor, b.fpext(high, few)), single)
             same, zero = (b.fcmp_ordered("==", factor, splat(few, number)) for number in (1.0, 0.0))
-            high, low, same, zero = (shuffle(b, v, [i // run for i in range(length)]) for v in (high, low, same, zero))
+            size = b.and_(b.bitcast(factor, vector_of(64, blocks)), splat(vector_of(64, blocks), (1 << 63) - 1))
+            least, range_ = (splat(size.type, (1023 + 64 * side << 52) - 1) for side in (-1, 1))
+            strange = b.icmp_unsigned(">=", b.sub(size, least), b.sub(range_, least))
+            # What is replaced must not look unusual below, and what is strange must.
+            replaced = b.or_(same, zero)
+            high = b.select(replaced, splat(single, 1.0), b.select(strange, splat(single, math.nan), high))
+            low = b.select(replaced, splat(single, 0.0), low)
+            lanes = [i // run for i in range(length)]
+            high, low, same, zero = (shuffle(b, v, lanes) for v in (high, low, same, zero))
 
             def scale(at: Value) -> None:
                 bits = load(b, at, vector_of(32, length))
                 x = b.bitcast(bits, high.type)
                 product = b.fmul(x, high)
-                lost = fma(b, x, high, b.fneg(product))
-                product = b.fadd(product, fma(b, x, low, lost))
-                scaled = b.select(same, bits, b.bitcast(product, bits.type))
+                exact = b.fadd(product, fma(b, x, low, fma(b, x, high, b.fneg(product))))
+                place = cgutils.alloca_once_value(b, b.bitcast(exact, bits.type))
+                # Zeros, which have a sign to keep, and what is lost of small or infinite numbers.
+                size = b.and_(b.bitcast(product, bits.type), splat(bits.type, (1 << 31) - 1))
+                least, range_ = (splat(bits.type, 127 + 100 * side << 23) for side in (-1, 1))
+                unusual = b.icmp_unsigned(">=", b.sub(size, least), b.sub(range_, least))
+                flags = ir.IntType(length)
+                with b.if_then(b.icmp_unsigned("!=", b.bitcast(unusual, flags), flags(0)), likely=False):
+                    double = ir.VectorType(ir.DoubleType(), length)
+                    wide = b.fmul(b.fpext(x, double), shuffle(b, factor, lanes))
+                    b.store(b.bitcast(b.fptrunc(wide, high.type), bits.type), place)
+                scaled = b.select(same, bits, b.load(place))
                 store(b, b.select(zero, splat(bits.type, 0), scaled), at)
 
             return scale

@@ -289,6 +289,8 @@ def _size_of(place: Value) -> int:
 
 
 def _copy(b: Builder, source: Value, count: Value, target: Value) -> None:
+    if source.type != target.type:
+        raise TypeError(f"numbers are copied as memory, from {source.type} not to {target.type}")
     cgutils.raw_memcpy(b, target, source, count, _size_of(source))
 
 

@@ -1,0 +1,142 @@
+"""Where CPU kernels change their way: at the ends of work arrays, of vectors and of float formats."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import npscope as ns
+
+pytest.importorskip("numba")
+from npscope.backends.numba_cpu.jit import kernel
+from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
+
+
+def of_reference(call, *arguments, **named):
+    with ns.use_backend("reference"):
+        return call(*arguments, **named)
+
+
+@pytest.mark.parametrize("ord", [1, 2, np.inf])
+@pytest.mark.parametrize(
+    ("shape", "block", "dtype"),
+    [
+        ((4, 400_000), (4, 4), np.float32),
+        ((2, 160_000), (2, 1), np.float32),
+        ((2, 160_000), (2, 2), np.float16),
+        ((8, 6000), (1, 3), np.float32),
+        ((8, 6000), (1, 3), np.float64),
+        ((12, 4500), (3, 9), np.float32),
+    ],
+)
+def test_scopes_of_more_blocks_than_work_arrays_hold(rng, shape, block, dtype, ord):
+    x = rng.standard_normal(shape).astype(dtype)
+    blocks = shape[1] // block[1]
+    got = ns.block_mask(x, blocks // 3, block, (1, -1), ord=ord)
+    assert np.array_equal(got, of_reference(ns.block_mask, x, blocks // 3, block, (1, -1), ord=ord))
+
+
+@pytest.mark.parametrize("ord", [1, 2, np.inf])
+@pytest.mark.parametrize("dtypes", [("f4", "f8"), ("f8", "f4"), ("f2", "f8"), ("f4", "i8")])
+def test_norms_of_parts_of_several_precisions(rng, dtypes, ord):
+    arrays = [(100 * rng.standard_normal((64, 64))).astype(dtype) for dtype in dtypes]
+    scope = ns.ScopeCoupling([ns.ScopeSpec(ns.BlockSpec(a, (4, 4)), (-1, -1)) for a in arrays])
+    each = [ns.block_norms(a, (4, 4), ord=ord).ravel() for a in arrays]
+    assert np.array_equal(scope.block_norms(ord=ord).ravel(), np.concatenate(each))
+
+
+FACTORS = [2.0, 0.5, -3.0, 1e40, 1e-50, 2e-45, 1e-40, np.inf, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_any_multiplier_of_any_number(rng, factor):
+    numbers = np.array([0.0, -0.0, 3e38, -3e38, np.inf, np.nan, 1e-10, 1e30, 1e-38, 1e-45, 1.5], dtype=np.float32)
+    x = rng.choice(numbers, (64, 64))
+    expected = x.copy()
+    with np.errstate(all="ignore"):
+        if factor != 1:
+            expected = (x.astype(np.float64) * factor).astype(np.float32) if factor else np.zeros_like(x)
+    ns.BlockSpec(x, (4, 4)).apply_multiplier(np.full((16, 16), factor))
+    nan = np.isnan(expected)
+    assert np.array_equal(nan, np.isnan(x))
+    assert np.array_equal(x[~nan].view(np.uint32), expected[~nan].view(np.uint32))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-37, 1e-44])
+def test_shrinking_keeps_signs_of_zeros_and_small_numbers_in_any_layout(rng, scale):
+    wide = (scale * rng.standard_normal((64, 128))).astype(np.float32)
+    wide[::3, ::4] = -0.0
+    dense, strided = np.ascontiguousarray(wide[:, ::2]), wide[:, ::2]
+    t = float(np.median(ns.block_norms(dense, (4, 4))))
+    got, other = ns.soft_threshold(dense, t, (4, 4)), ns.soft_threshold(strided, t, (4, 4))
+    small = np.abs(got) < 1e-30
+    assert np.array_equal(got[small].view(np.uint32), other[small].view(np.uint32))
+    np.testing.assert_array_max_ulp(got, other, maxulp=1)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32, np.float32, np.float64])
+def test_kth_of_scopes_larger_than_a_piece(rng, dtype):
+    for n in (131_073, 140_000):
+        x = (rng.standard_normal(n) * 200).astype(dtype) if np.dtype(dtype).kind != "u" else rng.integers(
+            0, 2000, n, dtype=dtype
+        )  # fmt: skip
+        expected = np.sort(x)[::-1]
+        for k in (1, n // 5, n // 2, 72_681, n - 1):
+            assert ns.kth_largest(x, k) == expected[k - 1]
+
+
+def test_sums_of_magnitudes_just_too_long_to_be_exact(rng):
+    """Beside a large number, one that a float64 sum loses just where the rounding turns."""
+    count = 512
+    x = np.zeros((count, 4), np.float32)
+    x[:, 0] = 2.0**24 + 2 * rng.integers(0, 100, count)
+    x[:, 1], x[:, 2] = 1 - 2.0**-7, 2.0**-7 + 2.0**-30
+    x = rng.permuted(x, axis=1)
+    expected = []
+    for row in x:
+        exact = sum(Fraction(float(v)) for v in row)
+        below = np.float32(row.max())
+        above = np.nextafter(below, np.float32(np.inf))
+        expected.append(above if exact > (Fraction(float(below)) + Fraction(float(above))) / 2 else below)
+    assert np.array_equal(ns.block_norms(x, (1, 4), ord=1).ravel(), expected)
+
+
+# --- what looks at keys --------------------------------------------------------------------------
+
+
+@kernel
+def looks(keys, start, n, limit, ties, mask, at):
+    above, below = neighbours_of(keys, start, n, limit)
+    border, rest = tie_border(keys, start, n, limit, ties)
+    return count_from(keys, start, n, limit), above, below, mark(keys, start, n, limit, ties, mask, at), border, rest
+
+
+@given(st.data(), st.sampled_from([8, 16, 32, 64]))
+def test_looks_at_keys_are_those_of_loops(data, bits):
+    top = (1 << bits) - 1
+    keys = st.sampled_from([0, 1, top, top - 1, 1 << (bits - 1), (1 << (bits - 1)) - 1]) | st.integers(0, top)
+    values = data.draw(st.lists(keys, min_size=1, max_size=8))
+    n, start, at = (
+        data.draw(st.sampled_from([0, 1, 2, 63, 64, 65, 128, 200])),
+        *data.draw(st.tuples(*[st.integers(0, 70)] * 2)),
+    )
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    dtype = np.dtype(f"u{bits // 8}")
+    array = rng.choice(np.array(values, dtype=dtype), start + n + SLACK)
+    limit, own = data.draw(st.sampled_from(values)), array[start : start + n].tolist()
+    equal = [i for i, key in enumerate(own) if key == limit]
+    ties = data.draw(st.integers(0, n + 1))
+    mask = np.full(at + n + SLACK + 5, 7, np.uint8)
+    count, above, below, left, border, rest = looks(array, start, n, np.uint64(limit), ties, mask.view(np.bool_), at)
+    assert count == sum(key >= limit for key in own)
+    assert above == min((key for key in own if key >= limit), default=top)
+    assert below == max((key for key in own if key < limit), default=0)
+    assert (border, rest) == ((equal[ties], 0) if ties < len(equal) else (n, ties - len(equal)))
+    assert left == max(0, ties - len(equal))
+    assert mask[at : at + n].tolist() == [key > limit or i in equal[:ties] for i, key in enumerate(own)]
+    assert (mask[:at] == 7).all()
+    assert (mask[at + n + SLACK :] == 7).all()
