@@ -119,15 +119,10 @@ def _call(context: Any, builder: Any, place: Any, signature: Any, values: Any) -
     return returned
 
 
-def small(builder: Any) -> None:
-    """Have LLVM make this function small, in a third of the time, not fast: where code is rare or vectors are ours."""
-    for attribute in ("optsize", "minsize"):
-        builder.function.attributes.add(attribute)
-
-
 def _small(typing_context: Any) -> tuple[Any, Callable[..., Any]]:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        small(builder)
+        for attribute in ("optsize", "minsize"):
+            builder.function.attributes.add(attribute)
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -141,4 +136,7 @@ def intrinsic_of(typed: Any, name: str, doc: str | None, count: int) -> Any:
 
 
 make_small: Any = intrinsic_of(_small, "make_small", None, 0)
-"""``make_small()``: make the function that says so `small`."""
+"""``make_small()``: have LLVM make the function that says so small, and not fast, in a third of the time.
+
+For code that is rare, or whose vectors are ours.
+"""

@@ -261,6 +261,8 @@ def _row_writer(layout: Layout, write_rows: Any, write_one: Function, same: floa
 
     @standalone
     def write(target: Any, i: int, stop: int, numbers: Any) -> None:
+        if vectors:
+            make_small()
         buffer, origin, grid, elements = target
         size = elements[0, -1] if long else run
         rows = length_of(elements) // size

@@ -11,7 +11,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from npscope.backends.numba_cpu.jit import small
 from npscope.backends.numba_cpu.vectors import (
     INT32,
     LINE,
@@ -269,7 +268,6 @@ def _over_rows(
     taking: Callable[[Value, int], Callable[[Value], None]],
 ) -> None:
     """``taking(number of a block, how many of them)(address)`` for all rows of `count` blocks, `together` at a time."""
-    small(b)
     done = count.type(0)
     for blocks in sorted({together, 1}, reverse=True):
         several = count.type(blocks)
