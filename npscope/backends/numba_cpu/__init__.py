@@ -22,7 +22,6 @@ from npscope.backends.numba_cpu.operands import Competitors, Operand, competitor
 from npscope.backends.numba_cpu.ranking import Ranking
 from npscope.backends.numba_cpu.selection import kth, mask, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink
-from npscope.backends.numba_cpu.vectors import Format, format_of
 from npscope.backends.numba_cpu.writing import DropSink, Numbers, arrays, drop, fill, rescale, with_numbers
 from npscope.tiling import Leaf, Parts
 
@@ -113,10 +112,7 @@ def count_nonzero(parts: Parts, eps: float) -> int:
 
 def _count_nonzero(part: Competitors, eps: float) -> int:
     def count(leaf: Operand, i0: int, i1: int) -> int:
-        form = None if leaf.kind is None or leaf.bytewise else format_of(leaf.kind)
-        key = 0 if form is None else _key_up_to(eps, leaf.array.dtype, form)
-        found: int = nk.counter(leaf.codec, form)(*leaf.where, i0, i1, leaf.size, eps, key)
-        return found
+        return nk.count_outside(leaf, -eps, eps)(i0, i1)
 
     return int(_total(part, count))
 
@@ -143,11 +139,3 @@ def _total(part: Competitors, measure: Callable[[Operand, int, int], float]) -> 
     found: list[float] = []
     ranges(part.total, part.elements, make_work, fixed=True)()
     return sum(sorted(found))  # not in the order in which threads came
-
-
-def _key_up_to(eps: float, dtype: np.dtype, form: Format) -> int:
-    """The magnitude, as bits, of the largest number up to `eps` >= 0."""
-    with np.errstate(over="ignore"):
-        number = np.asarray(eps).astype(dtype)
-    key = min(int(number.view(f"u{dtype.itemsize}")), form.inf)
-    return key - (float(number) > eps)

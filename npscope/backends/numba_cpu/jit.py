@@ -85,7 +85,8 @@ def array_of(dtype: Any, dimensions: int = 1) -> Any:
 def caller(count: int, result: Any = types.void) -> Any:
     """``call(address, *arguments)`` for compiled functions: a kernel that is told what to call serves all of its kind.
 
-    The address is that of a function for the same types, with this result; nothing checks it.
+    The address is that of a function for the same types, with this result; nothing checks it. Where there is no result,
+    none is called at the address 0.
     """
 
     def typed(typing_context: Any, *args: Any) -> tuple[Any, Callable[..., Any]]:
@@ -93,7 +94,11 @@ def caller(count: int, result: Any = types.void) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             place = builder.inttoptr(values[0], cgutils.voidptr_t)
-            return _call(context, builder, place, result(*plain), values[1:])
+            if result != types.void:
+                return _call(context, builder, place, result(*plain), values[1:])
+            with builder.if_then(cgutils.is_not_null(builder, place)):
+                _call(context, builder, place, result(*plain), values[1:])
+            return context.get_dummy_value()
 
         return result(types.int64, *plain), generate
 

@@ -11,6 +11,7 @@ those that only see dense work arrays are plain functions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,16 @@ from npscope.backends.numba_cpu.arithmetic import (
 )
 from npscope.backends.numba_cpu.codecs import Codec, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, inner_any_order, kernel, standalone
+from npscope.backends.numba_cpu.jit import (
+    address_of,
+    array_of,
+    caller,
+    inner,
+    inner_any_order,
+    kernel,
+    merged,
+    standalone,
+)
 from npscope.backends.numba_cpu.nests import NEST, place
 from npscope.backends.numba_cpu.operands import Operand
 from npscope.backends.numba_cpu.scalars import least
@@ -199,31 +209,34 @@ def read_numbers(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop:
         i = after
 
 
-@standalone
-def repeat_number(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop: int, out: Any) -> None:
-    """`read_numbers` where all blocks have one number: half of its compilation."""
-    value = buffer[origin]
-    for j in range(stop - i):
-        out[np.uintp(j)] = value
-
-
 Numbers = tuple[int, np.ndarray, int, np.ndarray, int]
-"""Numbers over blocks: what reads them, their buffer, origin and grid, and how many blocks in a row each serves."""
+"""Numbers over blocks: what reads them, their buffer, origin and grid, and how many blocks in a row each serves.
 
-call_numbers = caller(7)
-"""``call_numbers(*numbers, i, stop, out)`` for compiled functions: the numbers of blocks [i, stop), dense."""
+What reads them is 0 where all blocks have one number: work arrays are then filled with it before (`filled`).
+"""
+
+load_numbers = caller(7)
+"""``load_numbers(*numbers, i, stop, out)`` for compiled functions: those of blocks [i, stop); but if `filled`."""
 
 
 def numbers_over(leaf: Operand, repeat: int, dtype: np.dtype) -> Numbers:
     """Numbers over blocks, to be read into work arrays of `dtype`."""
-    read = repeat_number if leaf.is_one_number else read_numbers
     buffer = leaf.buffer
-    return _numbers_reader(read, buffer.dtype, dtype), buffer, leaf.origin, leaf.grid, repeat
+    read = 0 if leaf.is_one_number else _numbers_reader(buffer.dtype, dtype)
+    return read, buffer, leaf.origin, leaf.grid, repeat
+
+
+def filled(out: np.ndarray, numbers: Numbers) -> np.ndarray:
+    """A work array that kernels read the numbers into."""
+    read, buffer, origin, _, _ = numbers
+    if read == 0:
+        out.fill(buffer[origin])
+    return out
 
 
 @cache
-def _numbers_reader(read: Any, unit: np.dtype, dtype: np.dtype) -> int:
-    return address_of(read, array_of(unit), types.int64, NEST, *[types.int64] * 3, array_of(dtype))
+def _numbers_reader(unit: np.dtype, dtype: np.dtype) -> int:
+    return address_of(read_numbers, array_of(unit), types.int64, NEST, *[types.int64] * 3, array_of(dtype))
 
 
 @kernel
@@ -369,19 +382,38 @@ def kernels(codec: Codec) -> SimpleNamespace:
 
 
 @cache
-def counter(codec: Codec, form: Format | None) -> Any:
-    """``count(buffer, origin, grid, elements, i0, i1, total, eps, key)``: elements that do not satisfy |x| <= eps.
+def _counter(codec: Codec, form: Format | None) -> Any:
+    """``count(buffer, origin, grid, elements, i0, i1, total, low, high, mask)``: elements that are not in [low, high].
 
-    `form` is the format of numbers that can be read as vectors, and `key` then the key of the
-    largest of them up to eps.
+    Where they are adjacent, of a `form`, these are integers: of their bits, as far as they are in the mask.
     """
-    magnitude, lanes = codec.magnitude, 0 if form is None else form.lanes
-    count_line: Any = None if form is None else vector_selection.count_above(form)
+    if form is None:
+        value = codec.value
+
+        @inner
+        def outside(buffer: Any, at: int, run: int, step: int, low: Any, high: Any, mask: int) -> int:
+            found = 0
+            for r in range(run):
+                x = value(buffer, at + r * step)
+                found += 0 if (low <= x) & (x <= high) else 1
+            return found
+    else:
+        lanes = form.lanes
+        many, one = (vector_selection.count_outside(form, n) for n in (lanes, 1))
+
+        @merged
+        def outside(buffer: Any, at: int, run: int, step: int, low: Any, high: Any, mask: int) -> int:
+            found, whole = 0, run - run % lanes
+            for r in range(0, whole, lanes):
+                found += many(buffer, at + r, mask, low, high)
+            for r in range(whole, run):
+                found += one(buffer, at + r, mask, low, high)
+            return found
 
     @kernel
     def count(
-        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, eps: float, key: int
-    ) -> int:
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, low: Any, high: Any, mask: int
+    ) -> int:  # fmt: skip
         found = 0
         width, step = grid[0, -1], grid[1, -1]
         for e in range(total):
@@ -389,19 +421,29 @@ def counter(codec: Codec, form: Format | None) -> Any:
             i = i0
             while i < i1:
                 run = least(i1 - i, width - i % width)
-                at = start + place(i, grid)
+                found += outside(buffer, start + place(i, grid), run, step, low, high, mask)
                 i += run
-                r = 0
-                if lanes and step == 1:
-                    while r + lanes <= run:
-                        found += count_line(buffer, at + r, key)
-                        r += lanes
-                while r < run:
-                    found += not (magnitude(buffer, at + r * step) <= eps)
-                    r += 1
         return found
 
     return count
+
+
+def count_outside(leaf: Operand, low: float, high: float) -> Callable[[int, int], int]:
+    """What counts the elements of blocks [i0, i1) that are not in [low, high]; either low = -high, or both are > 0."""
+    form = leaf.layout.form if leaf.layout is not None and leaf.layout.run == 1 else None
+    count, limits = _counter(leaf.codec, form), (low, high, 0.0)
+    if form is not None:
+        limits = _bits_between(low, high, leaf.array.dtype, form)
+    return lambda i0, i1: int(count(*leaf.where, i0, i1, leaf.size, *limits))
+
+
+def _bits_between(low: float, high: float, dtype: np.dtype, form: Format) -> tuple[int, int, int]:
+    """Bits of the least and of the largest number in [low, high], and the mask under which numbers have them."""
+    with np.errstate(over="ignore"):
+        numbers = np.asarray([low if low > 0 else 0.0, high]).astype(dtype)
+    first, last = (min(int(bits), form.inf) for bits in numbers.view(f"u{dtype.itemsize}"))
+    magnitudes = (1 << (form.bits - 1)) - 1
+    return first + (float(numbers[0]) < low), last - (float(numbers[1]) > high), magnitudes if low <= 0 else -1
 
 
 @cache

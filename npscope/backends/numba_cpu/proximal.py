@@ -21,7 +21,7 @@ from npscope.backends.numba_cpu import planes, vector_shrinkage
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
-from npscope.backends.numba_cpu.kernels import Numbers, call_numbers
+from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.lines import call_measurer, call_scaler
 from npscope.backends.numba_cpu.nests import place
 from npscope.backends.numba_cpu.operands import Layout
@@ -35,7 +35,7 @@ STRIP = 2048
 @inner
 def read_limits(t: Numbers, i: int, stop: int, limits: Any) -> None:
     """The thresholds of elements [i, stop), dense; -0.0 for zero, which is how `vector_shrinkage.soften` knows it."""
-    call_numbers(*t, i, stop, limits)
+    load_numbers(*t, i, stop, limits)
     for j in range(np.uintp(stop - i)):
         limit = limits[j]
         limits[j] = -limits.dtype.type(0) if limit == 0 else limit
@@ -56,10 +56,11 @@ def soften_kernel(codec: Codec, form: Format | None, metric: Codec | None) -> An
     @kernel
     def soften_elements(
         x: Any, origin: int, grid: Any, elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, t: Numbers, alike: bool, limits: Any,
+        i0: int, i1: int, t: Numbers, limits: Any,
     ) -> None:  # fmt: skip
         width, h_width = grid[0, -1], h_grid[0, -1]
         step, h_step = (1, 1) if adjacent else (grid[1, -1], h_grid[1, -1])
+        alike = t[0] == 0
         if alike:
             read_limits(t, i0, least(i1, i0 + limits.size), limits)
         i = i0
@@ -79,28 +80,6 @@ def soften_kernel(codec: Codec, form: Format | None, metric: Codec | None) -> An
             i = stop
 
     return soften_elements
-
-
-@cache
-def outside_kernel(codec: Codec, adjacent: bool) -> Any:
-    """The kernel that counts the numbers [i0, i1) that are not in [low, high]."""
-    value = codec.value
-
-    @kernel
-    def count_outside(buffer: Any, origin: int, grid: Any, i0: int, i1: int, low: float, high: float) -> int:
-        width, step = grid[0, -1], 1 if adjacent else grid[1, -1]
-        found = 0
-        i = i0
-        while i < i1:
-            stop = least(i1, i + width - i % width)
-            at = origin + place(i, grid)
-            for j in range(stop - i):
-                x = value(buffer, at + j * step)
-                found += 0 if (low <= x) & (x <= high) else 1
-            i = stop
-        return found
-
-    return count_outside
 
 
 @standalone
@@ -133,7 +112,7 @@ def shrink_blocks(
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
         call_measurer(measure, x, origin, grid, elements, i, stop, sums, norms, making)
-        call_numbers(*t, i, stop, limits)
+        load_numbers(*t, i, stop, limits)
         form_factors(norms, sums, limits, stop - i)
         call_scaler(scale, (x, origin, grid, elements), i, stop, sums)
 
@@ -478,7 +457,7 @@ def solve_kernel(narrow: bool) -> Any:
         for i in range(i0, i1, width):
             stop = least(i1, i + width)
             count = stop - i
-            call_numbers(*t, i, stop, limits)
+            load_numbers(*t, i, stop, limits)
             clear(limits, count, limits.size - count)  # blocks that are not there are not open
             clear(s, SQUARES, NORM - SQUARES)
             for e0 in range(0, total, chunk):

@@ -67,7 +67,9 @@ def source_of(
         if across and leaf.across is not None:
             read, where = strips.across_reader(key, planes), (leaf.buffer, leaf.origin, *leaf.across)
             return Source(partial(strips.reader_address, read, unit, key_dtype), where, ACROSS_ELEMENTS)
-        read = strips.element_reader(key)
+        form = None if leaf.layout is None else leaf.layout.form
+        adjacent = form is not None and form.bits == width
+        read = strips.line_reader(form, ord is None) if adjacent else strips.element_reader(key)
         return Source(partial(strips.reader_address, read, unit, key_dtype), leaf.where, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
@@ -197,7 +199,7 @@ def cutter_of(ranking: Ranking, p: int, sink: Sink) -> int | None:
     same = read.form == written.form and ranking.width == read.form.bits
     if not same:
         return None
-    return strips.cutter_address(strips.cutter(read.form, read.codec), ranking.parts[p].leaves[0].place.unit)
+    return strips.cutter_address(strips.cutter(read.form), ranking.parts[p].leaves[0].place.unit)
 
 
 def line_surveyor_of(ranking: Ranking, p: int) -> int | None:
@@ -206,8 +208,7 @@ def line_surveyor_of(ranking: Ranking, p: int) -> int | None:
     layout, unit, signed = part.leaves[0].layout, part.leaves[0].place.unit, ranking.ord is None
     if layout is None or part.elements > 1 or ranking.width != layout.form.bits:
         return None
-    key = layout.codec.signed_key if signed else layout.codec.key_of_width(layout.form.bits)
-    return strips.surveyor_address(strips.line_surveyor(layout.form, key, signed), unit, ranking.key)
+    return strips.surveyor_address(strips.line_surveyor(layout.form, signed), unit, ranking.key)
 
 
 def surveyor_of(ranking: Ranking, p: int) -> tuple[int, int]:

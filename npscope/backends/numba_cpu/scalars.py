@@ -6,12 +6,16 @@ a tenth of the first call of a kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
 from npscope.backends.numba_cpu.jit import intrinsic_of
+from npscope.backends.numba_cpu.vectors import INT32, all_keys_of, format_of, vector_of
+from npscope.dtypes import kind_of
 
 _FLOAT_OF = {types.uint32: types.float32, types.uint64: types.float64}
 _BITS_OF = {number: bits for bits, number in _FLOAT_OF.items()}
@@ -58,3 +62,57 @@ bits_of = _bitcast("bits_of", _BITS_OF, "The bits of a float32 or float64, as an
 float_of = _bitcast("float_of", _FLOAT_OF, "The float32 or float64 of these bits, an unsigned integer of its width.")
 least = _choice("least", "min", "The smaller of two integers.")
 greatest = _choice("greatest", "max", "The larger of two integers.")
+
+
+# --- ordered integers as numbers -----------------------------------------------------------------
+
+
+def _on_keys(name: str, argument: Any, result: Any, emit: Callable[..., Any], doc: str) -> Any:
+    """An intrinsic of a number and an array of keys, of which it only knows how wide they are."""
+
+    def typed(typing_context: Any, number: Any, keys: Any) -> tuple[Any, Callable[..., Any]]:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return emit(builder, values[0], keys.dtype.bitwidth)
+
+        return result(argument, keys), generate
+
+    return intrinsic_of(typed, name, doc, 2)
+
+
+_SIGNED: dict[int, Any] = {bits: format_of(kind_of(np.dtype(f"float{bits}"))) for bits in (32, 64)}
+
+
+def _float_of_key(b: Any, key: Any, bits: int) -> Any:
+    word = key if bits == 64 else b.trunc(key, ir.IntType(bits))
+    sign = word.type(1 << (bits - 1))
+    word = b.select(b.icmp_unsigned(">=", word, sign), b.xor(word, sign), b.not_(word))
+    return b.bitcast(word, ir.DoubleType()) if bits == 64 else b.fpext(b.bitcast(word, ir.FloatType()), ir.DoubleType())
+
+
+def _key_of_float(b: Any, number: Any, bits: int) -> Any:
+    number = number if bits == 64 else b.fptrunc(number, ir.FloatType())
+    keys = all_keys_of(b, b.bitcast(number, vector_of(bits, 1)), _SIGNED[bits], True)
+    key = b.extract_element(keys, INT32(0))
+    return key if bits == 64 else b.zext(key, ir.IntType(64))
+
+
+number_of_key = _on_keys(
+    "number_of_key", types.uint64, types.float64, lambda b, key, bits: b.uitofp(key, ir.DoubleType()),
+    "``number_of_key(key, keys)``: the key as a float64.",
+)  # fmt: skip
+key_near = _on_keys(
+    "key_near", types.float64, types.uint64, lambda b, number, bits: b.fptoui(number, ir.IntType(64)),
+    "``key_near(number, keys)``: the key below a number that is in the range of uint64.",
+)  # fmt: skip
+float_of_signed_key = _on_keys(
+    "float_of_signed_key", types.uint64, types.float64, _float_of_key,
+    "``float_of_signed_key(key, keys)``: the float that it is the key of, as a float64.",
+)  # fmt: skip
+signed_key_near = _on_keys(
+    "signed_key_near", types.float64, types.uint64, _key_of_float,
+    "``signed_key_near(number, keys)``: the key of the float nearest to it.",
+)  # fmt: skip
+largest_key = _on_keys(
+    "largest_key", types.uint64, types.uint64, lambda b, zero, bits: zero.type((1 << bits) - 1),
+    "``largest_key(0, keys)``: all ones.",
+)  # fmt: skip

@@ -16,15 +16,20 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import vector_selection
-from npscope.backends.numba_cpu.codecs import signed_key_of_float32, signed_key_of_float64
-from npscope.backends.numba_cpu.jit import inner, merged, standalone
-from npscope.backends.numba_cpu.scalars import float_of, greatest, least
+from npscope.backends.numba_cpu.jit import merged, standalone
+from npscope.backends.numba_cpu.scalars import (
+    float_of_signed_key,
+    greatest,
+    key_near,
+    largest_key,
+    least,
+    number_of_key,
+    signed_key_near,
+)
 from npscope.backends.numba_cpu.vector_search import count_from, mark, neighbours_of
 
 QUICK_PROBES = 6
 """Guesses before the search always looks for the keys next to a guess; normal data needs 5.8 in rows of 1024."""
-
-_SIGN32, _SIGN64 = np.uint32(1 << 31), np.uint64(1 << 63)
 
 FIRST_GUESS, FIRST_SPACING = np.uint64(1 << 30), 65536.0
 """Where a search starts that has no scope before it."""
@@ -33,41 +38,15 @@ FIRST_GUESS, FIRST_SPACING = np.uint64(1 << 30), 65536.0
 # --- numbers along which keys are spread evenly enough to interpolate ----------------------------
 
 
-@merged
-def _real_of_key(key: Any, itemsize: int) -> float:
-    return np.float64(key)
-
-
-@merged
-def _key_near(real: float, itemsize: int) -> Any:
-    return np.uint64(real)
-
-
-@inner
-def _real_of_signed_key(key: Any, itemsize: int) -> Any:
-    """The float itself: signed keys crowd around zero, by their exponents; there 14 guesses are needed and not 6."""
-    if itemsize == 4:
-        bits = np.uint32(key)
-        return np.float64(float_of(np.uint32(bits ^ _SIGN32 if bits >= _SIGN32 else ~bits)))
-    wide = np.uint64(key)
-    return float_of(np.uint64(wide ^ _SIGN64 if wide >= _SIGN64 else ~wide))
-
-
-@inner
-def _signed_key_near(real: float, itemsize: int) -> Any:
-    if itemsize == 4:
-        return np.uint64(signed_key_of_float32(np.float32(real)))
-    return signed_key_of_float64(real)
-
-
 def reals(signed: bool) -> tuple[Any, Any, float, float]:
     """(number of a key, key near a number, least number that has one, bound of them), for keys of signed floats or not.
 
-    Both take the bytes of a key as their last argument.
+    Both take an array of such keys as their last argument. Signed keys stand for their floats: they crowd around zero,
+    by their exponents, where 14 guesses are needed and not 6.
     """
     if signed:
-        return _real_of_signed_key, _signed_key_near, -np.finfo(np.float64).max, np.inf
-    return _real_of_key, _key_near, 0.0, 1.8e19
+        return float_of_signed_key, signed_key_near, -np.finfo(np.float64).max, np.inf
+    return number_of_key, key_near, 0.0, 1.8e19
 
 
 @cache
@@ -85,7 +64,7 @@ def separator(signed: bool) -> Any:
     @standalone
     def separate(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, int, float]:
         one = np.uint64(1)
-        low, high = np.uint64(0), np.uint64(keys.dtype.type(~np.uint64(0)))
+        low, high = np.uint64(0), largest_key(0, keys)
         count_low, count_high = n, 0
         guessed_low = guessed_high = False
         p = guess
@@ -98,7 +77,7 @@ def separator(signed: bool) -> Any:
             stuck = count == last  # between two guesses lies no key, so keys are few and many are equal
             last = count
             if guessed_low and guessed_high:
-                distance = real_of(high, keys.itemsize) - real_of(low, keys.itemsize)
+                distance = real_of(high, keys) - real_of(low, keys)
                 if distance < np.inf:
                     spacing = distance / np.float64(count_low - count_high)
             if count == k:
@@ -114,7 +93,7 @@ def separator(signed: bool) -> Any:
             if probes > QUICK_PROBES and probes & 1:
                 p = low + (width >> one)
             else:
-                bottom, top = real_of(low, keys.itemsize), real_of(high, keys.itemsize)
+                bottom, top = real_of(low, keys), real_of(high, keys)
                 if guessed_low and guessed_high:
                     real = bottom + (top - bottom) * (np.float64(count_low - k) / np.float64(count_low - count_high))
                 else:
@@ -123,7 +102,7 @@ def separator(signed: bool) -> Any:
                     spacing *= 2.0  # a guess far off: the next step is bolder
                 p = low + (width >> one)
                 if first <= real < beyond:
-                    p = key_near(real, keys.itemsize)
+                    p = key_near(real, keys)
         return low, k - count_high, spacing
 
     return separate

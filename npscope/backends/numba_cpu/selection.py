@@ -35,6 +35,13 @@ from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, Parts
 
 
+def _scratch(ranking: Ranking, rows: int, counts: nk.Numbers) -> Loan[Scratch]:
+    """Work arrays of one thread for strips of so many scopes, of which `counts` says how many blocks are kept."""
+    scratch = Loan(Scratch, rows * ranking.blocks, rows, ranking.key)
+    nk.filled(scratch.work.keep, counts)
+    return scratch
+
+
 class ScopeWork:
     """Work arrays of one thread for up to `length` whole scopes of parts side by side."""
 
@@ -48,7 +55,7 @@ class ScopeWork:
         self.mask = np.empty((length, ranking.blocks), dtype=np.bool_)
         self.columns = np.empty(longest, dtype=np.bool_)
         self.rows = ranking.scopes_of_a_strip(STRIP_ELEMENTS)
-        self.scratch = Loan(Scratch, self.rows * ranking.blocks, self.rows, ranking.key)
+        self.scratch = _scratch(ranking, self.rows, self.counts)
         self.steps = (
             strips.dense_reader(ranking.key),
             strips.selector_address(ranking.group, ranking.key),
@@ -140,7 +147,7 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
     limits = nk.numbers_over(counts, 1, np.dtype(np.int64))
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [Loan(Scratch, rows * ranking.blocks, rows, ranking.key) for _ in range(slots)]
+        works = [_scratch(ranking, rows, limits) for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
             scratch = works[slot].work.all
@@ -166,7 +173,7 @@ def strips_of_thresholds(
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [
-            (np.empty(source.strip, dtype=thresholds.array.dtype), Scratch(source.strip, 0, key).all)
+            (nk.filled(np.empty(source.strip, dtype=thresholds.array.dtype), limits), Scratch(source.strip, 0, key).all)
             for _ in range(slots)
         ]
 
@@ -210,7 +217,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
         rows, steps = ranking.scopes_of_a_strip(source.strip), (*search_of(ranking), source.read)
 
         def make_strips(slots: int, length: int) -> Callable[[int, int, int], None]:
-            works = [Loan(Scratch, rows * ranking.blocks, rows, ranking.key) for _ in range(slots)]
+            works = [_scratch(ranking, rows, limits) for _ in range(slots)]
 
             def work(slot: int, s0: int, s1: int) -> None:
                 scratch = works[slot].work.all

@@ -54,11 +54,11 @@ def shrink(
 def require_conditioner(h: np.ndarray) -> None:
     """SpecError unless every entry of `h` is in `CONDITIONER_RANGE`."""
     numbers = Operand(Leaf(h, axis_cut(h.shape, None)))
-    count_outside = proximal.outside_kernel(numbers.codec, numbers.layout is not None)
+    count_outside = nk.count_outside(numbers, *CONDITIONER_RANGE)
     found: list[int] = []
 
     def count(slot: int, i0: int, i1: int) -> None:
-        found.append(count_outside(numbers.buffer, numbers.origin, numbers.grid, i0, i1, *CONDITIONER_RANGE))
+        found.append(count_outside(i0, i1))
 
     ranges(h.size, 1, lambda slots, length: count, workspace=1)()
     if any(found):
@@ -93,11 +93,10 @@ def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand 
     form = x.layout.form if x.layout is not None and (metric is None or metric.layout is not None) else None
     soften = proximal.soften_kernel(x.codec, form, None if metric is None else metric.codec)
     where, t = (*x.where, *(x if metric is None else metric).where), _thresholds(thresholds, part)
-    alike = Operand(thresholds).is_one_number
     return in_place(
         part,
-        lambda i0, i1, limits: soften(*where, i0, i1, t, alike, limits),
-        lambda: np.empty(proximal.STRIP, dtype=thresholds.array.dtype),
+        lambda i0, i1, limits: soften(*where, i0, i1, t, limits),
+        lambda: nk.filled(np.empty(proximal.STRIP, dtype=thresholds.array.dtype), t),
     )
 
 
@@ -112,7 +111,7 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
         return in_place(
             written,
             lambda i0, i1, limits, norms: proximal.shrink_blocks(*head, i0, i1, strip, t, limits, *norms.work.all),
-            lambda: np.empty(lines.STRIP_BLOCKS, dtype=thresholds.array.dtype),
+            lambda: nk.filled(np.empty(lines.STRIP_BLOCKS, dtype=thresholds.array.dtype), t),
             lambda: Loan(lines.NormBuffers, lines.STRIP_BLOCKS, source.norm),
         )
 
@@ -146,6 +145,7 @@ def conditioned_job(
     t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
+        nk.filled(limits, t)
         works = (leaves, i0, i1, t, elements, width, max_iter, *near, v, h, s, limits, mus)
         found = solve(deal, *looks, *works)
         if found == proximal.LOOK_CLOSER:

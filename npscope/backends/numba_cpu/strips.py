@@ -27,10 +27,10 @@ from numba import types
 from npscope.backends.numba_cpu import lines, search, vector_norms, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, merged, standalone
-from npscope.backends.numba_cpu.kernels import Numbers, call_numbers
+from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.nests import length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
-from npscope.backends.numba_cpu.scalars import least
+from npscope.backends.numba_cpu.scalars import largest_key, least
 from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
 
 STRIP_ELEMENTS = 4096
@@ -113,6 +113,30 @@ def selector_address(group: int, key: np.dtype, *, planes: bool = False) -> int:
 
 
 # --- reading -------------------------------------------------------------------------------------
+
+
+@cache
+def line_reader(form: vectors.Format, signed: bool) -> Function:
+    """Read adjacent elements, of as many bits as their keys have; by their numbers if `signed`, or by magnitude."""
+    lanes = form.lanes
+    step, one = (vector_selection.read_keys(form, n, signed) for n in (lanes, 1))
+
+    @standalone
+    def read(source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, making: Any) -> None:
+        make_small()
+        buffer, origin, grid, _ = source
+        width, start = grid[0, -1], i
+        while i < stop:
+            after = least(stop, i + width - i % width)
+            at, count, first = origin + place(i, grid), after - i, i - start
+            whole = count - count % lanes
+            for e in range(0, whole, lanes):
+                step(buffer, at + e, keys, first + e)
+            for e in range(whole, count):
+                one(buffer, at + e, keys, first + e)
+            i = after
+
+    return read
 
 
 @cache
@@ -207,19 +231,14 @@ def _across(step: Function, planes: bool) -> Function:
     return walk
 
 
-@inner
-def _itself(keys: Any, i: int) -> Any:
-    return keys[np.uintp(i)]
-
-
 def dense_reader(key: np.dtype) -> int:
     """Read keys that are already there."""
-    return reader_address(element_reader(_itself), key, key)
+    return reader_address(line_reader(vectors.KEYS[8 * key.itemsize], False), key, key)
 
 
 def dense_surveyor(key: np.dtype) -> int:
     """Look at keys that are already there."""
-    return surveyor_address(line_surveyor(vectors.KEYS[8 * key.itemsize], _itself, False), key, key)
+    return surveyor_address(line_surveyor(vectors.KEYS[8 * key.itemsize], False), key, key)
 
 
 @cache
@@ -274,23 +293,25 @@ def _dropper(codec: Codec) -> Function:
 
 
 @cache
-def cutter(form: vectors.Format, codec: Codec) -> Function:
+def cutter(form: vectors.Format) -> Function:
     """Write adjacent elements by their own keys: +0.0 for those not above the limit."""
-    step, size, keep, key = vector_selection.keep_above(form), form.lanes, codec.keep, codec.key_of_width(form.bits)
+    lanes = form.lanes
+    step, one = (vector_selection.keep_above(form, n) for n in (lanes, 1))
 
     @standalone
     def cut(source: Any, target: Any, i: int, stop: int, limit: Any) -> None:
+        make_small()
         data, origin, grid, _ = source
         out, origin_out, grid_out, _ = target
         width, width_out = grid[0, -1], grid_out[0, -1]
         while i < stop:
             after = least(stop, least(i + width - i % width, i + width_out - i % width_out))
             at, at_out, count = origin + place(i, grid), origin_out + place(i, grid_out), after - i
-            whole = count - count % size
-            for e in range(0, whole, size):
+            whole = count - count % lanes
+            for e in range(0, whole, lanes):
                 step(data, at + e, out, at_out + e, limit)
             for e in range(whole, count):
-                keep(out, at_out + e, np.uint64(key(data, at + e)) > limit)
+                one(data, at + e, out, at_out + e, limit)
             i = after
 
     return cut
@@ -299,8 +320,7 @@ def cutter(form: vectors.Format, codec: Codec) -> Function:
 @standalone
 def _store(target: Any, i: int, stop: int, mask: Any) -> None:
     buffer, origin, _, _ = target
-    for j in range(stop - i):
-        buffer[np.uintp(origin + i + j)] = mask[np.uintp(j)]
+    vectors.copy_numbers(mask, 0, stop - i, buffer, origin + i)
 
 
 def mask_writer() -> int:
@@ -327,7 +347,7 @@ def keep_in_scopes(
     guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
-        call_numbers(*counts, s, stop, keep)
+        load_numbers(*counts, s, stop, keep)
         _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
         guess, spacing = _call_selector(select, keys, stop - s, n, keep, mask, guess, spacing)
         _call_writer(write, target, s * n, stop * n, mask)
@@ -360,11 +380,11 @@ def searcher(signed: bool) -> Function:
     real_of, key_near, first, beyond = search.reals(signed)
 
     @merged
-    def key_at(real: float, itemsize: int) -> Any:
+    def key_at(real: float, keys: Any) -> Any:
         if not real >= first:
             return np.uint64(0)
-        ones = ~np.uint64(0) >> np.uint64(64 - 8 * itemsize)
-        return ones if real >= beyond else least(key_near(real, itemsize), ones)
+        ones = largest_key(0, keys)
+        return ones if real >= beyond else least(key_near(real, keys), ones)
 
     @standalone
     def search_scope(
@@ -373,27 +393,26 @@ def searcher(signed: bool) -> Function:
     ) -> tuple[Any, int, int, Any, tuple[float, float, float]]:  # fmt: skip
         keys, _mask, _keep, sums, norms, making = scratch
         center, spacing, reach = expected
-        size = keys.itemsize
         if k <= 0:
             return ~np.uint64(0), 0, 0, guess, expected
         if reach > 0 and k < n:
             step = reach * spacing * np.sqrt(np.float64(k) * np.float64(n - k) / np.float64(n))
-            low, high = key_at(center - step, size), key_at(center + step, size)
+            low, high = key_at(center - step, keys), key_at(center + step, keys)
             above, inside = _call_surveyor(look, read, source, i, i + n, low, high, keys, 0, True, scratch)
             if above < k <= above + inside:
                 limit, ties = low, n
                 if k < above + inside:
                     limit, ties, _ = separate(keys, 0, inside, k - above, guess, spacing)
                     ties = n if ties == inside else ties
-                spacing = (real_of(high, size) - real_of(low, size)) / np.float64(inside)
-                center += WEIGHT * (real_of(limit, size) - center)
+                spacing = (real_of(high, keys) - real_of(low, keys)) / np.float64(inside)
+                center += WEIGHT * (real_of(limit, keys) - center)
                 reach *= 0.9
                 return limit, ties, inside, limit, (center, spacing, REACH if reach < REACH else reach)
         _call_reader(read, source, i, i + n, keys, sums, norms, making)
         if k >= n:
             return np.uint64(0), n, n, guess, expected
         limit, ties, spacing = separate(keys, 0, n, k, guess, spacing)
-        center = real_of(limit, size)
+        center = real_of(limit, keys)
         if reach >= FAR_REACH or not abs(center) < np.inf or not spacing < np.inf:
             reach = -PAUSE
         else:
@@ -423,7 +442,7 @@ def cut_in_scopes(
     guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
-        call_numbers(*counts, s, stop, keep)
+        load_numbers(*counts, s, stop, keep)
         if seek == 0:
             _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
         for r in range(stop - s):
@@ -460,7 +479,7 @@ def kth_kernel(signed: bool) -> Any:
         guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
         for s in range(s0, s1, rows):
             stop = least(s1, s + rows)
-            call_numbers(*counts, s, stop, keep)
+            load_numbers(*counts, s, stop, keep)
             if seek == 0:
                 _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
             for r in range(stop - s):
@@ -495,7 +514,7 @@ def surveyor(width: int) -> Function:
         keys, _mask, _keep, sums, norms, making = scratch
         _call_reader(read, source, i, stop, keys, sums, norms, making)
         count = stop - i
-        most, ones = np.uint64(high), np.uint64(keys.dtype.type(~np.uint64(0)))
+        most, ones = np.uint64(high), largest_key(0, keys)
         above = 0 if most == ones else count_from(keys, 0, count, most + np.uint64(1))
         if not stores:
             return above, count_from(keys, 0, count, low) - above
@@ -512,9 +531,10 @@ def surveyor(width: int) -> Function:
 
 
 @cache
-def line_surveyor(form: vectors.Format, key: Function, signed: bool) -> Function:
-    """Look at adjacent elements, each once, by their `key`, which may be the `signed` one; `read` is not called."""
-    step, size = vector_selection.survey_line(form, signed), form.lanes
+def line_surveyor(form: vectors.Format, signed: bool) -> Function:
+    """Look at adjacent elements, each once, as a `line_reader` reads them; `read` is not called."""
+    lanes = form.lanes
+    step, one = (vector_selection.survey_keys(form, n, signed) for n in (lanes, 1))
 
     @standalone
     def look(
@@ -526,16 +546,13 @@ def line_surveyor(form: vectors.Format, key: Function, signed: bool) -> Function
         while i < stop:
             after = least(stop, i + width - i % width)
             at, count = origin + place(i, grid), after - i
-            whole = count - count % size
-            for e in range(0, whole, size):
-                both = step(data, at + e, found, end, low, high)
+            e = 0
+            while e < count:
+                single = e + lanes > count
+                both = one(data, at + e, found, end, low, high) if single else step(data, at + e, found, end, low, high)
                 within = both & 0xFFFFFFFF
                 above, inside, end = above + (both >> 32), inside + within, end + move * within
-            for e in range(whole, count):
-                own = np.uint64(key(data, at + e))
-                within = int((own >= low) & (own <= high))
-                found[np.uintp(end)] = own
-                above, inside, end = above + int(own > high), inside + within, end + move * within
+                e += 1 if single else lanes
             i = after
         return above, inside
 
@@ -627,7 +644,7 @@ def threshold_kernel(wide: bool) -> Any:
         keys, mask, _keep, sums, norms, making = scratch
         for i in range(i0, i1, strip):
             stop = least(i1, i + strip)
-            call_numbers(*thresholds, i, stop, limits)
+            load_numbers(*thresholds, i, stop, limits)
             _call_reader(read, source, i, stop, keys, sums, norms, making)
             for j in range(stop - i):
                 limit = limits[np.uintp(j)]

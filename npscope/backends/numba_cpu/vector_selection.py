@@ -143,16 +143,22 @@ def _sorting_network(n: int) -> list[tuple[int, int]]:
     return pairs
 
 
+def _load_ahead(b: Builder, source: Value, form: Format, lanes: int) -> Value:
+    """Numbers as they are in memory, while those further on are asked for; a single one stands where they end."""
+    if lanes > 1:
+        prefetch(b, source, LINE)
+    return load(b, source, vector_of(form.bits, lanes))
+
+
 @cache
-def keep_above(form: Format) -> Any:
-    """``(source, i, target, j, limit)``: +0.0 in a line of `target` where the key of a magnitude is not above.
+def keep_above(form: Format, lanes: int) -> Any:
+    """``(source, i, target, j, limit)``: +0.0 in `lanes` numbers of `target` where the key of a magnitude is not above.
 
     What stays is that of `target`: `source` may be other numbers, that rank these.
     """
 
     def emit(b: Builder, source: Value, target: Value, limit: Value) -> None:
-        prefetch(b, source, LINE)
-        bits = load(b, source, vector_of(form.bits, form.lanes))
+        bits = _load_ahead(b, source, form, lanes)
         kept = b.icmp_unsigned(">", all_keys_of(b, bits, form, False), narrow(b, limit, bits.type))
         store(b, b.select(kept, load(b, target, bits.type), splat(bits.type, 0)), target)
 
@@ -198,6 +204,9 @@ def _count(b: Builder, flags: Value) -> Value:
 def _append(b: Builder, numbers: Value, chosen: Value, target: Value) -> None:
     """Store the chosen lanes side by side, and anything behind them."""
     vector = numbers.type
+    if vector.count == 1:
+        store(b, numbers, target)
+        return
     function = b.module.declare_intrinsic(
         f"llvm.experimental.vector.compress.v{vector.count}i{vector.element.width}",
         (),
@@ -225,15 +234,24 @@ def collect(width: int) -> Any:
 
 
 @cache
-def survey_line(form: Format, signed: bool) -> Any:
-    """``(source, i, found, j, low, high)``: append the keys of a line of numbers that are in [low, high].
+def read_keys(form: Format, lanes: int, signed: bool) -> Any:
+    """``(source, i, keys, j)``: the keys of `lanes` numbers."""
+
+    def emit(b: Builder, source: Value, keys: Value) -> None:
+        store(b, all_keys_of(b, _load_ahead(b, source, form, lanes), form, signed), keys)
+
+    return step(emit, 4)
+
+
+@cache
+def survey_keys(form: Format, lanes: int, signed: bool) -> Any:
+    """``(source, i, found, j, low, high)``: append the keys of `lanes` numbers that are in [low, high].
 
     Returns how many those are, plus 2 ** 32 for each key above.
     """
 
     def emit(b: Builder, source: Value, found: Value, low: Value, high: Value) -> Value:
-        prefetch(b, source, LINE)
-        keys = all_keys_of(b, load(b, source, vector_of(form.bits, form.lanes)), form, signed)
+        keys = all_keys_of(b, _load_ahead(b, source, form, lanes), form, signed)
         least, most = (narrow(b, end, keys.type) for end in (low, high))
         above = b.icmp_unsigned(">", keys, most)
         inside = b.and_(b.icmp_unsigned(">=", keys, least), b.not_(above))
@@ -244,16 +262,15 @@ def survey_line(form: Format, signed: bool) -> Any:
 
 
 @cache
-def count_above(form: Format) -> Any:
-    """``(source, i, limit)``: how many numbers of a line have a magnitude whose key is above it; NaN always does."""
+def count_outside(form: Format, lanes: int) -> Any:
+    """``(source, i, mask, low, high)``: of how many of `lanes` numbers the bits of a mask are not in [low, high]."""
 
-    def emit(b: Builder, source: Value, limit: Value) -> Value:
-        prefetch(b, source, LINE)
-        keys = keys_of(b, load(b, source, vector_of(form.bits, form.lanes)), form)
-        most = limit if form.bits == 64 else b.trunc(limit, keys.type.element)
-        return _count(b, b.icmp_unsigned(">", keys, broadcast(b, most, form.lanes)))
+    def emit(b: Builder, source: Value, mask: Value, low: Value, high: Value) -> Value:
+        bits = _load_ahead(b, source, form, lanes)
+        offset = b.sub(b.and_(bits, narrow(b, mask, bits.type)), narrow(b, low, bits.type))
+        return _count(b, b.icmp_unsigned(">", offset, narrow(b, b.sub(high, low), bits.type)))
 
-    return step(emit, 3, types.int64)
+    return step(emit, 5, types.int64)
 
 
 def _over_rows(
