@@ -546,13 +546,15 @@ def line_surveyor(form: vectors.Format, signed: bool) -> Function:
         while i < stop:
             after = least(stop, i + width - i % width)
             at, count = origin + place(i, grid), after - i
-            e = 0
-            while e < count:
-                single = e + lanes > count
-                both = one(data, at + e, found, end, low, high) if single else step(data, at + e, found, end, low, high)
+            whole = count - count % lanes
+            for e in range(0, whole, lanes):
+                both = step(data, at + e, found, end, low, high)
                 within = both & 0xFFFFFFFF
                 above, inside, end = above + (both >> 32), inside + within, end + move * within
-                e += 1 if single else lanes
+            for e in range(whole, count):
+                both = one(data, at + e, found, end, low, high)
+                within = both & 0xFFFFFFFF
+                above, inside, end = above + (both >> 32), inside + within, end + move * within
             i = after
         return above, inside
 
