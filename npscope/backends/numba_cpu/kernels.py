@@ -37,6 +37,7 @@ from npscope.backends.numba_cpu.jit import (
     inner,
     inner_any_order,
     kernel,
+    make_small,
     merged,
     standalone,
 )
@@ -414,6 +415,7 @@ def _counter(codec: Codec, form: Format | None) -> Any:
     def count(
         buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, low: Any, high: Any, mask: int
     ) -> int:  # fmt: skip
+        make_small()
         found = 0
         width, step = grid[0, -1], grid[1, -1]
         for e in range(total):

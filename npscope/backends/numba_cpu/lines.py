@@ -33,7 +33,7 @@ from npscope.backends.numba_cpu.vector_norms import (
     TWO,
 )
 from npscope.backends.numba_cpu.vector_norms import STRIP_BLOCKS as STRIP_BLOCKS
-from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, copy_numbers, number_format
+from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, TOGETHER, Format, copy_numbers, number_format
 from npscope.dtypes import kind_of
 
 STRIP_RUN, SHORT_RUN, STRIP_ELEMENTS = 1 << 12, 1 << 10, 1 << 17
@@ -51,9 +51,6 @@ PART_BLOCKS = STRIP_RUN // LANES
 
 FLAT_RUN = 1 << 11
 """Elements that are summed before their norms are settled where a block is one run: they fit the nearest cache."""
-
-TOGETHER = 4
-"""Rows that are read side by side, but long ones: a sum of four is stored, and dealt out to its block, only once."""
 
 
 def _whole_lines(length: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,8 @@ from npscope.backends.numba_cpu.vectors import (
     Value,
     broadcast,
     call,
+    clear_numbers,
+    copy_rows,
     fma,
     load,
     read_single,
@@ -187,12 +189,12 @@ def parts_of(form: Format) -> int:
 def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
     """``(source, i, count, size, rows, step, sums, j, norms, k, making, l, jump, row, last, doubt)``: take in rows.
 
-    A run of each of `count` adjacent blocks in each of `rows` rows `step` apart, read side by side; what is read
-    next lies `jump` further on. Runs have `size` elements; they are `long`, with `run` elements that do not fill a
-    vector, or `size` is the constant `run`. Sums in float64, or maxima as bits (NaN the largest), are overwritten by
-    the rows from number 0 on. Where `takes_many(run)` they are in `sums` and `norms`, a number for each block, sums of
-    float64 with what was lost in `norms`; else in `making`, `parts_of(form)` for each. There, too, are the `LANES`
-    least magnitudes of float32 that are summed.
+    A run of each of `count` adjacent blocks in each of `rows` rows `step` apart, up to `TOGETHER` of them, read side by
+    side; what is read next lies `jump` further on. Runs have `size` elements; they are `long`, with `run` elements that
+    do not fill a vector, or `size` is the constant `run`. Sums in float64, or maxima as bits (NaN the largest), are
+    overwritten by the rows from number 0 on. Where `takes_many(run)` they are in `sums` and `norms`, a number for each
+    block, sums of float64 with what was lost in `norms`; else in `making`, `parts_of(form)` for each. There, too, are
+    the `LANES` least magnitudes of float32 that are summed.
 
     After the `last` rows `norms` are float32, or float64 if the elements are that, and `sums` the same in float64,
     except for maxima. A word in `making` from `DOUBTS` on, for `LANES` blocks each, then has a bit for each of them
@@ -244,10 +246,6 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
                 words.append(b.gep(lost, [entry]) if many else b.gep(words[0], [number(PARTIAL)]))
             return [b.bitcast(word, ir.VectorType(total.type.element, lanes).as_pointer()) for word in words]
 
-        def over_rows(at: Value, take_row: Callable[[Value], None]) -> None:
-            with cgutils.for_range(b, rows) as loop:
-                take_row(b.gep(at, [b.mul(loop.index, step)]))
-
         def joined_with(values: list[Value], places: Sequence[Value]) -> list[Value]:
             """With what earlier rows left, if there are any."""
             kept = [cgutils.alloca_once_value(b, value) for value in values]
@@ -258,22 +256,32 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
                     b.store(value, place)
             return [b.load(place) for place in kept]
 
-        def add_many(at: Value, block: Value, blocks: int) -> None:
+        def add_many(at: Value, block: Value) -> None:
             # Rows are added as they lie; only their sums are dealt out to the blocks.
-            length = blocks * run
-            parts = [_Total(b, form, code, min(LANES, length)) for _ in range(max(1, length // LANES))]
-            over_rows(at, lambda here: take(parts, read(here, length)))
+            length = LANES * run
+            place, distance = cgutils.alloca_once_value(b, at), cgutils.alloca_once_value(b, step)
+            left = b.sub(count, block)
+            with b.if_then(b.icmp_signed("<", left, number(LANES)), likely=False):
+                # Blocks that do not fill a vector take a detour over memory that is zero behind them.
+                spare = b.bitcast(b.gep(making, [INT32(PARTS)]), at.type)
+                clear_numbers(b, spare, b.mul(rows, number(length)))
+                copy_rows(b, at, step, spare, number(length), rows, b.mul(left, number(run)))
+                b.store(spare, place)
+                b.store(number(length), distance)
+            parts = [_Total(b, form, code, LANES) for _ in range(run)]
+            with cgutils.for_range(b, rows) as loop:
+                take(parts, read(b.gep(b.load(place), [b.mul(loop.index, b.load(distance))]), length))
             values = _dealt_out(b, code, [part.values for part in parts], run)
-            places = places_of(parts[0], block, blocks)
+            places = places_of(parts[0], block, LANES)
             values = joined_with(values, places)
-            if blocks == LANES and code != INF:
-                with b.if_else(last) as (then, otherwise):
-                    with then:  # while the next rows are read, for roots take as long
-                        close(block, values)
-                    with otherwise:
-                        put(values, places)
-            else:
+            if code == INF:
                 put(values, places)
+                return
+            with b.if_else(last) as (then, otherwise):
+                with then:  # while the next rows are read, for roots take as long
+                    close(block, values)
+                with otherwise:
+                    put(values, places)
 
         def add_one(at: Value, block: Value) -> None:
             total = _Total(b, form, code, 0)
@@ -289,7 +297,9 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
                     take([total], read(b.gep(here, [b.mul(v, number(LANES))]), LANES))
                 take([total], read(b.gep(here, [b.mul(vectors, number(LANES))]), run) if run else [])
 
-            over_rows(at, take_long if long else lambda here: take([total], read(here, run)))
+            with cgutils.for_range(b, rows) as loop:
+                here = b.gep(at, [b.mul(loop.index, step)])
+                take_long(here) if long else take([total], read(here, run))
             for other in others:
                 total.join(other.values)
             put(total.values, places)
@@ -308,29 +318,16 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
             b.store(bits, b.gep(doubts, [b.udiv(block, number(LANES))]))
             b.store(b.or_(b.load(found), bits), found)
 
-        done = number(0)
-        for blocks in (LANES, 1) if many else (1,):
-            stop = b.mul(b.udiv(count, number(blocks)), number(blocks))
-            with cgutils.for_range_slice(b, done, stop, number(blocks)) as (block, _):
-                offset = b.mul(block, size)
-                at = b.gep(source, [offset])
-                if many:
-                    add_many(at, block, blocks)
-                else:
-                    add_one(at, block)
-            done = stop
+        with cgutils.for_range_slice(b, number(0), count, number(LANES if many else 1)) as (block, _):
+            at = b.gep(source, [b.mul(block, size)])
+            (add_many if many else add_one)(at, block)
         if least is not None:
             least.leave()
         if many and code == INF:
             return word(0)
         with b.if_then(last):
-            # Those that do not fill a vector of blocks, and all whose sums are in parts.
-            first = b.mul(b.udiv(count, number(LANES)), number(LANES)) if many else number(0)
-            with cgutils.for_range_slice(b, first, count, number(LANES)) as (block, _):
-                if many:
-                    several = _Total(b, form, code, LANES)
-                    close(block, [b.load(place, align=4) for place in places_of(several, block, LANES)])
-                else:
+            if not many:
+                with cgutils.for_range_slice(b, number(0), count, number(LANES)) as (block, _):
                     parts = b.add(b.mul(block, number(parts_of(form))), number(PARTS))
                     close(block, _folded(b, form, code, b.gep(making, [parts])))
             if least is not None:

@@ -14,6 +14,7 @@ from numba.core import cgutils
 from npscope.backends.numba_cpu.vectors import (
     INT32,
     LINE,
+    TOGETHER,
     Ahead,
     Builder,
     Format,
@@ -21,6 +22,7 @@ from npscope.backends.numba_cpu.vectors import (
     all_keys_of,
     broadcast,
     call,
+    copy_rows,
     fma,
     keys_of,
     load,
@@ -281,21 +283,35 @@ def _over_rows(
     together: int,
     rows: Value,
     step: Value,
+    numbers: Value,
     ahead: Ahead,
-    taking: Callable[[Value, int], Callable[[Value], None]],
+    taking: Callable[[Value], Callable[[Value], None]],
 ) -> None:
-    """``taking(number of a block, how many of them)(address)`` for all rows of `count` blocks, `together` at a time."""
-    done = count.type(0)
-    for blocks in sorted({together, 1}, reverse=True):
-        several = count.type(blocks)
-        stop = b.mul(b.udiv(count, several), several)
-        with cgutils.for_range_slice(b, done, stop, several) as (block, _):
-            take = taking(block, blocks)
-            first = b.gep(source, [b.mul(block, count.type(run))])
-            with cgutils.for_range(b, rows) as loop:
-                ahead.fetch(blocks * run)
-                take(b.gep(first, [b.mul(loop.index, step)]))
-        done = stop
+    """``taking(address of their numbers)(address of their elements)`` for all rows of blocks, `together` at a time.
+
+    Blocks that are fewer take a detour over memory of which nothing is kept behind them.
+    """
+    word, length = count.type, together * run
+    spare_elements, spare_numbers = (
+        b.bitcast(cgutils.alloca_once(b, ir.ArrayType(place.type.pointee, size)), place.type)
+        for place, size in ((source, TOGETHER * length), (numbers, together))
+    )
+    with cgutils.for_range_slice(b, word(0), count, word(together)) as (block, _):
+        first, own = b.gep(source, [b.mul(block, word(run))]), b.gep(numbers, [block])
+        left = b.sub(count, block)
+        are_few, several = b.icmp_signed("<", left, word(together)), b.mul(left, word(run))
+        elements, distance = cgutils.alloca_once_value(b, first), cgutils.alloca_once_value(b, step)
+        with b.if_then(are_few, likely=False):
+            copy_rows(b, own, word(0), spare_numbers, word(0), word(1), left)
+            copy_rows(b, first, step, spare_elements, word(length), rows, several)
+            b.store(spare_elements, elements)
+            b.store(word(length), distance)
+        take = taking(b.select(are_few, spare_numbers, own))
+        with cgutils.for_range(b, rows) as loop:
+            ahead.fetch(length)
+            take(b.gep(b.load(elements), [b.mul(loop.index, b.load(distance))]))
+        with b.if_then(are_few, likely=False):
+            copy_rows(b, spare_elements, word(length), first, step, rows, several)
 
 
 @cache
@@ -307,10 +323,10 @@ def drop_rows(form: Format, run: int) -> Any:
     together = form.lanes // math.gcd(form.lanes, run)  # whole lines
 
     def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, mask: Value, jump: Value) -> None:
-        def dropping(block: Value, blocks: int) -> Callable[[Value], None]:
-            flags = load(b, b.gep(mask, [block]), vector_of(8, blocks))
-            wide = b.sext(b.icmp_unsigned("!=", flags, splat(flags.type, 0)), vector_of(form.bits, blocks))
-            length = run * blocks
+        def dropping(place: Value) -> Callable[[Value], None]:
+            flags = load(b, place, vector_of(8, together))
+            wide = b.sext(b.icmp_unsigned("!=", flags, splat(flags.type, 0)), vector_of(form.bits, together))
+            length = run * together
             lines = [range(start, min(start + form.lanes, length)) for start in range(0, length, form.lanes)]
             kept = [shuffle(b, wide, [i // run for i in line]) for line in lines]
 
@@ -322,7 +338,7 @@ def drop_rows(form: Format, run: int) -> Any:
             return drop
 
         ahead = Ahead(b, form.bits, target, b.mul(count, count.type(run)), rows, step, jump)
-        _over_rows(b, target, count, run, together, rows, step, ahead, dropping)
+        _over_rows(b, target, count, run, together, rows, step, mask, ahead, dropping)
 
     return step(emit, 8)
 
@@ -337,15 +353,15 @@ def scale_rows(form: Format, run: int) -> Any:
     together = max(1, form.lanes // run) if form.lanes % run == 0 else 1
 
     def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, factors: Value, jump: Value) -> None:
-        def scaling(block: Value, blocks: int) -> Callable[[Value], None]:
-            length = run * blocks
-            few, single = ir.VectorType(ir.DoubleType(), blocks), ir.VectorType(ir.FloatType(), blocks)
-            factor = b.load(b.bitcast(b.gep(factors, [block]), few.as_pointer()), align=8)
+        def scaling(place: Value) -> Callable[[Value], None]:
+            length = run * together
+            few, single = ir.VectorType(ir.DoubleType(), together), ir.VectorType(ir.FloatType(), together)
+            factor = b.load(b.bitcast(place, few.as_pointer()), align=8)
             # As two float32: the product of usual numbers is right to 2**-47 before it is rounded, at half the cost.
             high = b.fptrunc(factor, single)
             low = b.fptrunc(b.fsub(factor, b.fpext(high, few)), single)
             same, zero = (b.fcmp_ordered("==", factor, splat(few, number)) for number in (1.0, 0.0))
-            size = b.and_(b.bitcast(factor, vector_of(64, blocks)), splat(vector_of(64, blocks), (1 << 63) - 1))
+            size = b.and_(b.bitcast(factor, vector_of(64, together)), splat(vector_of(64, together), (1 << 63) - 1))
             least, range_ = (splat(size.type, (1023 + 64 * side << 52) - 1) for side in (-1, 1))
             strange = b.icmp_unsigned(">=", b.sub(size, least), b.sub(range_, least))
             # What is replaced must not look unusual below, and what is strange must.
@@ -376,6 +392,6 @@ def scale_rows(form: Format, run: int) -> Any:
             return scale
 
         ahead = Ahead(b, form.bits, target, b.mul(count, count.type(run)), rows, step, jump)
-        _over_rows(b, target, count, run, together, rows, step, ahead, scaling)
+        _over_rows(b, target, count, run, together, rows, step, factors, ahead, scaling)
 
     return step(emit, 8)

@@ -32,6 +32,9 @@ LINE = 64
 LANES = 16
 """Numbers in one step where float64 sums are formed."""
 
+TOGETHER = 4
+"""Rows that are read side by side, at most: a sum of four is stored, and dealt out to its block, only once."""
+
 CHUNK = 64
 """Elements of a long run that are taken in one step: four sums side by side hide the latency of an addition."""
 
@@ -294,13 +297,23 @@ def _copy(b: Builder, source: Value, count: Value, target: Value) -> None:
     cgutils.raw_memcpy(b, target, source, count, _size_of(source))
 
 
+def copy_rows(
+    b: Builder, source: Value, step: Value, target: Value, distance: Value, rows: Value, count: Value
+) -> None:
+    """The first `count` numbers of rows that lie `step` apart, to rows that lie `distance` apart."""
+    with cgutils.for_range(b, rows) as loop:
+        here, there = b.gep(source, [b.mul(loop.index, step)]), b.gep(target, [b.mul(loop.index, distance)])
+        cgutils.raw_memcpy(b, there, here, count, _size_of(source))
+
+
 copy_numbers = step(_copy, 5)
 """``copy_numbers(source, i, count, target, j)``: `count` numbers of one type from an array to another."""
 
 
-def _clear(b: Builder, target: Value, count: Value) -> None:
+def clear_numbers(b: Builder, target: Value, count: Value) -> None:
+    """`count` numbers to zero."""
     cgutils.memset(b, target, b.mul(count, count.type(_size_of(target))), 0)
 
 
-clear = step(_clear, 3)
+clear = step(clear_numbers, 3)
 """``clear(target, i, count)``: zeros."""
