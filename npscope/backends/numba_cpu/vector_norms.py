@@ -22,7 +22,6 @@ from npscope.backends.numba_cpu.vectors import (
     Value,
     broadcast,
     call,
-    clear_numbers,
     copy_rows,
     fma,
     load,
@@ -264,8 +263,7 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
             with b.if_then(b.icmp_signed("<", left, number(LANES)), likely=False):
                 # Blocks that do not fill a vector take a detour over memory that is zero behind them.
                 spare = b.bitcast(b.gep(making, [INT32(PARTS)]), at.type)
-                clear_numbers(b, spare, b.mul(rows, number(length)))
-                copy_rows(b, at, step, spare, number(length), rows, b.mul(left, number(run)))
+                copy_rows(b, at, step, spare, number(length), rows, b.mul(left, number(run)), length)
                 b.store(spare, place)
                 b.store(number(length), distance)
             parts = [_Total(b, form, code, LANES) for _ in range(run)]

@@ -298,22 +298,35 @@ def _copy(b: Builder, source: Value, count: Value, target: Value) -> None:
 
 
 def copy_rows(
-    b: Builder, source: Value, step: Value, target: Value, distance: Value, rows: Value, count: Value
+    b: Builder, source: Value, step: Value, target: Value, distance: Value, rows: Value, count: Value, length: int = 0
 ) -> None:
-    """The first `count` numbers of rows that lie `step` apart, to rows that lie `distance` apart."""
-    with cgutils.for_range(b, rows) as loop:
-        here, there = b.gep(source, [b.mul(loop.index, step)]), b.gep(target, [b.mul(loop.index, distance)])
-        cgutils.raw_memcpy(b, there, here, count, _size_of(source))
+    """The first `count` numbers of rows that lie `step` apart, to rows that lie `distance` apart; zeros up to `length`.
+
+    Number by number, and atomically, of which LLVM does not make a call: all vectors that the caller keeps in registers
+    would be stored for that, though it is rare.
+    """
+    word = ir.IntType(8 * _size_of(source))
+    source, target = (b.bitcast(place, word.as_pointer()) for place in (source, target))
+    with cgutils.for_range(b, rows) as row:
+        here, there = b.gep(source, [b.mul(row.index, step)]), b.gep(target, [b.mul(row.index, distance)])
+
+        def put(value: Value, index: Value) -> None:
+            b.store_atomic(value, b.gep(there, [index]), "monotonic", word.width // 8)
+
+        with cgutils.for_range(b, count) as loop:
+            put(b.load(b.gep(here, [loop.index])), loop.index)
+        if length:
+            with cgutils.for_range_slice(b, count, count.type(length), count.type(1)) as (index, _):
+                put(word(0), index)
 
 
 copy_numbers = step(_copy, 5)
 """``copy_numbers(source, i, count, target, j)``: `count` numbers of one type from an array to another."""
 
 
-def clear_numbers(b: Builder, target: Value, count: Value) -> None:
-    """`count` numbers to zero."""
+def _clear(b: Builder, target: Value, count: Value) -> None:
     cgutils.memset(b, target, b.mul(count, count.type(_size_of(target))), 0)
 
 
-clear = step(clear_numbers, 3)
+clear = step(_clear, 3)
 """``clear(target, i, count)``: zeros."""
