@@ -141,14 +141,14 @@ def measurer(layout: Layout, code: int) -> Any:
     code = INF if run * layout.rows == 1 else code  # the norm of one element is its magnitude, whatever the order
     # Long runs are compiled once for all, but for what does not fill a vector.
     rest = run % LANES if layout.is_long else run
-    return _measure_runs(layout.form, layout.codec, rest, layout.is_long, code)
+    return _measure_runs(layout.form, layout.codec, rest, layout.is_long, layout.rows == 1, code)
 
 
 @cache
-def _measure_runs(form: Format, codec: Codec, run: int, long: bool, code: int) -> Any:
-    """`measurer` for runs of `run` elements, which `long` ones end with after whole vectors."""
+def _measure_runs(form: Format, codec: Codec, run: int, long: bool, flat: bool, code: int) -> Any:
+    """`measurer` for runs of `run` elements, which `long` ones end with after whole vectors; `flat`: of one row."""
     many = vector_norms.takes_many(run) and not long
-    add = vector_norms.measure_rows(form, run, long, code)
+    add = vector_norms.measure_rows(form, run, long, many and flat, code)
     most_blocks = STRIP_BLOCKS if many else PART_BLOCKS  # what `making` has room for
     lossy, settle, rescale = form.bits == 64, vector_norms.settle(form, code), _rescale(codec)
     square, (inner, most_together) = code == TWO, _rows_in(run, long)

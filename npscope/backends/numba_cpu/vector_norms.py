@@ -25,6 +25,7 @@ from npscope.backends.numba_cpu.vectors import (
     copy_rows,
     fma,
     load,
+    planes_of,
     read_single,
     shuffle,
     splat,
@@ -162,21 +163,41 @@ def _joined(b: Builder, code: int, x: Sequence[Value], y: Sequence[Value]) -> li
     return [total, lost]
 
 
-class _Least:
-    """The least magnitude that is not zero, of all float32 that go into sums: as the largest of their negated bits."""
+class _Span:
+    """Whether all float64 sums of a strip of float32 magnitudes are exact, by the least of these and the largest sum.
+
+    Then nothing is to be asked about a rounding, which costs as much as forming the sums of four does.
+    """
 
     def __init__(self, b: Builder, place: Value, go_on: Value) -> None:
+        """At `place`, `LANES` numbers stay from row to row."""
         self.b = b
         self.place = b.bitcast(place, vector_of(32, LANES).as_pointer())
-        self.most = cgutils.alloca_once_value(b, _if(b, go_on, b.load(self.place, align=4)))
+        # The least that is not zero, as the largest of their negated bits.
+        self.least = cgutils.alloca_once_value(b, _if(b, go_on, b.load(self.place, align=4)))
+        self.largest = cgutils.alloca_once_value(b, splat(vector_of(32, LANES), 0))
 
     def take(self, bits: Value) -> None:
         if bits.type.count < LANES:
             bits = shuffle(self.b, bits, [min(i, bits.type.count) for i in range(LANES)], splat(bits.type, 0))
-        self.b.store(_larger(self.b, self.b.load(self.most), self.b.neg(bits)), self.most)
+        self.b.store(_larger(self.b, self.b.load(self.least), self.b.neg(bits)), self.least)
+
+    def take_rounded(self, sums: Value) -> None:
+        bits = self.b.bitcast(sums, vector_of(32, LANES))
+        self.b.store(_larger(self.b, self.b.load(self.largest), bits), self.largest)
 
     def leave(self) -> None:
-        self.b.store(self.b.load(self.most), self.place, align=4)
+        self.b.store(self.b.load(self.least), self.place, align=4)
+
+    def ends(self) -> tuple[Value, Value]:
+        """(the largest sum that is exact for sure, a number above all sums, or NaN)."""
+        b = self.b
+        least, largest = (
+            call(b, f"llvm.vector.reduce.umax.v{LANES}i32", INT32, [b.load(place)])
+            for place in (self.least, self.largest)
+        )
+        exact, most = (b.fpext(b.bitcast(bits, ir.FloatType()), ir.DoubleType()) for bits in (b.neg(least), largest))
+        return b.fmul(exact, exact.type(EXACT_SPAN)), b.fmul(most, most.type(1 + 2.0**-23))
 
 
 def parts_of(form: Format) -> int:
@@ -185,7 +206,7 @@ def parts_of(form: Format) -> int:
 
 
 @cache
-def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
+def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> Any:
     """``(source, i, count, size, rows, step, sums, j, norms, k, making, l, jump, row, last, doubt)``: take in rows.
 
     A run of each of `count` adjacent blocks in each of `rows` rows `step` apart, up to `TOGETHER` of them, read side by
@@ -210,7 +231,7 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
         go_on = b.icmp_signed("!=", row, ir.Constant(row.type, 0))
         doubts, found = b.gep(making, [word(DOUBTS)]), cgutils.alloca_once_value(b, word(0))
         totals = b.gep(making, [INT32(PARTS)]) if not many else norms if code == INF else sums
-        least = _Least(b, b.gep(making, [INT32(LEAST)]), go_on) if code == ONE and form.bits <= 32 else None
+        span = _Span(b, b.gep(making, [INT32(LEAST)]), go_on) if code == ONE and form.bits <= 32 else None
 
         def number(n: int) -> Value:
             return ir.Constant(size.type, n)
@@ -232,18 +253,19 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
 
         def take(totals: Sequence[_Total], vectors: Sequence[Value]) -> None:
             for i, bits in enumerate(vectors):
-                totals[i % len(totals)].take(bits)
-                if least is not None:
-                    least.take(bits)
+                if totals:
+                    totals[i % len(totals)].take(bits)
+                if span is not None:
+                    span.take(bits)
 
-        def places_of(total: _Total, block: Value, lanes: int) -> list[Value]:
+        def places_of(total: _Total, block: Value) -> list[Value]:
             entry = block if many else b.mul(block, number(parts_of(form)))
             words = b.bitcast(totals, total.type.element.as_pointer() if many else ir.DoubleType().as_pointer())
             words = [b.gep(words, [entry])]
             if total.compensates:
                 lost = b.bitcast(norms, ir.DoubleType().as_pointer())
                 words.append(b.gep(lost, [entry]) if many else b.gep(words[0], [number(PARTIAL)]))
-            return [b.bitcast(word, ir.VectorType(total.type.element, lanes).as_pointer()) for word in words]
+            return [b.bitcast(word, total.type.as_pointer()) for word in words]
 
         def joined_with(values: list[Value], places: Sequence[Value]) -> list[Value]:
             """With what earlier rows left, if there are any."""
@@ -255,22 +277,35 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
                     b.store(value, place)
             return [b.load(place) for place in kept]
 
-        def add_many(at: Value, block: Value) -> None:
-            # Rows are added as they lie; only their sums are dealt out to the blocks.
-            length = LANES * run
+        def whole_vectors(at: Value, block: Value) -> tuple[Value, Value]:
+            """Where `LANES` blocks are, and how far their rows lie apart."""
             place, distance = cgutils.alloca_once_value(b, at), cgutils.alloca_once_value(b, step)
             left = b.sub(count, block)
             with b.if_then(b.icmp_signed("<", left, number(LANES)), likely=False):
                 # Blocks that do not fill a vector take a detour over memory that is zero behind them.
                 spare = b.bitcast(b.gep(making, [INT32(PARTS)]), at.type)
-                copy_rows(b, at, step, spare, number(length), rows, b.mul(left, number(run)), length)
+                copy_rows(b, at, step, spare, number(LANES * run), rows, b.mul(left, number(run)), LANES * run)
                 b.store(spare, place)
-                b.store(number(length), distance)
+                b.store(number(LANES * run), distance)
+            return b.load(place), b.load(distance)
+
+        def add_flat(at: Value, block: Value) -> None:
+            # The numbers are dealt out, which are half as wide as their sums.
+            vectors = read(whole_vectors(at, block)[0], LANES * run)
+            take([], vectors)
+            total = _Total(b, form, code, LANES)
+            for plane in planes_of(b, vectors):
+                total.take(plane)
+            close(block, total.values)
+
+        def add_many(at: Value, block: Value) -> None:
+            # Rows are added as they lie; only their sums are dealt out to the blocks.
+            place, distance = whole_vectors(at, block)
             parts = [_Total(b, form, code, LANES) for _ in range(run)]
             with cgutils.for_range(b, rows) as loop:
-                take(parts, read(b.gep(b.load(place), [b.mul(loop.index, b.load(distance))]), length))
-            values = _dealt_out(b, code, [part.values for part in parts], run)
-            places = places_of(parts[0], block, LANES)
+                take(parts, read(b.gep(place, [b.mul(loop.index, distance)]), LANES * run))
+            values = _dealt_out(b, code, [part.values for part in parts])
+            places = places_of(parts[0], block)
             values = joined_with(values, places)
             if code == INF:
                 put(values, places)
@@ -283,7 +318,7 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
 
         def add_one(at: Value, block: Value) -> None:
             total = _Total(b, form, code, 0)
-            places = places_of(total, block, total.type.count)
+            places = places_of(total, block)
             total.values = [_if(b, go_on, b.load(place, align=4)) for place in places]
             others = [_Total(b, form, code, 0) for _ in range(CHUNK // LANES if long else 0)]
 
@@ -312,15 +347,27 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
             if code == INF:
                 store(b, totals[0], place)
                 return
-            bits = _rounded(b, form, code, totals, here, place, doubt)
+            wide, lost = _wide(b, form, code, totals)
+            store(b, wide, here)
+            if form.bits == 64:
+                store(b, wide, place)
+            else:
+                rounded = b.fptrunc(wide, ir.VectorType(ir.FloatType(), LANES))
+                store(b, rounded, place)
+                if span is not None:
+                    span.take_rounded(rounded)
+                    return
+                lost = _in_doubt(b, wide, rounded, doubt)
+            bits = b.zext(b.bitcast(lost, ir.IntType(LANES)), word)
             b.store(bits, b.gep(doubts, [b.udiv(block, number(LANES))]))
             b.store(b.or_(b.load(found), bits), found)
 
+        add = add_one if not many else add_flat if flat else add_many
         with cgutils.for_range_slice(b, number(0), count, number(LANES if many else 1)) as (block, _):
             at = b.gep(source, [b.mul(block, size)])
-            (add_many if many else add_one)(at, block)
-        if least is not None:
-            least.leave()
+            add(at, block)
+        if span is not None:
+            span.leave()
         if many and code == INF:
             return word(0)
         with b.if_then(last):
@@ -328,26 +375,26 @@ def measure_rows(form: Format, run: int, long: bool, code: int) -> Any:
                 with cgutils.for_range_slice(b, number(0), count, number(LANES)) as (block, _):
                     parts = b.add(b.mul(block, number(parts_of(form))), number(PARTS))
                     close(block, _folded(b, form, code, b.gep(making, [parts])))
-            if least is not None:
-                with b.if_then(b.icmp_unsigned("!=", b.load(found), word(0))):
+            if span is not None:
+                exact, most = span.ends()
+                with b.if_then(b.not_(b.fcmp_ordered("<=", most, exact)), likely=False):
                     groups = b.udiv(b.add(count, number(LANES - 1)), number(LANES))
-                    b.store(_beyond_exact(b, groups, sums, doubts, b.gep(making, [word(LEAST)])), found)
+                    b.store(_doubts_of_sums(b, groups, sums, doubts, exact, doubt), found)
         return b.load(found)
 
     return step(emit, 16, types.int64)
 
 
-def _dealt_out(b: Builder, code: int, parts: list[list[Value]], run: int) -> list[Value]:
-    """The totals of adjacent blocks, in a lane each, from those of their elements: `run` lanes for a block."""
-    while run > 1:
-        count = parts[0][0].type.count * min(2, len(parts))
+def _dealt_out(b: Builder, code: int, parts: list[list[Value]]) -> list[Value]:
+    """The totals of adjacent blocks, in a lane each, from those of their elements: as many lanes a block as parts."""
+    while len(parts) > 1:
         joined = []
-        for x, y in zip(parts[::2], parts[1::2] or parts, strict=True):
+        for x, y in zip(parts[::2], parts[1::2], strict=True):
             evens, odds = (
-                [shuffle(b, p, range(start, count, 2), q) for p, q in zip(x, y, strict=True)] for start in (0, 1)
+                [shuffle(b, p, range(start, 2 * LANES, 2), q) for p, q in zip(x, y, strict=True)] for start in (0, 1)
             )
             joined.append(_joined(b, code, evens, odds))
-        parts, run = joined, run // 2
+        parts = joined
     return parts[0]
 
 
@@ -386,31 +433,25 @@ def _folded(b: Builder, form: Format, code: int, source: Value) -> list[Value]:
     return [shuffle(b, p, range(LANES), q) for p, q in zip(*blocks, strict=True)]
 
 
-def _rounded(
-    b: Builder, form: Format, code: int, totals: Sequence[Value], sums: Value, norms: Value, doubt: Value
-) -> Value:
-    """Store the norms of `LANES` blocks, and in float64 in `sums`; a bit for each that may be wrong."""
-    double, single = ir.VectorType(ir.DoubleType(), LANES), ir.VectorType(ir.FloatType(), LANES)
-    bits, flags = vector_of(64, LANES), ir.IntType(LANES)
-    wide = totals[0]
-    doubtful = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
+def _wide(b: Builder, form: Format, code: int, totals: Sequence[Value]) -> tuple[Value, Value]:
+    """Norms of `LANES` blocks in float64, and flags of those whose squares may have left its range."""
+    double = ir.VectorType(ir.DoubleType(), LANES)
+    wide, lost = totals[0], ir.Constant(vector_of(1, LANES), [0] * LANES)
     if form.bits == 64:
         # What was lost of an infinite sum is NaN.
         finite = b.fcmp_ordered("<", wide, splat(double, math.inf))
         if code == TWO:
-            doubtful = b.or_(
+            lost = b.or_(
                 b.fcmp_ordered("<", wide, splat(double, SAFE_LEAST)),
                 b.fcmp_ordered("==", wide, splat(double, math.inf)),
             )
         wide = b.select(finite, b.fadd(wide, totals[1]), wide)
-    if code == TWO:
-        wide = call(b, f"llvm.sqrt.v{LANES}f64", double, [wide])
-    store(b, wide, sums)
-    if form.bits == 64:
-        store(b, wide, norms)
-        return b.zext(b.bitcast(doubtful, flags), ir.IntType(64))
-    rounded = b.fptrunc(wide, single)
-    store(b, rounded, norms)
+    return call(b, f"llvm.sqrt.v{LANES}f64", double, [wide]) if code == TWO else wide, lost
+
+
+def _in_doubt(b: Builder, wide: Value, rounded: Value, doubt: Value) -> Value:
+    """Flags of the norms that may be rounded wrong, or are beyond float32."""
+    bits, flags = vector_of(64, LANES), ir.IntType(LANES)
     few = broadcast(b, doubt, LANES)
     offset = b.and_(b.sub(b.add(b.bitcast(wide, bits), few), splat(bits, ROUNDING_BORDER)), splat(bits, ROUNDING_MASK))
     near = b.icmp_unsigned("<", offset, b.add(few, few))
@@ -423,30 +464,29 @@ def _rounded(
     with b.if_then(is_any, likely=False):
         # Zero, infinity and NaN are sure; what float32 cannot hold is for the scalar code. Subnormal float32 are
         # rounded at another place.
-        large = b.and_(b.icmp_unsigned("==", narrow_bits, infinite), b.fcmp_ordered("<", wide, splat(double, math.inf)))
-        small = b.fcmp_ordered("<=", wide, splat(double, 2.0**-126))
-        ends = (b.fptrunc(b.fmul(wide, splat(double, 1 + side * MARGIN)), single) for side in (-1, 1))
+        large = b.and_(
+            b.icmp_unsigned("==", narrow_bits, infinite), b.fcmp_ordered("<", wide, splat(wide.type, math.inf))
+        )
+        small = b.fcmp_ordered("<=", wide, splat(wide.type, 2.0**-126))
+        ends = (b.fptrunc(b.fmul(wide, splat(wide.type, 1 + side * MARGIN)), rounded.type) for side in (-1, 1))
         unsure = b.and_(small, b.fcmp_ordered("!=", *ends))
         b.store(b.or_(b.or_(large, unsure), b.and_(near, b.not_(small))), found)
-    return b.zext(b.bitcast(b.load(found), flags), ir.IntType(64))
+    return b.load(found)
 
 
-def _beyond_exact(b: Builder, groups: Value, sums: Value, doubts: Value, more: Value) -> Value:
-    """Take back the doubts about sums that are exact; those that are left, in one word."""
+def _doubts_of_sums(b: Builder, groups: Value, sums: Value, doubts: Value, exact: Value, doubt: Value) -> Value:
+    """Note the doubts about sums that may not be `exact`; all of them in one word."""
     word, double = ir.IntType(64), ir.VectorType(ir.DoubleType(), LANES)
-    most = call(b, f"llvm.vector.reduce.umax.v{LANES}i32", INT32, [load(b, more, vector_of(32, LANES))])
-    least = b.fpext(b.bitcast(b.neg(most), ir.FloatType()), ir.DoubleType())
-    span = broadcast(b, b.fmul(least, ir.DoubleType()(EXACT_SPAN)), LANES)
-    left = cgutils.alloca_once_value(b, word(0))
+    found = cgutils.alloca_once_value(b, word(0))
     with cgutils.for_range(b, groups) as loop:
         here = b.gep(sums, [b.mul(loop.index, word(LANES))])
         wide = b.load(b.bitcast(here, double.as_pointer()), align=8)
-        inexact = b.zext(b.bitcast(b.not_(b.fcmp_ordered("<=", wide, span)), ir.IntType(LANES)), word)
-        place = b.gep(doubts, [loop.index])
-        bits = b.and_(b.load(place), inexact)
-        b.store(bits, place)
-        b.store(b.or_(b.load(left), bits), left)
-    return b.load(left)
+        inexact = b.not_(b.fcmp_ordered("<=", wide, broadcast(b, exact, LANES)))
+        flags = b.and_(inexact, _in_doubt(b, wide, b.fptrunc(wide, ir.VectorType(ir.FloatType(), LANES)), doubt))
+        bits = b.zext(b.bitcast(flags, ir.IntType(LANES)), word)
+        b.store(bits, b.gep(doubts, [loop.index]))
+        b.store(b.or_(b.load(found), bits), found)
+    return b.load(found)
 
 
 @cache
