@@ -314,6 +314,10 @@ def _over_rows(
             copy_rows(b, spare_elements, word(length), first, step, rows, several)
 
 
+LINES = 4
+"""Lines that are written in one step, where blocks are short."""
+
+
 @cache
 def drop_rows(form: Format, run: int) -> Any:
     """``(target, i, count, rows, step, mask, j, jump)``: zero the blocks whose mask is False.
@@ -321,6 +325,7 @@ def drop_rows(form: Format, run: int) -> Any:
     Their runs (up to `CHUNK` elements) in `rows` rows `step` apart, of `count` adjacent blocks. `jump` as for norms.
     """
     together = form.lanes // math.gcd(form.lanes, run)  # whole lines
+    together *= max(1, LINES * form.lanes // (together * run))
 
     def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, mask: Value, jump: Value) -> None:
         def dropping(place: Value) -> Callable[[Value], None]:
@@ -350,7 +355,7 @@ def scale_rows(form: Format, run: int) -> Any:
     0 writes +0.0, 1 keeps the bits; else the product in float64, rounded, and within 1 ulp of that. All else as for
     `drop_rows`.
     """
-    together = max(1, form.lanes // run) if form.lanes % run == 0 else 1
+    together = max(1, LINES * form.lanes // run) if form.lanes % run == 0 else 1
 
     def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, factors: Value, jump: Value) -> None:
         def scaling(place: Value) -> Callable[[Value], None]:
