@@ -26,8 +26,8 @@ from npscope.backends.numba_cpu.vectors import (
     fma,
     load,
     planes_of,
-    read_single,
     shuffle,
+    single_of,
     splat,
     step,
     store,
@@ -66,13 +66,16 @@ DOUBTS = LEAST + LANES // 2
 PARTS = DOUBTS + STRIP_BLOCKS // LANES
 """Where least magnitudes, doubts and partial sums stand in work arrays, on lines of their own, behind an exact sum."""
 
+POWERS = (8, 4, 2, 1)
+"""Lengths of runs that fill vectors, and of which others are made."""
+
 INF, ONE, TWO = 0, 1, 2
 """What is made of magnitudes: the largest, their sum, the sum of their squares."""
 
 
 def takes_many(run: int) -> bool:
     """Whether blocks with `run` adjacent elements are summed side by side, a lane for each."""
-    return run in (1, 2, 4, 8)
+    return run < LANES
 
 
 def _larger(b: Builder, x: Value, y: Value) -> Value:
@@ -81,10 +84,13 @@ def _larger(b: Builder, x: Value, y: Value) -> Value:
 
 def _read(b: Builder, source: Value, e: int, count: int, form: Format, code: int) -> Value:
     """`count` elements at `e` as float32 or float64, in integers; magnitudes, or what has the same squares."""
+    return _numbers_of(b, load(b, b.gep(source, [INT32(e)]), vector_of(form.bits, count)), form, code)
+
+
+def _numbers_of(b: Builder, bits: Value, form: Format, code: int) -> Value:
     if form.bits == 64:
-        bits = load(b, b.gep(source, [INT32(e)]), vector_of(64, count))
         return b.and_(bits, splat(bits.type, (1 << 63) - 1))
-    return b.bitcast(read_single(form, code == TWO)(b, source, e, count), vector_of(32, count))
+    return b.bitcast(single_of(b, bits, form, code == TWO), vector_of(32, bits.type.count))
 
 
 def _if(b: Builder, condition: Value, numbers: Value) -> Value:
@@ -253,8 +259,7 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
 
         def take(totals: Sequence[_Total], vectors: Sequence[Value]) -> None:
             for i, bits in enumerate(vectors):
-                if totals:
-                    totals[i % len(totals)].take(bits)
+                totals[i % len(totals)].take(bits)
                 if span is not None:
                     span.take(bits)
 
@@ -289,24 +294,36 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
                 b.store(number(LANES * run), distance)
             return b.load(place), b.load(distance)
 
-        def add_flat(at: Value, block: Value) -> None:
-            # The numbers are dealt out, which are half as wide as their sums.
-            vectors = read(whole_vectors(at, block)[0], LANES * run)
-            take([], vectors)
-            total = _Total(b, form, code, LANES)
-            for plane in planes_of(b, vectors):
-                total.take(plane)
-            close(block, total.values)
+        def planes(at: Value) -> list[Value]:
+            """The numbers of `LANES` blocks: the first of each, the second ones, ..."""
+            if run in POWERS:
+                return planes_of(b, read(at, LANES * run))
+            ahead.fetch(LANES * run)
+            found: list[Value] = []
+            for width in (power for power in POWERS if run & power):
+                starts = range(len(found), LANES * run, run)
+                pieces = [load(b, b.gep(at, [INT32(e)]), vector_of(form.bits, width)) for e in starts]
+                while pieces[0].type.count < LANES:
+                    both = range(2 * pieces[0].type.count)
+                    pieces = [shuffle(b, x, both, y) for x, y in zip(pieces[::2], pieces[1::2], strict=True)]
+                found += planes_of(b, [_numbers_of(b, bits, form, code) for bits in pieces])
+            return found
 
         def add_many(at: Value, block: Value) -> None:
-            # Rows are added as they lie; only their sums are dealt out to the blocks.
+            # Rows are added as they lie, and only their sums are dealt out to the blocks, where there is more than one
+            # row and they fill vectors. Else the numbers are, which are half as wide as sums.
             place, distance = whole_vectors(at, block)
-            parts = [_Total(b, form, code, LANES) for _ in range(run)]
+            deals = flat or run not in POWERS
+            parts = [_Total(b, form, code, LANES) for _ in range(1 if deals else run)]
+            if flat:
+                take(parts, planes(place))
+                close(block, parts[0].values)
+                return
             with cgutils.for_range(b, rows) as loop:
-                take(parts, read(b.gep(place, [b.mul(loop.index, distance)]), LANES * run))
-            values = _dealt_out(b, code, [part.values for part in parts])
+                here = b.gep(place, [b.mul(loop.index, distance)])
+                take(parts, planes(here) if deals else read(here, LANES * run))
             places = places_of(parts[0], block)
-            values = joined_with(values, places)
+            values = joined_with(_dealt_out(b, code, [part.values for part in parts]), places)
             if code == INF:
                 put(values, places)
                 return
@@ -362,7 +379,7 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
             b.store(bits, b.gep(doubts, [b.udiv(block, number(LANES))]))
             b.store(b.or_(b.load(found), bits), found)
 
-        add = add_one if not many else add_flat if flat else add_many
+        add = add_many if many else add_one
         with cgutils.for_range_slice(b, number(0), count, number(LANES if many else 1)) as (block, _):
             at = b.gep(source, [b.mul(block, size)])
             add(at, block)
