@@ -298,26 +298,33 @@ def _copy(b: Builder, source: Value, count: Value, target: Value) -> None:
 
 
 def copy_rows(
-    b: Builder, source: Value, step: Value, target: Value, distance: Value, rows: Value, count: Value, length: int = 0
-) -> None:
-    """The first `count` numbers of rows that lie `step` apart, to rows that lie `distance` apart; zeros up to `length`.
+    b: Builder, source: Value, step: Value, target: Value, distance: Value, rows: Value, count: Value, length: int,
+    *, back: bool = False,
+) -> None:  # fmt: skip
+    """The first `count` of `length` numbers of rows that lie `step` apart, to rows that lie `distance` apart.
 
-    Number by number, and atomically, of which LLVM does not make a call: all vectors that the caller keeps in registers
-    would be stored for that, though it is rare.
+    Behind them, zeros are written, or nothing if rows are copied `back`. By masks, for a call of `memcpy` would have
+    the caller store all vectors that it keeps in registers.
     """
-    word = ir.IntType(8 * _size_of(source))
-    source, target = (b.bitcast(place, word.as_pointer()) for place in (source, target))
+    bits = 8 * _size_of(source)
+    lanes = min(length, 8 * LINE // bits)
+    vector, border = vector_of(bits, lanes), broadcast(b, b.trunc(count, INT32), lanes)
+    places = [ir.Constant(border.type, list(range(start, start + lanes))) for start in range(0, length, lanes)]
+    masks = [b.icmp_signed("<", place, border) for place in places]
     with cgutils.for_range(b, rows) as row:
         here, there = b.gep(source, [b.mul(row.index, step)]), b.gep(target, [b.mul(row.index, distance)])
+        for i, mask in enumerate(masks):
+            x, y = (b.bitcast(b.gep(at, [INT32(i * lanes)]), vector.as_pointer()) for at in (here, there))
+            if back:
+                _masked(b, "store", x, ir.VoidType(), [load(b, x, vector), y, INT32(bits // 8), mask])
+            else:
+                store(b, _masked(b, "load", x, vector, [x, INT32(bits // 8), mask, splat(vector, 0)]), y)
 
-        def put(value: Value, index: Value) -> None:
-            b.store_atomic(value, b.gep(there, [index]), "monotonic", word.width // 8)
 
-        with cgutils.for_range(b, count) as loop:
-            put(b.load(b.gep(here, [loop.index])), loop.index)
-        if length:
-            with cgutils.for_range_slice(b, count, count.type(length), count.type(1)) as (index, _):
-                put(word(0), index)
+def _masked(b: Builder, name: str, place: Value, result: Any, args: Sequence[Value]) -> Value:
+    vector = place.type.pointee
+    name = f"llvm.masked.{name}.v{vector.count}i{vector.element.width}.p0"
+    return b.call(b.module.declare_intrinsic(name, (), ir.FunctionType(result, [a.type for a in args])), args)
 
 
 copy_numbers = step(_copy, 5)
