@@ -266,11 +266,11 @@ def near_enough(rtol: float) -> tuple[float, float]:
 
 
 @standalone
-def _classify(t: Any, largest: float, s: Any) -> int:
+def _classify(t: Any, largest: float, narrow: bool, s: Any) -> int:
     """Norms and means from plain sums, and what ACTIVE becomes; how many blocks need a closer look.
 
     ACTIVE: 1 to be solved, 0 for the zero block (LIMIT = 1, RATE = 0) or the unchanged one (LIMIT = 0,
-    RATE = 1), -1 for a closer look.
+    RATE = 1), -1 for a closer look. Squares of `narrow` numbers, which are float32, do not vanish.
     """
     careful = 0
     for b in range(WIDTH):
@@ -284,7 +284,7 @@ def _classify(t: Any, largest: float, s: Any) -> int:
         )  # fmt: skip
         same = (plain != plain) | (limit == 0.0)
         state = (1.0 if norm > limit else 0.0) if ordinary else -1.0
-        state = 0.0 if same else state
+        state = 0.0 if same | (narrow & (plain == 0.0)) else state
         careful += 1 if state < 0.0 else 0
         s[ACTIVE + j] = state
         s[LIMIT + j] = 0.0 if same else 1.0
@@ -465,7 +465,7 @@ def solve_kernel(narrow: bool) -> Any:
                 _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, width)
                 for b in range(0, count, LANES):
                     measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, DISTANCE)
-            if _classify(limits, largest, s):
+            if _classify(limits, largest, narrow, s):
                 if look == 0:
                     return LOOK_CLOSER
                 for b in range(count):
