@@ -105,6 +105,60 @@ def test_sums_of_magnitudes_just_too_long_to_be_exact(rng):
     assert np.array_equal(ns.block_norms(x, (1, 4), ord=1).ravel(), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_earlier_calls_left_decides_no_rounding(rng, threads):
+    """Work arrays are handed on: negative numbers in them once passed for the largest sum."""
+    x = np.zeros((13, 100), np.float32)
+    x[:, 0] = 2.0**24 + 2 * rng.integers(0, 100, 13)
+    x[:, 1], x[:, 2] = 1 - 2.0**-7, 2.0**-7 + 2.0**-30
+    x = x.reshape(1, -1)
+    expected = of_reference(ns.block_norms, x, (1, 100), ord=1)
+    negative = -1e3 * abs(rng.standard_normal((16, 75))).astype(np.float32)
+    with ns.config(threads=threads):
+        for block in ((4, 15), (4, 5), (1, 3)):
+            ns.block_norms(negative, block, ord=2)
+            assert np.array_equal(ns.block_norms(x, (1, 100), ord=1), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("last", [0.0, np.inf, np.nan, 1e-40])
+def test_one_threshold_for_all_where_the_last_block_needs_a_closer_look(rng, dtype, last):
+    """Blocks are solved in strips of 128 and less, and a kernel that stops to look closer begins again."""
+    for blocks in (129, 136, 259):
+        x = rng.standard_normal((blocks, 4)).astype(dtype)
+        x[-1] = last
+        h = np.full_like(x, 2.0)
+        expected = of_reference(ns.soft_threshold, x, 0.5, (1, 4), conditioner=h)
+        got = ns.soft_threshold(x, 0.5, (1, 4), conditioner=h)
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+        assert np.array_equal(got == 0, expected == 0)
+
+
+@pytest.mark.parametrize(
+    ("run", "dtype", "ord"),
+    [
+        *((run, np.float32, ord) for run in (2, 8, 13, 17) for ord in (1, 2)),
+        *((13, dtype, ord) for dtype, ord in ((np.float32, np.inf), (np.float16, 2), (np.float64, 2))),
+    ],
+)
+def test_rows_of_few_blocks_of_any_length(rng, run, dtype, ord):
+    """Blocks that do not fill a vector, in an array with others around it."""
+    for rows, blocks in ((1, 1), (1, 15), (1, 17), (3, 5), (5, 16), (2, 33)):
+        around = rng.standard_normal((2 * rows + 2, run * blocks + 7)).astype(dtype)
+        x = around[1:-1, 3:-4]
+        norms = ns.block_norms(x, (rows, run), ord=ord)
+        expected = of_reference(ns.block_norms, x, (rows, run), ord=ord)
+        exact = dtype != np.float64
+        np.testing.assert_allclose(norms, expected, rtol=0 if exact else 2e-15)
+        border = np.median(norms) * (1 if exact else 1.001)
+        for call, argument in ((ns.hard_threshold, border), (ns.soft_threshold, border / 2)):
+            after, want = around.copy(), around.copy()
+            call(after[1:-1, 3:-4], argument, (rows, run), out=after[1:-1, 3:-4])
+            want[1:-1, 3:-4] = of_reference(call, x, argument, (rows, run))
+            np.testing.assert_allclose(after, want, rtol=2 * np.finfo(dtype).eps)
+            assert np.array_equal(after == 0, want == 0)
+
+
 # --- what looks at keys --------------------------------------------------------------------------
 
 

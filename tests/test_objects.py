@@ -199,6 +199,8 @@ def test_nnz_of_long_runs_of_any_bits(backend, name, eps):
         assert BlockSpec(x, (1, -1)).nnz(eps) == expected
         assert BlockSpec(x.T, (-1, 1)).nnz(eps) == expected
         assert BlockSpec(x[:, ::-1], (1, 1)).nnz(eps) == expected
+        assert BlockSpec(x, (1, 1)).nnz(eps) == expected
+        assert BlockSpec(x[:, :-3], (1, 1)).nnz(eps) == int((~(abs(x[:, :-3].astype(np.float64)) <= eps)).sum())
 
 
 def test_block_view_forms():

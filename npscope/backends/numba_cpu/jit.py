@@ -6,10 +6,8 @@ code. No `fastmath=True`: it makes tests for NaN and infinity false.
 
 from __future__ import annotations
 
-import gc
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -84,11 +82,11 @@ def array_of(dtype: Any, dimensions: int = 1) -> Any:
     return types.Array(from_dtype(np.dtype(dtype)), dimensions, "C")
 
 
-def caller(count: int, result: Any = types.void) -> Any:
+def caller(count: int, result: Any = types.void, *, optional: bool = False) -> Any:
     """``call(address, *arguments)`` for compiled functions: a kernel that is told what to call serves all of its kind.
 
-    The address is that of a function for the same types, with this result; nothing checks it. Where there is no result,
-    none is called at the address 0.
+    The address is that of a function for the same types, with this result; nothing checks it. If it is `optional`, and
+    without a result, at 0 nothing is called.
     """
 
     def typed(typing_context: Any, *args: Any) -> tuple[Any, Callable[..., Any]]:
@@ -96,7 +94,7 @@ def caller(count: int, result: Any = types.void) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             place = builder.inttoptr(values[0], cgutils.voidptr_t)
-            if result != types.void:
+            if not optional:
                 return _call(context, builder, place, result(*plain), values[1:])
             with builder.if_then(cgutils.is_not_null(builder, place)):
                 _call(context, builder, place, result(*plain), values[1:])
@@ -109,25 +107,12 @@ def caller(count: int, result: Any = types.void) -> Any:
 
 def _compiled(dispatcher: Any, arguments: tuple[Any, ...]) -> tuple[int, Any]:
     """(address, type of the result) of a function for arguments of these types. The dispatcher keeps it alive."""
-    with _collector_paused():
-        dispatcher.compile(arguments)
+    dispatcher.compile(arguments)
     compiled = dispatcher.overloads[arguments]
     address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
     if not address:
         raise RuntimeError(f"Numba has no machine code of {compiled.fndesc.llvm_func_name!r:.200}")
     return address, compiled.signature.return_type
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without garbage collections, a tenth of a first call: a compiler builds 140000 objects, and most of them stay."""
-    pauses = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if pauses:
-            gc.enable()
 
 
 def _call(context: Any, builder: Any, place: Any, signature: Any, values: Any) -> Any:

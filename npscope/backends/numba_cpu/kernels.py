@@ -213,25 +213,34 @@ def read_numbers(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop:
 Numbers = tuple[int, np.ndarray, int, np.ndarray, int]
 """Numbers over blocks: what reads them, their buffer, origin and grid, and how many blocks in a row each serves.
 
-What reads them is 0 where all blocks have one number: work arrays are then filled with it before (`filled`).
+What reads them is `FILLED` where all blocks have one number: NumPy has filled the work array with it (`fill_in`), and
+no kernel may change it.
 """
 
-load_numbers = caller(7)
-"""``load_numbers(*numbers, i, stop, out)`` for compiled functions: those of blocks [i, stop); but if `filled`."""
+FILLED = 0
+
+load_numbers = caller(7, optional=True)
+"""``load_numbers(*numbers, i, stop, out)`` for compiled functions: those of blocks [i, stop), if not `FILLED` in."""
 
 
 def numbers_over(leaf: Operand, repeat: int, dtype: np.dtype) -> Numbers:
     """Numbers over blocks, to be read into work arrays of `dtype`."""
     buffer = leaf.buffer
-    read = 0 if leaf.is_one_number else _numbers_reader(buffer.dtype, dtype)
+    read = FILLED if leaf.is_one_number else _numbers_reader(buffer.dtype, dtype)
     return read, buffer, leaf.origin, leaf.grid, repeat
 
 
-def filled(out: np.ndarray, numbers: Numbers) -> np.ndarray:
-    """A work array that kernels read the numbers into."""
+def fill_in(out: np.ndarray, numbers: Numbers) -> None:
+    """Make a work array ready to have the numbers read into it."""
     read, buffer, origin, _, _ = numbers
-    if read == 0:
+    if read == FILLED:
         out.fill(buffer[origin])
+
+
+def room_for(numbers: Numbers, length: int, dtype: np.dtype) -> np.ndarray:
+    """A work array for so many of the numbers, ready."""
+    out = np.empty(length, dtype=dtype)
+    fill_in(out, numbers)
     return out
 
 
@@ -386,7 +395,7 @@ def kernels(codec: Codec) -> SimpleNamespace:
 def _counter(codec: Codec, form: Format | None) -> Any:
     """``count(buffer, origin, grid, elements, i0, i1, total, low, high, mask)``: elements that are not in [low, high].
 
-    Where they are adjacent, of a `form`, these are integers: of their bits, as far as they are in the mask.
+    Of adjacent ones, of a `form`, the bits in the mask are compared, and the ends are integers.
     """
     if form is None:
         value = codec.value
@@ -400,7 +409,7 @@ def _counter(codec: Codec, form: Format | None) -> Any:
             return found
     else:
         lanes = form.lanes
-        many, one = (vector_selection.count_outside(form, n) for n in (lanes, 1))
+        many, one = (vector_selection.count_bits_outside(form, n) for n in (lanes, 1))
 
         @merged
         def outside(buffer: Any, at: int, run: int, step: int, low: Any, high: Any, mask: int) -> int:
@@ -431,7 +440,7 @@ def _counter(codec: Codec, form: Format | None) -> Any:
 
 
 def count_outside(leaf: Operand, low: float, high: float) -> Callable[[int, int], int]:
-    """What counts the elements of blocks [i0, i1) that are not in [low, high]; either low = -high, or both are > 0."""
+    """What counts the elements of blocks [i0, i1) that are not in [low, high], with low = -high or 0 < low <= high."""
     form = leaf.layout.form if leaf.layout is not None and leaf.layout.run == 1 else None
     count, limits = _counter(leaf.codec, form), (low, high, 0.0)
     if form is not None:

@@ -57,7 +57,8 @@ def _whole_lines(length: int) -> int:
     return -(-length // LINE) * LINE
 
 
-_MAKING_WORDS = PARTS + 2 * PARTIAL * (PART_BLOCKS + LANES)
+# Behind what is fixed, the parts of blocks with long runs, or rows of others with runs shorter than a vector.
+_MAKING_WORDS = PARTS + max(2 * PARTIAL * (PART_BLOCKS + LANES), TOGETHER * LANES * LANES + LINE)
 
 
 class NormBuffers:

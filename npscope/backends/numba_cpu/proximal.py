@@ -21,7 +21,7 @@ from npscope.backends.numba_cpu import planes, vector_shrinkage
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
-from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
+from npscope.backends.numba_cpu.kernels import FILLED, Numbers, load_numbers
 from npscope.backends.numba_cpu.lines import call_measurer, call_scaler
 from npscope.backends.numba_cpu.nests import place
 from npscope.backends.numba_cpu.operands import Layout
@@ -34,7 +34,10 @@ STRIP = 2048
 
 @inner
 def read_limits(t: Numbers, i: int, stop: int, limits: Any) -> None:
-    """The thresholds of elements [i, stop), dense; -0.0 for zero, which is how `vector_shrinkage.soften` knows it."""
+    """The thresholds of elements [i, stop), dense; -0.0 for zero, which is how `vector_shrinkage.soften` knows it.
+
+    Of zeros that were `FILLED` in, too: they stay zeros.
+    """
     load_numbers(*t, i, stop, limits)
     for j in range(np.uintp(stop - i)):
         limit = limits[j]
@@ -60,7 +63,7 @@ def soften_kernel(codec: Codec, form: Format | None, metric: Codec | None) -> An
     ) -> None:  # fmt: skip
         width, h_width = grid[0, -1], h_grid[0, -1]
         step, h_step = (1, 1) if adjacent else (grid[1, -1], h_grid[1, -1])
-        alike = t[0] == 0
+        alike = t[0] == FILLED
         if alike:
             read_limits(t, i0, least(i1, i0 + limits.size), limits)
         i = i0
@@ -266,11 +269,12 @@ def near_enough(rtol: float) -> tuple[float, float]:
 
 
 @standalone
-def _classify(t: Any, largest: float, narrow: bool, s: Any) -> int:
+def _classify(t: Any, largest: float, narrow: bool, count: int, s: Any) -> int:
     """Norms and means from plain sums, and what ACTIVE becomes; how many blocks need a closer look.
 
     ACTIVE: 1 to be solved, 0 for the zero block (LIMIT = 1, RATE = 0) or the unchanged one (LIMIT = 0,
-    RATE = 1), -1 for a closer look. Squares of `narrow` numbers, which are float32, do not vanish.
+    RATE = 1), -1 for a closer look. Blocks from `count` on, which are not there, are unchanged. Pruned arrays have many
+    blocks of zeros: if `narrow`, float32, no other has squares that sum to zero in float64.
     """
     careful = 0
     for b in range(WIDTH):
@@ -282,7 +286,7 @@ def _classify(t: Any, largest: float, narrow: bool, s: Any) -> int:
             (squares > 1e-100) & (squares < 1e100) & (plain > 1e-100) & (plain < largest) & (limit < np.inf)
             & (abs(norm - limit) > norm * NEAR)
         )  # fmt: skip
-        same = (plain != plain) | (limit == 0.0)
+        same = (plain != plain) | (limit == 0.0) | (b >= count)
         state = (1.0 if norm > limit else 0.0) if ordinary else -1.0
         state = 0.0 if same | (narrow & (plain == 0.0)) else state
         careful += 1 if state < 0.0 else 0
@@ -458,14 +462,13 @@ def solve_kernel(narrow: bool) -> Any:
             stop = least(i1, i + width)
             count = stop - i
             load_numbers(*t, i, stop, limits)
-            clear(limits, count, limits.size - count)  # blocks that are not there are not open
             clear(s, SQUARES, NORM - SQUARES)
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
                 _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, width)
                 for b in range(0, count, LANES):
                     measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, DISTANCE)
-            if _classify(limits, largest, narrow, s):
+            if _classify(limits, largest, narrow, count, s):
                 if look == 0:
                     return LOOK_CLOSER
                 for b in range(count):

@@ -102,7 +102,7 @@ number_of_key = _on_keys(
 )  # fmt: skip
 key_near = _on_keys(
     "key_near", types.float64, types.uint64, lambda b, number, bits: b.fptoui(number, ir.IntType(64)),
-    "``key_near(number, keys)``: the key below a number that is in the range of uint64.",
+    "``key_near(number, keys)``: the last key up to a number that is in the range of uint64.",
 )  # fmt: skip
 float_of_signed_key = _on_keys(
     "float_of_signed_key", types.uint64, types.float64, _float_of_key,

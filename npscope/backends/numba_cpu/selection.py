@@ -38,7 +38,7 @@ from npscope.tiling import Leaf, Parts
 def _scratch(ranking: Ranking, rows: int, counts: nk.Numbers) -> Loan[Scratch]:
     """Work arrays of one thread for strips of so many scopes, of which `counts` says how many blocks are kept."""
     scratch = Loan(Scratch, rows * ranking.blocks, rows, ranking.key)
-    nk.filled(scratch.work.keep, counts)
+    nk.fill_in(scratch.work.keep, counts)
     return scratch
 
 
@@ -173,7 +173,7 @@ def strips_of_thresholds(
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [
-            (nk.filled(np.empty(source.strip, dtype=thresholds.array.dtype), limits), Scratch(source.strip, 0, key).all)
+            (nk.room_for(limits, source.strip, thresholds.array.dtype), Scratch(source.strip, 0, key).all)
             for _ in range(slots)
         ]
 

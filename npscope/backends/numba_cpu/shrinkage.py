@@ -96,7 +96,7 @@ def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand 
     return in_place(
         part,
         lambda i0, i1, limits: soften(*where, i0, i1, t, limits),
-        lambda: nk.filled(np.empty(proximal.STRIP, dtype=thresholds.array.dtype), t),
+        lambda: nk.room_for(t, proximal.STRIP, thresholds.array.dtype),
     )
 
 
@@ -111,7 +111,7 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
         return in_place(
             written,
             lambda i0, i1, limits, norms: proximal.shrink_blocks(*head, i0, i1, strip, t, limits, *norms.work.all),
-            lambda: nk.filled(np.empty(lines.STRIP_BLOCKS, dtype=thresholds.array.dtype), t),
+            lambda: nk.room_for(t, lines.STRIP_BLOCKS, thresholds.array.dtype),
             lambda: Loan(lines.NormBuffers, lines.STRIP_BLOCKS, source.norm),
         )
 
@@ -145,7 +145,6 @@ def conditioned_job(
     t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
-        nk.filled(limits, t)
         works = (leaves, i0, i1, t, elements, width, max_iter, *near, v, h, s, limits, mus)
         found = solve(deal, *looks, *works)
         if found == proximal.LOOK_CLOSER:
@@ -165,7 +164,7 @@ def conditioned_job(
         planes,
         planes,
         lambda: np.empty(proximal.ROWS * proximal.DISTANCE),
-        lambda: np.empty(proximal.WIDTH, dtype=thresholds.array.dtype),
+        lambda: nk.room_for(t, proximal.WIDTH, thresholds.array.dtype),
         piece=SOLVE_ELEMENTS,
     )()
 

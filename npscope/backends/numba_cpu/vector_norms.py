@@ -188,8 +188,13 @@ class _Span:
             bits = shuffle(self.b, bits, [min(i, bits.type.count) for i in range(LANES)], splat(bits.type, 0))
         self.b.store(_larger(self.b, self.b.load(self.least), self.b.neg(bits)), self.least)
 
-    def take_rounded(self, sums: Value) -> None:
+    def take_rounded(self, sums: Value, left: Value = None) -> None:
+        """Take in rounded sums, or only the first ones, of blocks that are `left`."""
         bits = self.b.bitcast(sums, vector_of(32, LANES))
+        if left is not None:
+            lanes = ir.Constant(bits.type, list(range(LANES)))
+            inside = self.b.icmp_signed("<", lanes, broadcast(self.b, self.b.trunc(left, INT32), LANES))
+            bits = self.b.select(inside, bits, splat(bits.type, 0))
         self.b.store(_larger(self.b, self.b.load(self.largest), bits), self.largest)
 
     def leave(self) -> None:
@@ -217,7 +222,8 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
 
     A run of each of `count` adjacent blocks in each of `rows` rows `step` apart, up to `TOGETHER` of them, read side by
     side; what is read next lies `jump` further on. Runs have `size` elements; they are `long`, with `run` elements that
-    do not fill a vector, or `size` is the constant `run`. Sums in float64, or maxima as bits (NaN the largest), are
+    do not fill a vector, or `size` is the constant `run`. `flat` promises a single row: `rows` is 1, `row` 0, and it is
+    the `last`. Sums in float64, or maxima as bits (NaN the largest), are
     overwritten by the rows from number 0 on. Where `takes_many(run)` they are in `sums` and `norms`, a number for each
     block, sums of float64 with what was lost in `norms`; else in `making`, `parts_of(form)` for each. There, too, are
     the `LANES` least magnitudes of float32 that are summed.
@@ -372,7 +378,8 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
                 rounded = b.fptrunc(wide, ir.VectorType(ir.FloatType(), LANES))
                 store(b, rounded, place)
                 if span is not None:
-                    span.take_rounded(rounded)
+                    # Where runs are side by side, what is not there is zero; parts are what was there before.
+                    span.take_rounded(rounded, None if many else b.sub(count, block))
                     return
                 lost = _in_doubt(b, wide, rounded, doubt)
             bits = b.zext(b.bitcast(lost, ir.IntType(LANES)), word)

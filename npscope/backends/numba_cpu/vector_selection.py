@@ -264,7 +264,7 @@ def survey_keys(form: Format, lanes: int, signed: bool) -> Any:
 
 
 @cache
-def count_outside(form: Format, lanes: int) -> Any:
+def count_bits_outside(form: Format, lanes: int) -> Any:
     """``(source, i, mask, low, high)``: of how many of `lanes` numbers the bits of a mask are not in [low, high]."""
 
     def emit(b: Builder, source: Value, mask: Value, low: Value, high: Value) -> Value:
@@ -289,29 +289,34 @@ def _over_rows(
 ) -> None:
     """``taking(address of their numbers)(address of their elements)`` for all rows of blocks, `together` at a time.
 
-    Blocks that are fewer take a detour over memory of which nothing is kept behind them.
+    Blocks that are fewer take a detour over memory of which nothing is kept behind them. `together` is 1, or blocks of
+    whole lines.
     """
     word, length = count.type, together * run
+    several = together > 1
     spare_elements, spare_numbers = (
-        b.bitcast(cgutils.alloca_once(b, ir.ArrayType(place.type.pointee, size)), place.type)
+        b.bitcast(cgutils.alloca_once(b, ir.ArrayType(place.type.pointee, size)), place.type) if several else place
         for place, size in ((source, TOGETHER * length), (numbers, together))
     )
     with cgutils.for_range_slice(b, word(0), count, word(together)) as (block, _):
         first, own = b.gep(source, [b.mul(block, word(run))]), b.gep(numbers, [block])
         left = b.sub(count, block)
-        are_few, several = b.icmp_signed("<", left, word(together)), b.mul(left, word(run))
+        are_few, elements_left = b.icmp_signed("<", left, word(together)), b.mul(left, word(run))
         elements, distance = cgutils.alloca_once_value(b, first), cgutils.alloca_once_value(b, step)
-        with b.if_then(are_few, likely=False):
-            copy_rows(b, own, word(0), spare_numbers, word(0), word(1), left, together)
-            copy_rows(b, first, step, spare_elements, word(length), rows, several, length)
-            b.store(spare_elements, elements)
-            b.store(word(length), distance)
-        take = taking(b.select(are_few, spare_numbers, own))
+        if several:
+            with b.if_then(are_few, likely=False):
+                copy_rows(b, own, word(0), spare_numbers, word(0), word(1), left, together)
+                copy_rows(b, first, step, spare_elements, word(length), rows, elements_left, length)
+                b.store(spare_elements, elements)
+                b.store(word(length), distance)
+            own = b.select(are_few, spare_numbers, own)
+        take = taking(own)
         with cgutils.for_range(b, rows) as loop:
             ahead.fetch(length)
             take(b.gep(b.load(elements), [b.mul(loop.index, b.load(distance))]))
-        with b.if_then(are_few, likely=False):
-            copy_rows(b, spare_elements, word(length), first, step, rows, several, length, back=True)
+        if several:
+            with b.if_then(are_few, likely=False):
+                copy_rows(b, spare_elements, word(length), first, step, rows, elements_left, length, back=True)
 
 
 LINES = 2

@@ -303,8 +303,8 @@ def copy_rows(
 ) -> None:  # fmt: skip
     """The first `count` of `length` numbers of rows that lie `step` apart, to rows that lie `distance` apart.
 
-    Behind them, zeros are written, or nothing if rows are copied `back`. By masks, for a call of `memcpy` would have
-    the caller store all vectors that it keeps in registers.
+    Behind them, zeros are written up to the end of a line, or nothing if rows are copied `back`. By masks, for a call
+    of `memcpy` would have the caller store all vectors that it keeps in registers.
     """
     bits = 8 * _size_of(source)
     lanes = min(length, 8 * LINE // bits)
