@@ -213,8 +213,8 @@ def read_numbers(buffer: Any, origin: int, grid: Any, repeat: int, i: int, stop:
 Numbers = tuple[int, np.ndarray, int, np.ndarray, int]
 """Numbers over blocks: what reads them, their buffer, origin and grid, and how many blocks in a row each serves.
 
-What reads them is `FILLED` where all blocks have one number: NumPy has filled the work array with it (`fill_in`), and
-no kernel may change it.
+What reads them is `FILLED` where all blocks have one number: NumPy has filled the work array with it (`fill_in`), once
+for many calls, so that no kernel may put another number there.
 """
 
 FILLED = 0
@@ -442,9 +442,8 @@ def _counter(codec: Codec, form: Format | None) -> Any:
 def count_outside(leaf: Operand, low: float, high: float) -> Callable[[int, int], int]:
     """What counts the elements of blocks [i0, i1) that are not in [low, high], with low = -high or 0 < low <= high."""
     form = leaf.layout.form if leaf.layout is not None and leaf.layout.run == 1 else None
-    count, limits = _counter(leaf.codec, form), (low, high, 0.0)
-    if form is not None:
-        limits = _bits_between(low, high, leaf.array.dtype, form)
+    count = _counter(leaf.codec, form)
+    limits = (low, high, 0) if form is None else _bits_between(low, high, leaf.array.dtype, form)
     return lambda i0, i1: int(count(*leaf.where, i0, i1, leaf.size, *limits))
 
 

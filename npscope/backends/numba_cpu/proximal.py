@@ -36,7 +36,7 @@ STRIP = 2048
 def read_limits(t: Numbers, i: int, stop: int, limits: Any) -> None:
     """The thresholds of elements [i, stop), dense; -0.0 for zero, which is how `vector_shrinkage.soften` knows it.
 
-    Of zeros that were `FILLED` in, too: they stay zeros.
+    Of zeros that are `FILLED` in, too, which stay zeros.
     """
     load_numbers(*t, i, stop, limits)
     for j in range(np.uintp(stop - i)):

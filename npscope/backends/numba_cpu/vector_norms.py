@@ -172,7 +172,7 @@ def _joined(b: Builder, code: int, x: Sequence[Value], y: Sequence[Value]) -> li
 class _Span:
     """Whether all float64 sums of a strip of float32 magnitudes are exact, by the least of these and the largest sum.
 
-    Then nothing is to be asked about a rounding, which costs as much as forming the sums of four does.
+    Then nothing is to be asked about roundings: measured, that was a quarter of the time of blocks of four.
     """
 
     def __init__(self, b: Builder, place: Value, go_on: Value) -> None:
