@@ -50,6 +50,8 @@ def _numpy_backend() -> Backend:
     try:
         return load_backend("numba")
     except Exception as error:  # a broken Numba may raise anything at import
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise error.__cause__ from None  # Python 3.11 makes a RuntimeError of one that comes in a class body
         warnings.warn(f"npscope runs on its slow reference backend: {error}", RuntimeWarning, stacklevel=4)
         return load_backend("reference")
 

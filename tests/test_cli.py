@@ -565,6 +565,27 @@ def test_case83_a_signal_removes_the_temporary_file(folder: Path, name: str) -> 
     assert not list(folder.iterdir())
 
 
+def test_ctrl_c_while_numba_is_imported_is_no_broken_numba(tmp_path: Path) -> None:
+    """Python 3.11 raises a RuntimeError for one that comes while a class names its attributes."""
+    broken = """
+class Slow:
+    def __set_name__(self, owner, name):
+        raise KeyboardInterrupt
+class Owner:
+    slow = Slow()
+"""
+    (tmp_path / "numba.py").write_text(broken)
+    process = subprocess.run(
+        [sys.executable, "-c", "import numpy, npscope; npscope.block_norms(numpy.ones((2, 2)), (1, 1))"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert process.returncode != 0
+
+
 def test_case84_a_closed_pipe_ends_quietly(folder: Path) -> None:
     for arguments in (["inspect", DATA], ["--help"]):
         read, write = os.pipe()
