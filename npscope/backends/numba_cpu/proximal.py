@@ -17,16 +17,25 @@ from typing import Any
 import numpy as np
 from numba import typeof, types
 
-from npscope.backends.numba_cpu import planes, vector_shrinkage
+from npscope.backends.numba_cpu import planes, secular, vector_shrinkage
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.kernels import FILLED, Numbers, load_numbers
 from npscope.backends.numba_cpu.lines import call_measurer, call_scaler
 from npscope.backends.numba_cpu.nests import place
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import greatest, least
-from npscope.backends.numba_cpu.vectors import LANES, Format, clear
+from npscope.backends.numba_cpu.secular import (
+    ACTIVE,
+    MEAN,
+    NORM,
+    RATE,
+    SPREAD,
+    UNIT,
+    WIDTH,
+)
+from npscope.backends.numba_cpu.vectors import LANES, Format, copy_numbers, spread
 
 STRIP = 2048
 """Elements whose thresholds are read at a time where a block is one element."""
@@ -123,64 +132,80 @@ def shrink_blocks(
 # --- conditioned: dealing ------------------------------------------------------------------------
 
 PLANES = 1 << 15
-"""Numbers in the planes of one operand at most, 256 KiB; larger blocks are dealt again for every step."""
+"""Numbers in the planes of one operand at most, 128 KiB or twice that; larger blocks are dealt again for every step."""
 
-WIDTH = 128
-"""Most blocks of a strip: a multiple of `LANES`."""
-
-STRIP_NUMBERS = 2048
-"""Numbers in the planes where that gives a strip of a few vectors of blocks: 32 KiB for both operands."""
+STRIP_NUMBERS = 1024
+"""Numbers in the planes where that gives a strip of a few vectors of blocks: 8 or 16 KiB for both operands."""
 
 
-def strip_width(elements: int) -> int:
-    """Blocks of a strip, for blocks of that many elements: a multiple of `LANES`."""
-    return min(WIDTH, max(LANES, STRIP_NUMBERS // elements // LANES * LANES))
+def strip_pitch(elements: int) -> int:
+    """How far rows of planes lie apart, for blocks of that many elements: for a multiple of `LANES` blocks, and more.
+
+    Behind the blocks is room for `LANES` numbers that mean nothing.
+    """
+    return min(WIDTH, max(LANES, STRIP_NUMBERS // elements // LANES * LANES)) + LANES
+
+
+def plane_numbers(elements: int) -> int:
+    """Numbers in the planes of one operand, of blocks of that many elements."""
+    return min(elements * strip_pitch(elements), PLANES)
+
+
+def _in_parts(elements: int) -> bool:
+    """Whether such blocks are too large for planes, and dealt in parts."""
+    return plane_numbers(elements) < elements * strip_pitch(elements)
 
 
 @cache
 def _dealer(read: Function, layout: Layout | None) -> Any:
-    """``deal(..., i, stop, e0, e1, whole, out, row, width)``: elements [e0, e1) of blocks into planes from `row` on.
+    """``deal(..., i, stop, e0, e1, out, row, pitch)``: elements [e0, e1) of blocks into planes from `row` on.
 
-    Numbers may lose their sign.
+    All elements of a block, where a layout says that they are adjacent. `LANES` more places than blocks are written.
     """
-    run, rows = (layout.run, layout.rows) if layout else (0, 0)
+    run, rows = (layout.run, layout.rows) if layout else (1, 0)
     part = min(run, LANES)
     vectors = layout is not None and layout.form.bits <= 32 and part in (1, 2, 4, 8, LANES) and run % part == 0
-    deal_runs: Any = planes.deal_runs(layout.form, part) if layout and vectors else None
-    distance = run if run > LANES else LANES
+    deal_whole: Any = planes.deal_runs(layout.form, part, False) if layout and vectors else None
+    deal_rest: Any = planes.deal_runs(layout.form, part, True) if layout and vectors else None
+    distance, inner = run if run > LANES else LANES, -1 if run == 1 else -2
 
     @standalone
     def deal(
-        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, e0: int, e1: int, whole: bool,
-        out: Any, row: int, width: int,
+        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, e0: int, e1: int,
+        out: Any, row: int, pitch: int,
     ) -> None:  # fmt: skip
-        if vectors:
-            make_small()
+        make_small()
         size, step = elements[0, -1], elements[1, -1]
         columns, stride = grid[0, -1], grid[1, -1]
+        turns, between = (elements[0, inner], elements[1, inner]) if rows > 1 else (1, 0)
         start, length = i, stop - i
         while i < stop:
-            after = least(stop, i + columns - i % columns)
-            ahead = place(i + length, grid) - place(i, grid)
-            at, b, count = origin + place(i, grid), i - start, after - i
-            done = 0
-            if vectors and whole:
-                done = count - count % LANES
+            rest = columns - i % columns
+            after, here = least(stop, i + rest), place(i, grid)
+            at, b, count = origin + here, i - start, after - i
+            if vectors:
+                ahead = 2 * length * stride if 3 * length <= rest else place(i + length, grid) - here
+                done, first, turn = count - count % LANES, at, 0
                 for r in range(rows):
-                    source = at + place(r * run, elements)
+                    if turn == turns:
+                        first, turn = at + place(r * run, elements), 0
                     for c in range(0, run, part):
-                        target = (row + r * run + c) * width + b
+                        source, target = first + c, (row + r * run + c) * pitch + b
                         for j in range(0, done, LANES):
-                            deal_runs(buffer, source + j * run + c, out, target + j, distance, width, ahead)
-            for j in range(done, count):
-                e = e0
-                while e < e1:
-                    run_stop = least(e1, e + size - e % size)
-                    first = at + j * stride + place(e, elements) - e * step
-                    target = (row - e0) * width + b + j
-                    for k in range(e, run_stop):
-                        out[np.uintp(target + k * width)] = read(buffer, first + k * step)
-                    e = run_stop
+                            deal_whole(buffer, source + j * run, out, target + j, distance, pitch, ahead, LANES)
+                        if done < count:
+                            deal_rest(buffer, source + done * run, out, target + done, distance, pitch, 0, count - done)
+                    first, turn = first + between, turn + 1
+            else:
+                for j in range(count):
+                    e = e0
+                    while e < e1:
+                        run_stop = least(e1, e + size - e % size)
+                        source = at + j * stride + place(e, elements) - e * step
+                        target = (row - e0) * pitch + b + j
+                        for k in range(e, run_stop):
+                            out[np.uintp(target + k * pitch)] = read(buffer, source + k * step)
+                        e = run_stop
             i = after
 
     return deal
@@ -192,22 +217,22 @@ Pair = tuple[Any, Layout | None, Any, Layout | None]
 
 @cache
 def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
-    """``deal(leaves, i, stop, e0, e1, v, h, width)``: elements [e0, e1) of blocks that span these leaves."""
+    """``deal(leaves, i, stop, e0, e1, v, h, pitch)``: elements [e0, e1) of blocks that span these leaves."""
     x_codec, x_layout, h_codec, h_layout = pairs[0]
     deal_v, deal_h = _dealer(x_codec.value, x_layout), _dealer(h_codec.value, h_layout)
     deal_rest = _pairs_dealer(pairs[1:]) if len(pairs) > 1 else None
 
     @standalone
-    def deal(leaves: Any, i: int, stop: int, e0: int, e1: int, row: int, v: Any, h: Any, width: int) -> None:
+    def deal(leaves: Any, i: int, stop: int, e0: int, e1: int, row: int, v: Any, h: Any, pitch: int) -> None:
+        make_small()
         x, x_origin, x_grid, x_elements, hh, h_origin, h_grid, h_elements, size = leaves[0]
         first, last = greatest(e0, 0), least(e1, size)
         if first < last:
-            whole = first == 0 and last == size
-            deal_v(x, x_origin, x_grid, x_elements, i, stop, first, last, whole, v, row, width)
-            deal_h(hh, h_origin, h_grid, h_elements, i, stop, first, last, whole, h, row, width)
+            deal_v(x, x_origin, x_grid, x_elements, i, stop, first, last, v, row, pitch)
+            deal_h(hh, h_origin, h_grid, h_elements, i, stop, first, last, h, row, pitch)
             row += last - first
         if deal_rest is not None:
-            deal_rest(leaves[1:], i, stop, e0 - size, e1 - size, row, v, h, width)
+            deal_rest(leaves[1:], i, stop, e0 - size, e1 - size, row, v, h, pitch)
 
     return deal
 
@@ -215,10 +240,12 @@ def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
 _call_dealer = caller(9)
 
 
-def dealer_address(pairs: tuple[Pair, ...], leaves: Any) -> int:
-    """Where the code is that deals the elements of leaves which are read like this."""
-    numbers, plane = [types.int64] * 5, array_of(np.float64)
-    return address_of(_pairs_dealer(pairs), typeof(leaves), *numbers, plane, plane, types.int64)
+def dealer_address(pairs: tuple[Pair, ...], leaves: Any, plane: np.dtype) -> int:
+    """Where the code is that deals the elements of leaves which are read like this, into planes of this dtype."""
+    if _in_parts(sum([leaf[-1] for leaf in leaves])):
+        pairs = tuple((x_codec, None, h_codec, None) for x_codec, _, h_codec, _ in pairs)
+    numbers, rows = [types.int64] * 5, array_of(plane)
+    return address_of(_pairs_dealer(pairs), typeof(leaves), *numbers, rows, rows, types.int64)
 
 
 # --- conditioned: solving ------------------------------------------------------------------------
@@ -228,21 +255,6 @@ SAFE_TOP, SAFE_UNIT = 2.0**450, 2.0**600
 
 BEYOND = (2.0**128 - 2.0**103) ** 2
 """Squares of norms from here on round to infinity in float32; exact in float64."""
-
-NEAR = 2.0**-20
-"""Norms so near their threshold, relatively, are compared by sums that are good for it."""
-
-ROWS, DISTANCE = 12, WIDTH + 8
-(UNIT, LIMIT, RATE, SQUARES, SLOPES, BENDS, NORM, MEAN, SPREAD, LOW, HIGH, ACTIVE) = (
-    row * DISTANCE for row in range(ROWS)
-)
-"""Where the numbers of a strip of blocks lie in one work array.
-
-One array at fixed distances, because LLVM gives up on a loop that it would have to check for more
-than a few arrays that may overlap. A block is v * UNIT, by a power of two, and LIMIT its threshold;
-NORM = ||h v||, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE of
-``|| h v / (h * RATE + LIMIT) || = 1`` is in [LOW, HIGH].
-"""
 
 
 @inner
@@ -257,133 +269,37 @@ BENDING = 2
 """Steps by Halley's method, whose error is the cube of Newton's start; with ordinary metrics none follow."""
 
 
-def near_enough(rtol: float) -> tuple[float, float]:
+def near_enough(rtol: float, single: bool) -> tuple[float, float]:
     """The relative size of the last step, by Newton or by Halley, for a relative accuracy of `rtol` after it.
 
     A step from RATE by at most its e-th part changes no ``h * RATE + LIMIT`` by more, so that the derivatives
     of the norm are known up to powers of 1 + e: a Newton step ends within 2 e ** 2 of the root, one of
-    Halley within 8 e ** 3, for e <= 0.01. Below the rounding of float64 nothing is to be gained.
+    Halley within 8 e ** 3, for e <= 0.01. Nothing is to be gained below the rounding of float64, or if blocks are
+    `single` below 2 ** -11 of that of float32; the step itself then is right to 2 ** -20.
     """
-    accuracy = max(rtol, 2.0**-53)
-    return min(math.sqrt(accuracy / 2), 0.01), min(math.cbrt(accuracy / 8), 0.01)
+    accuracy = max(rtol, 2.0**-36 if single else 2.0**-53) / 2
+    most = min(0.01, accuracy * 2.0**20) if single else 0.01
+    return min(math.sqrt(accuracy / 2), most), min(math.cbrt(accuracy / 8), most)
 
 
-@standalone
-def _classify(t: Any, largest: float, narrow: bool, count: int, s: Any) -> int:
-    """Norms and means from plain sums, and what ACTIVE becomes; how many blocks need a closer look.
-
-    ACTIVE: 1 to be solved, 0 for the zero block (LIMIT = 1, RATE = 0) or the unchanged one (LIMIT = 0,
-    RATE = 1), -1 for a closer look. Blocks from `count` on, which are not there, are unchanged. Pruned arrays have many
-    blocks of zeros: if `narrow`, float32, no other has squares that sum to zero in float64.
-    """
-    careful = 0
-    for b in range(WIDTH):
-        j = np.uintp(b)
-        squares, plain, limit = s[SQUARES + j], s[SLOPES + j], np.float64(t[j])
-        norm = math.sqrt(squares)
-        inverse = 1.0 / norm
-        ordinary = (
-            (squares > 1e-100) & (squares < 1e100) & (plain > 1e-100) & (plain < largest) & (limit < np.inf)
-            & (abs(norm - limit) > norm * NEAR)
-        )  # fmt: skip
-        same = (plain != plain) | (limit == 0.0) | (b >= count)
-        state = (1.0 if norm > limit else 0.0) if ordinary else -1.0
-        state = 0.0 if same | (narrow & (plain == 0.0)) else state
-        careful += 1 if state < 0.0 else 0
-        s[ACTIVE + j] = state
-        s[LIMIT + j] = 0.0 if same else 1.0
-        s[RATE + j] = 1.0 if same else 0.0
-        s[UNIT + j] = 1.0
-        s[NORM + j] = norm
-        s[MEAN + j] = s[BENDS + j] * inverse * inverse
-        s[SPREAD + j] = math.sqrt(plain) * inverse
-    return careful
-
-
-@standalone
-def _open(t: Any, s: Any) -> int:
-    """The bracket of every active block, and where its iteration starts; how many there are.
-
-    The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
-    MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM. The start
-    is exact for z - (1 - 1 / (MEAN * SPREAD)) * (z - tau) ** 2 / z, where z is the tangent: the same slope at
-    infinity.
-    """
-    opened = 0
-    for b in range(WIDTH):
-        j = np.uintp(b)
-        active = s[ACTIVE + j] > 0.0
-        norm, spread, reciprocal = s[NORM + j], s[SPREAD + j], 1.0 / s[MEAN + j]
-        limit = np.float64(t[j]) * s[UNIT + j]
-        inverse, gap = 1.0 / norm, norm - limit
-        tau = limit * inverse
-        root = math.sqrt(max(0.0, 1.0 - 4.0 * (1.0 - reciprocal / spread) * tau * (gap * inverse)))
-        small = (1.0 - 2.0 * tau + root) * 0.5 * spread * norm
-        large = 2.0 * tau * gap / (root + 2.0 * tau - 1.0) * reciprocal
-        low, high = gap * reciprocal, gap * spread
-        start = small if tau < 0.5 else large
-        start = start if start < high else high
-        start = start if start > low else low
-        s[LOW + j], s[HIGH + j] = low, high
-        s[LIMIT + j] = limit if active else s[LIMIT + j]
-        s[RATE + j] = start if active else s[RATE + j]
-        opened += 1 if active else 0
-    return opened
-
-
-@standalone
-def _step(bends: bool, falls: bool, near: float, s: Any) -> int:
-    """One safeguarded step to the root for every active block, by Halley if it `bends`; how many stay active.
-
-    Newton steps rise to the root of a concave function from its left, so that one which does not has
-    reached the rounding of the norm, unless it comes from a start or a Halley step: it still `falls`.
-    """
-    left, stuck = 0, 0
-    floor = 1.0 - near if falls else 0.0
-    for b in range(WIDTH):
-        j = np.uintp(b)
-        active = s[ACTIVE + j] > 0.0
-        at, squares, inverse = s[RATE + j], s[SQUARES + j], 1.0 / s[SLOPES + j]
-        norm = math.sqrt(squares)
-        low = at if norm >= 1.0 else s[LOW + j]
-        high = at if norm <= 1.0 else s[HIGH + j]
-        newton = (norm - 1.0) * squares * inverse
-        bend = 1.5 * (norm - 1.0) * (s[BENDS + j] * inverse * (squares * inverse) - 1.0) if bends else 0.0
-        bend = bend if bend < 0.5 else 0.5
-        following = at + at * (newton / (1.0 - bend))
-        finite = abs(following) < np.inf
-        following = following if following > low else low
-        following = following if following < high else high
-        moves = active & (((following > at * (1.0 + near)) | (following < at * floor)) | (not finite))
-        stuck += 1 if active & (not finite) else 0
-        s[LOW + j], s[HIGH + j] = low, high
-        s[RATE + j] = following if active else at
-        s[ACTIVE + j] = 1.0 if moves else 0.0
-        left += 1 if moves else 0
-    if stuck:  # the norm overflows: the bracket is halved instead
-        for b in range(WIDTH):
-            if s[ACTIVE + b] > 0.0 and not s[SQUARES + b] < np.inf:
-                s[RATE + b] = math.sqrt(s[LOW + b]) * math.sqrt(s[HIGH + b])
-    return left
-
-
-DONE, TOO_MANY_STEPS, LOOK_CLOSER = range(3)
+DONE, TOO_MANY_STEPS, LOOK_CLOSER, OUTSIDE = range(4)
 """How the work of a `solve_kernel` ends."""
 
-_call_looker = caller(12)
+_call_looker = caller(11, types.int64)
 
 
 @cache
 def _looker(exact: bool, narrow: bool) -> Any:
-    """``look(deal, leaves, i, stop, b, total, chunk, limit, v, h, width, s)``: decide on block b of a strip.
+    """``look(deal, leaves, i, stop, total, chunk, limits, v, h, pitch, s)``: decide on the blocks that need it.
 
-    By sums that neither overflow nor round amiss.
+    On those of a strip, by sums that neither overflow nor round amiss. Returns how many blocks are active then.
     """
+    begin = secular.begin()
 
     @standalone
-    def look(
+    def look_at(
         deal: int, leaves: Any, i: int, stop: int, b: int, total: int, chunk: int, limit: float, v: Any, h: Any,
-        width: int, s: Any,
+        pitch: int, s: Any,
     ) -> None:  # fmt: skip
         make_small()
         top, widest, unit, scale = 0.0, 0.0, 1.0, 1.0
@@ -392,9 +308,9 @@ def _looker(exact: bool, narrow: bool) -> Any:
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
                 if chunk < total:
-                    _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, width)
-                for k in range(b, (e1 - e0) * width, width):
-                    x, c = v[k] * unit, h[k]
+                    _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
+                for k in range(b, (e1 - e0) * pitch, pitch):
+                    x, c = v[k] * unit, np.float64(h[k])
                     if turn == 0:
                         top = max(top, abs(x))
                     elif turn == 1:
@@ -419,7 +335,7 @@ def _looker(exact: bool, narrow: bool) -> Any:
             infinite = np.isinf(top) or np.isinf(math.sqrt(size + size_low) / unit)
         s[ACTIVE + b] = 0.0
         if infinite:
-            s[LIMIT + b], s[RATE + b] = (1.0, 0.0) if np.isinf(limit) else (0.0, 1.0)
+            s[RATE + b] = 0.0 if np.isinf(limit) else 1.0
             return
         norm = math.sqrt(hi + low) / scale
         rounded = np.float64(round_root(hi, low)) if exact and scale == 1.0 else norm
@@ -430,68 +346,93 @@ def _looker(exact: bool, narrow: bool) -> Any:
             s[UNIT + b], s[NORM + b] = unit, norm
             s[MEAN + b], s[SPREAD + b] = cubes / (hi + low), math.sqrt(size + size_low) / norm
 
+    @standalone
+    def look(
+        deal: int, leaves: Any, i: int, stop: int, total: int, chunk: int, limits: Any, v: Any, h: Any,
+        pitch: int, s: Any,
+    ) -> int:  # fmt: skip
+        make_small()
+        left, count = 0, stop - i
+        for b in range(count):
+            if s[ACTIVE + b] < 0.0:
+                look_at(deal, leaves, i, stop, b, total, chunk, np.float64(limits[b]), v, h, pitch, s)
+        for b in range(0, count, LANES):
+            left += begin(s, b, limits, b)
+        return left
+
     return look
 
 
-def looker_address(exact: bool, narrow: bool, leaves: Any) -> int:
+def looker_address(exact: bool, narrow: bool, leaves: Any, limit: np.dtype, plane: np.dtype) -> int:
     """Where the code of a `_looker` is. Few problems need it, and it takes a third of a second to compile."""
-    numbers, plane = [types.int64] * 5, array_of(np.float64)
-    where = types.int64, typeof(leaves), *numbers, types.float64, plane, plane, types.int64, plane
-    return address_of(_looker(exact, narrow), *where)
+    limits, rows = array_of(limit), array_of(plane)
+    where = *[types.int64] * 4, limits, rows, rows, types.int64, array_of(np.float64)
+    return address_of(_looker(exact, narrow), types.int64, typeof(leaves), *where, result=types.int64)
 
 
 @cache
-def solve_kernel(narrow: bool) -> Any:
+def solve_kernel(narrow: bool, single: bool) -> Any:
     """The kernel that solves the blocks [i0, i1): an element becomes ``h / (h + mu)`` of itself.
 
-    Zero blocks get an infinite mu, unchanged ones 0. `deal` is the `dealer_address` of the leaves, `look` their
-    `looker_address` or 0. Returns `DONE`, `TOO_MANY_STEPS` where an iteration does not end, or `LOOK_CLOSER` where a
-    block needs a closer look and `look` is 0.
+    Zero blocks get an infinite mu, unchanged ones 0. `narrow`: norms are float32; `single`: planes are. `deal` is
+    the `dealer_address` of the leaves, `look` their `looker_address` or 0. Returns `DONE`, `TOO_MANY_STEPS` where an
+    iteration does not end, `LOOK_CLOSER` where a block needs a closer look and `look` is 0, or `OUTSIDE` where the
+    metric leaves its range.
     """
-    measure_planes, secular_sums = planes.measure_planes(), planes.secular_sums()
-    largest = 1e76 if narrow else 1e100
+    measure, classify = secular.measure(), secular.classify(narrow)
+    sum_secular, advance, approach = secular.sum_secular(single), secular.advance(single), secular.approach()
+    finish = secular.finish()
 
     @kernel
     def solve(
         deal: int, look: int, leaves: Any, i0: int, i1: int, t: Numbers, total: int,
-        width: int, max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
+        pitch: int, max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
     ) -> int:  # fmt: skip
         make_small()
-        chunk = least(total, v.size // width)
-        for i in range(i0, i1, width):
-            stop = least(i1, i + width)
+        chunk = least(total, v.size // pitch)
+        for i in range(i0, i1, pitch - LANES):
+            stop = least(i1, i + pitch - LANES)
             count = stop - i
             load_numbers(*t, i, stop, limits)
-            clear(s, SQUARES, NORM - SQUARES)
+            outside = 0
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
-                _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, width)
+                _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
                 for b in range(0, count, LANES):
-                    measure_planes(v, b, h, b, s, SQUARES + b, e1 - e0, width, DISTANCE)
-            if _classify(limits, largest, narrow, count, s):
+                    outside += measure(v, b, h, b, s, b, e0, e1, pitch, count - b)
+            if outside:
+                return OUTSIDE
+            left, closer = 0, False
+            for b in range(0, count, LANES):
+                found = classify(s, b, limits, b, count - b)
+                left += found
+                closer |= found < 0
+            if closer:
                 if look == 0:
                     return LOOK_CLOSER
-                for b in range(count):
-                    if s[ACTIVE + b] < 0.0:
-                        limit = np.float64(limits[b])
-                        _call_looker(look, deal, leaves, i, stop, b, total, chunk, limit, v, h, width, s)
-            left = _open(limits, s)
+                left = _call_looker(look, deal, leaves, i, stop, total, chunk, limits, v, h, pitch, s)
+            if single and left and chunk == total:
+                for b in range(0, count, LANES):
+                    approach(v, b, h, b, s, b, total, pitch)
             steps = 0
             while left:
                 if steps == max_iter:
                     return TOO_MANY_STEPS
-                clear(s, SQUARES, NORM - SQUARES)
+                bends = steps < BENDING
+                step, floor = near_halley if bends else near, 1.0 - near if steps <= BENDING else 0.0
                 for e0 in range(0, total, chunk):
                     e1 = least(total, e0 + chunk)
                     if chunk < total:
-                        _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, width)
+                        _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
                     for b in range(0, count, LANES):
-                        secular_sums(v, b, h, b, s, UNIT + b, s, SQUARES + b, e1 - e0, width, DISTANCE)
-                bends = steps < BENDING
-                left = _step(bends, steps <= BENDING, near_halley if bends else near, s)
+                        sum_secular(v, b, h, b, s, b, e0, e1, pitch)
+                left = 0
+                for b in range(0, count, LANES):
+                    left += advance(s, b, step, floor, bends)
                 steps += 1
-            for b in range(count):
-                mus[np.uintp(i + b)] = s[LIMIT + np.uintp(b)] / s[RATE + np.uintp(b)]
+            for b in range(0, count, LANES):
+                finish(s, b)
+            copy_numbers(s, RATE, count, mus, i)
         return DONE
 
     return solve
@@ -501,12 +442,33 @@ def solve_kernel(narrow: bool) -> Any:
 
 
 @cache
-def weigh_kernel(data: Codec, metric: Codec, run: int) -> Any:
+def weigh_kernel(data: Codec, metric: Codec, run: int, form: Format | None, metric_form: Format | None) -> Any:
     """The kernel that multiplies every element by ``h / (h + mu)``, for blocks [i0, i1).
 
-    `run` is the adjacent elements of a block where the blocks of array and metric lie line by line, else 0.
+    `run` is the adjacent elements of a block where the blocks of array and metric lie line by line, in these formats,
+    else 0.
     """
     scale, weight = data.scale, metric.value
+
+    if form is not None and metric_form is not None and form.bits >= 32:
+        weigh_line = vector_shrinkage.weigh(form, metric_form, False)
+        weigh_rest = vector_shrinkage.weigh(form, metric_form, True)
+
+        @merged
+        def weigh_elements(x: Any, x_at: int, h: Any, h_at: int, mu: Any, count: int) -> None:
+            make_small()
+            whole = count - count % LANES
+            for k in range(0, whole, LANES):
+                weigh_line(x, x_at + k, h, h_at + k, mu, k, LANES)
+            if whole < count:
+                weigh_rest(x, x_at + whole, h, h_at + whole, mu, whole, count - whole)
+    else:
+
+        @merged
+        def weigh_elements(x: Any, x_at: int, h: Any, h_at: int, mu: Any, count: int) -> None:
+            for k in range(count):
+                c = weight(h, h_at + k)
+                scale(x, x_at + k, c / (c + mu[np.uintp(k)]))
 
     @kernel
     def weigh_lines(
@@ -521,14 +483,11 @@ def weigh_kernel(data: Codec, metric: Codec, run: int) -> Any:
             )
             x_at, h_at, length = x_origin + place(i, x_grid), h_origin + place(i, h_grid), (stop - i) * run
             for b in range(stop - i):
-                for k in range(least(run, size)):
-                    mu[np.uintp(b * run + k)] = mus[i + b]
+                spread(mus, i + b, mu, b * run, least(run, size))
             for e in range(0, total, run):
+                x_first, h_first = x_at + place(e, x_elements), h_at + place(e, h_elements)
                 for c in range(0, length, size):
-                    x_first, h_first = x_at + place(e, x_elements) + c, h_at + place(e, h_elements) + c
-                    for k in range(least(size, length - c)):
-                        c = weight(h, h_first + k)
-                        scale(x, x_first + k, c / (c + mu[np.uintp(k)]))
+                    weigh_elements(x, x_first + c, h, h_first + c, mu, least(size, length - c))
             i = stop
 
     @kernel

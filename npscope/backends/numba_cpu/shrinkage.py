@@ -9,7 +9,7 @@ import numpy as np
 
 from npscope.backends import CONDITIONER_RANGE, conditioner_error
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu import lines, proximal
+from npscope.backends.numba_cpu import lines, proximal, secular
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import norm_ranges
 from npscope.backends.numba_cpu.operands import (
@@ -20,6 +20,7 @@ from npscope.backends.numba_cpu.operands import (
     competitors,
     ranges,
 )
+from npscope.backends.numba_cpu.vectors import LANES
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
 from npscope.errors import ConvergenceError
 from npscope.tiling import Leaf, Parts, axis_cut
@@ -29,8 +30,6 @@ def shrink(
     target: Parts, thresholds: Sequence[Leaf], conditioners: Parts | None, max_iter: int, rtol: float
 ) -> Sequence[np.ndarray]:
     """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
-    for leaf in (leaf for metric in conditioners or () for leaf in metric):
-        require_conditioner(leaf.array)
     # Norms are read where the elements are now, which for a target with an origin is there.
     read = [tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in part) for part in target]
     jobs = []
@@ -40,6 +39,8 @@ def shrink(
             Operand(h, like) for h, like in zip(conditioners[p], source.leaves, strict=True)
         ]  # fmt: skip
         if source.elements == 1:
+            if metric is not None:
+                require_conditioner(metric[0].array)
             jobs.append(soften_job(source, thresholds[p], written[0], metric[0] if metric else None))
         elif metric is None:
             jobs.append(shrink_job(source, Competitors(part), thresholds[p]))
@@ -141,30 +142,35 @@ def conditioned_job(
     pairs = tuple((x.codec, x.layout, h.codec, h.layout) for x, h in zip(source.leaves, metric, strict=True))
     leaves = tuple((*x.where, *h.where, x.size) for x, h in zip(source.leaves, metric, strict=True))
     narrow, looks = source.norm.itemsize == 4, [0]
-    solve, deal = proximal.solve_kernel(narrow), proximal.dealer_address(pairs, leaves)
-    t, near, width = _thresholds(thresholds, source), proximal.near_enough(rtol), proximal.strip_width(elements)
+    single = all(leaf.kind is not None and leaf.kind.rounds_correctly for leaf in (*source.leaves, *metric))
+    plane = np.dtype(np.float32 if single else np.float64)
+    solve, deal = proximal.solve_kernel(narrow, single), proximal.dealer_address(pairs, leaves, plane)
+    t, near, pitch = _thresholds(thresholds, source), proximal.near_enough(rtol, single), proximal.strip_pitch(elements)
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
-        works = (leaves, i0, i1, t, elements, width, max_iter, *near, v, h, s, limits, mus)
+        works = (leaves, i0, i1, t, elements, pitch, max_iter, *near, v, h, s, limits, mus)
         found = solve(deal, *looks, *works)
         if found == proximal.LOOK_CLOSER:
-            looks[:] = [proximal.looker_address(source.exact, narrow, leaves)]
+            looks[:] = [proximal.looker_address(source.exact, narrow, leaves, thresholds.array.dtype, plane)]
             found = solve(deal, *looks, *works)
+        if found == proximal.OUTSIDE:
+            for leaf in metric:
+                require_conditioner(leaf.array)
         if found == proximal.TOO_MANY_STEPS:
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
             )
 
     def planes() -> np.ndarray:
-        return np.empty(min(elements * width, proximal.PLANES))
+        return np.empty(proximal.plane_numbers(elements), dtype=plane)
 
     in_place(
         source,
         solve_range,
         planes,
         planes,
-        lambda: np.empty(proximal.ROWS * proximal.DISTANCE),
-        lambda: nk.room_for(t, proximal.WIDTH, thresholds.array.dtype),
+        lambda: np.empty(secular.ROWS * secular.DISTANCE),
+        lambda: nk.room_for(t, secular.WIDTH, thresholds.array.dtype),
         piece=SOLVE_ELEMENTS,
     )()
 
@@ -174,10 +180,12 @@ def conditioned_job(
         for weigh in weighs:
             weigh(i0, i1, mus, mu)
 
-    return in_place(source, write, lambda: np.empty(proximal.STRIP), shielded=source.spans_leaves)
+    return in_place(source, write, lambda: np.empty(proximal.STRIP + LANES), shielded=source.spans_leaves)
 
 
 def _weigh(x: Operand, h: Operand) -> Callable[..., None]:
-    run = x.layout.run if x.layout is not None and h.layout is not None and x.layout.run == h.layout.run else 0
-    weigh = proximal.weigh_kernel(x.codec, h.codec, run)
+    if x.layout is not None and h.layout is not None and x.layout.run == h.layout.run:
+        weigh = proximal.weigh_kernel(x.codec, h.codec, x.layout.run, x.layout.form, h.layout.form)
+    else:
+        weigh = proximal.weigh_kernel(x.codec, h.codec, 0, None, None)
     return lambda i0, i1, *numbers: weigh(*x.where, *h.where, i0, i1, x.size, *numbers)

@@ -90,7 +90,7 @@ def _read(b: Builder, source: Value, e: int, count: int, form: Format, code: int
 def _numbers_of(b: Builder, bits: Value, form: Format, code: int) -> Value:
     if form.bits == 64:
         return b.and_(bits, splat(bits.type, (1 << 63) - 1))
-    return b.bitcast(single_of(b, bits, form, code == TWO), vector_of(32, bits.type.count))
+    return b.bitcast(single_of(b, bits, form, "any" if code == TWO else "drop"), vector_of(32, bits.type.count))
 
 
 def _if(b: Builder, condition: Value, numbers: Value) -> Value:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llvmlite import ir
 from numba import types
@@ -242,14 +242,22 @@ def all_keys_of(b: Builder, bits: Value, form: Format, signed: bool) -> Value:
     return b.select(b.icmp_unsigned(">", size, splat(bits.type, form.inf)), splat(bits.type, 2 * top - 1), keys)
 
 
-def single_of(b: Builder, bits: Value, form: Format, signed: bool = False) -> Value:
-    """The magnitudes of floats of at most 32 bits as float32; `signed`: with their sign if that is cheaper."""
+Sign = Literal["drop", "any", "keep"]
+"""What becomes of the sign of a number that is read: `any` is whatever costs least."""
+
+
+def single_of(b: Builder, bits: Value, form: Format, sign: Sign = "drop") -> Value:
+    """Floats of at most 32 bits, or small integers, as float32."""
     wide, single = vector_of(32, bits.type.count), ir.VectorType(ir.FloatType(), bits.type.count)
     if form.name in _INTEGERS:
         number = (b.uitofp if form.name.startswith("u") else b.sitofp)(bits, single)
-        return number if signed else call(b, f"llvm.fabs.v{bits.type.count}f32", single, [number])
-    if signed and form.name == "float32":
+        return call(b, f"llvm.fabs.v{bits.type.count}f32", single, [number]) if sign == "drop" else number
+    if sign != "drop" and form.name == "float32":
         return b.bitcast(bits, single)
+    if sign == "keep":
+        side = b.lshr(bits, splat(bits.type, form.bits - 1))
+        size = b.bitcast(single_of(b, bits, form), wide)
+        return b.bitcast(b.or_(size, b.shl(b.zext(side, wide), splat(wide, 31))), single)
     size = b.and_(bits, splat(bits.type, (1 << (form.bits - 1)) - 1))
     if form.bits < 32:
         size = b.zext(size, wide)
@@ -263,15 +271,6 @@ def single_of(b: Builder, bits: Value, form: Format, signed: bool = False) -> Va
     scaled = b.fmul(b.bitcast(moved, single), splat(single, 2.0 ** (128 - 2 ** (exponent - 1))))
     special = b.icmp_unsigned(">" if form.name == "float8_e4m3fn" else ">=", size, splat(wide, form.inf))
     return b.select(special, b.bitcast(b.or_(moved, splat(wide, 0x7F800000)), single), scaled)
-
-
-def read_single(form: Format, signed: bool) -> Callable[..., Value]:
-    """``read(builder, source, e, count)``: `count` elements at `e`, as `single_of`."""
-
-    def read(b: Builder, source: Value, e: int, count: int) -> Value:
-        return single_of(b, load(b, b.gep(source, [INT32(e)]), vector_of(form.bits, count)), form, signed)
-
-    return read
 
 
 def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
@@ -308,21 +307,36 @@ def copy_rows(
     """
     bits = 8 * _size_of(source)
     lanes = min(length, 8 * LINE // bits)
-    vector, border = vector_of(bits, lanes), broadcast(b, b.trunc(count, INT32), lanes)
-    places = [ir.Constant(border.type, list(range(start, start + lanes))) for start in range(0, length, lanes)]
-    masks = [b.icmp_signed("<", place, border) for place in places]
+    vector, masks = vector_of(bits, lanes), [first_lanes(b, count, lanes, i) for i in range(0, length, lanes)]
     with cgutils.for_range(b, rows) as row:
         here, there = b.gep(source, [b.mul(row.index, step)]), b.gep(target, [b.mul(row.index, distance)])
         for i, mask in enumerate(masks):
-            x, y = (b.bitcast(b.gep(at, [INT32(i * lanes)]), vector.as_pointer()) for at in (here, there))
+            x, y = (b.gep(at, [INT32(i * lanes)]) for at in (here, there))
             if back:
-                _masked(b, "store", x, ir.VoidType(), [load(b, x, vector), y, INT32(bits // 8), mask])
+                store_masked(b, load(b, x, vector), y, mask)
             else:
-                store(b, _masked(b, "load", x, vector, [x, INT32(bits // 8), mask, splat(vector, 0)]), y)
+                store(b, load_masked(b, x, vector, mask), y)
 
 
-def _masked(b: Builder, name: str, place: Value, result: Any, args: Sequence[Value]) -> Value:
-    vector = place.type.pointee
+def first_lanes(b: Builder, count: Value, lanes: int, start: int = 0) -> Value:
+    """Whether each lane, counted from `start` on, is one of the first `count`."""
+    border = broadcast(b, b.trunc(count, INT32), lanes)
+    return b.icmp_signed("<", ir.Constant(border.type, list(range(start, start + lanes))), border)
+
+
+def load_masked(b: Builder, address: Value, vector: ir.VectorType, mask: Value) -> Value:
+    """Integers from memory where the mask is true, else zeros."""
+    place = b.bitcast(address, vector.as_pointer())
+    return _masked(b, "load", vector, vector, [place, INT32(max(1, vector.element.width // 8)), mask, splat(vector, 0)])
+
+
+def store_masked(b: Builder, value: Value, address: Value, mask: Value) -> None:
+    """Integers to memory where the mask is true."""
+    vector, place = value.type, b.bitcast(address, value.type.as_pointer())
+    _masked(b, "store", vector, ir.VoidType(), [value, place, INT32(max(1, vector.element.width // 8)), mask])
+
+
+def _masked(b: Builder, name: str, vector: Any, result: Any, args: Sequence[Value]) -> Value:
     name = f"llvm.masked.{name}.v{vector.count}i{vector.element.width}.p0"
     return b.call(b.module.declare_intrinsic(name, (), ir.FunctionType(result, [a.type for a in args])), args)
 
@@ -337,3 +351,13 @@ def _clear(b: Builder, target: Value, count: Value) -> None:
 
 clear = step(_clear, 3)
 """``clear(target, i, count)``: zeros."""
+
+
+def _spread(b: Builder, number: Value, target: Value, count: Value) -> None:
+    value = broadcast(b, b.load(number), LANES)
+    with cgutils.for_range_slice(b, count.type(0), count, count.type(LANES)) as (i, _):
+        b.store(value, b.bitcast(b.gep(target, [i]), value.type.as_pointer()), align=4)
+
+
+spread = step(_spread, 5)
+"""``spread(numbers, i, target, j, count)``: one number `count` times, and up to `LANES` - 1 times more."""

@@ -1,0 +1,349 @@
+"""Vector code of the secular equation of conditioned blocks, for `LANES` of them at a time.
+
+A block of elements v in the metric h is shrunk by its threshold to ``h / (h + mu) * v``. With RATE = LIMIT / mu,
+``|| h v / (h * RATE + LIMIT) || = 1``; the norm falls with RATE, and its reciprocal is concave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from npscope.backends import CONDITIONER_RANGE
+from npscope.backends.numba_cpu.lanes import Lanes, choose
+from npscope.backends.numba_cpu.vectors import (
+    INT32,
+    LANES,
+    Builder,
+    Value,
+    broadcast,
+    call,
+    first_lanes,
+    splat,
+    step,
+    vector_of,
+)
+
+WIDTH = 128
+"""Most blocks of a strip: a multiple of `LANES`."""
+
+ROWS, DISTANCE = 12, WIDTH + 8
+(UNIT, LIMIT, RATE, SQUARES, SLOPES, BENDS, NORM, MEAN, SPREAD, LOW, HIGH, ACTIVE) = (
+    row * DISTANCE for row in range(ROWS)
+)
+"""Where the numbers of a strip of blocks lie in one work array.
+
+A block is v * UNIT, by a power of two, and LIMIT its threshold;
+NORM = ||h v||, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE is in [LOW, HIGH].
+ACTIVE is 1 while it is sought, 0 for the zero block (LIMIT = 1, RATE = 0), the unchanged one (LIMIT = 0, RATE = 1) and
+one whose RATE is found, -1 for a block that needs a closer look.
+"""
+
+NEAR = 2.0**-20
+"""Norms so near their threshold, relatively, are compared by sums that are good for it."""
+
+TOGETHER = {True: 2, False: 1}
+"""Rows of planes that share a division, if they are `single`."""
+
+_DOUBLE, _SINGLE = ir.DoubleType(), ir.FloatType()
+
+
+class _Rows:
+    """The numbers of `LANES` blocks, from an address on."""
+
+    def __init__(self, b: Builder, start: Value) -> None:
+        self.b, self.start = b, start
+
+    def _place(self, row: int) -> Value:
+        vector = ir.VectorType(_DOUBLE, LANES)
+        return self.b.bitcast(self.b.gep(self.start, [INT32(row)]), vector.as_pointer())
+
+    def __getitem__(self, row: int) -> Lanes:
+        return Lanes(self.b, self.b.load(self._place(row), align=8))
+
+    def __setitem__(self, row: int, numbers: Lanes) -> None:
+        self.b.store(numbers.value, self._place(row), align=8)
+
+
+def _load(b: Builder, place: Value) -> Lanes:
+    """`LANES` floats, in the precision that they have there."""
+    vector = ir.VectorType(place.type.pointee, LANES)
+    return Lanes(b, b.load(b.bitcast(place, vector.as_pointer()), align=4))
+
+
+def _number(like: Lanes, x: Any) -> Lanes:
+    return Lanes(like.b, splat(like.value.type, x))
+
+
+def _add_up(
+    b: Builder, planes: Sequence[Value], rows: Value, pitch: Value, starts: Sequence[Any], together: int,
+    take: Callable[..., Sequence[Lanes]],
+) -> list[Lanes]:  # fmt: skip
+    """What ``take(so far, rows of each plane ..)`` makes of the `starts` over all rows, kept in registers.
+
+    It takes `together` rows at a time, and those which are left one by one.
+    """
+    kept = [cgutils.alloca_once_value(b, start) for start in starts]
+
+    def turns(first: Value, stop: Value, count: int) -> None:
+        with cgutils.for_range_slice(b, first, stop, first.type(count)) as (row, _):
+            offset = b.mul(row, pitch)
+            numbers: list[list[Lanes]] = [[] for _ in planes]
+            for _ in range(count):
+                for plane, found in zip(planes, numbers, strict=True):
+                    found.append(_load(b, b.gep(plane, [offset])))
+                offset = b.add(offset, pitch)
+            taken = take([Lanes(b, b.load(place)) for place in kept], *numbers)
+            for place, lanes in zip(kept, taken, strict=True):
+                b.store(lanes.value, place)
+
+    whole = b.sub(rows, b.urem(rows, rows.type(together))) if together > 1 else rows
+    turns(rows.type(0), whole, together)
+    if together > 1:
+        turns(whole, rows, 1)
+    return [Lanes(b, b.load(place)) for place in kept]
+
+
+def _inverses(numbers: Sequence[Lanes]) -> list[Lanes]:
+    """Their reciprocals, by one division: products of pairs are inverted, and taken apart again (Montgomery 1987)."""
+    if len(numbers) == 1:
+        return [1.0 / numbers[0]]
+    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+    inverses = _inverses([x * y for x, y in pairs])
+    return [z for (x, y), inverse in zip(pairs, inverses, strict=True) for z in (inverse * y, inverse * x)]
+
+
+@cache
+def measure() -> Any:
+    """``(v, i, h, j, rows, k, first, stop, pitch, left)``: sums of (h v) ** 2, v ** 2 and (h v) ** 2 h.
+
+    Of the `left` first of `LANES` blocks, over their elements [first, stop), in rows of planes that lie `pitch` apart;
+    added to those of earlier elements. Returns how many of the
+    blocks have numbers in h that are outside of `CONDITIONER_RANGE`.
+    """
+
+    def emit(
+        b: Builder, v: Value, h: Value, start: Value, first: Value, stop: Value, pitch: Value, left: Value
+    ) -> Value:
+        # As bits, which order like positive numbers; NaN, zeros and negative ones come behind all others.
+        bits = 64 if h.type.pointee == _DOUBLE else 32
+        number, word = np.dtype(f"f{bits // 8}"), np.dtype(f"u{bits // 8}")
+        ends = CONDITIONER_RANGE if bits == 64 else (np.finfo(number).smallest_subnormal, np.finfo(number).max)
+        low, high = (int(end) for end in np.array(ends, dtype=number).view(word))
+        keys = vector_of(bits, LANES)
+
+        def take(so_far: list[Lanes], x: list[Lanes], c: list[Lanes]) -> list[Lanes]:
+            key = b.sub(b.bitcast(c[0].value, keys), splat(keys, low))
+            most = call(b, f"llvm.umax.v{LANES}i{bits}", keys, [so_far[3].value, key])
+            wide, weight = x[0].to(_DOUBLE), c[0].to(_DOUBLE)
+            p = weight * wide
+            p = p * p
+            plain, cubes = wide.times_plus(wide, so_far[1]), p.times_plus(weight, so_far[2])
+            return [so_far[0] + p, plain, cubes, Lanes(b, most)]
+
+        zeros = splat(ir.VectorType(_DOUBLE, LANES), 0.0)
+        *sums, most = _add_up(b, (v, h), b.sub(stop, first), pitch, [zeros, zeros, zeros, splat(keys, 0)], 1, take)
+        _add_to(_Rows(b, start), first, sums)
+        outside = Lanes(b, b.icmp_unsigned(">", most.value, splat(keys, high - low)))
+        return (outside & Lanes(b, first_lanes(b, left, LANES))).count()
+
+    return step(emit, 10, types.int64)
+
+
+@cache
+def classify(narrow: bool) -> Any:
+    """``(rows, i, limits, j, left)``: norms and means from plain sums, what ACTIVE becomes, and where iterations start.
+
+    Returns how many blocks are active, or -1 where any needs a closer look. Lanes from `left` on, which are no blocks,
+    are unchanged ones. Pruned arrays have many blocks of zeros: if norms are `narrow`, float32, no other has squares
+    that sum to zero in float64.
+    """
+    largest = 1e76 if narrow else 1e100
+
+    def emit(b: Builder, start: Value, limits: Value, left: Value) -> Value:
+        s, limit = _Rows(b, start), _load(b, limits).to(_DOUBLE)
+        squares, plain = s[SQUARES], s[SLOPES]
+        norm, inverse = squares.root(), 1.0 / squares
+        ordinary = (
+            (squares > 1e-100) & (squares < 1e100) & (plain > 1e-100) & (plain < largest) & (limit < float("inf"))
+            & ((norm - limit).size() > norm * NEAR)
+        )  # fmt: skip
+        same = plain.is_nan() | limit.is_zero() | ~Lanes(b, first_lanes(b, left, LANES))
+        known = same | plain.is_zero() if narrow else same
+        careful = ~ordinary & ~known
+        s[UNIT], s[NORM] = _number(norm, 1.0), norm
+        s[MEAN], s[SPREAD] = s[BENDS] * inverse, (plain * inverse).root()
+        active = ordinary & ~known & (norm > limit)
+        s[ACTIVE] = choose(careful, -1.0, choose(active, _number(norm, 1.0), 0.0))
+        _begin(s, limit, norm * inverse, active, choose(same, _number(norm, 1.0), 0.0))
+        found, word = careful.count(), ir.IntType(64)
+        return b.select(b.icmp_signed("==", found, word(0)), active.count(), word(-1))
+
+    return step(emit, 5, types.int64)
+
+
+def _begin(s: _Rows, limit: Lanes, inverse: Lanes, active: Lanes, rate: Lanes) -> None:
+    """The bracket of every active block, and where its iteration starts; of the others RATE, which is 0 or 1.
+
+    The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
+    MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM. The start
+    is exact for z - (1 - 1 / (MEAN * SPREAD)) * (z - tau) ** 2 / z, where z is the tangent: the same slope at
+    infinity.
+    """
+    norm, spread = s[NORM], s[SPREAD]
+    gap, tau, unlike = norm - limit, limit * inverse, 1.0 / (s[MEAN] * spread)
+    under = 1.0 - 4.0 * (1.0 - unlike) * tau * (gap * inverse)
+    root = choose(under > 0.0, under, 0.0).to(_SINGLE).root().to(_DOUBLE)  # good enough for a start
+    high = gap * spread
+    low = high * unlike
+    start = (1.0 - 2.0 * tau + root) * 0.5 * spread * norm
+    start = choose(start < high, start, high)
+    start = choose(start > low, start, low)
+    s[LOW], s[HIGH] = low, high
+    s[LIMIT], s[RATE] = choose(active, limit, 1.0 - rate), choose(active, start, rate)
+
+
+@cache
+def begin() -> Any:
+    """``(rows, i, limits, j)``: where the iteration starts for active blocks; how many there are."""
+
+    def emit(b: Builder, start: Value, limits: Value) -> Value:
+        s = _Rows(b, start)
+        active = s[ACTIVE] > 0.0
+        _begin(s, _load(b, limits).to(_DOUBLE) * s[UNIT], 1.0 / s[NORM], active, s[RATE])
+        return active.count()
+
+    return step(emit, 4, types.int64)
+
+
+def _add_to(s: _Rows, first: Value, sums: Sequence[Lanes]) -> None:
+    """Add to the sums of elements up to the `first`."""
+    goes_on = Lanes(s.b, s.b.icmp_signed(">", first, first.type(0)))
+    for row, found in zip((SQUARES, SLOPES, BENDS), sums, strict=True):
+        s[row] = found + choose(goes_on, s[row], 0.0)
+
+
+@cache
+def sum_secular(single: bool) -> Any:
+    """``(v, i, h, j, rows, k, first, stop, pitch)``: sums of q ** 2, q ** 2 p and q ** 2 p ** 2, as `measure`.
+
+    With d = h * RATE + LIMIT, q = h * v * UNIT / d, p = h * RATE / d. Planes of float32 need no UNIT, the square of
+    q * RATE = v * p stays in the range of float64, and so do products of two d: RATE is at most ||v||, and LIMIT at
+    most ||h v||.
+    """
+    together = TOGETHER[single]
+
+    def emit(b: Builder, v: Value, h: Value, start: Value, first: Value, stop: Value, pitch: Value) -> None:
+        s = _Rows(b, start)
+        unit, limit, rate = s[UNIT], s[LIMIT], s[RATE]
+
+        def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
+            moved = [c.to(_DOUBLE) * rate for c in cs]
+            inverses = _inverses([m + limit for m in moved])
+            for x, c, m, r in zip(xs, cs, moved, inverses, strict=True):
+                p, wide = m * r, x.to(_DOUBLE)
+                q = wide * p if single else c * (wide * unit) * r
+                q = q * q
+                slope = q * p
+                so_far = [so_far[0] + q, so_far[1] + slope, slope.times_plus(p, so_far[2])]
+            return so_far
+
+        zeros = splat(ir.VectorType(_DOUBLE, LANES), 0.0)
+        sums = _add_up(b, (v, h), b.sub(stop, first), pitch, [zeros] * 3, together, take)
+        if single:
+            scale = 1.0 / (rate * rate)
+            sums = [x * scale for x in sums]
+        _add_to(s, first, sums)
+
+    return step(emit, 9)
+
+
+@cache
+def approach() -> Any:
+    """``(v, i, h, j, rows, k, count, pitch)``: a step to the root for every active block, by sums in float32 of planes.
+
+    As `sum_secular` and `advance` by Halley do, in a third of the time. It proves nothing, so that the bracket stays.
+    In numbers near 1, v / ||v|| and h * ||v|| / ||h v||, that leave the range of float32 only where they do not count.
+    """
+
+    def emit(b: Builder, v: Value, h: Value, start: Value, count: Value, pitch: Value) -> None:
+        s = _Rows(b, start)
+        rate = s[RATE].to(_SINGLE)
+        weigh, limit = (s[SPREAD] * s[RATE]).to(_SINGLE), (s[LIMIT] * s[SPREAD]).to(_SINGLE)
+        inverse, enlarge = 1.0 / (s[NORM] * s[SPREAD]).to(_SINGLE), 1.0 / rate
+        weigh, limit = weigh * inverse, limit * inverse
+
+        def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
+            moved = cs[0] * weigh
+            p = moved * (1.0 / (moved + limit))
+            q = xs[0] * enlarge * p
+            q = q * q
+            slope = q * p
+            return [so_far[0] + q, so_far[1] + slope, slope.times_plus(p, so_far[2])]
+
+        zeros = splat(ir.VectorType(_SINGLE, LANES), 0.0)
+        squares, slopes, bends = _add_up(b, (v, h), count, pitch, [zeros] * 3, 1, take)
+        over, square = squares.root() - 1.0, slopes * slopes
+        bend, most = 1.5 * over * (bends * squares - square), 0.5 * square
+        step = over * squares * slopes / (square - choose(bend < most, bend, most))
+        step = choose(step.size() < 1.0, step, 0.0).to(_DOUBLE)
+        at = s[RATE]
+        following = at + at * step
+        following = choose(following > s[LOW], following, s[LOW])
+        s[RATE] = choose(s[ACTIVE] > 0.0, choose(following < s[HIGH], following, s[HIGH]), at)
+
+    return step(emit, 8)
+
+
+@cache
+def advance(single: bool) -> Any:
+    """``(rows, i, near, floor, bends)``: a safeguarded step to the root for every active block; how many stay active.
+
+    By Halley if it `bends`, else by Newton. Newton steps rise to the root of a concave function from its left, so that
+    one which does not has reached the rounding of the norm, unless it comes from a start or a Halley step. So a step
+    that falls goes on only if it falls below `floor` of RATE, which is 0 for it to end. The step itself, which is
+    small, is found in float32 if that is `single`.
+    """
+    real = _SINGLE if single else _DOUBLE
+
+    def emit(b: Builder, start: Value, near: Value, floor: Value, bends: Value) -> Value:
+        s = _Rows(b, start)
+        active, at, exact = s[ACTIVE] > 0.0, s[RATE], s[SQUARES]
+        low, high = choose(exact >= 1.0, at, s[LOW]), choose(exact <= 1.0, at, s[HIGH])
+        squares, inverse = exact.to(real), 1.0 / s[SLOPES].to(real)
+        over = (exact - 1.0).to(real) / (squares.root() + 1.0)
+        newton = over * squares * inverse
+        bend = 1.5 * over * (s[BENDS].to(real) * inverse * (squares * inverse) - 1.0)
+        bend = choose(Lanes(b, b.icmp_signed("!=", bends, bends.type(0))), bend, 0.0)
+        bend = choose(bend < 0.5, bend, 0.5)
+        following = at + at * (newton / (1.0 - bend)).to(_DOUBLE)
+        beyond = active & ~(following.size() < float("inf"))
+        following = choose(following > low, following, low)
+        following = choose(following < high, following, high)
+        up, down = (Lanes(b, broadcast(b, x, LANES)) for x in (near, floor))
+        moves = active & ((following > at * (up + 1.0)) | (following < at * down)) | beyond
+        s[LOW], s[HIGH], s[RATE] = low, high, choose(active, following, at)
+        s[ACTIVE] = choose(moves, _number(at, 1.0), 0.0)
+        with b.if_then(b.icmp_signed("!=", beyond.count(), ir.IntType(64)(0)), likely=False):
+            # Sums overflow: the bracket is halved instead.
+            s[RATE] = choose(beyond, low.root() * high.root(), s[RATE])
+        return moves.count()
+
+    return step(emit, 5, types.int64)
+
+
+@cache
+def finish() -> Any:
+    """``(rows, i)``: RATE becomes mu, infinite for zero blocks and 0 for unchanged ones."""
+
+    def emit(b: Builder, start: Value) -> None:
+        s = _Rows(b, start)
+        s[RATE] = s[LIMIT] / s[RATE]
+
+    return step(emit, 2)
