@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from npscope.backends.numba_cpu.norms import put
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
     PIECE_ELEMENTS,
+    PIECES_PER_THREAD,
     STRIPS_ELEMENTS,
     piece_length,
     ranges,
@@ -30,8 +32,8 @@ FOUND_BYTES = 6 << 20
 SAMPLE_RUNS, SAMPLE_RUN = 1 << 13, 4
 """Places of a scope that are sampled, and keys read at each, which mostly lie in one cache line.
 
-Their bracket holds 3 % of a scope. To sort twice as many takes 1.3 ms more, to look up one key among these 3 % of
-64 Mi half a millisecond more than among 2 %.
+Their bracket holds 3 % of a scope. To look up one key among these 3 % of 64 Mi takes half a millisecond more than
+among 2 %.
 """
 
 MOST_RUNS = 1 << 16
@@ -41,7 +43,7 @@ MARGIN = 5.0
 """Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
 
 FEW_KEYS = 1 << 15
-"""Keys that are sorted to find one by its rank; NumPy's partition of a million takes 8 ms, of many equal ones 60."""
+"""Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms, of many equal ones 60."""
 
 MAX_GUESSES = 8
 """Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
@@ -63,6 +65,14 @@ class _Bracket:
     high: int
     above: int
     inside: int
+
+
+class _Nth(NamedTuple):
+    """The k-th largest key, how many keys equal to it are among the k largest, and how many in all."""
+
+    key: int
+    ties: int
+    equal: int
 
 
 class _Survey(NamedTuple):
@@ -119,10 +129,19 @@ class LargeScopes:
         adjacent = [p for p, (_, read) in enumerate(self.looks) if not (read or ranking.signed or p in self.lasting)]
         self.dense_look = self.looks[adjacent[0]][0] if adjacent else strips.dense_surveyor(ranking.key)
         self.dense_unit = ranking.parts[adjacent[0]].leaves[0].place.unit if adjacent else ranking.key
-        # By piece: keys above the bracket and inside it, and where those inside were stored.
-        self.above, self.inside, self.stored, self.slot, self.start, self.equal = np.zeros(
-            (6, len(self.pieces)), dtype=np.int64
-        )
+        # Pieces are surveyed several at a time: to look at one whose keys are in cache takes as long as to call for it.
+        several = max(1, len(self.pieces) // (self.workers * PIECES_PER_THREAD))
+        ends = np.flatnonzero(np.diff([piece.part for piece in self.pieces])) + 1
+        self.bundles = [
+            (start, min(stop, start + several))
+            for first, stop in pairwise([0, *ends.tolist(), len(self.pieces)])
+            for start in range(first, stop, several)
+        ]
+        self.bounds = np.asarray([[piece.b0 for piece in self.pieces], [piece.b1 for piece in self.pieces]])
+        # By piece: keys above the bracket, inside it, and those inside that were stored.
+        self.counts = np.zeros((3, len(self.pieces)), dtype=np.int64)
+        # By bundle: the work array where keys were stored, and from where on.
+        self.stores = [(0, 0)] * len(self.bundles)
         self._keep_norms()
 
     def _each(self, pieces: int, use: Callable[[int, int], None], *, shielded: bool = False) -> None:
@@ -164,54 +183,57 @@ class LargeScopes:
             ranges(part.total, part.elements, make_work, piece=piece)()
 
     def _sample(self, scope: int) -> np.ndarray:
-        """Some keys of a scope, sorted."""
+        """Some keys of a scope."""
         everything, found = (np.uint64(0), np.uint64((1 << self.ranking.width) - 1)), []
         for p, (part, step) in enumerate(zip(self.ranking.parts, self.sample_steps, strict=True)):
             first = self._first(p, scope)
             keys = np.empty(-(-part.blocks // step) * SAMPLE_RUN + SLACK, dtype=self.ranking.key)
-            _, _, stored = strips.survey(
-                *self.looks[p], self.places[p], first, first + part.blocks, step, SAMPLE_RUN, *everything, keys, 0,
-                self.works[0],
+            stored = strips.survey(
+                *self.looks[p], self.places[p], first, *_one_piece(part.blocks), step, SAMPLE_RUN, *everything, keys, 0,
+                _counts_of_one(), self.works[0],
             )  # fmt: skip
             found.append(keys[:stored])
-        return np.sort(np.concatenate(found))
+        return np.concatenate(found)
 
     def _survey(self, scope: int, low: int, high: int) -> _Survey:
         """Count the keys of every piece above and inside [low, high], and collect the latter."""
         ends = [0] * self.workers
+        limits = np.uint64(low), np.uint64(high)
 
         def use(slot: int, i: int) -> None:
-            piece, start = self.pieces[i], ends[slot]
-            first = self._first(piece.part, scope)
-            self.above[i], self.inside[i], self.stored[i] = strips.survey(
-                *self.looks[piece.part], self.places[piece.part],
-                first + piece.b0, first + piece.b1, STRIP_ELEMENTS, STRIP_ELEMENTS, np.uint64(low), np.uint64(high),
-                self.found[slot], start, self.works[slot],
+            p0, p1 = self.bundles[i]
+            p, self.stores[i] = self.pieces[p0].part, (slot, ends[slot])
+            ends[slot] = strips.survey(
+                *self.looks[p], self.places[p], self._first(p, scope), self.bounds, p0, p1, STRIP_ELEMENTS,
+                STRIP_ELEMENTS, *limits, self.found[slot], ends[slot], self.counts, self.works[slot],
             )  # fmt: skip
-            self.slot[i], self.start[i] = slot, start
-            ends[slot] = start + int(self.stored[i])
 
-        self._each(len(self.pieces), use)
-        return _Survey(int(self.above.sum()), int(self.inside.sum()), self._collected())
+        self._each(len(self.bundles), use)
+        above, inside, _ = self.counts.sum(axis=1).tolist()
+        return _Survey(above, inside, [keys[:end] for keys, end in zip(self.found, ends, strict=True)])
 
     def _collected(self) -> list[np.ndarray]:
         """The keys that the last survey collected, by piece."""
-        places = zip(self.slot, self.start, self.stored, strict=True)
-        return [self.found[slot][start : start + stored] for slot, start, stored in places]
+        found = []
+        for (p0, p1), (slot, start) in zip(self.bundles, self.stores, strict=True):
+            for stored in self.counts[2, p0:p1].tolist():
+                found.append(self.found[slot][start : start + stored])
+                start += stored
+        return found
 
-    def nth(self, scope: int, k: int) -> tuple[int, int]:
-        """(k-th largest key of a scope, how many keys equal to it are among the k largest)."""
+    def nth(self, scope: int, k: int) -> _Nth:
+        """The k-th largest key of a scope."""
         return self._narrow(k, self.ranking.blocks, self._sample(scope), partial(self._survey, scope))
 
-    def _count_equal(self, limit: int) -> None:
-        """Leave in `equal` how many keys of each piece equal the k-th, after `nth`."""
-        if self.stored.any():
-            self.equal[:] = [np.count_nonzero(keys == limit) for keys in self._collected()]
-        else:  # the last survey was of that key alone
-            self.equal[:] = self.inside
+    def _equal(self, key: int) -> np.ndarray:
+        """How many keys of each piece equal the k-th, after `nth`."""
+        if self.counts[2].any():
+            return np.asarray([np.count_nonzero(keys == key) for keys in self._collected()])
+        inside: np.ndarray = self.counts[1]  # the last survey was of that key alone
+        return inside
 
-    def _narrow(self, k: int, count: int, sample: np.ndarray, survey: Callable[[int, int], _Survey]) -> tuple[int, int]:
-        """`nth` of `count` keys, from a sorted sample of them and what looks at all."""
+    def _narrow(self, k: int, count: int, sample: np.ndarray, survey: Callable[[int, int], _Survey]) -> _Nth:
+        """`nth` of `count` keys, from a sample of them and what looks at all."""
         bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, count)
         crowded = False
         for guesses in range(MAX_GUESSES + 2 * self.ranking.width):
@@ -224,55 +246,55 @@ class LargeScopes:
                 below = bracket.above + bracket.inside - above - inside
                 bracket = _Bracket(bracket.low, low - 1, above + inside, below)
             elif low == high:
-                return low, k - above
+                return _Nth(low, k - above, inside)
             elif sum([keys.size for keys in found]) == inside:
                 return self._nth_of(found, k - above)
             else:
                 bracket, crowded = _Bracket(low, high, above, inside), True
-                sample = _sorted_sample(found, sample.size)
+                sample = _sample_of(found, sample.size)
         raise AssertionError("a bracket narrows with every pass")
 
-    def _nth_of(self, pieces: list[np.ndarray], k: int) -> tuple[int, int]:
+    def _nth_of(self, pieces: list[np.ndarray], k: int) -> _Nth:
         """`nth` among some keys, by passes over them while they are many."""
         count = sum([keys.size for keys in pieces])
         if count <= FEW_KEYS:
-            keys = np.sort(np.concatenate(pieces))
-            limit = keys[-k]
-            return int(limit), k - count + int(np.searchsorted(keys, limit, side="right"))
+            keys = np.partition(np.concatenate(pieces), count - k)
+            limit = keys[count - k]
+            return _Nth(int(limit), k - int(np.count_nonzero(keys > limit)), int(np.count_nonzero(keys == limit)))
         narrower = np.empty(count // 2 + SLACK, dtype=self.ranking.key)
 
         def survey(low: int, high: int) -> _Survey:
             limits = np.uint64(low), np.uint64(high)
-            above, inside, end = 0, 0, 0
+            above, inside, end, counts = 0, 0, 0, _counts_of_one()
             for keys in pieces:
-                over, within, stored = strips.survey(
-                    self.dense_look, 0, dense(keys.view(self.dense_unit)), 0, keys.size, STRIP_ELEMENTS, STRIP_ELEMENTS,
-                    *limits, narrower, end, self.works[0],
+                end = strips.survey(
+                    self.dense_look, 0, dense(keys.view(self.dense_unit)), 0, *_one_piece(keys.size), STRIP_ELEMENTS,
+                    STRIP_ELEMENTS, *limits, narrower, end, counts, self.works[0],
                 )  # fmt: skip
-                above, inside, end = above + over, inside + within, end + stored
+                above, inside = above + int(counts[0, 0]), inside + int(counts[1, 0])
             return _Survey(above, inside, [narrower[:end]])
 
-        return self._narrow(k, count, _sorted_sample(pieces, FEW_KEYS // 4), survey)
+        return self._narrow(k, count, _sample_of(pieces, FEW_KEYS // 4), survey)
 
-    def _limit(self, scope: int, k: int) -> tuple[int, int]:
+    def _limit(self, scope: int, k: int) -> _Nth:
         """`nth`, for any k; 0 blocks are above the largest key, and all above key 0 or equal to it."""
         if 0 < k < self.ranking.blocks:
-            limit, ties = self.nth(scope, k)
-            self._count_equal(limit)
-            return limit, ties
-        self.equal[:] = 0
-        return (0, self.ranking.blocks) if k > 0 else ((1 << self.ranking.width) - 1, 0)
+            return self.nth(scope, k)
+        return _Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else _Nth((1 << self.ranking.width) - 1, 0, 0)
 
     def cut_job(self, keeps: Sequence[int], sinks: Sequence[Sink], *, shielded: bool) -> Callable[[], None]:
         """The job that hands each part's sink the mask of its kept blocks; all is decided and allocated now."""
         pieces, ranking = len(self.pieces), self.ranking
         limits = np.empty(ranking.scopes, dtype=np.uint64)
-        quotas, spare = np.empty((2, ranking.scopes, pieces), dtype=np.int64)
+        quotas, spare = np.zeros((2, ranking.scopes, pieces), dtype=np.int64)
         for scope, k in enumerate(keeps):
-            limits[scope], ties = self._limit(scope, k)
-            # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
-            quotas[scope] = np.maximum(ties - np.cumsum(self.equal) + self.equal, 0)
-            spare[scope] = quotas[scope] - self.equal
+            limits[scope], ties, equal = self._limit(scope, k)
+            quotas[scope] = ties
+            if ties < equal:
+                # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
+                counts = self._equal(int(limits[scope]))
+                quotas[scope] = np.maximum(ties - np.cumsum(counts) + counts, 0)
+                spare[scope] = quotas[scope] - counts
         cuts = [cutter_of(ranking, p, sink) for p, sink in enumerate(sinks)]
         # Keys are read to be compared one by one, but where all elements of a piece can be cut by their limit.
         splits = (spare < 0) & (quotas > 0)
@@ -326,40 +348,47 @@ class LargeScopes:
         return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)
 
 
-def _sorted_sample(pieces: list[np.ndarray], size: int) -> np.ndarray:
+def _one_piece(blocks: int) -> tuple[np.ndarray, int, int]:
+    """The bounds of a single piece, and that it is number 0."""
+    return np.asarray([[0], [blocks]]), 0, 1
+
+
+def _counts_of_one() -> np.ndarray:
+    return np.zeros((3, 1), dtype=np.int64)
+
+
+def _sample_of(pieces: list[np.ndarray], size: int) -> np.ndarray:
     """About `size` of some keys, or all of them."""
     step = max(1, sum([keys.size for keys in pieces]) // max(1, size))
-    return np.sort(np.concatenate([keys[::step] for keys in pieces]))
+    return np.concatenate([keys[::step] for keys in pieces])
 
 
 def _ends(sample: np.ndarray, bracket: _Bracket, k: int, crowded: bool, *, halve: bool) -> tuple[int, int]:
-    """Two keys of the bracket that should enclose the k-th, from sorted keys; one twice where many are equal.
+    """Two keys of the bracket that should enclose the k-th, from a sample; one twice where many are equal.
 
     A key that many are equal to is never the end of a longer range, which the equal ones would crowd: it is
     looked at by itself, when the count says that the k-th is not beside it. In an array that has been
     pruned before, zero is such a key, and often the next below the k-th.
     """
     key_of = sample.dtype.type  # NumPy would look for a Python integer among uint64 by way of float64
-    inside = sample[
-        np.searchsorted(sample, key_of(bracket.low), "left") : np.searchsorted(sample, key_of(bracket.high), "right")
-    ]
     if halve:
         middle = bracket.low + (bracket.high - bracket.low) // 2
         return middle, middle if crowded else bracket.high
+    inside = sample[(sample >= key_of(bracket.low)) & (sample <= key_of(bracket.high))]
     if not inside.size:
         return bracket.low, bracket.high
     share = (k - bracket.above) / bracket.inside
     place = (1 - share) * inside.size
     margin = MARGIN * (inside.size * share * (1 - share)) ** 0.5 + 2
+    first, middle, last = int(place - margin), min(int(place), inside.size - 1), int(place + margin) + 1
+    inside = np.partition(inside, [i for i in (first, middle, last) if 0 <= i < inside.size])
 
     def is_frequent(key: int) -> bool:
-        first, last = (np.searchsorted(inside, key_of(key), side) for side in ("left", "right"))
-        return bool(last - first > margin)
+        return bool(np.count_nonzero(inside == key_of(key)) > margin)
 
-    key = int(inside[min(int(place), inside.size - 1)])
+    key = int(inside[middle])
     if crowded or is_frequent(key):
         return key, key
-    first, last = int(place - margin), int(place + margin) + 1
     low = int(inside[first]) if first >= 0 else bracket.low
     high = int(inside[last]) if last < inside.size else bracket.high
     return low + is_frequent(low), high - is_frequent(high)

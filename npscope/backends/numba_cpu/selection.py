@@ -206,7 +206,7 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
         selection = LargeScopes(ranking)
         keeps = k.array.reshape(-1)
         for scope in range(ranking.scopes):
-            found[scope] = selection.nth(scope, int(keeps[scope]))[0]
+            found[scope] = selection.nth(scope, int(keeps[scope])).key
     return _values_of_keys(found, parts, ord, ranking.exact_integers)
 
 

@@ -563,23 +563,26 @@ def line_surveyor(form: vectors.Format, signed: bool) -> Function:
 
 @kernel
 def survey(
-    look: int, read: int, source: Any, i0: int, i1: int, step: int, run: int, low: Any, high: Any, found: Any,
-    start: int, scratch: Any,
-) -> tuple[int, int, int]:  # fmt: skip
-    """Count the keys of blocks [i0, i1) above `high`, and count and collect those in [low, high].
+    look: int, read: int, source: Any, first: int, bounds: Any, p0: int, p1: int, step: int, run: int, low: Any,
+    high: Any, found: Any, end: int, counts: Any, scratch: Any,
+) -> int:  # fmt: skip
+    """Count the keys of pieces [p0, p1) above `high`, and count and collect those in [low, high].
 
-    Of every `step` blocks the first `run`, up to `STRIP_ELEMENTS`. Returns (above, inside, stored): fewer are stored
-    from `start` on in `found` where they do not fit.
+    Pieces lie between two rows of `bounds`, counted from block `first` on; of every `step` blocks the first `run` are
+    taken, up to `STRIP_ELEMENTS`. Rows of `counts` tell how many keys of a piece are above, inside, and stored from
+    `end` on in `found`: fewer where they do not fit. Returns where these end.
     """
-    above, inside, end = 0, 0, start
-    for i in range(i0, i1, step):
-        stop = least(i1, i + run)
-        stores = low != high and end + stop - i + SLACK <= found.size
-        over, within = _call_surveyor(look, read, source, i, stop, low, high, found, end, stores, scratch)
-        above, inside = above + over, inside + within
-        if stores:
-            end += within
-    return above, inside, end - start
+    for p in range(p0, p1):
+        above, inside, start, i1 = 0, 0, end, first + bounds[1, p]
+        for i in range(first + bounds[0, p], i1, step):
+            stop = least(i1, i + run)
+            stores = low != high and end + stop - i + SLACK <= found.size
+            over, within = _call_surveyor(look, read, source, i, stop, low, high, found, end, stores, scratch)
+            above, inside = above + over, inside + within
+            if stores:
+                end += within
+        counts[0, p], counts[1, p], counts[2, p] = above, inside, end - start
+    return end
 
 
 @kernel
