@@ -380,3 +380,41 @@ def test_the_iteration_ends_within_its_tolerance(xp, rng, rtol):
     exact = xp.call(npscope.soft_threshold, x, t, (1, -1), conditioner=h, rtol=1e-16, max_iter=60)
     got = xp.call(npscope.soft_threshold, x, t, (1, -1), conditioner=h, rtol=rtol, max_iter=60)
     np.testing.assert_allclose(got, exact, rtol=max(rtol, 1e-12))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64", "int16"])
+@pytest.mark.parametrize("block", [(1, 4), (1, 3), (4, 4), (1, 1024)])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_conditioner_out_of_range_is_found_wherever_it_is(backend, rng, name, block, place):
+    """Also where its blocks do not fill a vector, and in what is read without its sign for anything else."""
+    x = rng.standard_normal((block[0] * 5, block[1] * 7)).astype(np.float32)
+    before = x.copy()
+    for bad in (0.0, -1.0, math.nan, math.inf) if name != "int16" else (0, -1):
+        h = np.ones(x.shape).astype(dtype(name))
+        h[(0, 0) if place == "first" else (-1, -1)] = bad
+        with pytest.raises(npscope.SpecError, match="conditioner"):
+            npscope.soft_threshold(x, 0.5, block, conditioner=h, out=x)
+        assert same_bits(x, before)
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-20, 1.0, 1e20, 1e36])
+@pytest.mark.parametrize("weight", [1e-37, 1e-12, 1e12, 1e37])
+def test_float32_of_any_size_in_metrics_of_any_size(rng, size, weight):
+    """Where the first steps, in float32, leave its range, those that follow find the root as well."""
+    x = (rng.standard_normal((37, 8)) * size).astype(np.float32)
+    h = (10 ** rng.uniform(-1, 1, x.shape) * weight).astype(np.float32)
+    norms = np.sqrt((np.longdouble(h) ** 2 * np.longdouble(x) ** 2).sum(1, keepdims=True))
+    t = np.clip((norms * rng.choice([1e-3, 0.3, 0.9, 1 - 1e-6, 1.1], (37, 1))).astype(np.float64), 0, 3e38)
+    results = []
+    for backend in ("reference", "numba"):
+        with npscope.use_backend(backend):
+            results.append(npscope.soft_threshold(x, t, (1, 8), conditioner=h))
+    assert np.array_equal(results[0] == 0, results[1] == 0)
+    np.testing.assert_array_max_ulp(*results, maxulp=1)
+
+
+def test_one_step_suffices_where_the_metric_is_the_same_everywhere(xp, rng):
+    x = rng.standard_normal((40, 6)).astype(np.float32)
+    h = np.full_like(x, 0.5)
+    got = xp.call(npscope.soft_threshold, x, 0.5, (1, 3), conditioner=h, max_iter=1)
+    np.testing.assert_allclose(got, xp.call(npscope.soft_threshold, x, 1.0, (1, 3)), rtol=1e-6)
