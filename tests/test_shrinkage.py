@@ -418,3 +418,27 @@ def test_one_step_suffices_where_the_metric_is_the_same_everywhere(xp, rng):
     h = np.full_like(x, 0.5)
     got = xp.call(npscope.soft_threshold, x, 0.5, (1, 3), conditioner=h, max_iter=1)
     np.testing.assert_allclose(got, xp.call(npscope.soft_threshold, x, 1.0, (1, 3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-120, 1e-110, 1.0, 1e110, 1e150])
+def test_metrics_whose_third_power_leaves_float64(xp, size):
+    got = xp.call(
+        npscope.soft_threshold, np.ones((1, 2)), 0.3 * 2**0.5 * size, (1, 2), conditioner=np.full((1, 2), size)
+    )
+    np.testing.assert_allclose(got, 0.7, rtol=1e-12)
+
+
+def test_a_norm_that_is_subnormal_decides_as_rounded(xp):
+    x, h = np.full((1, 2), 2.0**-23 * 0.72, dtype=np.float32), np.full((1, 2), 2.0**-126, dtype=np.float32)
+    got = xp.call(npscope.soft_threshold, x, np.float32(2.0**-149), (1, 2), conditioner=h)
+    assert same_bits(got, np.zeros_like(x))
+
+
+def test_a_bad_conditioner_is_told_before_an_iteration_that_does_not_end(backend, rng):
+    x = np.tile(rng.standard_normal((1, 8)), (1000, 1)).astype(np.float32)
+    h = np.tile(np.asarray([1e-3, 1, 10, 1e3, 1, 1, 1, 1], dtype=np.float32), (1000, 1))
+    with pytest.raises(npscope.ConvergenceError):
+        npscope.soft_threshold(x, 0.5, (1, 8), conditioner=h, max_iter=1)
+    h[-1, 0] = -1
+    with pytest.raises(npscope.SpecError, match="conditioner"):
+        npscope.soft_threshold(x, 0.5, (1, 8), conditioner=h, max_iter=1)

@@ -4,8 +4,8 @@ A kernel takes a few thousand elements at a time, and reads the threshold of eac
 number for all of them, one a block, or one for the `repeat` blocks of a scope.
 
 Conditioned blocks are solved side by side: the elements of a strip of blocks are dealt into planes,
-the first elements of all blocks, the second ones, and so on, so that every step of the iteration is
-a loop over blocks, of which LLVM makes vectors.
+the first elements of all blocks, the second ones, and so on, so that every step of the iteration works on
+vectors of blocks (`secular`).
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def _looker(exact: bool, narrow: bool) -> Any:
     ) -> None:  # fmt: skip
         make_small()
         top, widest, unit, scale = 0.0, 0.0, 1.0, 1.0
-        hi, low, size, size_low, cubes = 0.0, 0.0, 0.0, 0.0, 0.0
+        hi, low, size, size_low, squares, cubes = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         for turn in range(3):
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
@@ -319,10 +319,11 @@ def _looker(exact: bool, narrow: bool) -> Any:
                         size_low += error
                     else:
                         w = c * x * scale
-                        w *= w
-                        hi, error = two_sum(hi, w)
+                        hi, error = two_sum(hi, w * w)
                         low += error
-                        cubes += w * c
+                        share = (c * x / widest) ** 2  # of numbers near 1, or the third power leaves the range
+                        squares += share
+                        cubes += share * c
             if turn == 0:
                 unit = _safe_unit(top)
                 if top == 0.0 or np.isinf(top):
@@ -344,7 +345,7 @@ def _looker(exact: bool, narrow: bool) -> Any:
         if rounded > limit * unit:
             s[ACTIVE + b] = 1.0
             s[UNIT + b], s[NORM + b] = unit, norm
-            s[MEAN + b], s[SPREAD + b] = cubes / (hi + low), math.sqrt(size + size_low) / norm
+            s[MEAN + b], s[SPREAD + b] = cubes / squares, math.sqrt(size + size_low) / norm
 
     @standalone
     def look(
@@ -419,7 +420,7 @@ def solve_kernel(narrow: bool, single: bool) -> Any:
                 if steps == max_iter:
                     return TOO_MANY_STEPS
                 bends = steps < BENDING
-                step, floor = near_halley if bends else near, 1.0 - near if steps <= BENDING else 0.0
+                close, floor = near_halley if bends else near, 1.0 - near if steps <= BENDING else 0.0
                 for e0 in range(0, total, chunk):
                     e1 = least(total, e0 + chunk)
                     if chunk < total:
@@ -428,7 +429,7 @@ def solve_kernel(narrow: bool, single: bool) -> Any:
                         sum_secular(v, b, h, b, s, b, e0, e1, pitch)
                 left = 0
                 for b in range(0, count, LANES):
-                    left += advance(s, b, step, floor, bends)
+                    left += advance(s, b, close, floor, bends)
                 steps += 1
             for b in range(0, count, LANES):
                 finish(s, b)

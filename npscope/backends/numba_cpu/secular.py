@@ -48,9 +48,6 @@ one whose RATE is found, -1 for a block that needs a closer look.
 NEAR = 2.0**-20
 """Norms so near their threshold, relatively, are compared by sums that are good for it."""
 
-TOGETHER = {True: 2, False: 1}
-"""Rows of planes that share a division, if they are `single`."""
-
 _DOUBLE, _SINGLE = ir.DoubleType(), ir.FloatType()
 
 
@@ -164,14 +161,15 @@ def classify(narrow: bool) -> Any:
     are unchanged ones. Pruned arrays have many blocks of zeros: if norms are `narrow`, float32, no other has squares
     that sum to zero in float64.
     """
-    largest = 1e76 if narrow else 1e100
+    # Squares of float32 norms that are subnormal have lost what decides.
+    least, largest = (2.0**-252, 1e76) if narrow else (1e-100, 1e100)
 
     def emit(b: Builder, start: Value, limits: Value, left: Value) -> Value:
         s, limit = _Rows(b, start), _load(b, limits).to(_DOUBLE)
         squares, plain = s[SQUARES], s[SLOPES]
         norm, inverse = squares.root(), 1.0 / squares
         ordinary = (
-            (squares > 1e-100) & (squares < 1e100) & (plain > 1e-100) & (plain < largest) & (limit < float("inf"))
+            (squares > least) & (squares < 1e100) & (plain > 1e-100) & (plain < largest) & (limit < float("inf"))
             & ((norm - limit).size() > norm * NEAR)
         )  # fmt: skip
         same = plain.is_nan() | limit.is_zero() | ~Lanes(b, first_lanes(b, left, LANES))
@@ -237,7 +235,7 @@ def sum_secular(single: bool) -> Any:
     q * RATE = v * p stays in the range of float64, and so do products of two d: RATE is at most ||v||, and LIMIT at
     most ||h v||.
     """
-    together = TOGETHER[single]
+    together = 2 if single else 1  # rows that share a division
 
     def emit(b: Builder, v: Value, h: Value, start: Value, first: Value, stop: Value, pitch: Value) -> None:
         s = _Rows(b, start)
@@ -275,12 +273,12 @@ def approach() -> Any:
     def emit(b: Builder, v: Value, h: Value, start: Value, count: Value, pitch: Value) -> None:
         s = _Rows(b, start)
         rate = s[RATE].to(_SINGLE)
-        weigh, limit = (s[SPREAD] * s[RATE]).to(_SINGLE), (s[LIMIT] * s[SPREAD]).to(_SINGLE)
+        per_weight, limit = (s[SPREAD] * s[RATE]).to(_SINGLE), (s[LIMIT] * s[SPREAD]).to(_SINGLE)
         inverse, enlarge = 1.0 / (s[NORM] * s[SPREAD]).to(_SINGLE), 1.0 / rate
-        weigh, limit = weigh * inverse, limit * inverse
+        per_weight, limit = per_weight * inverse, limit * inverse
 
         def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
-            moved = cs[0] * weigh
+            moved = cs[0] * per_weight
             p = moved * (1.0 / (moved + limit))
             q = xs[0] * enlarge * p
             q = q * q
@@ -291,10 +289,10 @@ def approach() -> Any:
         squares, slopes, bends = _add_up(b, (v, h), count, pitch, [zeros] * 3, 1, take)
         over, square = squares.root() - 1.0, slopes * slopes
         bend, most = 1.5 * over * (bends * squares - square), 0.5 * square
-        step = over * squares * slopes / (square - choose(bend < most, bend, most))
-        step = choose(step.size() < 1.0, step, 0.0).to(_DOUBLE)
+        share = over * squares * slopes / (square - choose(bend < most, bend, most))
+        share = choose(share.size() < 1.0, share, 0.0).to(_DOUBLE)
         at = s[RATE]
-        following = at + at * step
+        following = at + at * share
         following = choose(following > s[LOW], following, s[LOW])
         s[RATE] = choose(s[ACTIVE] > 0.0, choose(following < s[HIGH], following, s[HIGH]), at)
 

@@ -22,8 +22,8 @@ from npscope.backends.numba_cpu.operands import (
 )
 from npscope.backends.numba_cpu.vectors import LANES
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
-from npscope.errors import ConvergenceError
-from npscope.tiling import Leaf, Parts, axis_cut
+from npscope.errors import ConvergenceError, SpecError
+from npscope.tiling import Leaf, Part, Parts, axis_cut
 
 
 def shrink(
@@ -32,24 +32,36 @@ def shrink(
     """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
     # Norms are read where the elements are now, which for a target with an origin is there.
     read = [tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in part) for part in target]
-    jobs = []
-    for p, (source, part) in enumerate(zip(competitors(read), target, strict=True)):
-        written = [Operand(leaf, like) for leaf, like in zip(part, source.leaves, strict=True)]
-        metric = None if conditioners is None else [
-            Operand(h, like) for h, like in zip(conditioners[p], source.leaves, strict=True)
-        ]  # fmt: skip
-        if source.elements == 1:
-            if metric is not None:
-                require_conditioner(metric[0].array)
-            jobs.append(soften_job(source, thresholds[p], written[0], metric[0] if metric else None))
-        elif metric is None:
-            jobs.append(shrink_job(source, Competitors(part), thresholds[p]))
-        else:
-            jobs.append(conditioned_job(source, written, thresholds[p], metric, max_iter, rtol))
+    try:
+        jobs = [
+            _job(source, part, thresholds[p], None if conditioners is None else conditioners[p], max_iter, rtol)
+            for p, (source, part) in enumerate(zip(competitors(read), target, strict=True))
+        ]
+    except ConvergenceError:
+        for leaf in (leaf for metric in conditioners or () for leaf in metric):
+            require_conditioner(leaf.array)  # which may be what kept the iteration from its end
+        raise
     fill(target)
     for run in jobs:
         run()
     return arrays(target)
+
+
+def _job(
+    source: Competitors, part: Part, thresholds: Leaf, conditioners: Part | None, max_iter: int, rtol: float
+) -> Callable[[], None]:
+    """The job that shrinks a part, whose elements are those of `source` by then."""
+    written = [Operand(leaf, like) for leaf, like in zip(part, source.leaves, strict=True)]
+    metric = None if conditioners is None else [
+        Operand(h, like) for h, like in zip(conditioners, source.leaves, strict=True)
+    ]  # fmt: skip
+    if source.elements == 1:
+        if metric is not None:
+            require_conditioner(metric[0].array)
+        return soften_job(source, thresholds, written[0], metric[0] if metric else None)
+    if metric is None:
+        return shrink_job(source, Competitors(part), thresholds)
+    return conditioned_job(source, written, thresholds, metric, max_iter, rtol)
 
 
 def require_conditioner(h: np.ndarray) -> None:
@@ -156,6 +168,7 @@ def conditioned_job(
         if found == proximal.OUTSIDE:
             for leaf in metric:
                 require_conditioner(leaf.array)
+            raise SpecError("a conditioner changed while it was read; it must stay as it is until the call returns")
         if found == proximal.TOO_MANY_STEPS:
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"

@@ -345,14 +345,6 @@ copy_numbers = step(_copy, 5)
 """``copy_numbers(source, i, count, target, j)``: `count` numbers of one type from an array to another."""
 
 
-def _clear(b: Builder, target: Value, count: Value) -> None:
-    cgutils.memset(b, target, b.mul(count, count.type(_size_of(target))), 0)
-
-
-clear = step(_clear, 3)
-"""``clear(target, i, count)``: zeros."""
-
-
 def _spread(b: Builder, number: Value, target: Value, count: Value) -> None:
     value = broadcast(b, b.load(number), LANES)
     with cgutils.for_range_slice(b, count.type(0), count, count.type(LANES)) as (i, _):
