@@ -10,7 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from npscope.backends.numba_cpu.vectors import Builder, Value, call, fma, splat
+from npscope.backends.numba_cpu.vectors import Builder, Value, call, fma, on_floats, splat
 
 
 class Lanes:
@@ -81,15 +81,11 @@ class Lanes:
 
     def root(self) -> Lanes:
         """Their square roots."""
-        return self._call("sqrt")
+        return self._new(on_floats(self.b, "sqrt", self.value))
 
     def size(self) -> Lanes:
         """Their magnitudes."""
-        return self._call("fabs")
-
-    def _call(self, name: str) -> Lanes:
-        kind = {"float": "f32", "double": "f64"}[str(self.value.type.element)]
-        return self._new(call(self.b, f"llvm.{name}.v{self.value.type.count}{kind}", self.value.type, [self.value]))
+        return self._new(on_floats(self.b, "fabs", self.value))
 
     def to(self, element: ir.Type) -> Lanes:
         """As floats of another width, rounded."""

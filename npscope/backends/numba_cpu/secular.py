@@ -121,8 +121,7 @@ def measure() -> Any:
     """``(v, i, h, j, rows, k, first, stop, pitch, left)``: sums of (h v) ** 2, v ** 2 and (h v) ** 2 h.
 
     Of the `left` first of `LANES` blocks, over their elements [first, stop), in rows of planes that lie `pitch` apart;
-    added to those of earlier elements. Returns how many of the
-    blocks have numbers in h that are outside of `CONDITIONER_RANGE`.
+    added to those of earlier elements. Returns how many blocks have numbers in h outside of `CONDITIONER_RANGE`.
     """
 
     def emit(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from npscope.backends import CONDITIONER_RANGE, conditioner_error
+from npscope.backends.numba_cpu import conditioned, lines, proximal, secular
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu import lines, proximal, secular
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import norm_ranges
 from npscope.backends.numba_cpu.operands import (
@@ -156,26 +156,30 @@ def conditioned_job(
     narrow, looks = source.norm.itemsize == 4, [0]
     single = all(leaf.kind is not None and leaf.kind.rounds_correctly for leaf in (*source.leaves, *metric))
     plane = np.dtype(np.float32 if single else np.float64)
-    solve, deal = proximal.solve_kernel(narrow, single), proximal.dealer_address(pairs, leaves, plane)
-    t, near, pitch = _thresholds(thresholds, source), proximal.near_enough(rtol, single), proximal.strip_pitch(elements)
+    solve, deal = conditioned.solve_kernel(narrow, single), conditioned.dealer_address(pairs, leaves, plane)
+    t, near, pitch = (
+        _thresholds(thresholds, source),
+        conditioned.near_enough(rtol, single),
+        conditioned.strip_pitch(elements),
+    )
 
     def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
         works = (leaves, i0, i1, t, elements, pitch, max_iter, *near, v, h, s, limits, mus)
         found = solve(deal, *looks, *works)
-        if found == proximal.LOOK_CLOSER:
-            looks[:] = [proximal.looker_address(source.exact, narrow, leaves, thresholds.array.dtype, plane)]
+        if found == conditioned.LOOK_CLOSER:
+            looks[:] = [conditioned.looker_address(source.exact, narrow, leaves, thresholds.array.dtype, plane)]
             found = solve(deal, *looks, *works)
-        if found == proximal.OUTSIDE:
+        if found == conditioned.OUTSIDE:
             for leaf in metric:
                 require_conditioner(leaf.array)
             raise SpecError("a conditioner changed while it was read; it must stay as it is until the call returns")
-        if found == proximal.TOO_MANY_STEPS:
+        if found == conditioned.TOO_MANY_STEPS:
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
             )
 
     def planes() -> np.ndarray:
-        return np.empty(proximal.plane_numbers(elements), dtype=plane)
+        return np.empty(conditioned.plane_numbers(elements), dtype=plane)
 
     in_place(
         source,
@@ -193,12 +197,12 @@ def conditioned_job(
         for weigh in weighs:
             weigh(i0, i1, mus, mu)
 
-    return in_place(source, write, lambda: np.empty(proximal.STRIP + LANES), shielded=source.spans_leaves)
+    return in_place(source, write, lambda: np.empty(conditioned.STRIP + LANES), shielded=source.spans_leaves)
 
 
 def _weigh(x: Operand, h: Operand) -> Callable[..., None]:
     if x.layout is not None and h.layout is not None and x.layout.run == h.layout.run:
-        weigh = proximal.weigh_kernel(x.codec, h.codec, x.layout.run, x.layout.form, h.layout.form)
+        weigh = conditioned.weigh_kernel(x.codec, h.codec, x.layout.run, x.layout.form, h.layout.form)
     else:
-        weigh = proximal.weigh_kernel(x.codec, h.codec, 0, None, None)
+        weigh = conditioned.weigh_kernel(x.codec, h.codec, 0, None, None)
     return lambda i0, i1, *numbers: weigh(*x.where, *h.where, i0, i1, x.size, *numbers)

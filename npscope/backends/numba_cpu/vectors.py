@@ -126,10 +126,16 @@ def call(b: Builder, name: str, result: Any, args: Sequence[Value]) -> Value:
     return b.call(function, args)
 
 
+def on_floats(b: Builder, name: str, *args: Value) -> Value:
+    """An intrinsic of LLVM that makes a vector of floats of others of the same type."""
+    vector = args[0].type
+    kind = {"float": "f32", "double": "f64"}[str(vector.element)]
+    return call(b, f"llvm.{name}.v{vector.count}{kind}", vector, args)
+
+
 def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
     """X * y + z, rounded once."""
-    name = {"float": "f32", "double": "f64"}[str(x.type.element)]
-    return call(b, f"llvm.fma.v{x.type.count}{name}", x.type, [x, y, z])
+    return on_floats(b, "fma", x, y, z)
 
 
 def _address(context: Any, b: Builder, array_type: Any, array: Value, index: Value) -> Value:
