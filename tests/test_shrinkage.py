@@ -372,6 +372,38 @@ def test_strips_with_odd_blocks(xp, rng, name):
     assert_shrunk(got, x, (1, 4), t, h)
 
 
+@pytest.mark.parametrize("place", [0, 700, 4999])
+@pytest.mark.parametrize("span", [1.0, 1e9])
+def test_an_odd_block_far_into_an_array(rng, place, span):
+    """One that needs a closer look, which the kernel stops for: what is written before it is not written again."""
+    x = rng.standard_normal((5000, 4)).astype(np.float32)
+    h = np.full_like(x, span)
+    h[:, 0] = 1
+    t = np.full((5000, 1), 0.5, dtype=np.float32)
+    t[place] = np.linalg.norm(h[place] * x[place].astype(np.float64)) * (1 - 1e-7)
+    results = []
+    for backend in ("reference", "numba"):
+        with npscope.use_backend(backend):
+            results.append(npscope.soft_threshold(x, t, (1, 4), conditioner=h))
+    np.testing.assert_array_max_ulp(*results, maxulp=1)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("block", [(1, 2), (1, 3), (2, 4), (1, 32)])
+def test_every_number_of_16_bits_is_rounded(name, block):
+    """Subnormal ones too. The factor is one whose products lie apart from ties, in float32 as well."""
+    x = np.arange(1 << 16, dtype=np.uint16).view(dtype(name))
+    x = np.resize(np.where(np.isfinite(x.astype(np.float32)), x, x[:1]), (192, 384))
+    h = np.ones_like(x)
+    results = []
+    for backend in ("reference", "numba"):
+        with npscope.use_backend(backend):
+            norms = npscope.block_norms(x, block)
+            with np.errstate(over="ignore"):
+                results.append(npscope.soft_threshold(x, norms * np.float32(0.123456), block, conditioner=h))
+    assert same_bits(*results)
+
+
 @pytest.mark.parametrize("rtol", [1e-15, 1e-9, 1e-6, 1e-3])
 def test_the_iteration_ends_within_its_tolerance(xp, rng, rtol):
     """The last step tells how far the root is, so that no step is spent to see the next one vanish."""

@@ -1,4 +1,4 @@
-"""The loops of the proximal step in a diagonal metric: solve blocks side by side, then write them.
+"""The loops of the proximal step in a diagonal metric: solve strips of blocks side by side, and write each at once.
 
 The elements of a strip of blocks are dealt into planes, the first elements of all blocks, the second ones, and so on,
 so that every step of the iteration works on vectors of blocks (`secular`).
@@ -11,16 +11,16 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import typeof, types
+from numba import types
 
 from npscope.backends.numba_cpu import planes, secular, vector_shrinkage
 from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, merged, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
-from npscope.backends.numba_cpu.nests import place
+from npscope.backends.numba_cpu.nests import NEST, place
 from npscope.backends.numba_cpu.operands import Layout
-from npscope.backends.numba_cpu.scalars import greatest, least
+from npscope.backends.numba_cpu.scalars import bits_of, greatest, least
 from npscope.backends.numba_cpu.secular import (
     ACTIVE,
     MEAN,
@@ -30,10 +30,38 @@ from npscope.backends.numba_cpu.secular import (
     UNIT,
     WIDTH,
 )
-from npscope.backends.numba_cpu.vectors import LANES, Format, copy_numbers, spread
+from npscope.backends.numba_cpu.vectors import LANES, Format, copy_numbers
 
-STRIP = 2048
-"""Elements whose factors are at hand at a time, where they lie line by line."""
+# --- looking at the metric ----------------------------------------------------------
+
+
+@cache
+def ends_kernel(codec: Codec, form: Format | None) -> Any:
+    """The kernel that finds the least and the largest of elements [i0, i1), each a block: ``ends`` becomes their bits.
+
+    Those of adjacent elements of a `form`, else of float64, as unsigned integers, which order like positive numbers;
+    NaN and negative ones come behind all others.
+    """
+    value = codec.value
+    ends_of_line = None if form is None else vector_shrinkage.ends(form)
+
+    @kernel
+    def find_ends(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, ends: Any) -> None:
+        make_small()
+        width, step = grid[0, -1], grid[1, -1]
+        i = i0
+        while i < i1:
+            stop = least(i1, i + width - i % width)
+            at = origin + place(i, grid)
+            if ends_of_line is not None:
+                ends_of_line(buffer, at, stop - i, ends, 0)
+            else:
+                for j in range(stop - i):
+                    bits = bits_of(np.float64(value(buffer, at + j * step)))
+                    ends[0], ends[1] = least(ends[0], bits), greatest(ends[1], bits)
+            i = stop
+
+    return find_ends
 
 
 # --- dealing ------------------------------------------------------------------------
@@ -122,6 +150,16 @@ Pair = tuple[Any, Layout | None, Any, Layout | None]
 """How the elements of a leaf and of its metric are read."""
 
 
+def _types_of(pairs: tuple[Pair, ...]) -> Any:
+    """The Numba type of leaves with their metric: the operands that kernels know, and how many elements a block has."""
+    return types.Tuple([
+        types.Tuple([
+            kind for codec in (x_codec, h_codec) for kind in (array_of(codec.unit), types.int64, NEST, NEST)
+        ] + [types.int64])
+        for x_codec, _, h_codec, _ in pairs
+    ])  # fmt: skip
+
+
 @cache
 def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
     """``deal(leaves, i, stop, e0, e1, v, h, pitch)``: elements [e0, e1) of blocks that span these leaves."""
@@ -147,12 +185,97 @@ def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
 _call_dealer = caller(9)
 
 
-def dealer_address(pairs: tuple[Pair, ...], leaves: Any, plane: np.dtype) -> int:
-    """Where the code is that deals the elements of leaves which are read like this, into planes of this dtype."""
-    if _in_parts(sum([leaf[-1] for leaf in leaves])):
+@cache
+def dealer_address(pairs: tuple[Pair, ...], elements: int, plane: np.dtype) -> int:
+    """Where the code is that deals blocks of so many elements, which are read like this, into planes of this dtype."""
+    leaves = _types_of(pairs)
+    if _in_parts(elements):
         pairs = tuple((x_codec, None, h_codec, None) for x_codec, _, h_codec, _ in pairs)
     numbers, rows = [types.int64] * 5, array_of(plane)
-    return address_of(_pairs_dealer(pairs), typeof(leaves), *numbers, rows, rows, types.int64)
+    return address_of(_pairs_dealer(pairs), leaves, *numbers, rows, rows, types.int64)
+
+
+# --- writing ------------------------------------------------------------------------
+
+
+@cache
+def _weigher(pair: Pair) -> Any:
+    """``weigh(leaf, i, stop, s)``: multiply every element of a strip of blocks by ``h / (h + mu)``, with mu in RATE."""
+    x_codec, x_layout, h_codec, h_layout = pair
+    if x_layout is not None and h_layout is not None and x_layout.run == h_layout.run:
+        return _line_weigher(x_layout.form, h_layout.form, x_layout.run)
+    scale, weight = x_codec.scale, h_codec.value
+
+    @standalone
+    def weigh(leaf: Any, i: int, stop: int, s: Any) -> None:
+        x, x_origin, x_grid, x_elements, h, h_origin, h_grid, h_elements, size = leaf
+        x_run, h_run, x_step, h_step = x_elements[0, -1], h_elements[0, -1], x_elements[1, -1], h_elements[1, -1]
+        for b in range(i, stop):
+            x_at, h_at, mu = x_origin + place(b, x_grid), h_origin + place(b, h_grid), s[RATE + b - i]
+            e = 0
+            while e < size:
+                after = least(size, e + least(x_run - e % x_run, h_run - e % h_run))
+                x_first, h_first = x_at + place(e, x_elements), h_at + place(e, h_elements)
+                for k in range(after - e):
+                    c = weight(h, h_first + k * h_step)
+                    scale(x, x_first + k * x_step, c / (c + mu))
+                e = after
+
+    return weigh
+
+
+@cache
+def _line_weigher(form: Format, metric_form: Format, run: int) -> Any:
+    """The `_weigher` of blocks that lie line by line in memory, in runs of so many adjacent elements."""
+    weigh_whole, weigh_rest = (vector_shrinkage.weigh(form, metric_form, run, partial) for partial in (False, True))
+    together = max(1, LANES // run)  # blocks to a vector
+    length = together * run
+
+    @standalone
+    def weigh(leaf: Any, i: int, stop: int, s: Any) -> None:
+        make_small()
+        x, x_origin, x_grid, x_elements, h, h_origin, h_grid, h_elements, size = leaf
+        x_width, h_width, b = x_grid[0, -1], h_grid[0, -1], RATE
+        while i < stop:
+            after = least(stop, i + least(x_width - i % x_width, h_width - i % h_width))
+            x_first, h_first, count = x_origin + place(i, x_grid), h_origin + place(i, h_grid), after - i
+            for e in range(0, size, run):
+                at, metric_at = x_first + place(e, x_elements), h_first + place(e, h_elements)
+                for j in range(0, count, together):
+                    rest = least(length, (count - j) * run)
+                    while rest >= LANES:
+                        weigh_whole(x, at, h, metric_at, s, b + j, LANES)
+                        at, metric_at, rest = at + LANES, metric_at + LANES, rest - LANES
+                    if rest > 0:
+                        weigh_rest(x, at, h, metric_at, s, b + j, rest)
+                        at, metric_at = at + rest, metric_at + rest
+            i, b = after, b + count
+
+    return weigh
+
+
+@cache
+def _pairs_weigher(pairs: tuple[Pair, ...]) -> Any:
+    """``weigh(leaves, i, stop, s)``: what a `_weigher` does, for blocks that span these leaves."""
+    weigh_first, weigh_rest = _weigher(pairs[0]), _pairs_weigher(pairs[1:]) if len(pairs) > 1 else None
+
+    @standalone
+    def weigh(leaves: Any, i: int, stop: int, s: Any) -> None:
+        make_small()
+        weigh_first(leaves[0], i, stop, s)
+        if weigh_rest is not None:
+            weigh_rest(leaves[1:], i, stop, s)
+
+    return weigh
+
+
+call_weigher = caller(4)
+
+
+@cache
+def weigher_address(pairs: tuple[Pair, ...]) -> int:
+    """Where the code is that writes strips of blocks which are read like this."""
+    return address_of(_pairs_weigher(pairs), _types_of(pairs), types.int64, types.int64, array_of(np.float64))
 
 
 # --- solving ------------------------------------------------------------------------
@@ -189,8 +312,8 @@ def near_enough(rtol: float, single: bool) -> tuple[float, float]:
     return min(math.sqrt(accuracy / 2), most), min(math.cbrt(accuracy / 8), most)
 
 
-DONE, TOO_MANY_STEPS, LOOK_CLOSER, OUTSIDE = range(4)
-"""How the work of a `solve_kernel` ends."""
+TOO_MANY_STEPS = -1
+"""What a `solve_kernel` returns instead of a block."""
 
 _call_looker = caller(11, types.int64)
 
@@ -271,21 +394,22 @@ def _looker(exact: bool, narrow: bool) -> Any:
     return look
 
 
-def looker_address(exact: bool, narrow: bool, leaves: Any, limit: np.dtype, plane: np.dtype) -> int:
+@cache
+def looker_address(exact: bool, narrow: bool, pairs: tuple[Pair, ...], limit: np.dtype, plane: np.dtype) -> int:
     """Where the code of a `_looker` is. Few problems need it, and it takes a third of a second to compile."""
     limits, rows = array_of(limit), array_of(plane)
     where = *[types.int64] * 4, limits, rows, rows, types.int64, array_of(np.float64)
-    return address_of(_looker(exact, narrow), types.int64, typeof(leaves), *where, result=types.int64)
+    return address_of(_looker(exact, narrow), types.int64, _types_of(pairs), *where, result=types.int64)
 
 
 @cache
 def solve_kernel(narrow: bool, single: bool) -> Any:
-    """The kernel that solves the blocks [i0, i1): an element becomes ``h / (h + mu)`` of itself.
+    """The kernel that solves the blocks [i0, i1) strip by strip, and multiplies their elements by ``h / (h + mu)``.
 
-    Zero blocks get an infinite mu, unchanged ones 0. `narrow`: norms are float32; `single`: planes are. `deal` is
-    the `dealer_address` of the leaves, `look` their `looker_address` or 0. Returns `DONE`, `TOO_MANY_STEPS` where an
-    iteration does not end, `LOOK_CLOSER` where a block needs a closer look and `look` is 0, or `OUTSIDE` where the
-    metric leaves its range.
+    Zero blocks get an infinite mu, unchanged ones 0. `narrow`: norms are float32; `single`: planes are. `deal`, `look`
+    and `weigh` are the `dealer_address` of the leaves, their `looker_address` or 0, and their `weigher_address`, or 0
+    for `mus` to be written instead. Returns the first block that is not done: `i1`, or where a block needs a closer
+    look and `look` is 0; or `TOO_MANY_STEPS` where an iteration does not end.
     """
     measure, classify = secular.measure(), secular.classify(narrow)
     sum_secular, advance, approach = secular.sum_secular(single), secular.advance(single), secular.approach()
@@ -293,8 +417,8 @@ def solve_kernel(narrow: bool, single: bool) -> Any:
 
     @kernel
     def solve(
-        deal: int, look: int, leaves: Any, i0: int, i1: int, t: Numbers, total: int,
-        pitch: int, max_iter: int, near: float, near_halley: float, v: Any, h: Any, s: Any, limits: Any, mus: Any,
+        deal: int, look: int, weigh: int, leaves: Any, i0: int, i1: int, t: Numbers, total: int,
+        pitch: int, max_iter: int, near: float, near_halley: float, mus: Any, v: Any, h: Any, s: Any, limits: Any,
     ) -> int:  # fmt: skip
         make_small()
         chunk = least(total, v.size // pitch)
@@ -302,14 +426,11 @@ def solve_kernel(narrow: bool, single: bool) -> Any:
             stop = least(i1, i + pitch - LANES)
             count = stop - i
             load_numbers(*t, i, stop, limits)
-            outside = 0
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
                 _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
                 for b in range(0, count, LANES):
-                    outside += measure(v, b, h, b, s, b, e0, e1, pitch, count - b)
-            if outside:
-                return OUTSIDE
+                    measure(v, b, h, b, s, b, e0, e1, pitch)
             left, closer = 0, False
             for b in range(0, count, LANES):
                 found = classify(s, b, limits, b, count - b)
@@ -317,7 +438,7 @@ def solve_kernel(narrow: bool, single: bool) -> Any:
                 closer |= found < 0
             if closer:
                 if look == 0:
-                    return LOOK_CLOSER
+                    return i
                 left = _call_looker(look, deal, leaves, i, stop, total, chunk, limits, v, h, pitch, s)
             if single and left and chunk == total:
                 for b in range(0, count, LANES):
@@ -340,73 +461,19 @@ def solve_kernel(narrow: bool, single: bool) -> Any:
                 steps += 1
             for b in range(0, count, LANES):
                 finish(s, b)
-            copy_numbers(s, RATE, count, mus, i)
-        return DONE
+            if weigh:
+                call_weigher(weigh, leaves, i, stop, s)
+            else:
+                copy_numbers(s, RATE, count, mus, i)
+        return i1
 
     return solve
 
 
-# --- writing ------------------------------------------------------------------------
-
-
-@cache
-def weigh_kernel(data: Codec, metric: Codec, run: int, form: Format | None, metric_form: Format | None) -> Any:
-    """The kernel that multiplies every element by ``h / (h + mu)``, for blocks [i0, i1).
-
-    `run` is the adjacent elements of a block where the blocks of array and metric lie line by line, in these formats,
-    else 0.
-    """
-    scale, weight = data.scale, metric.value
-
-    if form is not None and metric_form is not None and form.bits >= 32:
-        weigh_line = vector_shrinkage.weigh(form, metric_form, False)
-        weigh_rest = vector_shrinkage.weigh(form, metric_form, True)
-
-        @merged
-        def weigh_elements(x: Any, x_at: int, h: Any, h_at: int, mu: Any, count: int) -> None:
-            make_small()
-            whole = count - count % LANES
-            for k in range(0, whole, LANES):
-                weigh_line(x, x_at + k, h, h_at + k, mu, k, LANES)
-            if whole < count:
-                weigh_rest(x, x_at + whole, h, h_at + whole, mu, whole, count - whole)
-    else:
-
-        @merged
-        def weigh_elements(x: Any, x_at: int, h: Any, h_at: int, mu: Any, count: int) -> None:
-            for k in range(count):
-                c = weight(h, h_at + k)
-                scale(x, x_at + k, c / (c + mu[np.uintp(k)]))
-
-    @kernel
-    def weigh_lines(
-        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, total: int, mus: Any, mu: Any,
-    ) -> None:  # fmt: skip
-        x_width, h_width, size = x_grid[0, -1], h_grid[0, -1], STRIP
-        i = i0
-        while i < i1:
-            stop = least(
-                least(i1, i + greatest(1, size // run)), least(i + x_width - i % x_width, i + h_width - i % h_width)
-            )
-            x_at, h_at, length = x_origin + place(i, x_grid), h_origin + place(i, h_grid), (stop - i) * run
-            for b in range(stop - i):
-                spread(mus, i + b, mu, b * run, least(run, size))
-            for e in range(0, total, run):
-                x_first, h_first = x_at + place(e, x_elements), h_at + place(e, h_elements)
-                for c in range(0, length, size):
-                    weigh_elements(x, x_first + c, h, h_first + c, mu, least(size, length - c))
-            i = stop
-
-    @kernel
-    def weigh_blocks(
-        x: Any, x_origin: int, x_grid: Any, x_elements: Any, h: Any, h_origin: int, h_grid: Any, h_elements: Any,
-        i0: int, i1: int, total: int, mus: Any, mu: Any,
-    ) -> None:  # fmt: skip
-        for i in range(i0, i1):
-            x_at, h_at = x_origin + place(i, x_grid), h_origin + place(i, h_grid)
-            for e in range(total):
-                c = weight(h, h_at + place(e, h_elements))
-                scale(x, x_at + place(e, x_elements), c / (c + mus[i]))
-
-    return weigh_lines if run else weigh_blocks
+@kernel
+def weigh_blocks(weigh: int, leaves: Any, i0: int, i1: int, mus: Any, s: Any) -> None:
+    """Multiply the elements of blocks [i0, i1) by ``h / (h + mu)``, with the mu of each block."""
+    for i in range(i0, i1, WIDTH):
+        stop = least(i1, i + WIDTH)
+        copy_numbers(mus, i, stop - i, s, RATE)
+        call_weigher(weigh, leaves, i, stop, s)

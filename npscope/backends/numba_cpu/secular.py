@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from npscope.backends import CONDITIONER_RANGE
 from npscope.backends.numba_cpu.lanes import Lanes, choose
 from npscope.backends.numba_cpu.vectors import (
     INT32,
@@ -23,11 +21,9 @@ from npscope.backends.numba_cpu.vectors import (
     Builder,
     Value,
     broadcast,
-    call,
     first_lanes,
     splat,
     step,
-    vector_of,
 )
 
 WIDTH = 128
@@ -118,38 +114,23 @@ def _inverses(numbers: Sequence[Lanes]) -> list[Lanes]:
 
 @cache
 def measure() -> Any:
-    """``(v, i, h, j, rows, k, first, stop, pitch, left)``: sums of (h v) ** 2, v ** 2 and (h v) ** 2 h.
+    """``(v, i, h, j, rows, k, first, stop, pitch)``: sums of (h v) ** 2, v ** 2 and (h v) ** 2 h.
 
-    Of the `left` first of `LANES` blocks, over their elements [first, stop), in rows of planes that lie `pitch` apart;
-    added to those of earlier elements. Returns how many blocks have numbers in h outside of `CONDITIONER_RANGE`.
+    Of `LANES` blocks, over their elements [first, stop), in rows of planes that lie `pitch` apart; added to those of
+    earlier elements.
     """
 
-    def emit(
-        b: Builder, v: Value, h: Value, start: Value, first: Value, stop: Value, pitch: Value, left: Value
-    ) -> Value:
-        # As bits, which order like positive numbers; NaN, zeros and negative ones come behind all others.
-        bits = 64 if h.type.pointee == _DOUBLE else 32
-        number, word = np.dtype(f"f{bits // 8}"), np.dtype(f"u{bits // 8}")
-        ends = CONDITIONER_RANGE if bits == 64 else (np.finfo(number).smallest_subnormal, np.finfo(number).max)
-        low, high = (int(end) for end in np.array(ends, dtype=number).view(word))
-        keys = vector_of(bits, LANES)
+    def take(so_far: list[Lanes], x: list[Lanes], c: list[Lanes]) -> list[Lanes]:
+        wide, weight = x[0].to(_DOUBLE), c[0].to(_DOUBLE)
+        p = weight * wide
+        p = p * p
+        return [so_far[0] + p, wide.times_plus(wide, so_far[1]), p.times_plus(weight, so_far[2])]
 
-        def take(so_far: list[Lanes], x: list[Lanes], c: list[Lanes]) -> list[Lanes]:
-            key = b.sub(b.bitcast(c[0].value, keys), splat(keys, low))
-            most = call(b, f"llvm.umax.v{LANES}i{bits}", keys, [so_far[3].value, key])
-            wide, weight = x[0].to(_DOUBLE), c[0].to(_DOUBLE)
-            p = weight * wide
-            p = p * p
-            plain, cubes = wide.times_plus(wide, so_far[1]), p.times_plus(weight, so_far[2])
-            return [so_far[0] + p, plain, cubes, Lanes(b, most)]
-
+    def emit(b: Builder, v: Value, h: Value, start: Value, first: Value, stop: Value, pitch: Value) -> None:
         zeros = splat(ir.VectorType(_DOUBLE, LANES), 0.0)
-        *sums, most = _add_up(b, (v, h), b.sub(stop, first), pitch, [zeros, zeros, zeros, splat(keys, 0)], 1, take)
-        _add_to(_Rows(b, start), first, sums)
-        outside = Lanes(b, b.icmp_unsigned(">", most.value, splat(keys, high - low)))
-        return (outside & Lanes(b, first_lanes(b, left, LANES))).count()
+        _add_to(_Rows(b, start), first, _add_up(b, (v, h), b.sub(stop, first), pitch, [zeros] * 3, 1, take))
 
-    return step(emit, 10, types.int64)
+    return step(emit, 9)
 
 
 @cache

@@ -20,9 +20,9 @@ from npscope.backends.numba_cpu.operands import (
     competitors,
     ranges,
 )
-from npscope.backends.numba_cpu.vectors import LANES
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
-from npscope.errors import ConvergenceError, SpecError
+from npscope.dtypes import kind_of
+from npscope.errors import ConvergenceError
 from npscope.tiling import Leaf, Part, Parts, axis_cut
 
 
@@ -30,17 +30,13 @@ def shrink(
     target: Parts, thresholds: Sequence[Leaf], conditioners: Parts | None, max_iter: int, rtol: float
 ) -> Sequence[np.ndarray]:
     """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
+    metrics: Sequence[Metric | None] = [None] * len(target) if conditioners is None else list(map(Metric, conditioners))
     # Norms are read where the elements are now, which for a target with an origin is there.
     read = [tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in part) for part in target]
-    try:
-        jobs = [
-            _job(source, part, thresholds[p], None if conditioners is None else conditioners[p], max_iter, rtol)
-            for p, (source, part) in enumerate(zip(competitors(read), target, strict=True))
-        ]
-    except ConvergenceError:
-        for leaf in (leaf for metric in conditioners or () for leaf in metric):
-            require_conditioner(leaf.array)  # which may be what kept the iteration from its end
-        raise
+    jobs = [
+        _job(source, part, t, metric, max_iter, rtol)
+        for source, part, t, metric in zip(competitors(read), target, thresholds, metrics, strict=True)
+    ]
     fill(target)
     for run in jobs:
         run()
@@ -48,35 +44,48 @@ def shrink(
 
 
 def _job(
-    source: Competitors, part: Part, thresholds: Leaf, conditioners: Part | None, max_iter: int, rtol: float
+    source: Competitors, part: Part, thresholds: Leaf, metric: Metric | None, max_iter: int, rtol: float
 ) -> Callable[[], None]:
     """The job that shrinks a part, whose elements are those of `source` by then."""
-    written = [Operand(leaf, like) for leaf, like in zip(part, source.leaves, strict=True)]
-    metric = None if conditioners is None else [
-        Operand(h, like) for h, like in zip(conditioners, source.leaves, strict=True)
-    ]  # fmt: skip
+    written = Competitors(part)
     if source.elements == 1:
-        if metric is not None:
-            require_conditioner(metric[0].array)
-        return soften_job(source, thresholds, written[0], metric[0] if metric else None)
+        x = written.leaves[0]
+        return soften_job(source, thresholds, x, None if metric is None else Operand(metric.leaves[0], x))
     if metric is None:
-        return shrink_job(source, Competitors(part), thresholds)
+        return shrink_job(source, written, thresholds)
     return conditioned_job(source, written, thresholds, metric, max_iter, rtol)
 
 
-def require_conditioner(h: np.ndarray) -> None:
-    """SpecError unless every entry of `h` is in `CONDITIONER_RANGE`."""
+class Metric:
+    """The diagonal metric of a part. SpecError unless every entry is in `CONDITIONER_RANGE`."""
+
+    def __init__(self, part: Part) -> None:
+        self.leaves = part
+        ends = [_ends(leaf.array) for leaf in part]
+        self.span = max([most for _, most in ends]) / min([least for least, _ in ends])
+
+
+def _ends(h: np.ndarray) -> tuple[float, float]:
+    """The least and the largest entry of a conditioner, or SpecError; of an empty one 1 and 1."""
+    if h.size == 0:
+        return 1.0, 1.0
     numbers = Operand(Leaf(h, axis_cut(h.shape, None)))
-    count_outside = nk.count_outside(numbers, *CONDITIONER_RANGE)
-    found: list[int] = []
+    form = None if numbers.layout is None else numbers.layout.form
+    find = conditioned.ends_kernel(numbers.codec, form)
+    found: list[np.ndarray] = []
 
-    def count(slot: int, i0: int, i1: int) -> None:
-        found.append(count_outside(i0, i1))
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        found[:] = [np.asarray([np.iinfo(np.uint64).max, 0], dtype=np.uint64) for _ in range(slots)]
+        return lambda slot, i0, i1: find(*numbers.where, i0, i1, found[slot])
 
-    ranges(h.size, 1, lambda slots, length: count, workspace=1)()
-    if any(found):
+    ranges(h.size, 1, make_work, workspace=0, piece=STRIPS_ELEMENTS)()
+    bits = np.asarray([min(least for least, _ in found), max(most for _, most in found)])
+    ends = bits.view(np.float64) if form is None else bits.astype(f"u{h.itemsize}").view(h.dtype)
+    least, most = map(float, ends)
+    if not CONDITIONER_RANGE[0] <= least <= most <= CONDITIONER_RANGE[1]:
         with np.errstate(invalid="ignore"):
             raise conditioner_error(float(h.min()), float(h.max()))
+    return least, most
 
 
 def _thresholds(thresholds: Leaf, part: Competitors) -> nk.Numbers:
@@ -89,7 +98,6 @@ def in_place(
     part: Competitors,
     run: Callable[..., None],
     *make_buffers: Callable[[], Any],
-    shielded: bool = False,
     piece: int = STRIPS_ELEMENTS,
 ) -> Callable[[], None]:
     """The job of ``run(i0, i1, *buffers)`` on all blocks, each thread with its own buffers."""
@@ -98,7 +106,7 @@ def in_place(
         buffers = [[make() for make in make_buffers] for _ in range(slots)]
         return lambda slot, i0, i1: run(i0, i1, *buffers[slot])
 
-    return ranges(part.total, part.elements, make_work, workspace=0, piece=piece, shielded=shielded)
+    return ranges(part.total, part.elements, make_work, workspace=0, piece=piece)
 
 
 def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand | None) -> Callable[[], None]:
@@ -140,69 +148,75 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
     return norm_ranges(source, 2.0, make_use, shielded=written.spans_leaves)
 
 
-def conditioned_job(
-    source: Competitors,
-    written: list[Operand],
-    thresholds: Leaf,
-    metric: list[Operand],
-    max_iter: int,
-    rtol: float,
-) -> Callable[[], None]:
-    """Solve every block now, before anything is written; the job then writes."""
-    total, elements = source.total, source.elements
-    mus = np.empty(total)
-    pairs = tuple((x.codec, x.layout, h.codec, h.layout) for x, h in zip(source.leaves, metric, strict=True))
-    leaves = tuple((*x.where, *h.where, x.size) for x, h in zip(source.leaves, metric, strict=True))
-    narrow, looks = source.norm.itemsize == 4, [0]
-    single = all(leaf.kind is not None and leaf.kind.rounds_correctly for leaf in (*source.leaves, *metric))
-    plane = np.dtype(np.float32 if single else np.float64)
-    solve, deal = conditioned.solve_kernel(narrow, single), conditioned.dealer_address(pairs, leaves, plane)
-    t, near, pitch = (
-        _thresholds(thresholds, source),
-        conditioned.near_enough(rtol, single),
-        conditioned.strip_pitch(elements),
-    )
+EASY_SPAN, EASY_STEPS, MANY_STEPS = 1e8, 20, 1000
+"""Where the entries of a metric differ by this factor at most, so many steps suffice: 16 were the most ever seen.
 
-    def solve_range(i0: int, i1: int, v: np.ndarray, h: np.ndarray, s: np.ndarray, limits: np.ndarray) -> None:
-        works = (leaves, i0, i1, t, elements, pitch, max_iter, *near, v, h, s, limits, mus)
-        found = solve(deal, *looks, *works)
-        if found == conditioned.LOOK_CLOSER:
-            looks[:] = [conditioned.looker_address(source.exact, narrow, leaves, thresholds.array.dtype, plane)]
-            found = solve(deal, *looks, *works)
-        if found == conditioned.OUTSIDE:
-            for leaf in metric:
-                require_conditioner(leaf.array)
-            raise SpecError("a conditioner changed while it was read; it must stay as it is until the call returns")
-        if found == conditioned.TOO_MANY_STEPS:
-            raise ConvergenceError(
-                f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
-            )
+MANY_STEPS is a limit that nothing reaches, but arrays that another thread changes meanwhile.
+"""
+
+
+def conditioned_job(
+    source: Competitors, written: Competitors, thresholds: Leaf, metric: Metric, max_iter: int, rtol: float
+) -> Callable[[], None]:
+    """The job that shrinks blocks in a metric, and cannot fail.
+
+    A strip of blocks is written as soon as it is solved. Only where an iteration might not end in time, all blocks
+    are solved now, before anything is written.
+    """
+    if metric.span <= EASY_SPAN and max_iter >= EASY_STEPS:
+        return _solver(written, thresholds, metric, MANY_STEPS, rtol, None)
+    mus = np.empty(source.total)
+    _solver(source, thresholds, metric, max_iter, rtol, mus)()
+    leaves, pairs = _with_metric(written, metric)
+    weigh = conditioned.weigher_address(pairs)
+    return in_place(written, lambda i0, i1, s: conditioned.weigh_blocks(weigh, leaves, i0, i1, mus, s), _work)
+
+
+def _with_metric(part: Competitors, metric: Metric) -> tuple[tuple[Any, ...], tuple[conditioned.Pair, ...]]:
+    """The leaves of a part and of its metric as kernels take them, and how their elements are read."""
+    both = [(x, Operand(h, x)) for x, h in zip(part.leaves, metric.leaves, strict=True)]
+    leaves = tuple([(*x.where, *h.where, x.size) for x, h in both])
+    return leaves, tuple([(x.codec, x.layout, h.codec, h.layout) for x, h in both])
+
+
+def _work() -> np.ndarray:
+    """The numbers of a strip of blocks."""
+    return np.empty(secular.ROWS * secular.DISTANCE)
+
+
+def _solver(
+    part: Competitors, thresholds: Leaf, metric: Metric, max_iter: int, rtol: float, mus: np.ndarray | None
+) -> Callable[[], None]:
+    """The job that solves every block of a part: it finds `mus`, or where there are none shrinks the blocks."""
+    elements, narrow, looks = part.elements, part.norm.itemsize == 4, [0]
+    leaves, pairs = _with_metric(part, metric)
+    dtypes = {x.array.dtype for x in part.leaves} | {h.array.dtype for h in metric.leaves}
+    single = all(kind_of(dtype).rounds_correctly for dtype in dtypes)
+    plane = np.dtype(np.float32 if single else np.float64)
+    solve, deal = conditioned.solve_kernel(narrow, single), conditioned.dealer_address(pairs, elements, plane)
+    weigh, found = (conditioned.weigher_address(pairs), np.empty(0)) if mus is None else (0, mus)
+    near, pitch = conditioned.near_enough(rtol, single), conditioned.strip_pitch(elements)
+    t = _thresholds(thresholds, part)
+
+    def solve_range(i: int, stop: int, *works: np.ndarray) -> None:
+        while i < stop:
+            i = solve(deal, *looks, weigh, leaves, i, stop, t, elements, pitch, max_iter, *near, found, *works)
+            if i == conditioned.TOO_MANY_STEPS:
+                raise ConvergenceError(
+                    f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
+                )
+            if i < stop:
+                looks[:] = [conditioned.looker_address(part.exact, narrow, pairs, thresholds.array.dtype, plane)]
 
     def planes() -> np.ndarray:
         return np.empty(conditioned.plane_numbers(elements), dtype=plane)
 
-    in_place(
-        source,
+    return in_place(
+        part,
         solve_range,
         planes,
         planes,
-        lambda: np.empty(secular.ROWS * secular.DISTANCE),
+        _work,
         lambda: nk.room_for(t, secular.WIDTH, thresholds.array.dtype),
         piece=SOLVE_ELEMENTS,
-    )()
-
-    weighs = [_weigh(x, h) for x, h in zip(written, metric, strict=True)]
-
-    def write(i0: int, i1: int, mu: np.ndarray) -> None:
-        for weigh in weighs:
-            weigh(i0, i1, mus, mu)
-
-    return in_place(source, write, lambda: np.empty(conditioned.STRIP + LANES), shielded=source.spans_leaves)
-
-
-def _weigh(x: Operand, h: Operand) -> Callable[..., None]:
-    if x.layout is not None and h.layout is not None and x.layout.run == h.layout.run:
-        weigh = conditioned.weigh_kernel(x.codec, h.codec, x.layout.run, x.layout.form, h.layout.form)
-    else:
-        weigh = conditioned.weigh_kernel(x.codec, h.codec, 0, None, None)
-    return lambda i0, i1, *numbers: weigh(*x.where, *h.where, i0, i1, x.size, *numbers)
+    )

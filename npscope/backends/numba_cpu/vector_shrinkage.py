@@ -6,17 +6,22 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from npscope.backends.numba_cpu.vectors import (
+    INT32,
     LANES,
     LINE,
     Builder,
     Format,
     Value,
+    call,
     first_lanes,
     load,
     load_masked,
     prefetch,
+    rounded_to,
+    shuffle,
     single_of,
     splat,
     step,
@@ -53,14 +58,19 @@ def soften(form: Format) -> Any:
 
 
 @cache
-def weigh(form: Format, metric: Format, partial: bool) -> Any:
-    """``weigh(array, i, h, j, mus, k, left)``: `LANES` elements, float32 or float64, become ``h / (h + mu)`` of them.
+def weigh(form: Format, metric: Format, run: int, partial: bool) -> Any:
+    """``weigh(array, i, h, j, mus, k, left)``: `LANES` elements, floats of 16 bits and more, times ``h / (h + mu)``.
 
-    +0.0 where mu is infinite; where it is 0 they stay. Only the `left` first of them if `partial`.
+    Each `run` of them have one mu. +0.0 where that is infinite; where it is 0 they stay. Only the `left` first of them
+    if `partial`.
     """
     bits, metric_bits = vector_of(form.bits, LANES), vector_of(metric.bits, LANES)
-    number = ir.VectorType(ir.FloatType() if form.bits == 32 else ir.DoubleType(), LANES)
-    double = ir.VectorType(ir.DoubleType(), LANES)
+    single, double = (ir.VectorType(element, LANES) for element in (ir.FloatType(), ir.DoubleType()))
+    owners = [i // run for i in range(LANES)]
+    few = ir.VectorType(ir.DoubleType(), 1 << owners[-1].bit_length())
+
+    def wide(b: Builder, number: Value, form: Format) -> Value:
+        return b.bitcast(number, double) if form.bits == 64 else b.fpext(single_of(b, number, form, "keep"), double)
 
     def emit(b: Builder, array: Value, h: Value, mus: Value, left: Value) -> None:
         if partial:
@@ -70,20 +80,47 @@ def weigh(form: Format, metric: Format, partial: bool) -> Any:
             prefetch(b, array, LANES * form.bits // 8)
             prefetch(b, h, LANES * metric.bits // 8)
             x, weights = load(b, array, bits), load(b, h, metric_bits)
-        if metric.bits == 64:
-            c = b.bitcast(weights, double)
-        else:
-            c = b.fpext(single_of(b, weights, metric, "keep"), double)
-        mu = b.load(b.bitcast(mus, double.as_pointer()), align=8)
+        c, mu = wide(b, weights, metric), shuffle(b, b.load(b.bitcast(mus, few.as_pointer()), align=8), owners)
         factor = b.fdiv(c, b.fadd(c, mu))
-        wide = b.bitcast(x, number) if form.bits == 64 else b.fpext(b.bitcast(x, number), double)
-        product = b.fmul(wide, factor)
-        product = b.bitcast(product if form.bits == 64 else b.fptrunc(product, number), bits)
-        product = b.select(b.fcmp_ordered("==", factor, splat(double, 0.0)), splat(bits, 0), product)
-        product = b.select(b.fcmp_ordered("==", factor, splat(double, 1.0)), x, product)
+        product = b.fmul(wide(b, x, form), factor)
+        found = b.bitcast(product, bits) if form.bits == 64 else rounded_to(b, b.fptrunc(product, single), form)
+        found = b.select(b.fcmp_ordered("==", factor, splat(double, 0.0)), splat(bits, 0), found)
+        found = b.select(b.fcmp_ordered("==", factor, splat(double, 1.0)), x, found)
         if partial:
-            store_masked(b, product, array, mask)
+            store_masked(b, found, array, mask)
         else:
-            store(b, product, array)
+            store(b, found, array)
 
     return step(emit, 7)
+
+
+@cache
+def ends(form: Format) -> Any:
+    """``ends(array, i, count, found, j)``: the least and the largest of `count` bit patterns, with two found before.
+
+    As unsigned integers.
+    """
+    bits, word = vector_of(form.bits, form.lanes), ir.IntType(64)
+    suffix, extremes = f"v{form.lanes}i{form.bits}", {"umin": splat(bits, -1), "umax": splat(bits, 0)}
+
+    def emit(b: Builder, array: Value, count: Value, found: Value) -> None:
+        so_far = {name: cgutils.alloca_once_value(b, neutral) for name, neutral in extremes.items()}
+
+        def take(name: str, numbers: Value) -> None:
+            b.store(call(b, f"llvm.{name}.{suffix}", bits, [b.load(so_far[name]), numbers]), so_far[name])
+
+        whole = b.and_(count, count.type(-form.lanes))
+        with cgutils.for_range_slice(b, whole.type(0), whole, whole.type(form.lanes)) as (i, _):
+            line = b.gep(array, [i])
+            prefetch(b, line, LINE)
+            for name in extremes:
+                take(name, load(b, line, bits))
+        mask = first_lanes(b, b.sub(count, whole), form.lanes)
+        rest = load_masked(b, b.gep(array, [whole]), bits, mask)
+        for slot, (name, neutral) in enumerate(extremes.items()):
+            take(name, b.select(mask, rest, neutral))
+            extreme = call(b, f"llvm.vector.reduce.{name}.{suffix}", bits.element, [b.load(so_far[name])])
+            place = b.gep(found, [INT32(slot)])
+            b.store(call(b, f"llvm.{name}.i64", word, [b.load(place), b.zext(extreme, word)]), place)
+
+    return step(emit, 5)

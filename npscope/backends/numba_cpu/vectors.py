@@ -279,6 +279,27 @@ def single_of(b: Builder, bits: Value, form: Format, sign: Sign = "drop") -> Val
     return b.select(special, b.bitcast(b.or_(moved, splat(wide, 0x7F800000)), single), scaled)
 
 
+def rounded_to(b: Builder, single: Value, form: Format) -> Value:
+    """Floats of 16 or 32 bits, rounded to nearest from float32 that is neither NaN nor beyond them."""
+    wide = vector_of(32, single.type.count)
+    bits, narrow_bits = b.bitcast(single, wide), vector_of(form.bits, wide.count)
+    if form.name == "float32":
+        return bits
+    dropped = {"bfloat16": 16, "float16": 13}[form.name]
+    odd = b.and_(b.lshr(bits, splat(wide, dropped)), splat(wide, 1))
+    half = b.add(odd, splat(wide, (1 << (dropped - 1)) - 1))
+    if form.name == "bfloat16":
+        return b.trunc(b.lshr(b.add(bits, half), splat(wide, dropped)), narrow_bits)
+    side = b.and_(b.lshr(bits, splat(wide, 16)), splat(wide, 1 << 15))
+    size = b.and_(bits, splat(wide, (1 << 31) - 1))
+    normal = b.lshr(b.sub(b.add(size, half), splat(wide, 112 << 23)), splat(wide, dropped))
+    # A subnormal number is rounded where it belongs by adding 0.5.
+    shifted = b.fadd(b.bitcast(size, single.type), splat(single.type, 0.5))
+    small = b.sub(b.bitcast(shifted, wide), splat(wide, 126 << 23))
+    found = b.select(b.icmp_unsigned("<", size, splat(wide, 113 << 23)), small, normal)
+    return b.trunc(b.or_(side, found), narrow_bits)
+
+
 def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
     """A power of two of adjacent vectors, dealt out: plane p holds every element at p modulo their number."""
     if len(vectors) == 1:
@@ -349,13 +370,3 @@ def _masked(b: Builder, name: str, vector: Any, result: Any, args: Sequence[Valu
 
 copy_numbers = step(_copy, 5)
 """``copy_numbers(source, i, count, target, j)``: `count` numbers of one type from an array to another."""
-
-
-def _spread(b: Builder, number: Value, target: Value, count: Value) -> None:
-    value = broadcast(b, b.load(number), LANES)
-    with cgutils.for_range_slice(b, count.type(0), count, count.type(LANES)) as (i, _):
-        b.store(value, b.bitcast(b.gep(target, [i]), value.type.as_pointer()), align=4)
-
-
-spread = step(_spread, 5)
-"""``spread(numbers, i, target, j, count)``: one number `count` times, and up to `LANES` - 1 times more."""
