@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -183,15 +184,20 @@ def norm_ranges(
 def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.ndarray:
     """Norm of every block: ``(S, n)`` in the norm's dtype, in `out` if given."""
     measured = competitors(parts)
+    blocks = [part.blocks for part in measured]
     result = out
     if result is None:
-        shape = measured[0].cut.scopes, sum(part.blocks for part in measured)
-        result = np.empty(shape, max(part.norm for part in measured))
-    start = 0
-    for part, plain in zip(parts, measured, strict=True):
-        norms_into(part, plain, float(ord or 2), result[:, start : start + plain.blocks])
-        start += plain.blocks
+        result = np.empty((measured[0].cut.scopes, sum(blocks)), max([part.norm for part in measured]))
+    # A view of the whole table would be a twentieth of a small call.
+    columns = [result] if len(blocks) == 1 else _columns(result, blocks)
+    for part, plain, place in zip(parts, measured, columns, strict=True):
+        norms_into(part, plain, float(ord or 2), place)
     return result
+
+
+def _columns(table: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """So many columns of a table for each part."""
+    return [table[:, end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
 
 
 @lru_cache(maxsize=2048)
@@ -215,17 +221,19 @@ def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) 
     # Parts may have norms of another precision than the table.
     in_order = cut is plain.cut and columns.flags.c_contiguous and columns.dtype == plain.norm
     walked = plain if cut is plain.cut else Competitors((Leaf(array, cut),))
-    flat, table = (columns.reshape(-1), None) if in_order else (None, Operand(Leaf(columns, places)))
     make_norms, piece = norms_of(walked, ord)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [make_norms(0 if in_order and piece == STRIPS_ELEMENTS else length) for _ in range(slots)]
+        if in_order:
+            dense = columns.reshape(-1)
+            return lambda slot, i0, i1: works[slot].fill_into(i0, i1, dense[i0:i1])
+        table = Operand(Leaf(columns, places))
 
         def work(slot: int, i0: int, i1: int) -> None:
-            norm = works[slot].norm[: i1 - i0] if flat is None else flat[i0:i1]
+            norm = works[slot].norm[: i1 - i0]
             works[slot].fill_into(i0, i1, norm)
-            if table is not None:
-                nk.scatter(norm, i0, i1, table.buffer, table.origin, table.grid)
+            nk.scatter(norm, i0, i1, table.buffer, table.origin, table.grid)
 
         return work
 
