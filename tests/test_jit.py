@@ -14,9 +14,12 @@ numba = pytest.importorskip("numba")
 
 from numba import types  # noqa: E402
 
+from npscope.backends.numba_cpu import conditioned, shrinkage  # noqa: E402
 from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly  # noqa: E402
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, standalone  # noqa: E402
 from npscope.backends.numba_cpu.nests import length_of, place  # noqa: E402
+from npscope.backends.numba_cpu.operands import Competitors  # noqa: E402
+from npscope.tiling import Leaf, array_cut  # noqa: E402
 
 
 @standalone
@@ -138,3 +141,42 @@ def test_exact_sums_round_as_fractions_do(terms, square):
     assert exact_root(numbers, below, square, sums) == expected
     units = sum(int(np.uint64(word)) << (64 * i) for i, word in enumerate(sums.view(np.uint64)))
     assert units == exact * 2 ** (300 if square else 150)
+
+
+def unaligned(x):
+    place = np.empty(x.nbytes + 1, dtype=np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    place[...] = x
+    return place
+
+
+def read_only(x):
+    y = x.copy()
+    y.flags.writeable = False
+    return y
+
+
+LAYOUTS = {
+    "C": np.copy,
+    "F": np.asfortranarray,
+    "negative": lambda x: x[::-1, ::-1],
+    "strided": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+    "foreign": lambda x: x.astype(x.dtype.newbyteorder()),
+    "unaligned": unaligned,
+    "read-only": read_only,
+    "broadcast": lambda x: np.broadcast_to(x[:1], x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["float16", "float64", "complex64", "int8", "uint64"])
+def test_leaves_have_the_types_for_which_the_code_is_that_they_are_given_to(layout, name):
+    """Nothing else checks what is called at an address."""
+    x, h = np.ones((2, 6, 8), dtype=name), np.ones((6, 8), dtype=np.float32 if name == "complex64" else name)
+    cut, _, _ = array_cut((6, 8), (2, 4), ())
+    changed = LAYOUTS[layout]
+    part = tuple(Leaf(changed(leaf) if layout != "read-only" else leaf, cut) for leaf in x)
+    metric = shrinkage.Metric(tuple(Leaf(changed(h), cut) for _ in part))
+    leaves, pairs = shrinkage._with_metric(Competitors(part), metric)
+    assert numba.typeof(leaves) == conditioned._types_of(pairs)
+    one, first = shrinkage._with_metric(Competitors(part[:1]), shrinkage.Metric(metric.leaves[:1]))
+    assert numba.typeof(one) == conditioned._types_of(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -372,10 +373,44 @@ def test_strips_with_odd_blocks(xp, rng, name):
     assert_shrunk(got, x, (1, 4), t, h)
 
 
+def test_easy_metrics_need_no_more_steps_than_they_may_take(rng, monkeypatch):
+    """What is solved and written at once cannot fail: here it would, as metrics beyond do."""
+    shrinkage = pytest.importorskip("npscope.backends.numba_cpu.shrinkage")
+    span, steps = shrinkage.EASY_SPAN, shrinkage.EASY_STEPS
+    monkeypatch.setattr(shrinkage, "EASY_SPAN", 0.0)
+    for name, size in itertools.product(("float32", "float64"), (2, 3, 8, 16)):
+        shape, half = (4000, size), math.log10(span) / 2
+        exponents = [rng.uniform(-half, half, shape), rng.choice([-half, half], shape), np.full(shape, -half)]
+        exponents[2][:, 0] = half
+        for exponent in (*exponents, -exponents[2], np.linspace(-half, half, size) * np.ones((4000, 1))):
+            h = 10**exponent
+            x = rng.standard_normal(shape) / h ** rng.uniform(0, 2, (4000, 1))
+            norms = np.sqrt(((h * x) ** 2).sum(1, keepdims=True))
+            share = 10 ** rng.uniform(-9, 0, norms.shape)
+            t = norms * rng.choice([share, 1 - share])
+            got = npscope.soft_threshold(x.astype(name), t.astype(name), (1, -1), conditioner=h, max_iter=steps)
+            assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_blocks_do_not_depend_on_their_neighbours(rng, name):
+    """Which strip a block is in, with one that needs a closer look or without, depends on the number of threads."""
+    x, h = rng.standard_normal((512, 1024)).astype(name), rng.uniform(0.5, 2, (512, 1024)).astype(np.float32)
+    norms = np.sqrt(((h * x.astype(np.float64)) ** 2).reshape(512, -1, 8).sum(2))
+    t = np.where(rng.random(norms.shape) < 0.01, norms * (1 - 1e-8), norms / 3)
+    results = []
+    for threads in (1, 2, 3, 5):
+        with npscope.config(threads=threads):
+            results.append(npscope.soft_threshold(x, t, (1, 8), conditioner=h))
+    alone = npscope.soft_threshold(x[:3], t[:3], (1, 8), conditioner=h[:3])
+    assert same_bits(alone, results[0][:3])
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("place", [0, 700, 4999])
 @pytest.mark.parametrize("span", [1.0, 1e9])
 def test_an_odd_block_far_into_an_array(rng, place, span):
-    """One that needs a closer look, which the kernel stops for: what is written before it is not written again."""
+    """One that needs a closer look, in a strip that is written after others."""
     x = rng.standard_normal((5000, 4)).astype(np.float32)
     h = np.full_like(x, span)
     h[:, 0] = 1

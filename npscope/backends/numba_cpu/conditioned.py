@@ -14,22 +14,13 @@ import numpy as np
 from numba import types
 
 from npscope.backends.numba_cpu import planes, secular, vector_shrinkage
-from npscope.backends.numba_cpu.arithmetic import round_root, two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.nests import NEST, place
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import bits_of, greatest, least
-from npscope.backends.numba_cpu.secular import (
-    ACTIVE,
-    MEAN,
-    NORM,
-    RATE,
-    SPREAD,
-    UNIT,
-    WIDTH,
-)
+from npscope.backends.numba_cpu.secular import RATE, WIDTH
 from npscope.backends.numba_cpu.vectors import LANES, Format, copy_numbers
 
 # --- looking at the metric ----------------------------------------------------------
@@ -280,21 +271,6 @@ def weigher_address(pairs: tuple[Pair, ...]) -> int:
 
 # --- solving ------------------------------------------------------------------------
 
-SAFE_TOP, SAFE_UNIT = 2.0**450, 2.0**600
-"""Numbers within [1 / SAFE_TOP, SAFE_TOP] may be squared and summed; SAFE_UNIT brings any other there."""
-
-BEYOND = (2.0**128 - 2.0**103) ** 2
-"""Squares of norms from here on round to infinity in float32; exact in float64."""
-
-
-@inner
-def _safe_unit(top: float) -> float:
-    """A power of two that brings `top` where it may be squared; 1 where it already is."""
-    if top > SAFE_TOP:
-        return 1.0 / SAFE_UNIT
-    return SAFE_UNIT if 0.0 < top < 1.0 / SAFE_TOP else 1.0
-
-
 BENDING = 2
 """Steps by Halley's method, whose error is the cube of Newton's start; with ordinary metrics none follow."""
 
@@ -312,114 +288,24 @@ def near_enough(rtol: float, single: bool) -> tuple[float, float]:
     return min(math.sqrt(accuracy / 2), most), min(math.cbrt(accuracy / 8), most)
 
 
-TOO_MANY_STEPS = -1
-"""What a `solve_kernel` returns instead of a block."""
-
-_call_looker = caller(11, types.int64)
-
-
 @cache
-def _looker(exact: bool, narrow: bool) -> Any:
-    """``look(deal, leaves, i, stop, total, chunk, limits, v, h, pitch, s)``: decide on the blocks that need it.
-
-    On those of a strip, by sums that neither overflow nor round amiss. Returns how many blocks are active then.
-    """
-    begin = secular.begin()
-
-    @standalone
-    def look_at(
-        deal: int, leaves: Any, i: int, stop: int, b: int, total: int, chunk: int, limit: float, v: Any, h: Any,
-        pitch: int, s: Any,
-    ) -> None:  # fmt: skip
-        make_small()
-        top, widest, unit, scale = 0.0, 0.0, 1.0, 1.0
-        hi, low, size, size_low, squares, cubes = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        for turn in range(3):
-            for e0 in range(0, total, chunk):
-                e1 = least(total, e0 + chunk)
-                if chunk < total:
-                    _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
-                for k in range(b, (e1 - e0) * pitch, pitch):
-                    x, c = v[k] * unit, np.float64(h[k])
-                    if turn == 0:
-                        top = max(top, abs(x))
-                    elif turn == 1:
-                        widest = max(widest, c * abs(x))
-                        size, error = two_sum(size, x * x)
-                        size_low += error
-                    else:
-                        w = c * x * scale
-                        hi, error = two_sum(hi, w * w)
-                        low += error
-                        share = (c * x / widest) ** 2  # of numbers near 1, or the third power leaves the range
-                        squares += share
-                        cubes += share * c
-            if turn == 0:
-                unit = _safe_unit(top)
-                if top == 0.0 or np.isinf(top):
-                    break
-            elif turn == 1:
-                scale = _safe_unit(widest)
-        if narrow:
-            infinite = np.isinf(top) or (unit == 1.0 and (size - BEYOND) + size_low >= 0.0)
-        else:
-            infinite = np.isinf(top) or np.isinf(math.sqrt(size + size_low) / unit)
-        s[ACTIVE + b] = 0.0
-        if infinite:
-            s[RATE + b] = 0.0 if np.isinf(limit) else 1.0
-            return
-        norm = math.sqrt(hi + low) / scale
-        rounded = np.float64(round_root(hi, low)) if exact and scale == 1.0 else norm
-        if narrow:
-            rounded = np.float64(np.float32(rounded))
-        if rounded > limit * unit:
-            s[ACTIVE + b] = 1.0
-            s[UNIT + b], s[NORM + b] = unit, norm
-            s[MEAN + b], s[SPREAD + b] = cubes / squares, math.sqrt(size + size_low) / norm
-
-    @standalone
-    def look(
-        deal: int, leaves: Any, i: int, stop: int, total: int, chunk: int, limits: Any, v: Any, h: Any,
-        pitch: int, s: Any,
-    ) -> int:  # fmt: skip
-        make_small()
-        left, count = 0, stop - i
-        for b in range(count):
-            if s[ACTIVE + b] < 0.0:
-                look_at(deal, leaves, i, stop, b, total, chunk, np.float64(limits[b]), v, h, pitch, s)
-        for b in range(0, count, LANES):
-            left += begin(s, b, limits, b)
-        return left
-
-    return look
-
-
-@cache
-def looker_address(exact: bool, narrow: bool, pairs: tuple[Pair, ...], limit: np.dtype, plane: np.dtype) -> int:
-    """Where the code of a `_looker` is. Few problems need it, and it takes a third of a second to compile."""
-    limits, rows = array_of(limit), array_of(plane)
-    where = *[types.int64] * 4, limits, rows, rows, types.int64, array_of(np.float64)
-    return address_of(_looker(exact, narrow), types.int64, _types_of(pairs), *where, result=types.int64)
-
-
-@cache
-def solve_kernel(narrow: bool, single: bool) -> Any:
+def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
     """The kernel that solves the blocks [i0, i1) strip by strip, and multiplies their elements by ``h / (h + mu)``.
 
-    Zero blocks get an infinite mu, unchanged ones 0. `narrow`: norms are float32; `single`: planes are. `deal`, `look`
-    and `weigh` are the `dealer_address` of the leaves, their `looker_address` or 0, and their `weigher_address`, or 0
-    for `mus` to be written instead. Returns the first block that is not done: `i1`, or where a block needs a closer
-    look and `look` is 0; or `TOO_MANY_STEPS` where an iteration does not end.
+    Zero blocks get an infinite mu, unchanged ones 0. Norms are `exact`, `narrow` ones float32, and planes if they are
+    `single`. `deal` and `weigh` are the `dealer_address` of the leaves and their `weigher_address`, or 0 for `mus` to
+    be written instead. Returns whether all iterations ended.
     """
     measure, classify = secular.measure(), secular.classify(narrow)
+    look, turns, decide = secular.look(single), secular.looks(single), secular.decide(exact, narrow, single)
     sum_secular, advance, approach = secular.sum_secular(single), secular.advance(single), secular.approach()
-    finish = secular.finish()
+    begin, finish = secular.begin(), secular.finish()
 
     @kernel
     def solve(
-        deal: int, look: int, weigh: int, leaves: Any, i0: int, i1: int, t: Numbers, total: int,
+        deal: int, weigh: int, leaves: Any, i0: int, i1: int, t: Numbers, total: int,
         pitch: int, max_iter: int, near: float, near_halley: float, mus: Any, v: Any, h: Any, s: Any, limits: Any,
-    ) -> int:  # fmt: skip
+    ) -> bool:  # fmt: skip
         make_small()
         chunk = least(total, v.size // pitch)
         for i in range(i0, i1, pitch - LANES):
@@ -431,22 +317,29 @@ def solve_kernel(narrow: bool, single: bool) -> Any:
                 _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
                 for b in range(0, count, LANES):
                     measure(v, b, h, b, s, b, e0, e1, pitch)
-            left, closer = 0, False
+            closer = 0
             for b in range(0, count, LANES):
-                found = classify(s, b, limits, b, count - b)
-                left += found
-                closer |= found < 0
+                closer += classify(s, b, limits, b, count - b)
             if closer:
-                if look == 0:
-                    return i
-                left = _call_looker(look, deal, leaves, i, stop, total, chunk, limits, v, h, pitch, s)
+                for turn in range(turns):
+                    for e0 in range(0, total, chunk):
+                        e1 = least(total, e0 + chunk)
+                        if chunk < total:
+                            _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
+                        for b in range(0, count, LANES):
+                            look(v, b, h, b, s, b, e0, e1, pitch, turn)
+                for b in range(0, count, LANES):
+                    decide(s, b, limits, b)
+            left = 0
+            for b in range(0, count, LANES):
+                left += begin(s, b, limits, b)
             if single and left and chunk == total:
                 for b in range(0, count, LANES):
                     approach(v, b, h, b, s, b, total, pitch)
             steps = 0
             while left:
                 if steps == max_iter:
-                    return TOO_MANY_STEPS
+                    return False
                 bends = steps < BENDING
                 close, floor = near_halley if bends else near, 1.0 - near if steps <= BENDING else 0.0
                 for e0 in range(0, total, chunk):
@@ -465,7 +358,7 @@ def solve_kernel(narrow: bool, single: bool) -> Any:
                 call_weigher(weigh, leaves, i, stop, s)
             else:
                 copy_numbers(s, RATE, count, mus, i)
-        return i1
+        return True
 
     return solve
 

@@ -71,9 +71,9 @@ class Lanes:
     def __invert__(self) -> Lanes:
         return self._new(self.b.not_(self.value))
 
-    def is_zero(self) -> Lanes:
-        """Where they are 0.0 or -0.0."""
-        return self._new(self.b.fcmp_ordered("==", self.value, self._of(0.0)))
+    def is_equal(self, other: Lanes | float) -> Lanes:
+        """Where they are the same number; 0.0 and -0.0 are."""
+        return self._new(self.b.fcmp_ordered("==", self.value, self._of(other)))
 
     def is_nan(self) -> Lanes:
         """Where they are NaN."""

@@ -189,7 +189,7 @@ class LargeScopes:
             first = self._first(p, scope)
             if p in self.lasting:  # keys in a row, of which it takes no longer to read one here and there
                 start = first + self.ranking.columns[p].start
-                found.append(self.norm_keys[start : start + part.blocks : step // SAMPLE_RUN | 1])
+                found.append(self.norm_keys[start : start + part.blocks : (step // SAMPLE_RUN) | 1])  # odd, as `step`
                 continue
             keys = np.empty(-(-part.blocks // step) * SAMPLE_RUN + SLACK, dtype=self.ranking.key)
             stored = strips.survey(

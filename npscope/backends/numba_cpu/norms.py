@@ -201,7 +201,7 @@ def _columns(table: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
 
 
 @lru_cache(maxsize=2048)
-def _walk(cut: Cut, strides: tuple[int, ...] | None) -> tuple[Cut, Cut]:
+def walk(cut: Cut, strides: tuple[int, ...] | None) -> tuple[Cut, Cut]:
     """The blocks of an array with these strides in the order of memory, and their places in a table of norms."""
     loops = (*cut.scope, *cut.block)
     # Every loop over blocks is one over the table, too.
@@ -217,7 +217,7 @@ def _walk(cut: Cut, strides: tuple[int, ...] | None) -> tuple[Cut, Cut]:
 def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) -> None:
     """The norms of a part into its columns of a table. The blocks are walked in the order of memory."""
     array = part[0].array
-    cut, places = _walk(plain.cut, array.strides if len(part) == 1 else None)
+    cut, places = walk(plain.cut, array.strides if len(part) == 1 else None)
     # Parts may have norms of another precision than the table.
     in_order = cut is plain.cut and columns.flags.c_contiguous and columns.dtype == plain.norm
     walked = plain if cut is plain.cut else Competitors((Leaf(array, cut),))

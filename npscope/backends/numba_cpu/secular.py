@@ -24,25 +24,33 @@ from npscope.backends.numba_cpu.vectors import (
     first_lanes,
     splat,
     step,
+    vector_of,
 )
 
 WIDTH = 128
 """Most blocks of a strip: a multiple of `LANES`."""
 
-ROWS, DISTANCE = 12, WIDTH + 8
-(UNIT, LIMIT, RATE, SQUARES, SLOPES, BENDS, NORM, MEAN, SPREAD, LOW, HIGH, ACTIVE) = (
-    row * DISTANCE for row in range(ROWS)
-)
+ROWS, DISTANCE = 20, WIDTH + 8
+(
+    UNIT, LIMIT, RATE, SQUARES, SLOPES, BENDS, NORM, MEAN, SPREAD, LOW, HIGH, ACTIVE,
+    TOP, WIDEST, SIZE, SIZE_LOST, WEIGHED, WEIGHED_LOST, SHARES, CUBES,
+) = (row * DISTANCE for row in range(ROWS))  # fmt: skip
 """Where the numbers of a strip of blocks lie in one work array.
 
 A block is v * UNIT, by a power of two, and LIMIT its threshold;
 NORM = ||h v||, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE is in [LOW, HIGH].
 ACTIVE is 1 while it is sought, 0 for the zero block (LIMIT = 1, RATE = 0), the unchanged one (LIMIT = 0, RATE = 1) and
-one whose RATE is found, -1 for a block that needs a closer look.
+one whose RATE is found, -1 for a block that needs a closer look. What that sees is in the rows from TOP on.
 """
 
 NEAR = 2.0**-20
 """Norms so near their threshold, relatively, are compared by sums that are good for it."""
+
+SAFE_TOP, SAFE_UNIT = 2.0**450, 2.0**600
+"""Numbers within [1 / SAFE_TOP, SAFE_TOP] may be squared and summed; SAFE_UNIT brings any other there."""
+
+BEYOND = (2.0**128 - 2.0**103) ** 2
+"""Squares of norms from here on round to infinity in float32; exact in float64."""
 
 _DOUBLE, _SINGLE = ir.DoubleType(), ir.FloatType()
 
@@ -135,11 +143,10 @@ def measure() -> Any:
 
 @cache
 def classify(narrow: bool) -> Any:
-    """``(rows, i, limits, j, left)``: norms and means from plain sums, what ACTIVE becomes, and where iterations start.
+    """``(rows, i, limits, j, left)``: norms and means from plain sums, and what ACTIVE and RATE become.
 
-    Returns how many blocks are active, or -1 where any needs a closer look. Lanes from `left` on, which are no blocks,
-    are unchanged ones. Pruned arrays have many blocks of zeros: if norms are `narrow`, float32, no other has squares
-    that sum to zero in float64.
+    Returns how many blocks need a closer look. Lanes from `left` on, which are no blocks, are unchanged ones. Pruned
+    arrays have many blocks of zeros: if norms are `narrow`, float32, no other has squares that sum to zero in float64.
     """
     # Squares of float32 norms that are subnormal have lost what decides.
     least, largest = (2.0**-252, 1e76) if narrow else (1e-100, 1e100)
@@ -152,49 +159,175 @@ def classify(narrow: bool) -> Any:
             (squares > least) & (squares < 1e100) & (plain > 1e-100) & (plain < largest) & (limit < float("inf"))
             & ((norm - limit).size() > norm * NEAR)
         )  # fmt: skip
-        same = plain.is_nan() | limit.is_zero() | ~Lanes(b, first_lanes(b, left, LANES))
-        known = same | plain.is_zero() if narrow else same
-        careful = ~ordinary & ~known
-        s[UNIT], s[NORM] = _number(norm, 1.0), norm
-        s[MEAN], s[SPREAD] = s[BENDS] * inverse, (plain * inverse).root()
+        same = plain.is_nan() | limit.is_equal(0.0) | ~Lanes(b, first_lanes(b, left, LANES))
+        known = same | plain.is_equal(0.0) if narrow else same
+        careful, one = ~ordinary & ~known, _number(norm, 1.0)
         active = ordinary & ~known & (norm > limit)
-        s[ACTIVE] = choose(careful, -1.0, choose(active, _number(norm, 1.0), 0.0))
-        _begin(s, limit, norm * inverse, active, choose(same, _number(norm, 1.0), 0.0))
-        found, word = careful.count(), ir.IntType(64)
-        return b.select(b.icmp_signed("==", found, word(0)), active.count(), word(-1))
+        s[UNIT], s[NORM], s[MEAN], s[SPREAD] = one, norm, s[BENDS] * inverse, (plain * inverse).root()
+        s[ACTIVE], s[RATE] = choose(careful, -1.0, choose(active, one, 0.0)), choose(same, one, 0.0)
+        return careful.count()
 
     return step(emit, 5, types.int64)
 
 
-def _begin(s: _Rows, limit: Lanes, inverse: Lanes, active: Lanes, rate: Lanes) -> None:
-    """The bracket of every active block, and where its iteration starts; of the others RATE, which is 0 or 1.
+def _safe_unit(top: Lanes) -> Lanes:
+    """A power of two that brings `top` where it may be squared; 1 where it already is."""
+    small = (top > 0.0) & (top < 1.0 / SAFE_TOP)
+    return choose(top > SAFE_TOP, 1.0 / SAFE_UNIT, choose(small, _number(top, SAFE_UNIT), 1.0))
+
+
+def _larger(x: Lanes, y: Lanes) -> Lanes:
+    return choose(x > y, x, y)
+
+
+def _two_sum(x: Lanes, y: Lanes) -> tuple[Lanes, Lanes]:
+    """(s, e) with s the rounded sum and s + e exact (Knuth 1969)."""
+    s = x + y
+    t = s - x
+    return s, (x - (s - t)) + (y - t)
+
+
+def looks(single: bool) -> int:
+    """Turns of a closer `look`: planes of float32 need no unit, and one turn."""
+    return 1 if single else 3
+
+
+@cache
+def look(single: bool) -> Any:
+    """``(v, i, h, j, rows, k, first, stop, pitch, turn)``: what decides on blocks that need a closer look.
+
+    As `measure`, by sums that neither overflow nor round amiss, in as many turns over all elements as it `looks`: the
+    TOP; of v * UNIT then the sum of squares, and WIDEST, the largest magnitude of h v; and sums of h v in its own unit.
+    """
+
+    def emit(
+        b: Builder, v: Value, h: Value, start: Value, first: Value, stop: Value, pitch: Value, turn: Value
+    ) -> None:
+        s = _Rows(b, start)
+
+        def over_rows(places: Sequence[int], take: Callable[..., Sequence[Lanes]]) -> None:
+            goes_on = Lanes(b, b.icmp_signed(">", first, first.type(0)))
+            starts = [choose(goes_on, s[place], 0.0).value for place in places]
+            for place, found in zip(
+                places, _add_up(b, (v, h), b.sub(stop, first), pitch, starts, 1, take), strict=True
+            ):
+                s[place] = found
+
+        def at_all() -> None:
+            def take(so_far: list[Lanes], x: list[Lanes], c: list[Lanes]) -> list[Lanes]:
+                wide, weight = x[0].to(_DOUBLE), c[0].to(_DOUBLE)
+                weighed = weight * wide
+                weighed = weighed * weighed
+                size, size_lost = _two_sum(so_far[0], wide * wide)
+                total, lost = _two_sum(so_far[2], weighed)
+                return [size, so_far[1] + size_lost, total, so_far[3] + lost, weighed.times_plus(weight, so_far[4])]
+
+            over_rows((SIZE, SIZE_LOST, WEIGHED, WEIGHED_LOST, CUBES), take)
+
+        def at_top() -> None:
+            def take(so_far: list[Lanes], x: list[Lanes], c: list[Lanes]) -> list[Lanes]:
+                return [_larger(x[0].size(), so_far[0])]
+
+            over_rows((TOP,), take)
+
+        def at_size() -> None:
+            unit = _safe_unit(s[TOP])
+
+            def take(so_far: list[Lanes], x: list[Lanes], c: list[Lanes]) -> list[Lanes]:
+                wide = x[0] * unit
+                total, lost = _two_sum(so_far[1], wide * wide)
+                return [_larger(c[0] * wide.size(), so_far[0]), total, so_far[2] + lost]
+
+            over_rows((WIDEST, SIZE, SIZE_LOST), take)
+
+        def at_weighed() -> None:
+            unit, scale, inverse = _safe_unit(s[TOP]), _safe_unit(s[WIDEST]), 1.0 / s[WIDEST]
+
+            def take(so_far: list[Lanes], x: list[Lanes], c: list[Lanes]) -> list[Lanes]:
+                weighed = c[0] * (x[0] * unit)
+                scaled, share = weighed * scale, weighed * inverse
+                total, lost = _two_sum(so_far[0], scaled * scaled)
+                share = share * share  # of numbers near 1, or the third power leaves the range
+                return [total, so_far[1] + lost, so_far[2] + share, share.times_plus(c[0], so_far[3])]
+
+            over_rows((WEIGHED, WEIGHED_LOST, SHARES, CUBES), take)
+
+        needed = (s[ACTIVE] < 0.0).count()
+        with b.if_then(b.icmp_signed(">", needed, needed.type(0)), likely=False):
+            for number, find in enumerate([at_all] if single else [at_top, at_size, at_weighed]):
+                with b.if_then(b.icmp_signed("==", turn, turn.type(number))):
+                    find()
+
+    return step(emit, 10)
+
+
+def _rounded_root(squares: Lanes, lost: Lanes) -> Lanes:
+    """The float32 nearest to the root of squares + lost, as `arithmetic.round_root` decides it."""
+    b, words = squares.b, vector_of(32, LANES)
+    root = squares.root()
+    below = (root * (1 - 2.0**-42)).to(_SINGLE)
+    bits = b.bitcast(below.value, words)
+    above = Lanes(b, b.bitcast(b.add(bits, splat(words, 1)), below.value.type)).to(_DOUBLE)
+    middle = (below.to(_DOUBLE) + choose(above < float("inf"), above, 2.0**128)) * 0.5
+    side = (squares - middle * middle) + lost
+    odd = Lanes(b, b.trunc(bits, vector_of(1, LANES)))
+    found = choose((side > 0.0) | (side.is_equal(0.0) & odd), above, below.to(_DOUBLE))
+    return choose((root > 0.0) & (root < 3.5e38), found, root.to(_SINGLE).to(_DOUBLE))
+
+
+@cache
+def decide(exact: bool, narrow: bool, single: bool) -> Any:
+    """``(rows, i, limits, j)``: what becomes of the blocks that were looked at, as `classify` says it of others."""
+
+    def emit(b: Builder, start: Value, limits: Value) -> None:
+        s, limit, inf = _Rows(b, start), _load(b, limits).to(_DOUBLE), float("inf")
+        careful, one = s[ACTIVE] < 0.0, _number(limit, 1.0)
+        unit, scale = (one, one) if single else (_safe_unit(s[TOP]), _safe_unit(s[WIDEST]))
+        size, norm = (s[SIZE] + s[SIZE_LOST]).root(), (s[WEIGHED] + s[WEIGHED_LOST]).root() / scale
+        infinite = s[SIZE].is_equal(inf) if single else s[TOP].is_equal(inf)
+        if narrow:
+            infinite |= unit.is_equal(1.0) & ((s[SIZE] - BEYOND) + s[SIZE_LOST] >= 0.0)
+        else:
+            infinite |= (size / unit).is_equal(inf)
+        rounded = norm
+        if exact:
+            rounded = choose(scale.is_equal(1.0), _rounded_root(s[WEIGHED], s[WEIGHED_LOST]), norm)
+        if narrow:
+            rounded = rounded.to(_SINGLE).to(_DOUBLE)
+        active = careful & ~infinite & (rounded > limit * unit)
+        mean = s[CUBES] / s[WEIGHED if single else SHARES]
+        for row, numbers in ((UNIT, unit), (NORM, norm), (MEAN, mean), (SPREAD, size / norm)):
+            s[row] = choose(active, numbers, s[row])
+        s[ACTIVE] = choose(careful, choose(active, one, 0.0), s[ACTIVE])
+        s[RATE] = choose(infinite & careful & (limit < inf), one, s[RATE])
+
+    return step(emit, 4)
+
+
+@cache
+def begin() -> Any:
+    """``(rows, i, limits, j)``: the bracket of every active block, and where its iteration starts; how many there are.
 
     The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
     MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM. The start
     is exact for z - (1 - 1 / (MEAN * SPREAD)) * (z - tau) ** 2 / z, where z is the tangent: the same slope at
     infinity.
     """
-    norm, spread = s[NORM], s[SPREAD]
-    gap, tau, unlike = norm - limit, limit * inverse, 1.0 / (s[MEAN] * spread)
-    under = 1.0 - 4.0 * (1.0 - unlike) * tau * (gap * inverse)
-    root = choose(under > 0.0, under, 0.0).to(_SINGLE).root().to(_DOUBLE)  # good enough for a start
-    high = gap * spread
-    low = high * unlike
-    start = (1.0 - 2.0 * tau + root) * 0.5 * spread * norm
-    start = choose(start < high, start, high)
-    start = choose(start > low, start, low)
-    s[LOW], s[HIGH] = low, high
-    s[LIMIT], s[RATE] = choose(active, limit, 1.0 - rate), choose(active, start, rate)
-
-
-@cache
-def begin() -> Any:
-    """``(rows, i, limits, j)``: where the iteration starts for active blocks; how many there are."""
 
     def emit(b: Builder, start: Value, limits: Value) -> Value:
         s = _Rows(b, start)
-        active = s[ACTIVE] > 0.0
-        _begin(s, _load(b, limits).to(_DOUBLE) * s[UNIT], 1.0 / s[NORM], active, s[RATE])
+        active, rate, norm, spread = s[ACTIVE] > 0.0, s[RATE], s[NORM], s[SPREAD]
+        limit, inverse = _load(b, limits).to(_DOUBLE) * s[UNIT], 1.0 / norm
+        gap, tau, unlike = norm - limit, limit * inverse, 1.0 / (s[MEAN] * spread)
+        under = 1.0 - 4.0 * (1.0 - unlike) * tau * (gap * inverse)
+        root = choose(under > 0.0, under, 0.0).to(_SINGLE).root().to(_DOUBLE)  # good enough for a start
+        high = gap * spread
+        low = high * unlike
+        first = (1.0 - 2.0 * tau + root) * 0.5 * spread * norm
+        first = choose(first < high, first, high)
+        first = choose(first > low, first, low)
+        s[LOW], s[HIGH] = low, high
+        s[LIMIT], s[RATE] = choose(active, limit, 1.0 - rate), choose(active, first, rate)
         return active.count()
 
     return step(emit, 4, types.int64)

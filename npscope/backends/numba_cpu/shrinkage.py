@@ -11,7 +11,7 @@ from npscope.backends import CONDITIONER_RANGE, conditioner_error
 from npscope.backends.numba_cpu import conditioned, lines, proximal, secular
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.loans import Loan
-from npscope.backends.numba_cpu.norms import norm_ranges
+from npscope.backends.numba_cpu.norms import norm_ranges, walk
 from npscope.backends.numba_cpu.operands import (
     SOLVE_ELEMENTS,
     STRIPS_ELEMENTS,
@@ -69,7 +69,8 @@ def _ends(h: np.ndarray) -> tuple[float, float]:
     """The least and the largest entry of a conditioner, or SpecError; of an empty one 1 and 1."""
     if h.size == 0:
         return 1.0, 1.0
-    numbers = Operand(Leaf(h, axis_cut(h.shape, None)))
+    in_order, _ = walk(axis_cut(h.shape, None), h.strides)
+    numbers = Operand(Leaf(h, in_order))
     form = None if numbers.layout is None else numbers.layout.form
     find = conditioned.ends_kernel(numbers.codec, form)
     found: list[np.ndarray] = []
@@ -148,17 +149,18 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
     return norm_ranges(source, 2.0, make_use, shielded=written.spans_leaves)
 
 
-EASY_SPAN, EASY_STEPS, MANY_STEPS = 1e8, 20, 1000
-"""Where the entries of a metric differ by this factor at most, so many steps suffice: 16 were the most ever seen.
+EASY_SPAN, EASY_STEPS = 1e8, 20
+"""Where the entries of a metric differ by this factor at most, so many steps suffice: 16 were the most ever seen."""
 
-MANY_STEPS is a limit that nothing reaches, but arrays that another thread changes meanwhile.
-"""
+MANY_STEPS = 1000
+"""A limit that no iteration reaches: a Newton step to the root of a concave function divides what is left of its value
+times its slope by 4, and of both together float64 and the widest metric hold less than 2 ** 1100."""
 
 
 def conditioned_job(
     source: Competitors, written: Competitors, thresholds: Leaf, metric: Metric, max_iter: int, rtol: float
 ) -> Callable[[], None]:
-    """The job that shrinks blocks in a metric, and cannot fail.
+    """The job that shrinks blocks in a metric; it has no error to tell that does not come now.
 
     A strip of blocks is written as soon as it is solved. Only where an iteration might not end in time, all blocks
     are solved now, before anything is written.
@@ -188,25 +190,23 @@ def _solver(
     part: Competitors, thresholds: Leaf, metric: Metric, max_iter: int, rtol: float, mus: np.ndarray | None
 ) -> Callable[[], None]:
     """The job that solves every block of a part: it finds `mus`, or where there are none shrinks the blocks."""
-    elements, narrow, looks = part.elements, part.norm.itemsize == 4, [0]
+    elements = part.elements
     leaves, pairs = _with_metric(part, metric)
     dtypes = {x.array.dtype for x in part.leaves} | {h.array.dtype for h in metric.leaves}
     single = all(kind_of(dtype).rounds_correctly for dtype in dtypes)
     plane = np.dtype(np.float32 if single else np.float64)
-    solve, deal = conditioned.solve_kernel(narrow, single), conditioned.dealer_address(pairs, elements, plane)
-    weigh, found = (conditioned.weigher_address(pairs), np.empty(0)) if mus is None else (0, mus)
+    solve = conditioned.solve_kernel(part.exact, part.norm.itemsize == 4, single)
+    deal = conditioned.dealer_address(pairs, elements, plane)
+    weigh = conditioned.weigher_address(pairs) if mus is None else 0
+    kept = np.empty(0) if mus is None else mus
     near, pitch = conditioned.near_enough(rtol, single), conditioned.strip_pitch(elements)
     t = _thresholds(thresholds, part)
 
-    def solve_range(i: int, stop: int, *works: np.ndarray) -> None:
-        while i < stop:
-            i = solve(deal, *looks, weigh, leaves, i, stop, t, elements, pitch, max_iter, *near, found, *works)
-            if i == conditioned.TOO_MANY_STEPS:
-                raise ConvergenceError(
-                    f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
-                )
-            if i < stop:
-                looks[:] = [conditioned.looker_address(part.exact, narrow, pairs, thresholds.array.dtype, plane)]
+    def solve_range(i0: int, i1: int, *works: np.ndarray) -> None:
+        if not solve(deal, weigh, leaves, i0, i1, t, elements, pitch, max_iter, *near, kept, *works):
+            raise ConvergenceError(
+                f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
+            )
 
     def planes() -> np.ndarray:
         return np.empty(conditioned.plane_numbers(elements), dtype=plane)

@@ -61,13 +61,13 @@ def soften(form: Format) -> Any:
 def weigh(form: Format, metric: Format, run: int, partial: bool) -> Any:
     """``weigh(array, i, h, j, mus, k, left)``: `LANES` elements, floats of 16 bits and more, times ``h / (h + mu)``.
 
-    Each `run` of them have one mu. +0.0 where that is infinite; where it is 0 they stay. Only the `left` first of them
-    if `partial`.
+    Each `run` of them have one mu, of those from `mus` on; a power of two of these is read, up to `LANES`. +0.0 where
+    mu is infinite; where it is 0 elements stay. Only the `left` first of them if `partial`.
     """
     bits, metric_bits = vector_of(form.bits, LANES), vector_of(metric.bits, LANES)
     single, double = (ir.VectorType(element, LANES) for element in (ir.FloatType(), ir.DoubleType()))
     owners = [i // run for i in range(LANES)]
-    few = ir.VectorType(ir.DoubleType(), 1 << owners[-1].bit_length())
+    owned = ir.VectorType(ir.DoubleType(), 1 << owners[-1].bit_length())
 
     def wide(b: Builder, number: Value, form: Format) -> Value:
         return b.bitcast(number, double) if form.bits == 64 else b.fpext(single_of(b, number, form, "keep"), double)
@@ -80,7 +80,7 @@ def weigh(form: Format, metric: Format, run: int, partial: bool) -> Any:
             prefetch(b, array, LANES * form.bits // 8)
             prefetch(b, h, LANES * metric.bits // 8)
             x, weights = load(b, array, bits), load(b, h, metric_bits)
-        c, mu = wide(b, weights, metric), shuffle(b, b.load(b.bitcast(mus, few.as_pointer()), align=8), owners)
+        c, mu = wide(b, weights, metric), shuffle(b, b.load(b.bitcast(mus, owned.as_pointer()), align=8), owners)
         factor = b.fdiv(c, b.fadd(c, mu))
         product = b.fmul(wide(b, x, form), factor)
         found = b.bitcast(product, bits) if form.bits == 64 else rounded_to(b, b.fptrunc(product, single), form)
