@@ -299,7 +299,7 @@ def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
     measure, classify = secular.measure(), secular.classify(narrow)
     look, turns, decide = secular.look(single), secular.looks(single), secular.decide(exact, narrow, single)
     sum_secular, advance, approach = secular.sum_secular(single), secular.advance(single), secular.approach()
-    begin, finish = secular.begin(), secular.finish()
+    begin, finish = secular.begin(single), secular.finish()
 
     @kernel
     def solve(

@@ -292,6 +292,11 @@ def piece_length(
     return max(1, min(limit, fair) if workers > 1 and not fixed else limit)
 
 
+def is_one_piece(total: int, elements: int, piece: int) -> bool:
+    """Whether `total` items of `elements` elements each are worked off at once by the caller's thread."""
+    return workers_for(total * elements, piece) == 1 and total * elements <= piece
+
+
 def ranges(
     total: int,
     elements: int,

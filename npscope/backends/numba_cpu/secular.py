@@ -305,25 +305,26 @@ def decide(exact: bool, narrow: bool, single: bool) -> Any:
 
 
 @cache
-def begin() -> Any:
+def begin(single: bool) -> Any:
     """``(rows, i, limits, j)``: the bracket of every active block, and where its iteration starts; how many there are.
 
     The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
     MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM. The start
     is exact for z - (1 - 1 / (MEAN * SPREAD)) * (z - tau) ** 2 / z, where z is the tangent: the same slope at
-    infinity.
+    infinity. It is found in float32 if that is `single`; norms beyond that start at the end of their bracket.
     """
+    real = _SINGLE if single else _DOUBLE
 
     def emit(b: Builder, start: Value, limits: Value) -> Value:
         s = _Rows(b, start)
-        active, rate, norm, spread = s[ACTIVE] > 0.0, s[RATE], s[NORM], s[SPREAD]
-        limit, inverse = _load(b, limits).to(_DOUBLE) * s[UNIT], 1.0 / norm
-        gap, tau, unlike = norm - limit, limit * inverse, 1.0 / (s[MEAN] * spread)
-        under = 1.0 - 4.0 * (1.0 - unlike) * tau * (gap * inverse)
-        root = choose(under > 0.0, under, 0.0).to(_SINGLE).root().to(_DOUBLE)  # good enough for a start
-        high = gap * spread
-        low = high * unlike
-        first = (1.0 - 2.0 * tau + root) * 0.5 * spread * norm
+        active, rate, norm, mean, spread = s[ACTIVE] > 0.0, s[RATE], s[NORM], s[MEAN], s[SPREAD]
+        limit = _load(b, limits).to(_DOUBLE) * s[UNIT]
+        gap = norm - limit
+        low, high = gap / mean, gap * spread
+        tau, unlike = limit.to(real) / norm.to(real), 1.0 / (mean * spread).to(real)
+        under = 1.0 - 4.0 * (1.0 - unlike) * tau * (1.0 - tau)
+        root = choose(under > 0.0, under, 0.0).to(_SINGLE).root().to(real)  # good enough for a start
+        first = ((1.0 - 2.0 * tau + root) * 0.5).to(_DOUBLE) * spread * norm
         first = choose(first < high, first, high)
         first = choose(first > low, first, low)
         s[LOW], s[HIGH] = low, high
