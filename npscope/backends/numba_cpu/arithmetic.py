@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu.codecs import Real
-from npscope.backends.numba_cpu.jit import inner, merged
-from npscope.backends.numba_cpu.scalars import bits_of, float_of
+from npscope.backends.numba_cpu.jit import inner
 
 
 @inner
@@ -22,29 +21,6 @@ def two_sum(a: float, b: float) -> tuple[float, float]:
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)
-
-
-@merged
-def midpoint_above(a: Real) -> Real:
-    """Halfway from the float32 `a` >= 0 to the next larger one, exact in float64 (2**128 stands for inf)."""
-    above = float_of(np.uint32(bits_of(np.float32(a)) + np.uint32(1)))
-    top = 3.402823669209384634e38 if np.isinf(above) else np.float64(above)
-    return (np.float64(a) + top) / 2
-
-
-@inner
-def round_root(hi: Real, lo: Real) -> Real:
-    """The float32 nearest to sqrt(hi + lo), decided in double-double."""
-    root = math.sqrt(hi)
-    if not np.isfinite(root) or root > 3.5e38 or root == 0.0:
-        return np.float32(root)
-    below = np.float32(root * (1 - 2.0**-42))
-    middle = midpoint_above(below)
-    side = (hi - middle * middle) + lo
-    bits = bits_of(below)
-    if side > 0 or (side == 0 and bits & np.uint32(1)):
-        return float_of(np.uint32(bits + np.uint32(1)))
-    return below
 
 
 # --- double-double powers ------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def look(single: bool) -> Any:
 
 
 def _rounded_root(squares: Lanes, lost: Lanes) -> Lanes:
-    """The float32 nearest to the root of squares + lost, as `arithmetic.round_root` decides it."""
+    """The float32 nearest to the root of squares + lost: the side of their midpoint tells which of two."""
     b, words = squares.b, vector_of(32, LANES)
     root = squares.root()
     below = (root * (1 - 2.0**-42)).to(_SINGLE)
