@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from fractions import Fraction
 
@@ -9,16 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import dtype, same_bits
 
 numba = pytest.importorskip("numba")
 
 from numba import types  # noqa: E402
 
-from npscope.backends.numba_cpu import conditioned, shrinkage  # noqa: E402
+from npscope.backends.numba_cpu import conditioned, shrinkage, vector_shrinkage, vectors  # noqa: E402
 from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly  # noqa: E402
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, standalone  # noqa: E402
 from npscope.backends.numba_cpu.nests import length_of, place  # noqa: E402
 from npscope.backends.numba_cpu.operands import Competitors  # noqa: E402
+from npscope.dtypes import kind_of  # noqa: E402
 from npscope.tiling import Leaf, array_cut  # noqa: E402
 
 
@@ -49,8 +52,8 @@ def set_through(numbers, i, value):
 
 
 def test_a_standalone_function_serves_every_type_that_it_is_called_with():
-    for dtype in ("float32", "float64", "int32"):
-        assert twice_the_total(np.arange(5, dtype=dtype)) == 20.0
+    for name in ("float32", "float64", "int32"):
+        assert twice_the_total(np.arange(5, dtype=name)) == 20.0
     strided = np.arange(10.0)[::2]
     assert twice_the_total(strided) == 40.0
 
@@ -73,6 +76,38 @@ def test_code_with_an_address_in_it_is_never_kept_on_a_disk(tmp_path, monkeypatc
     with pytest.warns(numba.core.errors.NumbaWarning, match="dynamic globals"):
         assert cached(np.ones(3)) == 6.0
     assert not list(tmp_path.rglob("*.nbc"))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_functions_are_compiled(enabled):
+    """And then as before, whether compilation ends well or not."""
+    was = gc.isenabled()
+    seen = []
+
+    @kernel
+    def compiled(x):
+        return x + told(x)
+
+    def told(x):
+        return x
+
+    @numba.extending.overload(told)
+    def typed(x):
+        seen.append(gc.isenabled())
+        return (lambda x: x) if isinstance(x, types.Float) else None
+
+    compiled.py_func.__module__ = "npscope.backends.numba_cpu.kernels"
+    try:
+        (gc.enable if enabled else gc.disable)()
+        assert compiled(1.0) == 2.0
+        assert gc.isenabled() is enabled
+        with pytest.raises(numba.TypingError):
+            compiled("")
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if was else gc.disable)()
+    assert seen
+    assert not any(seen)
 
 
 def test_a_caller_calls_what_is_at_the_address():
@@ -143,6 +178,49 @@ def test_exact_sums_round_as_fractions_do(terms, square):
     assert units == exact * 2 ** (300 if square else 150)
 
 
+LARGEST_OF = {"float32": 2.0**127, "float16": 2.0**15, "bfloat16": 2.0**127}
+
+
+@pytest.mark.parametrize("run", [1, 4, 5, 16])
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_products_by_factors_of_two_float32(rng, name, run):
+    """They are those of more precision, rounded once; in a case of a million, or below 2 ** -100, the neighbour."""
+    form, single = (vectors.format_of(kind_of(dtype(n))) for n in (name, "float32"))
+    step = vectors.LANES // run * run
+    weigh = vector_shrinkage.weigh(form, single, run, step < vectors.LANES, True)
+    count, together = 1 << 14, step // run
+
+    @kernel
+    def weigh_all(x, h, mus):
+        for i in range(x.size // step - 1):
+            weigh(x, i * step, h, i * step, mus, i * together, step)
+
+    owner = np.arange(count) // run
+    mu = np.exp2(rng.choice([0.4, 1.0], owner[-1] + 17) * rng.uniform(-140, 94, owner[-1] + 17))
+    mu[::7], mu[3::7] = 0.0, np.inf
+    m = mu[owner].astype(np.longdouble)
+    h = np.maximum(np.exp2(rng.uniform(-40, 40, count)), np.where(m < np.inf, m, 0) * 2.0**-81).astype(np.float32)
+    with np.errstate(under="ignore"):
+        x = (rng.standard_normal(count) * LARGEST_OF[name] ** rng.uniform(-1, 0.9, count)).astype(dtype(name))
+    x[5::9] = -0.0
+    x[m == 0] = np.nan
+    high = mu.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        low = (mu - high).astype(np.float32)
+    got = x.copy()
+    weigh_all(got.view(f"u{got.itemsize}"), h, np.stack([high, low], 1).view(np.float64).ravel())
+    got, x, h, m = (a[: (count // step - 1) * step] for a in (got, x, h, m))
+    with np.errstate(invalid="ignore"):
+        exact = np.where(m < np.inf, x * (h / (h + m)), np.longdouble(0.0))
+    stays, expected = m == 0, exact.astype(np.float32).astype(x.dtype)
+    assert same_bits(got[stays], x[stays])
+    got, expected, exact = got[~stays], expected[~stays], exact[~stays]
+    places, others = (a.view(f"i{x.itemsize}").astype(np.int64) for a in (got, expected))
+    differ = places != others
+    assert (np.abs(places - others) <= 1).all()
+    assert (differ & (np.abs(exact) > 2.0**-100)).sum() <= 1
+
+
 def unaligned(x):
     place = np.empty(x.nbytes + 1, dtype=np.uint8)[1:].view(x.dtype).reshape(x.shape)
     place[...] = x
@@ -176,7 +254,8 @@ def test_leaves_have_the_types_for_which_the_code_is_that_they_are_given_to(layo
     changed = LAYOUTS[layout]
     part = tuple(Leaf(changed(leaf) if layout != "read-only" else leaf, cut) for leaf in x)
     metric = shrinkage.Metric(tuple(Leaf(changed(h), cut) for _ in part))
-    leaves, pairs = shrinkage._with_metric(Competitors(part), metric)
-    assert numba.typeof(leaves) == conditioned._types_of(pairs)
-    one, first = shrinkage._with_metric(Competitors(part[:1]), shrinkage.Metric(metric.leaves[:1]))
-    assert numba.typeof(one) == conditioned._types_of(first)
+    both = Competitors(part)
+    for operands in (both.leaves, shrinkage._weights(both, metric)):
+        for some in (operands, operands[:1]):
+            leaves, readings = shrinkage._chain(some)
+            assert numba.typeof(leaves) == conditioned.type_of_chain(readings)

@@ -373,11 +373,33 @@ def test_strips_with_odd_blocks(xp, rng, name):
     assert_shrunk(got, x, (1, 4), t, h)
 
 
-def test_easy_metrics_need_no_more_steps_than_they_may_take(rng, monkeypatch):
+@pytest.mark.parametrize("run", [1, 4, 21])
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_conditioned_at_the_ends_of_an_ordinary_metric(xp, rng, name, run):
+    """Where factors are found in float32: the widest of such metrics, thresholds near norms, elements of any size."""
+    xp.require(name)
+    blocks = 12
+    largest = 2.0 ** (o.FORMATS[name].top - 1)
+    for least, most in ((2.0**-40, 2.0**-14), (2.0**14, 2.0**40), (0.5, 2.0)):
+        h = (least * (most / least) ** rng.choice([0, 1, rng.random()], (blocks, 2, run))).astype(np.float32)
+        scale = largest ** rng.uniform(-1, 1, (blocks, 1, 1))
+        with np.errstate(under="ignore"):
+            x = (rng.standard_normal(h.shape) * scale).clip(-largest, largest).astype(dtype(name))
+        x[rng.random(x.shape) < 0.1] = -0.0
+        with np.errstate(over="ignore", under="ignore"):
+            norms = np.sqrt(((h * x.astype(np.float64)) ** 2).sum((1, 2))).astype(np.float32)
+            share = rng.choice([1e-30, 0.1, 1 - 2.0**-24, 1 + 2.0**-23], blocks)
+            t = np.where(np.isfinite(norms), norms * share, 1.0).astype(np.float32)[None]
+        x, h = (np.ascontiguousarray(a.transpose(1, 0, 2).reshape(2, -1)) for a in (x, h))
+        got = xp.call(npscope.soft_threshold, x, t, (2, run), conditioner=h)
+        assert_shrunk(got, x, (2, run), t, h)
+
+
+def test_ordinary_metrics_need_no_more_steps_than_they_may_take(rng, monkeypatch):
     """What is solved and written at once cannot fail: here it would, as metrics beyond do."""
     shrinkage = pytest.importorskip("npscope.backends.numba_cpu.shrinkage")
-    span, steps = shrinkage.EASY_SPAN, shrinkage.EASY_STEPS
-    monkeypatch.setattr(shrinkage, "EASY_SPAN", 0.0)
+    span, steps = shrinkage.ORDINARY_SPAN, shrinkage.ORDINARY_STEPS
+    monkeypatch.setattr(shrinkage, "ORDINARY_SPAN", 0.0)
     for name, size in itertools.product(("float32", "float64"), (2, 3, 8, 16)):
         shape, half = (4000, size), math.log10(span) / 2
         exponents = [rng.uniform(-half, half, shape), rng.choice([-half, half], shape), np.full(shape, -half)]

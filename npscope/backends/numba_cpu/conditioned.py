@@ -7,6 +7,7 @@ so that every step of the iteration works on vectors of blocks (`secular`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.nests import NEST, place
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import bits_of, greatest, least
-from npscope.backends.numba_cpu.secular import RATE, WIDTH
+from npscope.backends.numba_cpu.secular import PAIRS, RATE, WIDTH
 from npscope.backends.numba_cpu.vectors import LANES, Format, copy_numbers
 
 # --- looking at the metric ----------------------------------------------------------
@@ -84,9 +85,10 @@ def _in_parts(elements: int) -> bool:
 
 @cache
 def _dealer(read: Function, layout: Layout | None) -> Any:
-    """``deal(..., i, stop, e0, e1, out, row, pitch)``: elements [e0, e1) of blocks into planes from `row` on.
+    """``deal(leaf, i, stop, e0, e1, row, out, pitch)``: elements [e0, e1) of blocks into planes from `row` on.
 
-    All elements of a block, where a layout says that they are adjacent. `LANES` more places than blocks are written.
+    Those that the block has, if it does; all of them, where a layout says that they are adjacent. `LANES` more places
+    than blocks are written.
     """
     run, rows = (layout.run, layout.rows) if layout else (1, 0)
     part = min(run, LANES)
@@ -96,11 +98,9 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
     distance, inner = run if run > LANES else LANES, -1 if run == 1 else -2
 
     @standalone
-    def deal(
-        buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, e0: int, e1: int,
-        out: Any, row: int, pitch: int,
-    ) -> None:  # fmt: skip
+    def deal(leaf: Any, i: int, stop: int, e0: int, e1: int, row: int, out: Any, pitch: int) -> None:
         make_small()
+        buffer, origin, grid, elements, _ = leaf
         size, step = elements[0, -1], elements[1, -1]
         columns, stride = grid[0, -1], grid[1, -1]
         turns, between = (elements[0, inner], elements[1, inner]) if rows > 1 else (1, 0)
@@ -137,69 +137,75 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
     return deal
 
 
-Pair = tuple[Any, Layout | None, Any, Layout | None]
-"""How the elements of a leaf and of its metric are read."""
+Reading = tuple[Any, Layout | None]
+"""How the elements of a leaf are read."""
 
 
-def _types_of(pairs: tuple[Pair, ...]) -> Any:
-    """The Numba type of leaves with their metric: the operands that kernels know, and how many elements a block has."""
-    return types.Tuple([
-        types.Tuple([
-            kind for codec in (x_codec, h_codec) for kind in (array_of(codec.unit), types.int64, NEST, NEST)
-        ] + [types.int64])
-        for x_codec, _, h_codec, _ in pairs
-    ])  # fmt: skip
+def chained(leaves: Sequence[Any]) -> Any:
+    """A single leaf, or a pair of the first one and the others, chained likewise: what code takes that spans leaves."""
+    return leaves[0] if len(leaves) == 1 else (leaves[0], chained(leaves[1:]))
+
+
+def type_of_chain(readings: Sequence[Reading]) -> Any:
+    """The Numba type of leaves that are `chained`."""
+    unit = array_of(readings[0][0].unit)
+    leaf = types.Tuple([unit, types.int64, NEST, NEST, types.int64])
+    return leaf if len(readings) == 1 else types.Tuple([leaf, type_of_chain(readings[1:])])
 
 
 @cache
-def _pairs_dealer(pairs: tuple[Pair, ...]) -> Any:
-    """``deal(leaves, i, stop, e0, e1, v, h, pitch)``: elements [e0, e1) of blocks that span these leaves."""
-    x_codec, x_layout, h_codec, h_layout = pairs[0]
-    deal_v, deal_h = _dealer(x_codec.value, x_layout), _dealer(h_codec.value, h_layout)
-    deal_rest = _pairs_dealer(pairs[1:]) if len(pairs) > 1 else None
+def _chain_dealer(readings: tuple[Reading, ...]) -> Any:
+    """``deal(leaves, ...)`` for blocks that span these leaves, else as a `_dealer`."""
+    codec, layout = readings[0]
+    deal_first = _dealer(codec.value, layout)
+    if len(readings) == 1:
+        return deal_first
+    deal_others = _chain_dealer(readings[1:])
 
     @standalone
-    def deal(leaves: Any, i: int, stop: int, e0: int, e1: int, row: int, v: Any, h: Any, pitch: int) -> None:
+    def deal(leaves: Any, i: int, stop: int, e0: int, e1: int, row: int, out: Any, pitch: int) -> None:
         make_small()
-        x, x_origin, x_grid, x_elements, hh, h_origin, h_grid, h_elements, size = leaves[0]
+        leaf, others = leaves
+        size = leaf[-1]
         first, last = greatest(e0, 0), least(e1, size)
         if first < last:
-            deal_v(x, x_origin, x_grid, x_elements, i, stop, first, last, v, row, pitch)
-            deal_h(hh, h_origin, h_grid, h_elements, i, stop, first, last, h, row, pitch)
+            deal_first(leaf, i, stop, first, last, row, out, pitch)
             row += last - first
-        if deal_rest is not None:
-            deal_rest(leaves[1:], i, stop, e0 - size, e1 - size, row, v, h, pitch)
+        deal_others(others, i, stop, e0 - size, e1 - size, row, out, pitch)
 
     return deal
 
 
-_call_dealer = caller(9)
+_call_dealer = caller(8)
 
 
 @cache
-def dealer_address(pairs: tuple[Pair, ...], elements: int, plane: np.dtype) -> int:
+def dealer_address(readings: tuple[Reading, ...], elements: int, plane: np.dtype) -> int:
     """Where the code is that deals blocks of so many elements, which are read like this, into planes of this dtype."""
-    leaves = _types_of(pairs)
+    leaves = type_of_chain(readings)
     if _in_parts(elements):
-        pairs = tuple((x_codec, None, h_codec, None) for x_codec, _, h_codec, _ in pairs)
-    numbers, rows = [types.int64] * 5, array_of(plane)
-    return address_of(_pairs_dealer(pairs), leaves, *numbers, rows, rows, types.int64)
+        readings = tuple((codec, None) for codec, _ in readings)
+    return address_of(_chain_dealer(readings), leaves, *[types.int64] * 5, array_of(plane), types.int64)
 
 
 # --- writing ------------------------------------------------------------------------
 
 
 @cache
-def _weigher(pair: Pair) -> Any:
-    """``weigh(leaf, i, stop, s)``: multiply every element of a strip of blocks by ``h / (h + mu)``, with mu in RATE."""
-    x_codec, x_layout, h_codec, h_layout = pair
+def _weigher(reading: Reading, metric: Reading, paired: bool) -> Any:
+    """``weigh(leaf, weights, i, stop, s)``: multiply every element of a strip of blocks by ``h / (h + mu)``.
+
+    With mu from RATE, or if `paired` and that is faster from PAIRS.
+    """
+    (x_codec, x_layout), (h_codec, h_layout) = reading, metric
     if x_layout is not None and h_layout is not None and x_layout.run == h_layout.run:
-        return _line_weigher(x_layout.form, h_layout.form, x_layout.run)
+        paired &= x_layout.form.bits <= 32 and h_layout.form.bits <= 32
+        return _line_weigher(x_layout.form, h_layout.form, x_layout.run, paired)
     scale, weight = x_codec.scale, h_codec.value
 
     @standalone
-    def weigh(leaf: Any, i: int, stop: int, s: Any) -> None:
-        x, x_origin, x_grid, x_elements, h, h_origin, h_grid, h_elements, size = leaf
+    def weigh(leaf: Any, weights: Any, i: int, stop: int, s: Any) -> None:
+        (x, x_origin, x_grid, x_elements, size), (h, h_origin, h_grid, h_elements, _) = leaf, weights
         x_run, h_run, x_step, h_step = x_elements[0, -1], h_elements[0, -1], x_elements[1, -1], h_elements[1, -1]
         for b in range(i, stop):
             x_at, h_at, mu = x_origin + place(b, x_grid), h_origin + place(b, h_grid), s[RATE + b - i]
@@ -216,27 +222,32 @@ def _weigher(pair: Pair) -> Any:
 
 
 @cache
-def _line_weigher(form: Format, metric_form: Format, run: int) -> Any:
+def _line_weigher(form: Format, metric_form: Format, run: int, paired: bool) -> Any:
     """The `_weigher` of blocks that lie line by line in memory, in runs of so many adjacent elements."""
-    weigh_whole, weigh_rest = (vector_shrinkage.weigh(form, metric_form, run, partial) for partial in (False, True))
+    weigh_whole, weigh_rest = (vector_shrinkage.weigh(form, metric_form, run, rest, paired) for rest in (False, True))
     together = max(1, LANES // run)  # blocks to a vector
-    length = together * run
+    length, mus = together * run, PAIRS if paired else RATE
 
     @standalone
-    def weigh(leaf: Any, i: int, stop: int, s: Any) -> None:
+    def weigh(leaf: Any, weights: Any, i: int, stop: int, s: Any) -> None:
         make_small()
-        x, x_origin, x_grid, x_elements, h, h_origin, h_grid, h_elements, size = leaf
-        x_width, h_width, b = x_grid[0, -1], h_grid[0, -1], RATE
+        (x, x_origin, x_grid, x_elements, size), (h, h_origin, h_grid, h_elements, _) = leaf, weights
+        x_width, h_width, b = x_grid[0, -1], h_grid[0, -1], mus
         while i < stop:
             after = least(stop, i + least(x_width - i % x_width, h_width - i % h_width))
             x_first, h_first, count = x_origin + place(i, x_grid), h_origin + place(i, h_grid), after - i
             for e in range(0, size, run):
                 at, metric_at = x_first + place(e, x_elements), h_first + place(e, h_elements)
-                for j in range(0, count, together):
+                whole = count - count % together if length == LANES else 0
+                for j in range(0, whole, together):
+                    weigh_whole(x, at, h, metric_at, s, b + j, LANES)
+                    at, metric_at = at + LANES, metric_at + LANES
+                for j in range(whole, count, together):
                     rest = least(length, (count - j) * run)
-                    while rest >= LANES:
-                        weigh_whole(x, at, h, metric_at, s, b + j, LANES)
-                        at, metric_at, rest = at + LANES, metric_at + LANES, rest - LANES
+                    if length > LANES:
+                        while rest >= LANES:
+                            weigh_whole(x, at, h, metric_at, s, b + j, LANES)
+                            at, metric_at, rest = at + LANES, metric_at + LANES, rest - LANES
                     if rest > 0:
                         weigh_rest(x, at, h, metric_at, s, b + j, rest)
                         at, metric_at = at + rest, metric_at + rest
@@ -246,27 +257,31 @@ def _line_weigher(form: Format, metric_form: Format, run: int) -> Any:
 
 
 @cache
-def _pairs_weigher(pairs: tuple[Pair, ...]) -> Any:
-    """``weigh(leaves, i, stop, s)``: what a `_weigher` does, for blocks that span these leaves."""
-    weigh_first, weigh_rest = _weigher(pairs[0]), _pairs_weigher(pairs[1:]) if len(pairs) > 1 else None
+def _chain_weigher(readings: tuple[Reading, ...], metric: tuple[Reading, ...], paired: bool) -> Any:
+    """``weigh(leaves, weights, ...)`` for blocks that span these leaves, else as a `_weigher`."""
+    weigh_first = _weigher(readings[0], metric[0], paired)
+    if len(readings) == 1:
+        return weigh_first
+    weigh_others = _chain_weigher(readings[1:], metric[1:], paired)
 
     @standalone
-    def weigh(leaves: Any, i: int, stop: int, s: Any) -> None:
+    def weigh(leaves: Any, weights: Any, i: int, stop: int, s: Any) -> None:
         make_small()
-        weigh_first(leaves[0], i, stop, s)
-        if weigh_rest is not None:
-            weigh_rest(leaves[1:], i, stop, s)
+        weigh_first(leaves[0], weights[0], i, stop, s)
+        weigh_others(leaves[1], weights[1], i, stop, s)
 
     return weigh
 
 
-call_weigher = caller(4)
+call_weigher = caller(5)
 
 
 @cache
-def weigher_address(pairs: tuple[Pair, ...]) -> int:
-    """Where the code is that writes strips of blocks which are read like this."""
-    return address_of(_pairs_weigher(pairs), _types_of(pairs), types.int64, types.int64, array_of(np.float64))
+def weigher_address(readings: tuple[Reading, ...], metric: tuple[Reading, ...], paired: bool) -> int:
+    """Where the code is that writes strips of blocks which are read like this, with mu in PAIRS if `paired`."""
+    chains = [type_of_chain(leaves) for leaves in (readings, metric)]
+    weigh = _chain_weigher(readings, metric, paired)
+    return address_of(weigh, *chains, types.int64, types.int64, array_of(np.float64))
 
 
 # --- solving ------------------------------------------------------------------------
@@ -293,8 +308,8 @@ def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
     """The kernel that solves the blocks [i0, i1) strip by strip, and multiplies their elements by ``h / (h + mu)``.
 
     Zero blocks get an infinite mu, unchanged ones 0. Norms are `exact`, `narrow` ones float32, and planes if they are
-    `single`. `deal` and `weigh` are the `dealer_address` of the leaves and their `weigher_address`, or 0 for `mus` to
-    be written instead. Returns whether all iterations ended.
+    `single`. `deal_v`, `deal_h` and `weigh` are the `dealer_address` of the leaves and of the `weights` in the metric,
+    and the `weigher_address` of both, or 0 for `mus` to be written instead. Returns whether all iterations ended.
     """
     measure, classify = secular.measure(), secular.classify(narrow)
     look, turns, decide = secular.look(single), secular.looks(single), secular.decide(exact, narrow, single)
@@ -303,7 +318,7 @@ def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
 
     @kernel
     def solve(
-        deal: int, weigh: int, leaves: Any, i0: int, i1: int, t: Numbers, total: int,
+        deal_v: int, deal_h: int, weigh: int, leaves: Any, weights: Any, i0: int, i1: int, t: Numbers, total: int,
         pitch: int, max_iter: int, near: float, near_halley: float, mus: Any, v: Any, h: Any, s: Any, limits: Any,
     ) -> bool:  # fmt: skip
         make_small()
@@ -314,7 +329,8 @@ def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
             load_numbers(*t, i, stop, limits)
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
-                _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
+                _call_dealer(deal_v, leaves, i, stop, e0, e1, 0, v, pitch)
+                _call_dealer(deal_h, weights, i, stop, e0, e1, 0, h, pitch)
                 for b in range(0, count, LANES):
                     measure(v, b, h, b, s, b, e0, e1, pitch)
             closer = 0
@@ -325,7 +341,8 @@ def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
                     for e0 in range(0, total, chunk):
                         e1 = least(total, e0 + chunk)
                         if chunk < total:
-                            _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
+                            _call_dealer(deal_v, leaves, i, stop, e0, e1, 0, v, pitch)
+                            _call_dealer(deal_h, weights, i, stop, e0, e1, 0, h, pitch)
                         for b in range(0, count, LANES):
                             look(v, b, h, b, s, b, e0, e1, pitch, turn)
                 for b in range(0, count, LANES):
@@ -345,7 +362,8 @@ def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
                 for e0 in range(0, total, chunk):
                     e1 = least(total, e0 + chunk)
                     if chunk < total:
-                        _call_dealer(deal, leaves, i, stop, e0, e1, 0, v, h, pitch)
+                        _call_dealer(deal_v, leaves, i, stop, e0, e1, 0, v, pitch)
+                        _call_dealer(deal_h, weights, i, stop, e0, e1, 0, h, pitch)
                     for b in range(0, count, LANES):
                         sum_secular(v, b, h, b, s, b, e0, e1, pitch)
                 left = 0
@@ -355,7 +373,7 @@ def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
             for b in range(0, count, LANES):
                 finish(s, b)
             if weigh:
-                call_weigher(weigh, leaves, i, stop, s)
+                call_weigher(weigh, leaves, weights, i, stop, s)
             else:
                 copy_numbers(s, RATE, count, mus, i)
         return True
@@ -364,9 +382,9 @@ def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
 
 
 @kernel
-def weigh_blocks(weigh: int, leaves: Any, i0: int, i1: int, mus: Any, s: Any) -> None:
+def weigh_blocks(weigh: int, leaves: Any, weights: Any, i0: int, i1: int, mus: Any, s: Any) -> None:
     """Multiply the elements of blocks [i0, i1) by ``h / (h + mu)``, with the mu of each block."""
     for i in range(i0, i1, WIDTH):
         stop = least(i1, i + WIDTH)
         copy_numbers(mus, i, stop - i, s, RATE)
-        call_weigher(weigh, leaves, i, stop, s)
+        call_weigher(weigh, leaves, weights, i, stop, s)

@@ -22,6 +22,7 @@ from npscope.backends.numba_cpu.vectors import (
     Value,
     broadcast,
     first_lanes,
+    shuffle,
     splat,
     step,
     vector_of,
@@ -30,10 +31,10 @@ from npscope.backends.numba_cpu.vectors import (
 WIDTH = 128
 """Most blocks of a strip: a multiple of `LANES`."""
 
-ROWS, DISTANCE = 20, WIDTH + 8
+ROWS, DISTANCE = 21, WIDTH + 8
 (
     UNIT, LIMIT, RATE, SQUARES, SLOPES, BENDS, NORM, MEAN, SPREAD, LOW, HIGH, ACTIVE,
-    TOP, WIDEST, SIZE, SIZE_LOST, WEIGHED, WEIGHED_LOST, SHARES, CUBES,
+    TOP, WIDEST, SIZE, SIZE_LOST, WEIGHED, WEIGHED_LOST, SHARES, CUBES, PAIRS,
 ) = (row * DISTANCE for row in range(ROWS))  # fmt: skip
 """Where the numbers of a strip of blocks lie in one work array.
 
@@ -345,22 +346,23 @@ def _add_to(s: _Rows, first: Value, sums: Sequence[Lanes]) -> None:
 def sum_secular(single: bool) -> Any:
     """``(v, i, h, j, rows, k, first, stop, pitch)``: sums of q ** 2, q ** 2 p and q ** 2 p ** 2, as `measure`.
 
-    With d = h * RATE + LIMIT, q = h * v * UNIT / d, p = h * RATE / d. Planes of float32 need no UNIT, the square of
-    q * RATE = v * p stays in the range of float64, and so do products of two d: RATE is at most ||v||, and LIMIT at
-    most ||h v||.
+    With d = h * RATE + LIMIT, q = h * v * UNIT / d, p = h * RATE / d. Planes of float32 need no UNIT, and everything
+    stays in the range of float64 if p = h / (h + mu) and q * RATE = v * p: mu = LIMIT / RATE is at most the largest h
+    times the relative distance of two float32.
     """
     together = 2 if single else 1  # rows that share a division
 
     def emit(b: Builder, v: Value, h: Value, start: Value, first: Value, stop: Value, pitch: Value) -> None:
         s = _Rows(b, start)
         unit, limit, rate = s[UNIT], s[LIMIT], s[RATE]
+        mu = limit / rate
 
         def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
-            moved = [c.to(_DOUBLE) * rate for c in cs]
-            inverses = _inverses([m + limit for m in moved])
-            for x, c, m, r in zip(xs, cs, moved, inverses, strict=True):
-                p, wide = m * r, x.to(_DOUBLE)
-                q = wide * p if single else c * (wide * unit) * r
+            weights = [c.to(_DOUBLE) if single else c * rate for c in cs]
+            inverses = _inverses([w + (mu if single else limit) for w in weights])
+            for x, c, w, r in zip(xs, cs, weights, inverses, strict=True):
+                p = w * r
+                q = x.to(_DOUBLE) * p if single else c * (x * unit) * r
                 q = q * q
                 slope = q * p
                 so_far = [so_far[0] + q, so_far[1] + slope, slope.times_plus(p, so_far[2])]
@@ -386,14 +388,11 @@ def approach() -> Any:
 
     def emit(b: Builder, v: Value, h: Value, start: Value, count: Value, pitch: Value) -> None:
         s = _Rows(b, start)
-        rate = s[RATE].to(_SINGLE)
-        per_weight, limit = (s[SPREAD] * s[RATE]).to(_SINGLE), (s[LIMIT] * s[SPREAD]).to(_SINGLE)
-        inverse, enlarge = 1.0 / (s[NORM] * s[SPREAD]).to(_SINGLE), 1.0 / rate
-        per_weight, limit = per_weight * inverse, limit * inverse
+        rate, limit = s[RATE].to(_SINGLE), s[LIMIT].to(_SINGLE)
+        mu, enlarge = limit / rate, 1.0 / rate
 
         def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
-            moved = cs[0] * per_weight
-            p = moved * (1.0 / (moved + limit))
+            p = cs[0] * (1.0 / (cs[0] + mu))
             q = xs[0] * enlarge * p
             q = q * q
             slope = q * p
@@ -452,10 +451,14 @@ def advance(single: bool) -> Any:
 
 @cache
 def finish() -> Any:
-    """``(rows, i)``: RATE becomes mu, infinite for zero blocks and 0 for unchanged ones."""
+    """``(rows, i)``: RATE becomes mu, infinite for zero blocks and 0 for unchanged ones, and PAIRS its two float32."""
 
     def emit(b: Builder, start: Value) -> None:
         s = _Rows(b, start)
-        s[RATE] = s[LIMIT] / s[RATE]
+        mu = s[LIMIT] / s[RATE]
+        high = mu.to(_SINGLE)
+        low = (mu - high.to(_DOUBLE)).to(_SINGLE)
+        pairs = shuffle(b, high.value, [lane + half for lane in range(LANES) for half in (0, LANES)], low.value)
+        s[RATE], s[PAIRS] = mu, Lanes(b, b.bitcast(pairs, mu.value.type))
 
     return step(emit, 2)

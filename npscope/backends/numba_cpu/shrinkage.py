@@ -62,7 +62,17 @@ class Metric:
     def __init__(self, part: Part) -> None:
         self.leaves = part
         ends = [_ends(leaf.array) for leaf in part]
-        self.span = max([most for _, most in ends]) / min([least for least, _ in ends])
+        self.least, self.most = min([least for least, _ in ends]), max([most for _, most in ends])
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether `ORDINARY_STEPS` suffice, and nothing that ``h / (h + mu)`` is made of leaves the range of float32.
+
+        As a norm is above its threshold by the relative distance of two float64 or more, no mu is further above the
+        largest entry than by the reciprocal of that.
+        """
+        lowest, highest = ORDINARY
+        return lowest <= self.least and self.most <= highest and self.most <= self.least * ORDINARY_SPAN
 
 
 def _ends(h: np.ndarray) -> tuple[float, float]:
@@ -149,8 +159,8 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
     return norm_ranges(source, 2.0, make_use, shielded=written.spans_leaves)
 
 
-EASY_SPAN, EASY_STEPS = 1e8, 20
-"""Where the entries of a metric differ by this factor at most, so many steps suffice: 16 were the most ever seen."""
+ORDINARY, ORDINARY_SPAN, ORDINARY_STEPS = (2.0**-40, 2.0**40), 1e8, 20
+"""The range of an `ordinary` metric, by which factor entries differ at most, and steps; 16 were the most ever seen."""
 
 MANY_STEPS = 1000
 """A limit that no iteration reaches: a Newton step to the root of a concave function divides what is left of its value
@@ -165,20 +175,23 @@ def conditioned_job(
     A strip of blocks is written as soon as it is solved. Only where an iteration might not end in time, all blocks
     are solved now, before anything is written.
     """
-    if metric.span <= EASY_SPAN and max_iter >= EASY_STEPS:
+    if metric.ordinary and max_iter >= ORDINARY_STEPS:
         return _solver(written, thresholds, metric, MANY_STEPS, rtol, None)
     mus = np.empty(source.total)
     _solver(source, thresholds, metric, max_iter, rtol, mus)()
-    leaves, pairs = _with_metric(written, metric)
-    weigh = conditioned.weigher_address(pairs)
-    return in_place(written, lambda i0, i1, s: conditioned.weigh_blocks(weigh, leaves, i0, i1, mus, s), _work)
+    (leaves, readings), (weights, metric_readings) = _chain(written.leaves), _chain(_weights(written, metric))
+    weigh = conditioned.weigher_address(readings, metric_readings, paired=False)
+    return in_place(written, lambda i0, i1, s: conditioned.weigh_blocks(weigh, leaves, weights, i0, i1, mus, s), _work)
 
 
-def _with_metric(part: Competitors, metric: Metric) -> tuple[tuple[Any, ...], tuple[conditioned.Pair, ...]]:
-    """The leaves of a part and of its metric as kernels take them, and how their elements are read."""
-    both = [(x, Operand(h, x)) for x, h in zip(part.leaves, metric.leaves, strict=True)]
-    leaves = tuple([(*x.where, *h.where, x.size) for x, h in both])
-    return leaves, tuple([(x.codec, x.layout, h.codec, h.layout) for x, h in both])
+def _weights(part: Competitors, metric: Metric) -> list[Operand]:
+    """The metric of a part, leaf by leaf."""
+    return [Operand(h, x) for x, h in zip(part.leaves, metric.leaves, strict=True)]
+
+
+def _chain(leaves: Sequence[Operand]) -> tuple[Any, tuple[conditioned.Reading, ...]]:
+    """Leaves as kernels take them, and how their elements are read."""
+    return conditioned.chained([(*x.where, x.size) for x in leaves]), tuple([(x.codec, x.layout) for x in leaves])
 
 
 def _work() -> np.ndarray:
@@ -191,19 +204,20 @@ def _solver(
 ) -> Callable[[], None]:
     """The job that solves every block of a part: it finds `mus`, or where there are none shrinks the blocks."""
     elements = part.elements
-    leaves, pairs = _with_metric(part, metric)
+    (leaves, readings), (weights, metric_readings) = _chain(part.leaves), _chain(_weights(part, metric))
     dtypes = {x.array.dtype for x in part.leaves} | {h.array.dtype for h in metric.leaves}
     single = all(kind_of(dtype).rounds_correctly for dtype in dtypes)
     plane = np.dtype(np.float32 if single else np.float64)
     solve = conditioned.solve_kernel(part.exact, part.norm.itemsize == 4, single)
-    deal = conditioned.dealer_address(pairs, elements, plane)
-    weigh = conditioned.weigher_address(pairs) if mus is None else 0
+    deal_v, deal_h = (conditioned.dealer_address(x, elements, plane) for x in (readings, metric_readings))
+    weigh = conditioned.weigher_address(readings, metric_readings, paired=True) if mus is None else 0
+    code = (deal_v, deal_h, weigh, leaves, weights)
     kept = np.empty(0) if mus is None else mus
     near, pitch = conditioned.near_enough(rtol, single), conditioned.strip_pitch(elements)
     t = _thresholds(thresholds, part)
 
     def solve_range(i0: int, i1: int, *works: np.ndarray) -> None:
-        if not solve(deal, weigh, leaves, i0, i1, t, elements, pitch, max_iter, *near, kept, *works):
+        if not solve(*code, i0, i1, t, elements, pitch, max_iter, *near, kept, *works):
             raise ConvergenceError(
                 f"the conditioned shrink did not reach rtol = {rtol} within max_iter = {max_iter} steps"
             )

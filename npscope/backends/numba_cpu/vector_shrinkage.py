@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -17,8 +18,10 @@ from npscope.backends.numba_cpu.vectors import (
     Value,
     call,
     first_lanes,
+    fma,
     load,
     load_masked,
+    on_floats,
     prefetch,
     rounded_to,
     shuffle,
@@ -58,19 +61,45 @@ def soften(form: Format) -> Any:
 
 
 @cache
-def weigh(form: Format, metric: Format, run: int, partial: bool) -> Any:
+def weigh(form: Format, metric: Format, run: int, partial: bool, paired: bool) -> Any:
     """``weigh(array, i, h, j, mus, k, left)``: `LANES` elements, floats of 16 bits and more, times ``h / (h + mu)``.
 
     Each `run` of them have one mu, of those from `mus` on; a power of two of these is read, up to `LANES`. +0.0 where
-    mu is infinite; where it is 0 elements stay. Only the `left` first of them if `partial`.
+    mu is infinite; where it is 0 elements stay. Only the `left` first of them if `partial`. A mu is a float64, or if
+    `paired` two float32, for floats of at most 32 bits: products are right to 2 ** -44 before they are rounded, in two
+    thirds of the time, where h is within a factor of 2 ** 40 of 1, h + mu of 2 ** 100, and h / (h + mu) of 2 ** 90.
     """
     bits, metric_bits = vector_of(form.bits, LANES), vector_of(metric.bits, LANES)
     single, double = (ir.VectorType(element, LANES) for element in (ir.FloatType(), ir.DoubleType()))
     owners = [i // run for i in range(LANES)]
-    owned = ir.VectorType(ir.DoubleType(), 1 << owners[-1].bit_length())
+    count = 1 << owners[-1].bit_length()
+    owned = ir.VectorType(ir.FloatType(), 2 * count) if paired else ir.VectorType(ir.DoubleType(), count)
 
     def wide(b: Builder, number: Value, form: Format) -> Value:
         return b.bitcast(number, double) if form.bits == 64 else b.fpext(single_of(b, number, form, "keep"), double)
+
+    def weighed(b: Builder, x: Value, weights: Value, mus: Value) -> tuple[Value, Value, Value]:
+        """The product, and where it is +0.0 and where the element itself instead."""
+        c, mu = wide(b, weights, metric), shuffle(b, mus, owners)
+        factor = b.fdiv(c, b.fadd(c, mu))
+        product = b.fmul(wide(b, x, form), factor)
+        found = b.bitcast(product, bits) if form.bits == 64 else rounded_to(b, b.fptrunc(product, single), form)
+        gone, stays = (b.fcmp_ordered("==", factor, splat(double, edge)) for edge in (0.0, 1.0))
+        return found, gone, stays
+
+    def weighed_in_pairs(b: Builder, x: Value, weights: Value, mus: Value) -> tuple[Value, Value, Value]:
+        v, c = (single_of(b, number, form, "keep") for number, form in ((x, form), (weights, metric)))
+        high, low = (shuffle(b, mus, [2 * owner + half for owner in owners]) for half in (0, 1))
+        total = b.fadd(c, high)
+        moved = b.fsub(total, c)
+        low = b.fadd(low, b.fadd(b.fsub(c, b.fsub(total, moved)), b.fsub(high, moved)))
+        inverse = b.fdiv(splat(single, 1.0), total)
+        factor = b.fmul(c, inverse)
+        minus = b.fneg(factor)
+        rest = b.fmul(fma(b, minus, low, fma(b, minus, total, c)), inverse)
+        product = on_floats(b, "copysign", fma(b, v, factor, b.fmul(v, rest)), v)
+        gone, stays = (b.fcmp_ordered("==", high, splat(single, edge)) for edge in (math.inf, 0.0))
+        return rounded_to(b, product, form), gone, stays
 
     def emit(b: Builder, array: Value, h: Value, mus: Value, left: Value) -> None:
         if partial:
@@ -80,12 +109,9 @@ def weigh(form: Format, metric: Format, run: int, partial: bool) -> Any:
             prefetch(b, array, LANES * form.bits // 8)
             prefetch(b, h, LANES * metric.bits // 8)
             x, weights = load(b, array, bits), load(b, h, metric_bits)
-        c, mu = wide(b, weights, metric), shuffle(b, b.load(b.bitcast(mus, owned.as_pointer()), align=8), owners)
-        factor = b.fdiv(c, b.fadd(c, mu))
-        product = b.fmul(wide(b, x, form), factor)
-        found = b.bitcast(product, bits) if form.bits == 64 else rounded_to(b, b.fptrunc(product, single), form)
-        found = b.select(b.fcmp_ordered("==", factor, splat(double, 0.0)), splat(bits, 0), found)
-        found = b.select(b.fcmp_ordered("==", factor, splat(double, 1.0)), x, found)
+        find = weighed_in_pairs if paired else weighed
+        found, gone, stays = find(b, x, weights, b.load(b.bitcast(mus, owned.as_pointer()), align=8))
+        found = b.select(stays, x, b.select(gone, splat(bits, 0), found))
         if partial:
             store_masked(b, found, array, mask)
         else:
