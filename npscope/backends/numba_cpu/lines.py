@@ -242,10 +242,10 @@ def dropper(layout: Layout) -> Any:
 
 
 @cache
-def scaler(layout: Layout) -> Any:
-    """``scale(target, i, stop, factors)``: multiply the blocks of a strip by their factors."""
+def scaler(layout: Layout, shrinks: bool) -> Any:
+    """``scale(target, i, stop, factors)``: multiply the blocks of a strip by factors; `shrinks` as in `scale_rows`."""
     vectors = layout.form.name == "float32" and not layout.is_long
-    scale_rows = vector_selection.scale_rows(layout.form, layout.run) if vectors else None
+    scale_rows = vector_selection.scale_rows(layout.form, layout.run, shrinks) if vectors else None
     return _row_writer(layout, scale_rows, layout.codec.scale, 1.0)
 
 
@@ -309,9 +309,9 @@ def measurer_address(layout: Layout, code: int, unit: np.dtype, norm: np.dtype) 
 
 
 @cache
-def scaler_address(layout: Layout, unit: np.dtype) -> int:
+def scaler_address(layout: Layout, unit: np.dtype, shrinks: bool) -> int:
     """Where the code of a `scaler` is, for buffers of this dtype."""
-    return address_of(scaler(layout), where_type(unit), *_RANGE, array_of(np.float64))
+    return address_of(scaler(layout, shrinks), where_type(unit), *_RANGE, array_of(np.float64))
 
 
 @kernel

@@ -137,8 +137,8 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
     x = written.leaves[0]
     if x.layout is not None and not source.spans_leaves and source.exact and lines.can_sum(x.layout, nk.TWO):
         layout, unit = x.layout.compiled, x.place.unit
-        measure, scale = lines.measurer_address(layout, nk.TWO, unit, source.norm), lines.scaler_address(layout, unit)
-        head: tuple[Any, ...] = (measure, scale, *x.where)
+        measure = lines.measurer_address(layout, nk.TWO, unit, source.norm)
+        head: tuple[Any, ...] = (measure, lines.scaler_address(layout, unit, True), *x.where)
         strip, t = lines.strip_blocks(x.layout), _thresholds(thresholds, written)
         return in_place(
             written,
@@ -152,7 +152,7 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
 
         def use(slot: int, i0: int, i1: int, norm: np.ndarray, wide: np.ndarray) -> None:
             proximal.shrink_factors(norm, wide, limits[slot].fill(i0, i1))
-            rescale(written, i0, i1, wide)
+            rescale(written, i0, i1, wide, shrinks=True)
 
         return use
 

@@ -27,6 +27,7 @@ from npscope.backends.numba_cpu.vectors import (
     keys_of,
     load,
     narrow,
+    on_floats,
     planes_of,
     prefetch,
     shuffle,
@@ -354,50 +355,56 @@ def drop_rows(form: Format, run: int) -> Any:
 
 
 @cache
-def scale_rows(form: Format, run: int) -> Any:
+def scale_rows(form: Format, run: int, shrinks: bool) -> Any:
     """``(target, i, count, rows, step, factors, j, jump)``: multiply float32 by a float64 for each block.
 
-    0 writes +0.0, 1 keeps the bits; else the product in float64, rounded, and within 1 ulp of that. All else as for
-    `drop_rows`.
+    0 writes +0.0, 1 keeps the bits; else the product in float64, rounded, and within 1 ulp of that. A factor that
+    `shrinks` is 0 or from 2 ** -60 to 1. All else as for `drop_rows`.
     """
     together = LINES * form.lanes // run if form.lanes % run == 0 else 1
+    length = run * together
+    few, single = ir.VectorType(ir.DoubleType(), together), ir.VectorType(ir.FloatType(), together)
+    words, lanes = vector_of(32, length), [i // run for i in range(length)]
+
+    def without_strange(b: Builder, factor: Value, replaced: Value, high: Value, low: Value) -> tuple[Value, Value]:
+        """What is replaced must not look unusual when it is multiplied, and strange factors must."""
+        size = b.and_(b.bitcast(factor, vector_of(64, together)), splat(vector_of(64, together), (1 << 63) - 1))
+        least, range_ = (splat(size.type, (1023 + 64 * side << 52) - 1) for side in (-1, 1))
+        strange = b.icmp_unsigned(">=", b.sub(size, least), b.sub(range_, least))
+        high = b.select(replaced, splat(single, 1.0), b.select(strange, splat(single, math.nan), high))
+        return high, b.select(replaced, splat(single, 0.0), low)
+
+    def settled(b: Builder, product: Value, x: Value, factor: Value) -> Value:
+        """The product, but for zeros, which have a sign to keep, and what is lost of small or infinite numbers."""
+        bits = b.bitcast(product, words)
+        place = cgutils.alloca_once_value(b, product)
+        size = b.and_(bits, splat(words, (1 << 31) - 1))
+        least, range_ = (splat(words, 127 + 100 * side << 23) for side in (-1, 1))
+        unusual = b.icmp_unsigned(">=", b.sub(size, least), b.sub(range_, least))
+        flags = ir.IntType(length)
+        with b.if_then(b.icmp_unsigned("!=", b.bitcast(unusual, flags), flags(0)), likely=False):
+            wide = b.fmul(b.fpext(x, ir.VectorType(ir.DoubleType(), length)), shuffle(b, factor, lanes))
+            b.store(b.fptrunc(wide, product.type), place)
+        return b.load(place)
 
     def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, factors: Value, jump: Value) -> None:
         def scaling(place: Value) -> Callable[[Value], None]:
-            length = run * together
-            few, single = ir.VectorType(ir.DoubleType(), together), ir.VectorType(ir.FloatType(), together)
             factor = b.load(b.bitcast(place, few.as_pointer()), align=8)
-            # As two float32: the product of usual numbers is right to 2**-47 before it is rounded, at half the cost.
+            # As two float32: products are right to 2 ** -47 before they are rounded, at a third of the cost.
             high = b.fptrunc(factor, single)
             low = b.fptrunc(b.fsub(factor, b.fpext(high, few)), single)
             same, zero = (b.fcmp_ordered("==", factor, splat(few, number)) for number in (1.0, 0.0))
-            size = b.and_(b.bitcast(factor, vector_of(64, together)), splat(vector_of(64, together), (1 << 63) - 1))
-            least, range_ = (splat(size.type, (1023 + 64 * side << 52) - 1) for side in (-1, 1))
-            strange = b.icmp_unsigned(">=", b.sub(size, least), b.sub(range_, least))
-            # What is replaced must not look unusual below, and what is strange must.
-            replaced = b.or_(same, zero)
-            high = b.select(replaced, splat(single, 1.0), b.select(strange, splat(single, math.nan), high))
-            low = b.select(replaced, splat(single, 0.0), low)
-            lanes = [i // run for i in range(length)]
+            if not shrinks:
+                high, low = without_strange(b, factor, b.or_(same, zero), high, low)
             high, low, same, zero = (shuffle(b, v, lanes) for v in (high, low, same, zero))
 
             def scale(at: Value) -> None:
-                bits = load(b, at, vector_of(32, length))
+                bits = load(b, at, words)
                 x = b.bitcast(bits, high.type)
-                product = b.fmul(x, high)
-                exact = b.fadd(product, fma(b, x, low, fma(b, x, high, b.fneg(product))))
-                place = cgutils.alloca_once_value(b, b.bitcast(exact, bits.type))
-                # Zeros, which have a sign to keep, and what is lost of small or infinite numbers.
-                size = b.and_(b.bitcast(product, bits.type), splat(bits.type, (1 << 31) - 1))
-                least, range_ = (splat(bits.type, 127 + 100 * side << 23) for side in (-1, 1))
-                unusual = b.icmp_unsigned(">=", b.sub(size, least), b.sub(range_, least))
-                flags = ir.IntType(length)
-                with b.if_then(b.icmp_unsigned("!=", b.bitcast(unusual, flags), flags(0)), likely=False):
-                    double = ir.VectorType(ir.DoubleType(), length)
-                    wide = b.fmul(b.fpext(x, double), shuffle(b, factor, lanes))
-                    b.store(b.bitcast(b.fptrunc(wide, high.type), bits.type), place)
-                scaled = b.select(same, bits, b.load(place))
-                store(b, b.select(zero, splat(bits.type, 0), scaled), at)
+                product = fma(b, x, high, b.fmul(x, low))
+                found = on_floats(b, "copysign", product, x) if shrinks else settled(b, product, x, factor)
+                scaled = b.select(same, bits, b.bitcast(found, words))
+                store(b, b.select(zero, splat(words, 0), scaled), at)
 
             return scale
 

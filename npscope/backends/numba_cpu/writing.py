@@ -51,11 +51,11 @@ class DropSink:
         drop(self.part, i0, i1, mask)
 
 
-def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray) -> None:
-    """Multiply the blocks [i0, i1) of a part by their factors, in all its leaves."""
+def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray, *, shrinks: bool = False) -> None:
+    """Multiply the blocks [i0, i1) of a part by their factors, in all its leaves; `shrinks` as in `scale_rows`."""
     for leaf in part.leaves:
         if leaf.layout is not None:
-            scale = lines.scaler_address(leaf.layout.compiled, leaf.place.unit)
+            scale = lines.scaler_address(leaf.layout.compiled, leaf.place.unit, shrinks)
             lines.scale_blocks(scale, *leaf.where, i0, i1, factors)
         else:
             nk.kernels(leaf.codec).rescale(*leaf.where, i0, i1, leaf.size, factors)
