@@ -193,3 +193,43 @@ def test_scopes_ranked_inside_vectors(n, name, kind):
             for array in (x, np.asfortranarray(x), np.asfortranarray(x[::-1])[::-1]):
                 with npscope.use_backend("numba"):
                     assert same_bits(npscope.keep_largest(array, nnz, block, (1, n)), expected)
+
+
+COLUMNS = [
+    (n, name) for n in (2, 3, 4, 8, 16) for name in ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn")
+]
+FEW_COLUMNS = {(4, "float32"), (3, "bfloat16"), (8, "float16"), (16, "float32"), (2, "float8_e4m3fn"), (4, "float64")}
+
+
+@pytest.mark.parametrize("kind", ["normal", "two_valued", "nan_payloads"])
+@pytest.mark.parametrize(
+    ("n", "name"), [pytest.param(*case, marks=() if case in FEW_COLUMNS else pytest.mark.slow) for case in COLUMNS]
+)
+def test_scopes_side_by_side_are_ranked_across_vectors(n, name, kind):
+    """Their elements lie apart: in rows of a C-ordered array, in several loops, and from one layout to another."""
+    x = hostile(kind, (8 * n, 77), name, n)
+    x[:n, ::3] = 0
+    x[0, ::6] = -0.0
+    several = (2, n // 2) if n % 2 == 0 else (1, n)
+    cases = {
+        "columns": (x, (n, 1)),
+        "transposed": (x.T, (1, n)),
+        "part": (hostile(kind, (8 * n, 200), name, n)[:, 3:80], (n, 1)),
+        "cube": (hostile(kind, (4, n, 5, 77), name, n), (*several, 1, 1)),
+        "backwards": (x[::-1], (n, 1)),
+    }
+    for array, scope in cases.values():
+        ones = (1,) * array.ndim
+        for nnz in sorted({0, 1, n // 2, n}):
+            with npscope.use_backend("reference"):
+                expected = npscope.keep_largest(array, nnz, ones, scope)
+            with npscope.use_backend("numba"):
+                assert same_bits(npscope.keep_largest(array, nnz, ones, scope), expected)
+                same = array.copy(order="K")
+                for source, out in (
+                    (array, np.empty_like(array, order="C")),
+                    (array, np.empty_like(array, order="F")),
+                    (same, same),
+                ):
+                    npscope.keep_largest(source, nnz, ones, scope, out=out)
+                    assert same_bits(out, expected)

@@ -1,4 +1,4 @@
-"""Scopes of a few single elements, such as 2:4: ranked inside a vector, and read and written in one pass."""
+"""Scopes of a few single elements, such as 2:4: ranked in vectors, and read and written in one pass."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from collections.abc import Callable
 import numpy as np
 
 from npscope.backends.numba_cpu import lines, vector_selection
-from npscope.backends.numba_cpu.operands import STRIPS_ELEMENTS, Operand, ranges
-from npscope.backends.numba_cpu.vector_selection import (
-    MAX_GROUP,
-)
-from npscope.backends.numba_cpu.vectors import (
-    format_of,
-)
+from npscope.backends.numba_cpu.operands import STRIPS_ELEMENTS, Operand, in_memory_order, ranges
+from npscope.backends.numba_cpu.vector_selection import MAX_GROUP
+from npscope.backends.numba_cpu.vectors import Format, format_of
 from npscope.tiling import Leaf, Parts
 
 
 def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Callable[[], None] | None:
-    """The job that prunes `target` by its own elements, if its scopes are few adjacent ones; else None."""
+    """The job that prunes `target` by its own elements, if scopes are few adjacent ones or side by side; else None."""
     if len(target) > 1 or len(target[0]) > 1 or ord is None:
         return None
     leaf = target[0][0]
@@ -27,14 +23,22 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
     if leaf.cut.elements > 1 or not 1 < n <= MAX_GROUP or source[0][0].array is not read:
         return None
     counts, written = keep.array, Operand(leaf)
-    origin = written if leaf.origin is None else Operand(Leaf(read, leaf.cut))
     form = None if written.kind is None else format_of(written.kind)
-    if form is None or written.few or not (written.lines_hold(n) and origin.lines_hold(n)):
+    if form is None or written.few or (any(counts.strides) and counts.size > 1):
         return None
-    if any(counts.strides) and counts.size > 1:
-        return None
-    kernel = lines.prune_groups_kernel(form, n)
     k = counts.item(0) if counts.size else 0
+    origin = written if leaf.origin is None else Operand(Leaf(read, leaf.cut))
+    if written.lines_hold(n) and origin.lines_hold(n):
+        return _adjacent_job(origin, written, form, n, k)
+    leaf = in_memory_order(target, source, keep)[0][0][0]
+    written = Operand(leaf)
+    origin = written if leaf.origin is None else Operand(Leaf(read, leaf.cut))
+    return _columns_job(origin, written, form, n, k)
+
+
+def _adjacent_job(origin: Operand, written: Operand, form: Format, n: int, k: int) -> Callable[[], None]:
+    """The job for groups of adjacent elements."""
+    kernel = lines.prune_groups_kernel(form, n)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         spare = [np.empty(vector_selection.group_lanes(form, n), written.buffer.dtype) for _ in range(slots)]
@@ -47,4 +51,21 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
 
         return work
 
-    return ranges(leaf.cut.scopes, n, make_work, piece=STRIPS_ELEMENTS)
+    return ranges(written.cut.scopes, n, make_work, piece=STRIPS_ELEMENTS)
+
+
+def _columns_job(origin: Operand, written: Operand, form: Format, n: int, k: int) -> Callable[[], None] | None:
+    """The job for groups that lie side by side, their elements apart; None if they do not."""
+    operands = []
+    for x in (origin, written):
+        if x.bytewise or x.across is None or x.across[0][1, -1] != 1:
+            return None
+        scopes, blocks = x.across
+        apart = np.indices(blocks[0]).reshape(len(blocks[0]), n).T @ blocks[1]
+        operands += [x.buffer, x.origin, scopes, apart]
+    kernel = lines.prune_columns_kernel(form, n)
+
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        return lambda slot, s0, s1: kernel(*operands, s0, s1, k)
+
+    return ranges(written.cut.scopes, n, make_work, piece=STRIPS_ELEMENTS)

@@ -376,3 +376,30 @@ def prune_groups_kernel(form: Format, n: int) -> Any:
             i = after
 
     return prune_groups
+
+
+@cache
+def prune_columns_kernel(form: Format, n: int) -> Any:
+    """The kernel that keeps the k first-ranked of n elements that lie apart, of scopes [s0, s1) side by side."""
+    prune_line, prune_rest = (vector_selection.prune_columns(form, n, partial) for partial in (False, True))
+    lanes = form.lanes
+
+    @kernel
+    def prune_columns(
+        source: Any, origin: int, scopes: Any, apart: Any, target: Any, origin2: int, scopes2: Any, apart2: Any,
+        s0: int, s1: int, k: int,
+    ) -> None:  # fmt: skip
+        make_small()
+        width, width2 = scopes[0, -1], scopes2[0, -1]
+        s = s0
+        while s < s1:
+            after = least(s1, least(s + width - s % width, s + width2 - s % width2))
+            at, at2, count = origin + place(s, scopes), origin2 + place(s, scopes2), after - s
+            whole = count - count % lanes
+            for e in range(0, whole, lanes):
+                prune_line(source, at + e, apart, 0, target, at2 + e, apart2, 0, k, lanes)
+            if whole < count:
+                prune_rest(source, at + whole, apart, 0, target, at2 + whole, apart2, 0, k, count - whole)
+            s = after
+
+    return prune_columns

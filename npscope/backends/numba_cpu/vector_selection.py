@@ -23,9 +23,11 @@ from npscope.backends.numba_cpu.vectors import (
     broadcast,
     call,
     copy_rows,
+    first_lanes,
     fma,
     keys_of,
     load,
+    load_masked,
     narrow,
     on_floats,
     planes_of,
@@ -34,6 +36,7 @@ from npscope.backends.numba_cpu.vectors import (
     splat,
     step,
     store,
+    store_masked,
     vector_of,
 )
 
@@ -91,34 +94,48 @@ def prune_groups(form: Format, n: int, *, several: bool = False) -> Any:
     return step(emit, 5)
 
 
+@cache
+def prune_columns(form: Format, n: int, partial: bool) -> Any:
+    """``(source, i, apart, a, target, j, apart2, a2, k, left)``: as `prune_groups`, for groups that lie side by side.
+
+    The n elements of the first one are `apart[a], apart[a + 1] ..` from where `source` is, and go so far from where
+    `target` is as `apart2` says. One group for each lane of a line, only the `left` first of them if `partial`.
+    """
+    bits = vector_of(form.bits, form.lanes)
+
+    def emit(b: Builder, source: Value, apart: Value, target: Value, apart2: Value, k: Value, left: Value) -> None:
+        def places(start: Value, table: Value) -> list[Value]:
+            return [b.gep(start, [b.load(b.gep(table, [INT32(j)]))]) for j in range(n)]
+
+        mask = first_lanes(b, left, form.lanes) if partial else None
+        lines = []
+        for here in places(source, apart):
+            if mask is None:
+                prefetch(b, here, LINE)
+            lines.append(load(b, here, bits) if mask is None else load_masked(b, here, bits, mask))
+        flags = _first_of_columns(b, [keys_of(b, line, form) for line in lines], k)
+        for line, kept, there in zip(lines, flags, places(target, apart2), strict=True):
+            found = b.select(kept, line, splat(bits, 0))
+            if mask is None:
+                store(b, found, there)
+            else:
+                store_masked(b, found, there, mask)
+
+    return step(emit, 10)
+
+
 def _first_by_sorting(b: Builder, keys: list[Value], k: Value, n: int) -> list[Value]:
     """Which of n vectors of keys, in which groups of n lie side by side, are the k first-ranked of their group."""
     vector = keys[0].type
     lanes = vector.count
     groups = [[(v * lanes + i) // n for i in range(lanes)] for v in range(n)]
     planes = planes_of(b, keys)  # lane g of plane j: key j of group g
-    for i, j in _sorting_network(n):
-        larger = b.icmp_unsigned(">", planes[i], planes[j])
-        planes[i], planes[j] = b.select(larger, planes[i], planes[j]), b.select(larger, planes[j], planes[i])
-    table = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(vector, n)), vector.as_pointer())
-    for j, plane in enumerate(planes):
-        b.store(plane, b.gep(table, [INT32(j)]))
-    zero, one = (ir.Constant(k.type, number) for number in (0, 1))
-    none = b.icmp_signed("<=", k, zero)
-    last = b.select(none, zero, b.sub(k, one))
-    # For k = 0 a limit above all keys, which leave the highest bit free.
-    limit = b.select(none, splat(vector, -1), b.load(b.gep(table, [last])))
+    limit = _kth_of_planes(b, planes, k)
     limits = [shuffle(b, limit, order) for order in groups]
-    flags = [cgutils.alloca_once_value(b, b.icmp_unsigned(">=", x, y)) for x, y in zip(keys, limits, strict=True)]
-    found = zero
-    for place in flags:
-        found = b.add(found, _count(b, b.load(place)))
-    # Each group has k keys or more from its limit on. If more, only the first of those equal to it are kept.
-    with b.if_then(b.icmp_unsigned("!=", found, b.mul(k, ir.Constant(k.type, lanes))), likely=False):
-        left = narrow(b, k, vector)
-        for plane in planes:
-            left = b.sub(left, b.zext(b.icmp_unsigned(">", plane, limit), vector))
-        for key, most, order, place in zip(keys, limits, groups, flags, strict=True):
+
+    def without_late_ties() -> list[Value]:
+        left, kept = _ties_left(b, planes, limit, k), []
+        for key, most, order in zip(keys, limits, groups, strict=True):
             equal = b.icmp_unsigned("==", key, most)
             turn = b.zext(equal, vector)
             for distance in (1, 2, 4, 8)[: n.bit_length() - 1]:
@@ -126,7 +143,74 @@ def _first_by_sorting(b: Builder, keys: list[Value], k: Value, n: int) -> list[V
                 earlier = [i - distance if i % n >= distance else lanes for i in range(lanes)]
                 turn = b.add(turn, shuffle(b, turn, earlier, splat(vector, 0)))
             stays = b.and_(equal, b.icmp_signed("<=", turn, shuffle(b, left, order)))
-            b.store(b.or_(b.icmp_unsigned(">", key, most), stays), place)
+            kept.append(b.or_(b.icmp_unsigned(">", key, most), stays))
+        return kept
+
+    return _from_limit_on(b, keys, limits, k, without_late_ties)
+
+
+def _first_of_columns(b: Builder, planes: list[Value], k: Value) -> list[Value]:
+    """Which keys of the groups whose n-th keys are the n-th of these vectors are the k first-ranked of their group."""
+    vector, n = planes[0].type, len(planes)
+    if n not in (8, 16):
+        # Of two, the earlier ranks before the later one if it is not smaller.
+        ranks = [splat(vector, n - 1 - j) for j in range(n)]
+        for i in range(n):
+            for j in range(i + 1, n):
+                before = b.icmp_unsigned(">=", planes[i], planes[j])
+                ranks[i], ranks[j] = b.add(ranks[i], b.sext(before, vector)), b.add(ranks[j], b.zext(before, vector))
+        return [b.icmp_unsigned("<", rank, narrow(b, k, vector)) for rank in ranks]
+    limit = _kth_of_planes(b, planes, k)
+
+    def without_late_ties() -> list[Value]:
+        left, kept = _ties_left(b, planes, limit, k), []
+        for plane in planes:
+            equal = b.icmp_unsigned("==", plane, limit)
+            stays = b.and_(equal, b.icmp_signed(">", left, splat(vector, 0)))
+            left = b.add(left, b.sext(equal, vector))
+            kept.append(b.or_(b.icmp_unsigned(">", plane, limit), stays))
+        return kept
+
+    return _from_limit_on(b, planes, [limit] * n, k, without_late_ties)
+
+
+def _kth_of_planes(b: Builder, planes: list[Value], k: Value) -> Value:
+    """The k-th largest key of each group; for k = 0 a limit above all keys, which leave the highest bit free."""
+    planes, vector = list(planes), planes[0].type
+    for i, j in _sorting_network(len(planes)):
+        larger = b.icmp_unsigned(">", planes[i], planes[j])
+        planes[i], planes[j] = b.select(larger, planes[i], planes[j]), b.select(larger, planes[j], planes[i])
+    table = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(vector, len(planes))), vector.as_pointer())
+    for j, plane in enumerate(planes):
+        b.store(plane, b.gep(table, [INT32(j)]))
+    zero, one = (ir.Constant(k.type, number) for number in (0, 1))
+    none = b.icmp_signed("<=", k, zero)
+    last = b.select(none, zero, b.sub(k, one))
+    return b.select(none, splat(vector, -1), b.load(b.gep(table, [last])))
+
+
+def _ties_left(b: Builder, planes: list[Value], limit: Value, k: Value) -> Value:
+    """How many keys that equal the limit are among the k first-ranked of each group."""
+    left = narrow(b, k, limit.type)
+    for plane in planes:
+        left = b.sub(left, b.zext(b.icmp_unsigned(">", plane, limit), limit.type))
+    return left
+
+
+def _from_limit_on(
+    b: Builder, keys: list[Value], limits: list[Value], k: Value, without_late_ties: Callable[[], list[Value]]
+) -> list[Value]:
+    """Which keys are kept: those from their limit on, k of each group, or more if the last of them are equal.
+
+    Only then, which is rare, the first of these have to be told from the others.
+    """
+    flags = [cgutils.alloca_once_value(b, b.icmp_unsigned(">=", x, y)) for x, y in zip(keys, limits, strict=True)]
+    found, lanes = ir.Constant(k.type, 0), ir.Constant(k.type, keys[0].type.count)
+    for place in flags:
+        found = b.add(found, _count(b, b.load(place)))
+    with b.if_then(b.icmp_unsigned("!=", found, b.mul(k, lanes)), likely=False):
+        for place, kept in zip(flags, without_late_ties(), strict=True):
+            b.store(kept, place)
     return [b.load(place) for place in flags]
 
 
