@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -78,36 +80,64 @@ def test_code_with_an_address_in_it_is_never_kept_on_a_disk(tmp_path, monkeypatc
     assert not list(tmp_path.rglob("*.nbc"))
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_no_garbage_is_collected_while_functions_are_compiled(enabled):
-    """And then as before, whether compilation ends well or not."""
+@pytest.fixture
+def collection():
+    """Garbage collection is left as it was."""
     was = gc.isenabled()
-    seen = []
+    yield
+    (gc.enable if was else gc.disable)()
 
-    @kernel
-    def compiled(x):
-        return x + told(x)
 
-    def told(x):
+def watched(look):
+    """A function that `look` is told of once it is compiled: a float stays what it is, all else is an error."""
+
+    def same(x):
         return x
 
-    @numba.extending.overload(told)
+    @numba.extending.overload(same)
     def typed(x):
-        seen.append(gc.isenabled())
+        look()
         return (lambda x: x) if isinstance(x, types.Float) else None
 
-    compiled.py_func.__module__ = "npscope.backends.numba_cpu.kernels"
-    try:
-        (gc.enable if enabled else gc.disable)()
+    return same
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_functions_are_compiled(enabled, collection):
+    """And then as before, whether compilation ends well or not. Functions of others are compiled as ever."""
+    (gc.enable if enabled else gc.disable)()
+    for compiler, expected in ((kernel, False), (numba.njit, enabled)):
+        seen = set()
+        same = watched(lambda seen=seen: seen.add(gc.isenabled()))
+        compiled = compiler(lambda x, same=same: same(x) + 1)
         assert compiled(1.0) == 2.0
         assert gc.isenabled() is enabled
         with pytest.raises(numba.TypingError):
             compiled("")
         assert gc.isenabled() is enabled
-    finally:
-        (gc.enable if was else gc.disable)()
-    assert seen
-    assert not any(seen)
+        assert seen == {expected}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_while_a_function_is_compiled_collects_garbage(collection):
+    gc.enable()
+    read, write = os.pipe()
+    children = []
+
+    def fork_once():
+        if not children:
+            with warnings.catch_warnings():  # from Python 3.12 on there is one where other threads are
+                warnings.simplefilter("ignore", DeprecationWarning)
+                children.append(os.fork())
+            if children == [0]:
+                os.write(write, b"1" if gc.isenabled() else b"0")
+                os._exit(0)
+
+    same = watched(fork_once)
+    compiled = kernel(lambda x: same(x))
+    assert compiled(3.0) == 3.0
+    os.waitpid(children[0], 0)
+    assert os.read(read, 1) == b"1"
 
 
 def test_a_caller_calls_what_is_at_the_address():

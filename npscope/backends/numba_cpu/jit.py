@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 from numba import from_dtype, njit, types
-from numba.core import cgutils, event
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 Compiled = TypeVar("Compiled", bound=Callable[..., Any])
@@ -23,60 +24,80 @@ _KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrap
 _INNER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False, "no_cpython_wrapper": True}
 
 
-class _WithoutCollection(event.Listener):
-    """Has no garbage collected while a function of this package is compiled.
+class _Collection:
+    """Garbage collection of the whole process: paused while one call or more say so, then as before the first.
 
-    What a compiler builds stays alive until it is done, and is looked through in vain: a tenth of the time.
+    What a compiler builds stays alive until it is done, and is looked through in vain: a tenth of a first call. Who
+    switches collection off meanwhile, in another thread, finds it on again.
     """
 
     def __init__(self) -> None:
-        self._lock, self._compiling, self._was_enabled = threading.RLock(), 0, False
+        self._lock, self._pausing, self._was_on = threading.RLock(), set[object](), False
 
-    def on_start(self, event: Any) -> None:
-        if _is_ours(event):
-            with self._lock:
-                self._compiling += 1
-                if self._compiling == 1:
-                    self._was_enabled = gc.isenabled()
-                    gc.disable()
+    def pause(self, call: object) -> None:
+        with self._lock:
+            self._pausing.add(call)
+            if len(self._pausing) == 1:
+                self._was_on = gc.isenabled()
+                gc.disable()
 
-    def on_end(self, event: Any) -> None:
-        if _is_ours(event):
-            with self._lock:
-                self._compiling = max(0, self._compiling - 1)
-                if self._was_enabled and not self._compiling:
-                    self._was_enabled = False
-                    gc.enable()
+    def resume(self, call: object) -> None:
+        """Also where an interrupt came before `pause`, or within it."""
+        with self._lock:
+            self._pausing.discard(call)
+            if self._was_on and not self._pausing:
+                self._was_on = False
+                gc.enable()
+
+    def resume_in_child(self) -> None:
+        """After a fork: calls of other threads do not go on."""
+        if self._was_on:
+            gc.enable()
+        self.__init__()  # type: ignore[misc]
 
 
-def _is_ours(event: Any) -> bool:
-    module: str = event.data["dispatcher"].py_func.__module__
-    return module.startswith(f"{__name__.partition('.')[0]}.")
+_collection = _Collection()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_collection.resume_in_child)
 
 
-event.register("numba:compile", _WithoutCollection())
+def _jitted(function: Callable[..., Any], **options: Any) -> Any:
+    """The dispatcher of a function, which compiles while no garbage is collected."""
+    dispatcher = njit(**options)(function)
+    compile_for = dispatcher.compile
+
+    def compile_undisturbed(*arguments: Any) -> Any:
+        call = object()
+        try:
+            _collection.pause(call)
+            return compile_for(*arguments)
+        finally:
+            _collection.resume(call)
+
+    dispatcher.compile = compile_undisturbed
+    return dispatcher
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile what Python calls. Not typed: operands are passed as tuples spread over several arguments."""
-    return njit(**_KERNEL)(function)
+    return _jitted(function, **_KERNEL)
 
 
 def inner(function: Compiled) -> Compiled:
     """Compile what only compiled functions call: without the wrappers for Python, a quarter faster."""
-    compiled: Compiled = njit(**_INNER)(function)
+    compiled: Compiled = _jitted(function, **_INNER)
     return compiled
 
 
 def merged(function: Compiled) -> Compiled:
     """Compile as part of its one caller: an `inner` function is optimised alone, and again wherever it goes."""
-    compiled: Compiled = njit(inline="always", **_INNER)(function)
+    compiled: Compiled = _jitted(function, inline="always", **_INNER)
     return compiled
 
 
 def inner_any_order(function: Compiled) -> Compiled:
     """Compile a sum whose order is free, because it is rounded exactly later. NaN and infinity stay true."""
-    compiled: Compiled = njit(fastmath={"reassoc", "contract", "arcp"}, **_INNER)(function)
+    compiled: Compiled = _jitted(function, fastmath={"reassoc", "contract", "arcp"}, **_INNER)
     return compiled
 
 
