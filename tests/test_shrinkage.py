@@ -414,6 +414,45 @@ def test_ordinary_metrics_need_no_more_steps_than_they_may_take(rng, monkeypatch
             assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("max_iter", [20, 15])
+@pytest.mark.parametrize(
+    ("names", "sizes"),
+    [
+        (("float32", "float32"), (2, 3)),
+        (("float32", "float64", "float16"), (4, 1, 5)),
+        (("bfloat16",) * 4, (3, 3, 3, 3)),
+        (("float32", "float32", "float32"), (16, 33000, 4)),
+        (("float64", "float32"), (5, 33000)),
+    ],
+)
+def test_conditioned_blocks_that_span_leaves(rng, names, sizes, max_iter):
+    """Also where they are too large to be dealt at once, and where they are solved before any is written."""
+    rows = 40 if max(sizes) < 100 else 3
+    arrays = [rng.standard_normal((rows, size)).astype(dtype(name)) for name, size in zip(names, sizes, strict=True)]
+    metrics = [rng.uniform(0.5, 2, x.shape).astype(np.float32) for x in arrays]
+    squares = sum(((x.astype(np.float64) * h) ** 2).sum(1) for x, h in zip(arrays, metrics, strict=True))
+    t = np.sqrt(squares)[:, None] * rng.choice([0.0, 0.3, 0.9, 1.1], (rows, 1))
+    results = {}
+    for backend in ("reference", "numba"):
+        specs = [npscope.BlockSpec(x.copy(), (1, -1)) for x in arrays]
+        given = dict(zip(specs, metrics, strict=True))
+        with npscope.use_backend(backend):
+            npscope.BlockCoupling(specs).soft_threshold(t, given, max_iter=max_iter)
+        results[backend] = [spec.data for spec in specs]
+    for name, expected, got in zip(names, *results.values(), strict=True):
+        if name == "float64":
+            assert np.allclose(got, expected, rtol=1e-10, atol=0)
+        else:
+            places = [x.view(f"i{x.itemsize}").astype(np.int64) for x in (expected, got)]
+            assert np.abs(places[0] - places[1]).max() <= 1
+
+
+def test_work_arrays_hold_a_vector_from_any_block_on():
+    """Of blocks one element wide, as many numbers are read as fill a vector, from the last block of a strip on too."""
+    secular = pytest.importorskip("npscope.backends.numba_cpu.secular")
+    assert secular.DISTANCE >= secular.WIDTH - 1 + secular.LANES
+
+
 @pytest.mark.parametrize("name", ["float32", "float64"])
 def test_blocks_do_not_depend_on_their_neighbours(rng, name):
     """Which strip a block is in, with one that needs a closer look or without, depends on the number of threads."""

@@ -87,8 +87,8 @@ def _in_parts(elements: int) -> bool:
 def _dealer(read: Function, layout: Layout | None) -> Any:
     """``deal(leaf, i, stop, e0, e1, row, out, pitch)``: elements [e0, e1) of blocks into planes from `row` on.
 
-    Those that the block has, if it does; all of them, where a layout says that they are adjacent. `LANES` more places
-    than blocks are written.
+    A leaf has all of these elements; with a layout they are all that it has. `LANES` more places than blocks are
+    written.
     """
     run, rows = (layout.run, layout.rows) if layout else (1, 0)
     part = min(run, LANES)
@@ -155,7 +155,7 @@ def type_of_chain(readings: Sequence[Reading]) -> Any:
 
 @cache
 def _chain_dealer(readings: tuple[Reading, ...]) -> Any:
-    """``deal(leaves, ...)`` for blocks that span these leaves, else as a `_dealer`."""
+    """``deal(leaves, ...)``: as a `_dealer`, of blocks that span leaves, which have all of these elements together."""
     codec, layout = readings[0]
     deal_first = _dealer(codec.value, layout)
     if len(readings) == 1:
@@ -167,11 +167,12 @@ def _chain_dealer(readings: tuple[Reading, ...]) -> Any:
         make_small()
         leaf, others = leaves
         size = leaf[-1]
-        first, last = greatest(e0, 0), least(e1, size)
-        if first < last:
-            deal_first(leaf, i, stop, first, last, row, out, pitch)
-            row += last - first
-        deal_others(others, i, stop, e0 - size, e1 - size, row, out, pitch)
+        last, first = least(e1, size), greatest(e0 - size, 0)
+        if e0 < last:
+            deal_first(leaf, i, stop, e0, last, row, out, pitch)
+            row += last - e0
+        if first < e1 - size:
+            deal_others(others, i, stop, first, e1 - size, row, out, pitch)
 
     return deal
 
@@ -195,12 +196,12 @@ def dealer_address(readings: tuple[Reading, ...], elements: int, plane: np.dtype
 def _weigher(reading: Reading, metric: Reading, paired: bool) -> Any:
     """``weigh(leaf, weights, i, stop, s)``: multiply every element of a strip of blocks by ``h / (h + mu)``.
 
-    With mu from RATE, or if `paired` and that is faster from PAIRS.
+    With mu from RATE, or where both lie in equal runs of 32 bits or less, and if `paired`, from PAIRS.
     """
     (x_codec, x_layout), (h_codec, h_layout) = reading, metric
     if x_layout is not None and h_layout is not None and x_layout.run == h_layout.run:
-        paired &= x_layout.form.bits <= 32 and h_layout.form.bits <= 32
-        return _line_weigher(x_layout.form, h_layout.form, x_layout.run, paired)
+        narrow = x_layout.form.bits <= 32 and h_layout.form.bits <= 32
+        return _line_weigher(x_layout.form, h_layout.form, x_layout.run, paired and narrow)
     scale, weight = x_codec.scale, h_codec.value
 
     @standalone
@@ -258,7 +259,7 @@ def _line_weigher(form: Format, metric_form: Format, run: int, paired: bool) -> 
 
 @cache
 def _chain_weigher(readings: tuple[Reading, ...], metric: tuple[Reading, ...], paired: bool) -> Any:
-    """``weigh(leaves, weights, ...)`` for blocks that span these leaves, else as a `_weigher`."""
+    """``weigh(leaves, weights, ...)``: as a `_weigher`, of blocks that span leaves."""
     weigh_first = _weigher(readings[0], metric[0], paired)
     if len(readings) == 1:
         return weigh_first

@@ -31,12 +31,12 @@ from npscope.backends.numba_cpu.vectors import (
 WIDTH = 128
 """Most blocks of a strip: a multiple of `LANES`."""
 
-ROWS, DISTANCE = 21, WIDTH + 8
+ROWS, DISTANCE = 21, WIDTH + LANES
 (
     UNIT, LIMIT, RATE, SQUARES, SLOPES, BENDS, NORM, MEAN, SPREAD, LOW, HIGH, ACTIVE,
     TOP, WIDEST, SIZE, SIZE_LOST, WEIGHED, WEIGHED_LOST, SHARES, CUBES, PAIRS,
 ) = (row * DISTANCE for row in range(ROWS))  # fmt: skip
-"""Where the numbers of a strip of blocks lie in one work array.
+"""Where the numbers of a strip of blocks lie in one work array. Vectors from any block of a strip on lie within it.
 
 A block is v * UNIT, by a power of two, and LIMIT its threshold;
 NORM = ||h v||, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE is in [LOW, HIGH].
@@ -348,7 +348,7 @@ def sum_secular(single: bool) -> Any:
 
     With d = h * RATE + LIMIT, q = h * v * UNIT / d, p = h * RATE / d. Planes of float32 need no UNIT, and everything
     stays in the range of float64 if p = h / (h + mu) and q * RATE = v * p: mu = LIMIT / RATE is at most the largest h
-    times the relative distance of two float32.
+    by the relative distance of two float32.
     """
     together = 2 if single else 1  # rows that share a division
 
@@ -383,7 +383,7 @@ def approach() -> Any:
     """``(v, i, h, j, rows, k, count, pitch)``: a step to the root for every active block, by sums in float32 of planes.
 
     As `sum_secular` and `advance` by Halley do, in a third of the time. It proves nothing, so that the bracket stays.
-    In numbers near 1, v / ||v|| and h * ||v|| / ||h v||, that leave the range of float32 only where they do not count.
+    With p = h / (h + mu) and q = v * p / RATE. Where these leave the range of float32 the step is none, or goes astray.
     """
 
     def emit(b: Builder, v: Value, h: Value, start: Value, count: Value, pitch: Value) -> None:

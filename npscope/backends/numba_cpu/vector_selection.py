@@ -442,8 +442,8 @@ def drop_rows(form: Format, run: int) -> Any:
 def scale_rows(form: Format, run: int, shrinks: bool) -> Any:
     """``(target, i, count, rows, step, factors, j, jump)``: multiply float32 by a float64 for each block.
 
-    0 writes +0.0, 1 keeps the bits; else the product in float64, rounded, and within 1 ulp of that. A factor that
-    `shrinks` is 0 or from 2 ** -60 to 1. All else as for `drop_rows`.
+    0 writes +0.0, 1 keeps the bits; else within 1 ulp of the product, of which 1 in 2 ** 20 is not the nearest number,
+    and more below 2 ** -100 if it `shrinks`: a factor then is 0 or from 2 ** -60 to 1. All else as for `drop_rows`.
     """
     together = LINES * form.lanes // run if form.lanes % run == 0 else 1
     length = run * together
