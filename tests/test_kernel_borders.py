@@ -194,3 +194,58 @@ def test_looks_at_keys_are_those_of_loops(data, bits):
     assert mask[at : at + n].tolist() == [key > limit or i in equal[:ties] for i, key in enumerate(own)]
     assert (mask[:at] == 7).all()
     assert (mask[at + n + SLACK :] == 7).all()
+
+
+@pytest.mark.parametrize("values", ["distinct", "few"])
+@pytest.mark.parametrize("block", [(1, 1), (2, 3)])
+def test_large_scopes_of_arrays_in_another_order_of_memory(rng, values, block):
+    """Blocks are looked at as they lie, but where of equal ones the first have to be told from the others."""
+    x = rng.standard_normal((900, 1200)).astype(np.float32)
+    x = np.round(2 * x) if values == "few" else x
+    for array in (x.T.copy().T, x[::-1, ::2], np.asfortranarray(x).reshape(30, 30, 1200, order="F")):
+        blocks = (*(1,) * (array.ndim - 2), *block)
+        whole = (-1,) * array.ndim
+        half = array.size // 12
+        expected = of_reference(ns.keep_largest, array, half, blocks, whole)
+        assert np.array_equal(ns.keep_largest(array, half, blocks, whole), expected)
+        assert np.array_equal(
+            ns.kth_largest(array, half, axis=None), of_reference(ns.kth_largest, array, half, axis=None)
+        )
+    arrays = [x.T.copy().T, x, np.asfortranarray(x[:600])]
+    results = []
+    for backend in ("reference", "numba"):
+        with ns.use_backend(backend):
+            parts = [a.copy(order="K") for a in arrays]
+            scope = ns.ScopeCoupling([ns.ScopeSpec(ns.BlockSpec(a, block), (-1, -1)) for a in parts])
+            scope.hard_threshold(scope.numblk_per_scope() // 3)
+            results.append(parts)
+    assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("block", [(1, 1, 1), (2, 1, 3), (1, 4, 1)])
+def test_blocks_of_arrays_in_another_order_of_memory(rng, block):
+    """What is done block by block is done as they lie; thresholds and metrics are theirs, whatever their own order."""
+    x = rng.standard_normal((12, 40, 30)).astype(np.float32)
+    grid = tuple(n // b for n, b in zip(x.shape, block, strict=True))
+    t, h = rng.uniform(0, 2, grid).astype(np.float32), rng.uniform(0.5, 2, x.shape).astype(np.float32)
+    arrays = (x.transpose(2, 0, 1).copy().transpose(1, 2, 0), np.asfortranarray(x), x[::-1, :, ::-1], x)
+    for array, metric in zip(arrays, (h, np.asfortranarray(h), h, np.asfortranarray(h)), strict=True):
+        for call, arguments in (
+            (ns.hard_threshold, {}),
+            (ns.soft_threshold, {}),
+            (ns.soft_threshold, {"conditioner": metric}),
+        ):
+            for limits in (t, np.asfortranarray(t), 0.7, t[:, :1]):
+                expected = of_reference(call, array, limits, block, **arguments)
+                got = call(array, limits, block, **arguments)
+                assert np.allclose(got, expected, rtol=1e-6, atol=0)
+                out = np.empty_like(x)
+                call(array, limits, block, out=out, **arguments)
+                assert np.allclose(out, expected, rtol=1e-6, atol=0)
+        specs = []
+        for backend in ("reference", "numba"):
+            with ns.use_backend(backend):
+                spec = ns.BlockSpec(array.copy(order="K"), block)
+                spec.apply_multiplier(t - 0.5)
+                specs.append(spec.view.data)
+        assert np.allclose(*specs, rtol=1e-6, atol=0)

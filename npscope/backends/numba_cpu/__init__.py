@@ -18,12 +18,20 @@ from npscope.backends import derived
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
-from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, in_memory_order, ranges
+from npscope.backends.numba_cpu.operands import (
+    Competitors,
+    Operand,
+    as_it_is,
+    blocks_in_memory_order,
+    competitors,
+    in_memory_order,
+    ranges,
+)
 from npscope.backends.numba_cpu.ranking import Ranking
 from npscope.backends.numba_cpu.selection import kth, mask, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink
 from npscope.backends.numba_cpu.writing import DropSink, Numbers, arrays, drop, fill, rescale, with_numbers
-from npscope.tiling import Leaf, Parts
+from npscope.tiling import Leaf, Part, Parts
 
 __all__ = [
     "NAME",
@@ -53,14 +61,24 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
         quick()
         return arrays(target)
     target, source, keep = in_memory_order(target, source, keep)
-    written = competitors(target)
-    select_blocks(
-        Ranking(source, ord),
-        keep,
-        [DropSink(part) for part in written],
-        lambda: fill(target),
-        shielded=any(part.spans_leaves for part in written),
-    )
+
+    def select(target: Parts, source: Parts, ranking: Ranking, by_position: bool) -> bool:
+        sinks = [DropSink(part) for part in competitors(target)]
+        shielded = any(len(part) > 1 for part in target)
+        ready = partial(fill, target)
+        return select_blocks(ranking, keep, sinks, ready, shielded=shielded, by_position=by_position)
+
+    ranking = Ranking(source, ord)
+    if not ranking.fits_a_piece:
+        orders = [blocks_in_memory_order(part[0], scopes=False) for part in target]
+        ordered, read = (
+            tuple(tuple(map(in_order, part)) for in_order, part in zip(orders, parts, strict=True))
+            for parts in (target, source)
+        )
+        others = any(in_order is not as_it_is for in_order in orders)
+        if others and select(ordered, read, Ranking(read, ord), by_position=False):
+            return arrays(target)
+    select(target, source, ranking, by_position=True)
     return arrays(target)
 
 
@@ -70,13 +88,15 @@ element_masks = partial(derived.element_masks, prune)
 def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None) -> Sequence[np.ndarray]:
     """Zero the blocks of `target` whose norm in `source` is below their threshold."""
 
-    def job(measured: Competitors, written: Competitors) -> Callable[[], None]:
-        quick = strips_of_thresholds(measured, written, thresholds, float(ord or 2))
+    def job(read: Part, part: Part) -> Callable[[], None]:
+        in_order = blocks_in_memory_order(part[0])
+        measured, written, over = (*(Competitors(tuple(map(in_order, x))) for x in (read, part)), in_order(thresholds))
+        quick = strips_of_thresholds(measured, written, over, float(ord or 2))
         if quick is not None:
             return quick
 
         def make_use(slots: int, length: int) -> Callable[..., None]:
-            limits = [Numbers(thresholds, measured, thresholds.array.dtype, length) for _ in range(slots)]
+            limits = [Numbers(over, measured, over.array.dtype, length) for _ in range(slots)]
             masks = np.empty((slots, length), dtype=np.bool_)
 
             def use(slot: int, i0: int, i1: int, norm: np.ndarray, wide: np.ndarray) -> None:
@@ -88,7 +108,7 @@ def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None)
 
         return norm_ranges(measured, float(ord or 2), make_use, shielded=written.spans_leaves)
 
-    jobs = [job(m, w) for m, w in zip(competitors(source), competitors(target), strict=True)]
+    jobs = [job(read, part) for read, part in zip(source, target, strict=True)]
     fill(target)
     for run in jobs:
         run()
@@ -107,7 +127,7 @@ def scale(target: Parts, multipliers: Leaf) -> Sequence[np.ndarray]:
 
 def count_nonzero(parts: Parts, eps: float) -> int:
     """How many elements do not satisfy ``|x| <= eps``."""
-    return sum(_count_nonzero(part, eps) for part in competitors(parts))
+    return sum(_count_nonzero(part, eps) for part in _walked(parts))
 
 
 def _count_nonzero(part: Competitors, eps: float) -> int:
@@ -124,7 +144,12 @@ def sum_squares(parts: Parts) -> float:
         found: float = nk.adder_of_squares(leaf.codec)(*leaf.where, i0, i1, leaf.size)
         return found
 
-    return sum(_total(part, add) for part in competitors(parts))
+    return sum(_total(part, add) for part in _walked(parts))
+
+
+def _walked(parts: Parts) -> list[Competitors]:
+    """The parts, their blocks in the order of memory."""
+    return [Competitors(tuple(map(blocks_in_memory_order(part[0]), part))) for part in parts]
 
 
 def _total(part: Competitors, measure: Callable[[Operand, int, int], float]) -> float:

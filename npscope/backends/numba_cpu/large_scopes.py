@@ -286,8 +286,13 @@ class LargeScopes:
             return self.nth(scope, k)
         return _Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else _Nth((1 << self.ranking.width) - 1, 0, 0)
 
-    def cut_job(self, keeps: Sequence[int], sinks: Sequence[Sink], *, shielded: bool) -> Callable[[], None]:
-        """The job that hands each part's sink the mask of its kept blocks; all is decided and allocated now."""
+    def cut_job(
+        self, keeps: Sequence[int], sinks: Sequence[Sink], *, shielded: bool, by_position: bool = True
+    ) -> Callable[[], None] | None:
+        """The job that hands each part's sink the mask of its kept blocks; all is decided and allocated now.
+
+        None if it is not to be decided `by_position` and has to.
+        """
         pieces, ranking = len(self.pieces), self.ranking
         limits = np.empty(ranking.scopes, dtype=np.uint64)
         quotas, spare = np.zeros((2, ranking.scopes, pieces), dtype=np.int64)
@@ -295,6 +300,8 @@ class LargeScopes:
             limits[scope], ties, equal = self._limit(scope, k)
             quotas[scope] = ties
             if ties < equal:
+                if not by_position:
+                    return None
                 # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
                 counts = self._equal(int(limits[scope]))
                 quotas[scope] = np.maximum(ties - np.cumsum(counts) + counts, 0)

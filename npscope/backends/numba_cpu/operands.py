@@ -243,12 +243,16 @@ class Competitors:
         self.norm, self.exact, self.wide_integers = measured
 
 
+def _order(nest: tuple[Dim, ...], strides: tuple[int, ...]) -> list[int]:
+    """The loops of a nest, the longest steps first."""
+    return sorted(range(len(nest)), key=lambda d: -abs(nest[d].step * strides[nest[d].axis]))
+
+
 def in_memory_order(target: Parts, source: Parts, numbers: Leaf) -> tuple[Parts, Parts, Leaf]:
     """The same problem, its scopes taken in the order in which the first written array lies in memory."""
     first = target[0][0]
-    reach = [abs(dim.step * first.array.strides[dim.axis]) for dim in first.cut.scope]
-    order = sorted(range(len(reach)), key=lambda d: -reach[d])
-    if order == list(range(len(reach))):
+    order = _order(first.cut.scope, first.array.strides)
+    if order == sorted(order):
         return target, source, numbers
 
     def reordered(leaf: Leaf) -> Leaf:
@@ -259,6 +263,33 @@ def in_memory_order(target: Parts, source: Parts, numbers: Leaf) -> tuple[Parts,
         return tuple(tuple(reordered(leaf) for leaf in part) for part in parts)
 
     return each(target), each(source), reordered(numbers)
+
+
+def blocks_in_memory_order(leaf: Leaf, *, scopes: bool = True) -> Callable[[Leaf], Leaf]:
+    """What takes the blocks of this leaf, and those of others with them, in the order in which this one lies in memory.
+
+    And the `scopes`. Only these are reordered where the other has no blocks, but numbers over scopes. For what is done
+    block by block, or does not depend on positions.
+    """
+    orders = [_order(nest, leaf.array.strides) for nest in (leaf.cut.scope, leaf.cut.block)]
+    if not scopes:
+        orders[0].sort()
+    if all(order == sorted(order) for order in orders):
+        return as_it_is
+
+    def reordered(other: Leaf) -> Leaf:
+        scope, block = (
+            [nest[d] for d in order] if nest else nest
+            for nest, order in zip((other.cut.scope, other.cut.block), orders, strict=True)
+        )
+        return Leaf(other.array, Cut.of(scope, block, other.cut.element), other.origin)
+
+    return reordered
+
+
+def as_it_is(leaf: Leaf) -> Leaf:
+    """The leaf."""
+    return leaf
 
 
 def competitors(parts: Sequence[Part]) -> list[Competitors]:

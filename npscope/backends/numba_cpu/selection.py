@@ -16,6 +16,7 @@ from npscope.backends.numba_cpu.operands import (
     STRIPS_ELEMENTS,
     Competitors,
     Operand,
+    blocks_in_memory_order,
     ranges,
 )
 from npscope.backends.numba_cpu.ranking import (
@@ -92,23 +93,28 @@ def select_blocks(
     ready: Callable[[], None] = lambda: None,
     *,
     shielded: bool = False,
-) -> None:
+    by_position: bool = True,
+) -> bool:
     """Hand each part's sink the mask of its blocks among the `keep` first-ranked of every scope, piece by piece.
 
     `ready` is called once, when everything is allocated and before the first mask; `shielded` says
-    that a piece of this must not be interrupted.
+    that a piece of this must not be interrupted. Where large scopes are not to be cut `by_position`, nothing is done,
+    and False returned, if of equal blocks some only are kept.
     """
     if ranking.scopes * ranking.blocks == 0:
-        return
+        return True
     counts = Operand(keep)
     if not ranking.fits_a_piece:
         places = np.asarray([counts.origin])
         for size, step in counts.grid.T:
             places = np.add.outer(places, step * np.arange(size)).reshape(-1)
-        cut = LargeScopes(ranking).cut_job(counts.buffer[places].tolist(), sinks, shielded=shielded)
+        large = LargeScopes(ranking)
+        cut = large.cut_job(counts.buffer[places].tolist(), sinks, shielded=shielded, by_position=by_position)
+        if cut is None:
+            return False
         ready()
         cut()
-        return
+        return True
     source, sink = ranking.sources[0], sinks[0]
     if len(sinks) == 1 and source is not None and sink.is_direct:
         job = _strips_job(ranking, counts, source, sink)
@@ -122,6 +128,7 @@ def select_blocks(
         job = ranges(ranking.scopes, ranking.elements, make_work, workspace=workspace, shielded=shielded)
     ready()
     job()
+    return True
 
 
 def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -> Callable[[], None]:
@@ -199,6 +206,9 @@ def mask(parts: Parts, keep: Leaf, ord: float | None) -> np.ndarray:
 def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
     """The k-th largest rank value of every scope: ``(S,)``."""
     ranking = Ranking(parts, ord, values=True)
+    if not ranking.fits_a_piece:
+        parts = tuple(tuple(map(blocks_in_memory_order(part[0], scopes=False), part)) for part in parts)
+        ranking = Ranking(parts, ord, values=True)
     found = np.empty(ranking.scopes, dtype=ranking.key)
     if ranking.scopes and ranking.fits_a_piece:
         _kth_job(ranking, Operand(k), found)()

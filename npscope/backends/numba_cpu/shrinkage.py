@@ -17,7 +17,7 @@ from npscope.backends.numba_cpu.operands import (
     STRIPS_ELEMENTS,
     Competitors,
     Operand,
-    competitors,
+    blocks_in_memory_order,
     ranges,
 )
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
@@ -30,13 +30,14 @@ def shrink(
     target: Parts, thresholds: Sequence[Leaf], conditioners: Parts | None, max_iter: int, rtol: float
 ) -> Sequence[np.ndarray]:
     """The proximal step of ``t * norm`` on every block, in the metric of `conditioners` if given."""
-    metrics: Sequence[Metric | None] = [None] * len(target) if conditioners is None else list(map(Metric, conditioners))
-    # Norms are read where the elements are now, which for a target with an origin is there.
-    read = [tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in part) for part in target]
-    jobs = [
-        _job(source, part, t, metric, max_iter, rtol)
-        for source, part, t, metric in zip(competitors(read), target, thresholds, metrics, strict=True)
-    ]
+    jobs = []
+    for part, t, metric in zip(target, thresholds, conditioners or [None] * len(target), strict=True):
+        in_order = blocks_in_memory_order(part[0])
+        ordered = tuple(map(in_order, part))
+        # Norms are read where the elements are now, which for a target with an origin is there.
+        source = Competitors(tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in ordered))
+        h = None if metric is None else Metric(tuple(map(in_order, metric)))
+        jobs.append(_job(source, ordered, in_order(t), h, max_iter, rtol))
     fill(target)
     for run in jobs:
         run()

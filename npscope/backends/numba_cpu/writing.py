@@ -9,8 +9,8 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, strips
-from npscope.backends.numba_cpu.operands import Competitors, Operand, competitors, ranges
-from npscope.tiling import Leaf, Parts
+from npscope.backends.numba_cpu.operands import Competitors, Operand, blocks_in_memory_order, ranges
+from npscope.tiling import Leaf, Part, Parts
 
 
 def fill(target: Parts) -> None:
@@ -81,14 +81,17 @@ def with_numbers(
 ) -> Sequence[np.ndarray]:
     """``write(part, i0, i1, the numbers of these blocks)`` for all blocks of `target`."""
 
-    def job(part: Competitors) -> Callable[[], None]:
+    def job(leaves: Part) -> Callable[[], None]:
+        in_order = blocks_in_memory_order(leaves[0])
+        part, over = Competitors(tuple(map(in_order, leaves))), in_order(numbers)
+
         def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-            values = [Numbers(numbers, part, dtype, length) for _ in range(slots)]
+            values = [Numbers(over, part, dtype, length) for _ in range(slots)]
             return lambda slot, i0, i1: write(part, i0, i1, values[slot].fill(i0, i1))
 
         return ranges(part.total, part.elements, make_work, shielded=part.spans_leaves)
 
-    jobs = [job(part) for part in competitors(target)]
+    jobs = [job(part) for part in target]
     fill(target)
     for run in jobs:
         run()
