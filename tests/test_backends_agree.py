@@ -233,3 +233,31 @@ def test_scopes_side_by_side_are_ranked_across_vectors(n, name, kind):
                 ):
                     npscope.keep_largest(source, nnz, ones, scope, out=out)
                     assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("n", "name"), [(17, "float32"), (96, "float32"), (40, "bfloat16"), (40, "float16"), (33, "float64"), (33, "int8")]
+)
+@pytest.mark.parametrize("kind", ["normal", "two_valued", "nan_payloads"])
+def test_longer_scopes_side_by_side_are_read_by_tiles(kind, n, name):
+    """And what no tile fills, beside and below, number by number."""
+    kind = "normal" if name == "int8" else kind
+    x = hostile(kind, (2 * n, 77), name, n)
+    cube = np.ascontiguousarray(hostile(kind, (2, 3, n, 50), name, n))
+    for array, axis in ((x, 0), (x.T, 1), (cube, 2), (x[::-1], 0), (x[:, 40:59], 0)):
+        scope = tuple(n if a == axis else 1 for a in range(array.ndim))
+        ones = (1,) * array.ndim
+        found = {}
+        for backend in ("reference", "numba"):
+            with npscope.use_backend(backend):
+                found[backend] = [
+                    npscope.keep_largest(array, n // 3, ones, scope),
+                    npscope.keep_largest(array, n // 3, ones, scope, out=np.empty_like(array, order="F")),
+                    npscope.block_mask(array, n // 3, ones, scope),
+                    npscope.topk_mask(array, n // 3, axis=axis),
+                    npscope.kth_largest(array, n // 3, axis=axis),
+                ]
+        *expected, kth = found["reference"]
+        *got, own = found["numba"]
+        assert all(map(same_bits, got, expected))
+        assert np.array_equal(own.astype(np.float64), kth.astype(np.float64), equal_nan=name != "int8")

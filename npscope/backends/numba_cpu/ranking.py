@@ -24,11 +24,24 @@ from npscope.backends.numba_cpu.operands import (
 )
 from npscope.backends.numba_cpu.search import group_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
+from npscope.backends.numba_cpu.vector_selection import TILE
+from npscope.backends.numba_cpu.vectors import Format, format_of
 from npscope.dtypes import kind_of
 from npscope.tiling import Parts
 
 ACROSS_ELEMENTS, ACROSS_KEYS = 1 << 14, 1 << 20
 """Elements of a strip of scopes that lie side by side, and most of them where a line of each takes more."""
+
+TILES_ELEMENTS = 1 << 16
+"""Elements of such a strip that is read by tiles: some lines side by side take memory little longer than one."""
+
+
+def turned_form(leaf: Operand, blocks: int) -> Format | None:
+    """The format of scopes that lie side by side, if their elements can be read by tiles."""
+    if leaf.across is None or leaf.bytewise or leaf.kind is None or blocks < TILE:
+        return None
+    scopes, apart = leaf.across
+    return format_of(leaf.kind) if scopes[1, -1] == 1 and apart.shape[1] == 1 else None
 
 
 @dataclass(frozen=True)
@@ -65,8 +78,13 @@ def source_of(
     if ord is None or (part.elements == 1 and (exact_integers or not part.wide_integers)):
         key = leaf.codec.signed_key if ord is None else leaf.codec.key_of_width(width)
         if across and leaf.across is not None:
-            read, where = strips.across_reader(key, planes), (leaf.buffer, leaf.origin, *leaf.across)
-            return Source(partial(strips.reader_address, read, unit, key_dtype), where, ACROSS_ELEMENTS)
+            turned = turned_form(leaf, part.blocks)
+            if planes or turned is None or turned.bits != width:
+                read, strip = strips.across_reader(key, planes), ACROSS_ELEMENTS
+            else:
+                read, strip = strips.tiles_reader(turned, ord is None, key), TILES_ELEMENTS
+            where = leaf.buffer, leaf.origin, *leaf.across
+            return Source(partial(strips.reader_address, read, unit, key_dtype), where, strip)
         form = None if leaf.layout is None else leaf.layout.form
         adjacent = form is not None and form.bits == width
         read = strips.line_reader(form, ord is None) if adjacent else strips.element_reader(key)

@@ -29,6 +29,7 @@ from npscope.backends.numba_cpu.ranking import (
     dense,
     search_of,
     source_of,
+    turned_form,
 )
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
 from npscope.backends.numba_cpu.writing import DropSink
@@ -144,7 +145,13 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
         if written is not None and written.codec is not None and written.across is not None:
             planes = ranking.planes_source is not None
             source = ranking.planes_source or source
-            write = strips.writer_address(strips.across_dropper(written.codec, planes), written.place.unit)
+            turned = None if planes else turned_form(written, ranking.blocks)
+            drop = (
+                strips.across_dropper(written.codec, planes)
+                if turned is None
+                else strips.tiles_dropper(turned, written.codec)
+            )
+            write = strips.writer_address(drop, written.place.unit)
             where = written.buffer, written.origin, *written.across
         else:
             write = sink.write

@@ -183,6 +183,24 @@ def across_dropper(codec: Codec, planes: bool) -> Function:
 
 
 @cache
+def tiles_reader(form: vectors.Format, signed: bool, key: Function) -> Function:
+    """An `across_reader` of scopes whose first blocks are adjacent, by tiles that are turned inside vectors."""
+    walk = _across(_key_to(key), False, vector_selection.turn_keys(form, signed))
+
+    @standalone
+    def read(source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, making: Any) -> None:
+        walk(source, i, stop, keys)
+
+    return read
+
+
+@cache
+def tiles_dropper(form: vectors.Format, codec: Codec) -> Function:
+    """An `across_dropper` of what a `tiles_reader` reads."""
+    return _across(_kept_by(codec), False, vector_selection.drop_turned(form))
+
+
+@cache
 def _key_to(key: Function) -> Function:
     @inner
     def key_to(buffer: Any, i: int, keys: Any, j: int) -> None:
@@ -203,8 +221,12 @@ def _kept_by(codec: Codec) -> Function:
 
 
 @cache
-def _across(step: Function, planes: bool) -> Function:
-    """``walk(array, i, stop, dense)``: a step for every element and its place in the work array."""
+def _across(step: Function, planes: bool, turn: Any = None) -> Function:
+    """``walk(array, i, stop, dense)``: a step for every element and its place in the work array.
+
+    Or if there is a `turn` for tiles of as many adjacent scopes as elements that are evenly apart, one for each tile.
+    """
+    tile = vector_selection.TILE
 
     @standalone
     def walk(array: Any, i: int, stop: int, dense: Any) -> None:
@@ -216,7 +238,17 @@ def _across(step: Function, planes: bool) -> Function:
         while s < last:
             after = least(last, s + width - s % width)
             at = origin + place(s, scopes)
-            for j in range(n):
+            tiled, inner = 0, blocks[0, -1]
+            if turn is not None:
+                whole, tiled = (after - s) - (after - s) % tile, n - n % tile if inner == n else 0
+                for j in range(0, tiled, tile):
+                    here, there = at + j * blocks[1, -1], (s - first) * n + j
+                    for r in range(0, whole, tile):
+                        turn(buffer, here + r, blocks[1, -1], dense, there + r * n, n, after - s)
+                    for r in range(whole, after - s):
+                        for q in range(tile):
+                            step(buffer, here + q * blocks[1, -1] + r, dense, there + r * n + q)
+            for j in range(tiled, n):
                 here = at + place(j, blocks)
                 if planes:
                     there = j * (last - first) + s - first

@@ -237,6 +237,49 @@ def _load_ahead(b: Builder, source: Value, form: Format, lanes: int) -> Value:
     return load(b, source, vector_of(form.bits, lanes))
 
 
+TILE = 16
+"""Scopes that lie side by side, and elements of each, that are turned together."""
+
+
+@cache
+def turn_keys(form: Format, signed: bool) -> Any:
+    """``(source, i, apart, keys, j, n, ahead)``: keys of `TILE` rows of `TILE` numbers as `TILE` rows, n apart.
+
+    Those that are read lie `apart`; asked for are the numbers so far `ahead` of them.
+    """
+    line = vector_of(form.bits, TILE)
+
+    def emit(b: Builder, source: Value, apart: Value, keys: Value, n: Value, ahead: Value) -> None:
+        rows = []
+        for _ in range(TILE):
+            prefetch(b, source, TILE * form.bits // 8, ahead)
+            rows.append(all_keys_of(b, load(b, source, line), form, signed))
+            source = b.gep(source, [apart])
+        for row in planes_of(b, rows):
+            store(b, row, keys)
+            keys = b.gep(keys, [n])
+
+    return step(emit, 7)
+
+
+@cache
+def drop_turned(form: Format) -> Any:
+    """``(target, i, apart, mask, j, n, ahead)``: +0.0 where the mask of what `turn_keys` has turned is False."""
+    line, flags = vector_of(form.bits, TILE), vector_of(8, TILE)
+
+    def emit(b: Builder, target: Value, apart: Value, mask: Value, n: Value, ahead: Value) -> None:
+        rows = []
+        for _ in range(TILE):
+            rows.append(load(b, mask, flags))
+            mask = b.gep(mask, [n])
+        for row in planes_of(b, rows):
+            kept = b.icmp_unsigned("!=", row, splat(flags, 0))
+            store(b, b.select(kept, load(b, target, line), splat(line, 0)), target)
+            target = b.gep(target, [apart])
+
+    return step(emit, 7)
+
+
 @cache
 def keep_above(form: Format, lanes: int) -> Any:
     """``(source, i, target, j, limit)``: +0.0 in `lanes` numbers of `target` where the key of a magnitude is not above.
