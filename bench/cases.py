@@ -92,6 +92,11 @@ WARM: list[Case] = [
     Case("2:4, float64", "other dtypes", "keep_largest", scope=(1, 4), passes=1, dtype="float64"),
     Case("4x4 norms, complex64", "other dtypes", "block_norms", (4, 4), reads=1, passes=1 / 32, dtype="complex64"),
     Case("2:4, transposed view", "other layouts", "keep_largest", scope=(1, 4), passes=1, transposed=True),
+    Case(
+        "4x4 tiles, global half, transposed view", "other layouts", "keep_largest",
+        (4, 4), (-1, -1), reads=1, passes=0.5, transposed=True,
+    ),
+    Case("soft 4x4, transposed view", "other layouts", "soft_threshold", (4, 4), passes=1, transposed=True),
     Case("2:4, ScopeSpec", "objects", "ScopeSpec.hard_threshold", scope=(1, 4), passes=1),
     Case("hard 4x4", "thresholds", "hard_threshold", (4, 4), passes=1),
     Case("top half of rows of 1024", "masks", "topk_mask", scope=(1, -1), reads=1, passes=0.25),
