@@ -17,6 +17,7 @@ import numpy as np
 from npscope.backends import derived
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
+from npscope.backends.numba_cpu.large_scopes import Positions
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
 from npscope.backends.numba_cpu.operands import (
     Competitors,
@@ -25,6 +26,7 @@ from npscope.backends.numba_cpu.operands import (
     blocks_in_memory_order,
     competitors,
     in_memory_order,
+    positions_of,
     ranges,
 )
 from npscope.backends.numba_cpu.ranking import Ranking
@@ -62,11 +64,10 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
         return arrays(target)
     target, source, keep = in_memory_order(target, source, keep)
 
-    def select(target: Parts, source: Parts, ranking: Ranking, by_position: bool) -> bool:
+    def select(target: Parts, ranking: Ranking, positions: Positions | None = None) -> bool:
         sinks = [DropSink(part) for part in competitors(target)]
         shielded = any(len(part) > 1 for part in target)
-        ready = partial(fill, target)
-        return select_blocks(ranking, keep, sinks, ready, shielded=shielded, by_position=by_position)
+        return select_blocks(ranking, keep, sinks, partial(fill, target), shielded=shielded, positions=positions)
 
     ranking = Ranking(source, ord)
     if not ranking.fits_a_piece:
@@ -75,10 +76,11 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
             tuple(tuple(map(in_order, part)) for in_order, part in zip(orders, parts, strict=True))
             for parts in (target, source)
         )
+        positions = [positions_of(part[0].cut, plain[0].cut) for part, plain in zip(ordered, target, strict=True)]
         others = any(in_order is not as_it_is for in_order in orders)
-        if others and select(ordered, read, Ranking(read, ord), by_position=False):
+        if others and select(ordered, Ranking(read, ord), positions):
             return arrays(target)
-    select(target, source, ranking, by_position=True)
+    select(target, ranking)
     return arrays(target)
 
 

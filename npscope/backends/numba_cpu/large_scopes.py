@@ -45,6 +45,12 @@ MARGIN = 5.0
 FEW_KEYS = 1 << 15
 """Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms, of many equal ones 60."""
 
+MOST_TIES = 1 << 12
+"""Equal blocks that are looked for one by one."""
+
+Positions = Sequence[Callable[[np.ndarray], np.ndarray]]
+"""By part: where in a scope blocks are that are numbered in another order."""
+
 MAX_GUESSES = 8
 """Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
 
@@ -286,22 +292,49 @@ class LargeScopes:
             return self.nth(scope, k)
         return _Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else _Nth((1 << self.ranking.width) - 1, 0, 0)
 
+    def _late_ties(self, scope: int, nth: _Nth, positions: Positions) -> list[tuple[int, int]] | None:
+        """(part, block) of those equal to the k-th that are not among the k first, after `nth`; None if many are equal.
+
+        By their `positions`, where blocks come in another order.
+        """
+        if nth.equal > MOST_TIES:
+            return None
+        found: list[tuple[int, int, int]] = []
+        for place in np.flatnonzero(self._equal(nth.key)):
+            p, b0, b1 = self.pieces[place]
+            first, columns = self._first(p, scope), self.ranking.columns[p]
+            if p in self.lasting:
+                keys = self.norm_keys[columns.start + first :][b0:b1]
+            else:
+                keys = np.empty(b1 - b0 + SLACK, dtype=self.ranking.key)[: b1 - b0]
+                where = self._reader(p), self.places[p], first + b0, first + b1
+                strips.read_blocks(*where, STRIP_ELEMENTS, keys, self.works[0])
+            blocks = b0 + np.flatnonzero(keys == keys.dtype.type(nth.key))
+            found += [(p, at, b) for at, b in zip(positions[p](blocks).tolist(), blocks.tolist(), strict=True)]
+        return [(p, block) for p, _, block in sorted(found)[nth.ties :]]
+
     def cut_job(
-        self, keeps: Sequence[int], sinks: Sequence[Sink], *, shielded: bool, by_position: bool = True
+        self, keeps: Sequence[int], sinks: Sequence[Sink], *, shielded: bool, positions: Positions | None = None
     ) -> Callable[[], None] | None:
         """The job that hands each part's sink the mask of its kept blocks; all is decided and allocated now.
 
-        None if it is not to be decided `by_position` and has to.
+        Of equal blocks the first are kept, by their `positions` if those say other than the order in which they come;
+        None if that are too many then.
         """
         pieces, ranking = len(self.pieces), self.ranking
         limits = np.empty(ranking.scopes, dtype=np.uint64)
+        late: list[tuple[int, int]] = []
         quotas, spare = np.zeros((2, ranking.scopes, pieces), dtype=np.int64)
         for scope, k in enumerate(keeps):
-            limits[scope], ties, equal = self._limit(scope, k)
+            limits[scope], ties, equal = nth = self._limit(scope, k)
             quotas[scope] = ties
-            if ties < equal:
-                if not by_position:
+            if ties < equal and positions is not None:
+                dropped = self._late_ties(scope, nth, positions)
+                if dropped is None:
                     return None
+                quotas[scope] = equal
+                late += [(p, scope * ranking.parts[p].blocks + block) for p, block in dropped]
+            elif ties < equal:
                 # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
                 counts = self._equal(int(limits[scope]))
                 quotas[scope] = np.maximum(ties - np.cumsum(counts) + counts, 0)
@@ -356,7 +389,12 @@ class LargeScopes:
                 if not sink.is_direct:
                     sink.put(first + b0, first + b1, masks[slot, : b1 - b0])
 
-        return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)
+        def cut_all() -> None:
+            for p, i in late:
+                sinks[p].put(i, i + 1, np.zeros(1, dtype=np.bool_))
+            self._each(ranking.scopes * pieces, use, shielded=shielded)
+
+        return cut_all
 
 
 def _one_piece(blocks: int) -> tuple[np.ndarray, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -285,6 +286,19 @@ def blocks_in_memory_order(leaf: Leaf, *, scopes: bool = True) -> Callable[[Leaf
         return Leaf(other.array, Cut.of(scope, block, other.cut.element), other.origin)
 
     return reordered
+
+
+def positions_of(cut: Cut, plain: Cut) -> Callable[[np.ndarray], np.ndarray]:
+    """Where in a scope of `plain` blocks are that are numbered by `cut`, whose loops are the same in another order."""
+    order = [plain.block.index(dim) for dim in cut.block]
+
+    def position(blocks: np.ndarray) -> np.ndarray:
+        found = np.zeros_like(blocks)
+        for d, turn in zip(order, np.unravel_index(blocks, [dim.size for dim in cut.block]), strict=True):
+            found += turn * math.prod(dim.size for dim in plain.block[d + 1 :])
+        return found
+
+    return position
 
 
 def as_it_is(leaf: Leaf) -> Leaf:

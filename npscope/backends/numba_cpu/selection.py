@@ -9,7 +9,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import strips
-from npscope.backends.numba_cpu.large_scopes import LargeScopes
+from npscope.backends.numba_cpu.large_scopes import LargeScopes, Positions
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
@@ -94,13 +94,13 @@ def select_blocks(
     ready: Callable[[], None] = lambda: None,
     *,
     shielded: bool = False,
-    by_position: bool = True,
+    positions: Positions | None = None,
 ) -> bool:
     """Hand each part's sink the mask of its blocks among the `keep` first-ranked of every scope, piece by piece.
 
     `ready` is called once, when everything is allocated and before the first mask; `shielded` says
-    that a piece of this must not be interrupted. Where large scopes are not to be cut `by_position`, nothing is done,
-    and False returned, if of equal blocks some only are kept.
+    that a piece of this must not be interrupted. Large scopes may come in another order than `positions` say: nothing
+    is done, and False returned, if blocks equal to the last that is kept are too many then.
     """
     if ranking.scopes * ranking.blocks == 0:
         return True
@@ -110,7 +110,7 @@ def select_blocks(
         for size, step in counts.grid.T:
             places = np.add.outer(places, step * np.arange(size)).reshape(-1)
         large = LargeScopes(ranking)
-        cut = large.cut_job(counts.buffer[places].tolist(), sinks, shielded=shielded, by_position=by_position)
+        cut = large.cut_job(counts.buffer[places].tolist(), sinks, shielded=shielded, positions=positions)
         if cut is None:
             return False
         ready()
