@@ -249,3 +249,29 @@ def test_blocks_of_arrays_in_another_order_of_memory(rng, block):
                 spec.apply_multiplier(t - 0.5)
                 specs.append(spec.view.data)
         assert np.allclose(*specs, rtol=1e-6, atol=0)
+
+
+def test_scores_that_many_rows_share(rng):
+    """Broadcast arrays have steps of 0: their scopes lie in one place, not side by side."""
+    x, row = rng.standard_normal((64, 1024)).astype(np.float32), rng.standard_normal(1024).astype(np.float32)
+    scores = np.broadcast_to(row, x.shape)
+    for array, shared, scope in ((x, scores, (1, -1)), (x.T.copy(), scores.T, (-1, 1))):
+        expected = of_reference(ns.keep_largest, array, 512, (1, 1), scope, scores=shared)
+        assert np.array_equal(ns.keep_largest(array, 512, (1, 1), scope, scores=shared), expected)
+    many = np.broadcast_to(row, (10000, 1024))
+    assert (ns.kth_largest(many, 100, axis=1) == np.sort(row)[-100]).all()
+
+
+def test_parts_of_one_block_beside_large_ones_in_another_order_of_memory(rng):
+    """The equal blocks are those of several parts, one of which has no order of blocks."""
+    weights = rng.permutation(np.arange(1, 512 * 512 + 1)).astype(np.float32).reshape(512, 512)
+    for rank in (100000, 512 * 512 - 1):
+        for bias in (float(512 * 512 + 1 - rank), 1e6):
+            results = []
+            for backend in ("reference", "numba"):
+                arrays = [np.asfortranarray(weights), np.array([[bias]], dtype=np.float32), weights.T.copy().T]
+                with ns.use_backend(backend):
+                    parts = [ns.ScopeSpec(ns.BlockSpec(a, (1, 1)), (-1, -1)) for a in arrays]
+                    ns.ScopeCoupling(parts).hard_threshold(2 * rank)
+                results.append(arrays)
+            assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))

@@ -64,21 +64,20 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
         return arrays(target)
     target, source, keep = in_memory_order(target, source, keep)
 
-    def select(target: Parts, ranking: Ranking, positions: Positions | None = None) -> bool:
-        sinks = [DropSink(part) for part in competitors(target)]
-        shielded = any(len(part) > 1 for part in target)
+    def select(written: Parts, ranking: Ranking, positions: Positions | None = None) -> bool:
+        sinks = [DropSink(part) for part in competitors(written)]
+        shielded = any(len(part) > 1 for part in written)
         return select_blocks(ranking, keep, sinks, partial(fill, target), shielded=shielded, positions=positions)
 
     ranking = Ranking(source, ord)
-    if not ranking.fits_a_piece:
-        orders = [blocks_in_memory_order(part[0], scopes=False) for part in target]
+    orders = [] if ranking.fits_a_piece else [blocks_in_memory_order(part[0], scopes=False) for part in target]
+    if any(in_order is not as_it_is for in_order in orders):
         ordered, read = (
             tuple(tuple(map(in_order, part)) for in_order, part in zip(orders, parts, strict=True))
             for parts in (target, source)
         )
         positions = [positions_of(part[0].cut, plain[0].cut) for part, plain in zip(ordered, target, strict=True)]
-        others = any(in_order is not as_it_is for in_order in orders)
-        if others and select(ordered, Ranking(read, ord), positions):
+        if select(ordered, Ranking(read, ord), positions):
             return arrays(target)
     select(target, ranking)
     return arrays(target)
@@ -92,7 +91,8 @@ def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None)
 
     def job(read: Part, part: Part) -> Callable[[], None]:
         in_order = blocks_in_memory_order(part[0])
-        measured, written, over = (*(Competitors(tuple(map(in_order, x))) for x in (read, part)), in_order(thresholds))
+        measured, written = (Competitors(tuple(map(in_order, leaves))) for leaves in (read, part))
+        over = in_order(thresholds)
         quick = strips_of_thresholds(measured, written, over, float(ord or 2))
         if quick is not None:
             return quick

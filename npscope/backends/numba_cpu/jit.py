@@ -42,12 +42,12 @@ class _Collection:
                 gc.disable()
 
     def resume(self, call: object) -> None:
-        """Also where an interrupt came before `pause`, or within it."""
+        """Undo what `pause` did for this call, all of it, some, or nothing where an interrupt came before."""
         with self._lock:
             self._pausing.discard(call)
             if self._was_on and not self._pausing:
-                self._was_on = False
                 gc.enable()
+                self._was_on = False
 
     def resume_in_child(self) -> None:
         """After a fork: calls of other threads do not go on."""
@@ -64,6 +64,8 @@ if hasattr(os, "register_at_fork"):
 def _jitted(function: Callable[..., Any], **options: Any) -> Any:
     """The dispatcher of a function, which compiles while no garbage is collected."""
     dispatcher = njit(**options)(function)
+    if dispatcher is function:
+        raise ImportError("Numba does not compile: NUMBA_DISABLE_JIT is set")
     compile_for = dispatcher.compile
 
     def compile_undisturbed(*arguments: Any) -> Any:

@@ -45,11 +45,11 @@ MARGIN = 5.0
 FEW_KEYS = 1 << 15
 """Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms, of many equal ones 60."""
 
-MOST_TIES = 1 << 12
-"""Equal blocks that are looked for one by one."""
+MOST_TIES, LOOK_KEYS = 1 << 12, 1 << 16
+"""Equal blocks that are looked for one by one, at most, and keys that are looked at together."""
 
 Positions = Sequence[Callable[[np.ndarray], np.ndarray]]
-"""By part: where in a scope blocks are that are numbered in another order."""
+"""By part: the positions in a scope, by which they rank, of blocks that are numbered in another order."""
 
 MAX_GUESSES = 8
 """Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
@@ -293,37 +293,38 @@ class LargeScopes:
         return _Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else _Nth((1 << self.ranking.width) - 1, 0, 0)
 
     def _late_ties(self, scope: int, nth: _Nth, positions: Positions) -> list[tuple[int, int]] | None:
-        """(part, block) of those equal to the k-th that are not among the k first, after `nth`; None if many are equal.
+        """(piece, block) of those equal to the k-th that are not among the k first, after `nth`; None if many are.
 
-        By their `positions`, where blocks come in another order.
+        First is what has the smaller of `positions`, which are not the numbers of blocks.
         """
         if nth.equal > MOST_TIES:
             return None
-        found: list[tuple[int, int, int]] = []
-        for place in np.flatnonzero(self._equal(nth.key)):
-            p, b0, b1 = self.pieces[place]
-            first, columns = self._first(p, scope), self.ranking.columns[p]
-            if p in self.lasting:
-                keys = self.norm_keys[columns.start + first :][b0:b1]
-            else:
-                keys = np.empty(b1 - b0 + SLACK, dtype=self.ranking.key)[: b1 - b0]
-                where = self._reader(p), self.places[p], first + b0, first + b1
-                strips.read_blocks(*where, STRIP_ELEMENTS, keys, self.works[0])
-            blocks = b0 + np.flatnonzero(keys == keys.dtype.type(nth.key))
-            found += [(p, at, b) for at, b in zip(positions[p](blocks).tolist(), blocks.tolist(), strict=True)]
-        return [(p, block) for p, _, block in sorted(found)[nth.ties :]]
+        found: list[tuple[int, int, int, int]] = []
+        keys = np.empty(LOOK_KEYS, dtype=self.ranking.key)
+        for place in np.flatnonzero(self._equal(nth.key)).tolist():
+            p, start, stop = self.pieces[place]
+            read, first = self._reader(p), self._first(p, scope)
+            for b0 in range(start, stop, LOOK_KEYS):
+                b1 = min(stop, b0 + LOOK_KEYS)
+                here = keys[: b1 - b0]
+                strips.read_blocks(read, self.places[p], first + b0, first + b1, STRIP_ELEMENTS, here, self.works[0])
+                blocks = b0 + np.flatnonzero(here == here.dtype.type(nth.key))
+                at = positions[p](blocks)
+                found += [(p, *pair, place) for pair in zip(at.tolist(), blocks.tolist(), strict=True)]
+        return [(place, block) for _, _, block, place in sorted(found)[nth.ties :]]
 
     def cut_job(
         self, keeps: Sequence[int], sinks: Sequence[Sink], *, shielded: bool, positions: Positions | None = None
     ) -> Callable[[], None] | None:
         """The job that hands each part's sink the mask of its kept blocks; all is decided and allocated now.
 
-        Of equal blocks the first are kept, by their `positions` if those say other than the order in which they come;
-        None if that are too many then.
+        Of equal blocks the first are kept: by their numbers, or where blocks are numbered in another order by their
+        `positions`. None if more than `MOST_TIES` would have to be told apart by these.
         """
         pieces, ranking = len(self.pieces), self.ranking
         limits = np.empty(ranking.scopes, dtype=np.uint64)
-        late: list[tuple[int, int]] = []
+        late: dict[int, list[int]] = {}
+        none_kept = np.zeros(1, dtype=np.bool_)
         quotas, spare = np.zeros((2, ranking.scopes, pieces), dtype=np.int64)
         for scope, k in enumerate(keeps):
             limits[scope], ties, equal = nth = self._limit(scope, k)
@@ -333,7 +334,10 @@ class LargeScopes:
                 if dropped is None:
                     return None
                 quotas[scope] = equal
-                late += [(p, scope * ranking.parts[p].blocks + block) for p, block in dropped]
+                for place, block in dropped:
+                    p = self.pieces[place].part
+                    sinks[p].put(0, 0, none_kept[:0])  # compiles what puts
+                    late.setdefault(scope * pieces + place, []).append(scope * ranking.parts[p].blocks + block)
             elif ties < equal:
                 # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
                 counts = self._equal(int(limits[scope]))
@@ -374,6 +378,8 @@ class LargeScopes:
             scope, place = divmod(i, pieces)
             p, start, stop = self.pieces[place]
             cut = cuts[p]
+            for block in late.get(i, ()):
+                sinks[p].put(block, block + 1, none_kept)
             if cut is not None:
                 cut_piece(cut, slot, scope, place)
                 return
@@ -389,12 +395,7 @@ class LargeScopes:
                 if not sink.is_direct:
                     sink.put(first + b0, first + b1, masks[slot, : b1 - b0])
 
-        def cut_all() -> None:
-            for p, i in late:
-                sinks[p].put(i, i + 1, np.zeros(1, dtype=np.bool_))
-            self._each(ranking.scopes * pieces, use, shielded=shielded)
-
-        return cut_all
+        return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)
 
 
 def _one_piece(blocks: int) -> tuple[np.ndarray, int, int]:

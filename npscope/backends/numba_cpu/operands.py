@@ -154,7 +154,7 @@ class Placement:
         if self.cut.elements > 1 or self.cut.blocks == 1 or self.few:
             return None
         scopes, blocks = _nest(self.cut.scope, self.steps), _nest(self.cut.block, self.steps)
-        beside = abs(int(scopes[1, -1])) < abs(int(blocks[1, -1])) and scopes[0, -1] >= ACROSS
+        beside = 0 < abs(int(scopes[1, -1])) < abs(int(blocks[1, -1])) and scopes[0, -1] >= ACROSS
         return (scopes, blocks) if beside else None
 
     def _layout(self) -> Layout | None:
@@ -290,12 +290,13 @@ def blocks_in_memory_order(leaf: Leaf, *, scopes: bool = True) -> Callable[[Leaf
 
 def positions_of(cut: Cut, plain: Cut) -> Callable[[np.ndarray], np.ndarray]:
     """Where in a scope of `plain` blocks are that are numbered by `cut`, whose loops are the same in another order."""
-    order = [plain.block.index(dim) for dim in cut.block]
+    steps = {dim: math.prod(inner.size for inner in plain.block[d + 1 :]) for d, dim in enumerate(plain.block)}
 
     def position(blocks: np.ndarray) -> np.ndarray:
         found = np.zeros_like(blocks)
-        for d, turn in zip(order, np.unravel_index(blocks, [dim.size for dim in cut.block]), strict=True):
-            found += turn * math.prod(dim.size for dim in plain.block[d + 1 :])
+        for dim in reversed(cut.block):
+            blocks, turn = np.divmod(blocks, dim.size)
+            found += turn * steps[dim]
         return found
 
     return position

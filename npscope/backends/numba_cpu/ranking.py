@@ -137,8 +137,10 @@ class Ranking:
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
-        across = self.parts[0].leaves[0].across is not None
-        return max(1, strip // self.blocks, min(ACROSS, ACROSS_KEYS // self.blocks) if across else 1)
+        rows = max(1, strip // self.blocks)
+        if self.parts[0].leaves[0].across is None:
+            return rows
+        return rows - rows % TILE if rows >= TILE else max(rows, min(ACROSS, ACROSS_KEYS // self.blocks))
 
 
 class KeyWork:

@@ -99,8 +99,8 @@ def select_blocks(
     """Hand each part's sink the mask of its blocks among the `keep` first-ranked of every scope, piece by piece.
 
     `ready` is called once, when everything is allocated and before the first mask; `shielded` says
-    that a piece of this must not be interrupted. Large scopes may come in another order than `positions` say: nothing
-    is done, and False returned, if blocks equal to the last that is kept are too many then.
+    that a piece of this must not be interrupted. Blocks of large scopes may be numbered in another order than that of
+    their `positions`: nothing is done then, and False returned, if too many are equal to the last that is kept.
     """
     if ranking.scopes * ranking.blocks == 0:
         return True

@@ -224,7 +224,7 @@ def _kept_by(codec: Codec) -> Function:
 def _across(step: Function, planes: bool, turn: Any = None) -> Function:
     """``walk(array, i, stop, dense)``: a step for every element and its place in the work array.
 
-    Or if there is a `turn` for tiles of as many adjacent scopes as elements that are evenly apart, one for each tile.
+    Or if there is a `turn` for tiles of as many adjacent scopes as elements, which are evenly apart, one for each tile.
     """
     tile = vector_selection.TILE
 
@@ -238,15 +238,15 @@ def _across(step: Function, planes: bool, turn: Any = None) -> Function:
         while s < last:
             after = least(last, s + width - s % width)
             at = origin + place(s, scopes)
-            tiled, inner = 0, blocks[0, -1]
+            tiled = 0
             if turn is not None:
-                whole, tiled = (after - s) - (after - s) % tile, n - n % tile if inner == n else 0
+                whole, tiled = (after - s) - (after - s) % tile, n - n % tile
                 for j in range(0, tiled, tile):
                     here, there = at + j * blocks[1, -1], (s - first) * n + j
                     for r in range(0, whole, tile):
                         turn(buffer, here + r, blocks[1, -1], dense, there + r * n, n, after - s)
-                    for r in range(whole, after - s):
-                        for q in range(tile):
+                    for q in range(tile if whole < after - s else 0):
+                        for r in range(whole, after - s):
                             step(buffer, here + q * blocks[1, -1] + r, dense, there + r * n + q)
             for j in range(tiled, n):
                 here = at + place(j, blocks)

@@ -264,7 +264,10 @@ def turn_keys(form: Format, signed: bool) -> Any:
 
 @cache
 def drop_turned(form: Format) -> Any:
-    """``(target, i, apart, mask, j, n, ahead)``: +0.0 where the mask of what `turn_keys` has turned is False."""
+    """``(target, i, apart, mask, j, n, ahead)``: +0.0 where the mask of what `turn_keys` has turned is False.
+
+    What is `ahead` has been asked for when it was read.
+    """
     line, flags = vector_of(form.bits, TILE), vector_of(8, TILE)
 
     def emit(b: Builder, target: Value, apart: Value, mask: Value, n: Value, ahead: Value) -> None:
