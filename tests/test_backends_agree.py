@@ -236,7 +236,15 @@ def test_scopes_side_by_side_are_ranked_across_vectors(n, name, kind):
 
 
 @pytest.mark.parametrize(
-    ("n", "name"), [(17, "float32"), (96, "float32"), (40, "bfloat16"), (40, "float16"), (33, "float64"), (33, "int8")]
+    ("n", "name"),
+    [
+        (17, "float32"),
+        (40, "bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((96, "float32"), (40, "float16"), (33, "float64"), (33, "int8"))
+        ),
+    ],
 )
 @pytest.mark.parametrize("kind", ["normal", "two_valued", "nan_payloads"])
 def test_longer_scopes_side_by_side_are_read_by_tiles(kind, n, name):

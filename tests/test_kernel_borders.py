@@ -196,8 +196,16 @@ def test_looks_at_keys_are_those_of_loops(data, bits):
     assert (mask[at + n + SLACK :] == 7).all()
 
 
-@pytest.mark.parametrize("values", ["distinct", "pairs", "few"])
-@pytest.mark.parametrize("block", [(1, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("values", "block"),
+    [
+        ("pairs", (1, 1)),
+        ("few", (2, 3)),
+        pytest.param("pairs", (2, 3), marks=pytest.mark.slow),
+        pytest.param("distinct", (2, 3), marks=pytest.mark.slow),
+        pytest.param("few", (1, 1), marks=pytest.mark.slow),
+    ],
+)
 def test_large_scopes_of_arrays_in_another_order_of_memory(rng, values, block):
     """Blocks are looked at as they lie, but where of equal ones the first have to be told from the others."""
     x = rng.standard_normal((900, 1200)).astype(np.float32)
@@ -222,7 +230,7 @@ def test_large_scopes_of_arrays_in_another_order_of_memory(rng, values, block):
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("block", [(1, 1, 1), (2, 1, 3), (1, 4, 1)])
+@pytest.mark.parametrize("block", [(1, 1, 1), (2, 1, 3), pytest.param((1, 4, 1), marks=pytest.mark.slow)])
 def test_blocks_of_arrays_in_another_order_of_memory(rng, block):
     """What is done block by block is done as they lie; thresholds and metrics are theirs, whatever their own order."""
     x = rng.standard_normal((12, 40, 30)).astype(np.float32)

@@ -373,8 +373,18 @@ def test_strips_with_odd_blocks(xp, rng, name):
     assert_shrunk(got, x, (1, 4), t, h)
 
 
-@pytest.mark.parametrize("run", [1, 4, 21])
-@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("float32", 1),
+        ("float32", 4),
+        ("bfloat16", 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("float32", 21), ("float16", 1), ("float16", 4), ("bfloat16", 21))
+        ),
+    ],
+)
 def test_conditioned_at_the_ends_of_an_ordinary_metric(xp, rng, name, run):
     """Where factors are found in float32: the widest of such metrics, thresholds near norms, elements of any size."""
     xp.require(name)
