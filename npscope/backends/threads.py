@@ -55,6 +55,10 @@ def _submit(work: Callable[[], None], size: int) -> bool:
     return True
 
 
+PATIENCE = 1.0
+"""Seconds after which a caller that waits asks whether anybody works: once a pool had lost what was given to it."""
+
+
 class _Job:
     """The pieces of one call, taken one by one by the threads that have entered it."""
 
@@ -115,7 +119,11 @@ class _Job:
         """Wait until the pieces are done, by threads other than the caller's."""
         try:
             with self.changed:
-                self.changed.wait_for(lambda: self.active == 0 and (self.failure or self.taken >= self.pieces))
+                while not self.changed.wait_for(
+                    lambda: self.active == 0 and (self.failure or self.taken >= self.pieces), PATIENCE
+                ):
+                    if self.active == 0:
+                        threading.Thread(target=self.enter, daemon=True).start()
         except BaseException as error:
             self.fail(error)
 
