@@ -96,6 +96,10 @@ WARM: list[Case] = [
         "4x4 tiles, global half, transposed view", "other layouts", "keep_largest",
         (4, 4), (-1, -1), reads=1, passes=0.5, transposed=True,
     ),
+    Case(
+        "1 of 4 blocks of 1x4, transposed view", "other layouts", "keep_largest",
+        (1, 4), (1, 4), keep=1, passes=1, transposed=True,
+    ),
     Case("soft 4x4, transposed view", "other layouts", "soft_threshold", (4, 4), passes=1, transposed=True),
     Case("2:4, ScopeSpec", "objects", "ScopeSpec.hard_threshold", scope=(1, 4), passes=1),
     Case("hard 4x4", "thresholds", "hard_threshold", (4, 4), passes=1),

@@ -10,6 +10,7 @@ import pytest
 from strategies import EXACT_DTYPES, INTEGERS, KINDS, Problem, hostile, same_bits
 
 import npscope
+from npscope import BlockSpec, ScopeSpec
 
 RANKED = (*EXACT_DTYPES, "int32", "uint32", "int64", "uint64")
 
@@ -233,6 +234,44 @@ def test_scopes_side_by_side_are_ranked_across_vectors(n, name, kind):
                 ):
                     npscope.keep_largest(source, nnz, ones, scope, out=out)
                     assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("block", "name"),
+    [
+        ((4, 1), "float32"),
+        ((2, 3), "bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (((4, 1), "float8_e5m2"), ((1, 4), "float32"), ((5, 2), "float16"), ((2, 2), "int8"))
+        ),
+    ],
+)
+@pytest.mark.parametrize("n", [2, 4, 16, 19])
+def test_blocks_of_scopes_side_by_side_are_ranked_as_they_lie(n, block, name, rng):
+    """Of equal blocks the first are kept, and what is written may lie otherwise than what is read."""
+    shape = block[0] * n * 4, block[1] * 53
+    x = hostile("two_valued", shape, name, n)
+    x[: block[0] * n] = hostile("normal", x[: block[0] * n].shape, name, 1)
+    counts = rng.integers(0, n + 1, (4, 53))
+    for array, cut, scope, nnz in (
+        (x, block, (n, 1), counts),
+        (x.T, block[::-1], (1, n), counts.T),
+        (x[:, block[1] :], block, (2 * n, 1), n),
+        (x[::-1], block, (n, 1), n // 2),
+    ):
+        found = {}
+        for backend in ("reference", "numba"):
+            with npscope.use_backend(backend):
+                same = array.copy(order="K")
+                found[backend] = [
+                    npscope.keep_largest(same, nnz, cut, scope, out=same),
+                    npscope.keep_largest(array, nnz, cut, scope, out=np.empty_like(array, order="C")),
+                    npscope.keep_largest(array, nnz, cut, scope, out=np.empty_like(array, order="F")),
+                    npscope.block_mask(array, nnz, cut, scope),
+                    ScopeSpec(BlockSpec(array, cut), scope).kth_largest(nnz=np.maximum(nnz, 1)),
+                ]
+        assert all(map(same_bits, found["numba"], found["reference"]))
 
 
 @pytest.mark.parametrize(

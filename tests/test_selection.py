@@ -382,7 +382,7 @@ SCALES = {
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("data", CROWDED)
 def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data, scale, name):
-    """Large arrays are searched near the limits of the rows before: small ones, too, here."""
+    """Large arrays are searched near the limits of the rows before: small ones, too, here, and rows side by side."""
     strips = pytest.importorskip("npscope.backends.numba_cpu.strips")
     monkeypatch.setattr(strips, "WIDE_ELEMENTS", 0)
     n, rows, rng = 700, 24, np.random.default_rng(6)
@@ -393,10 +393,11 @@ def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data
         each, k = np.reshape(nnz, (-1, 1)), np.maximum(np.broadcast_to(nnz, rows), 1)
         with npscope.use_backend("reference"):
             expected = npscope.keep_largest(x, each, (1, 1), (1, -1)), npscope.kth_largest(x, k, axis=-1)
-        with npscope.use_backend("numba"):
-            found = npscope.keep_largest(x, each, (1, 1), (1, -1)), npscope.kth_largest(x, k, axis=-1)
-        assert same_bits(found[0], expected[0])
-        np.testing.assert_equal(found[1].astype(np.float64), expected[1].astype(np.float64))
+        for array in (x, np.asfortranarray(np.concatenate([x[:3], x]))[3:]):
+            with npscope.use_backend("numba"):
+                found = npscope.keep_largest(array, each, (1, 1), (1, -1)), npscope.kth_largest(array, k, axis=-1)
+            assert same_bits(found[0], expected[0])
+            np.testing.assert_equal(found[1].astype(np.float64), expected[1].astype(np.float64))
 
 
 @pytest.mark.parametrize("elements", [0, 1 << 23], ids=["wide", "narrow"])

@@ -58,14 +58,14 @@ def _columns_job(origin: Operand, written: Operand, form: Format, n: int, k: int
     """The job for groups that lie side by side, their elements apart; None if they do not."""
     operands = []
     for x in (origin, written):
-        if x.bytewise or x.across is None or x.across[0][1, -1] != 1:
+        scopes, blocks = x.place.nests
+        if x.bytewise or not x.across or scopes[1, -1] != 1:
             return None
-        scopes, blocks = x.across
         apart = np.indices(blocks[0]).reshape(len(blocks[0]), n).T @ blocks[1]
         operands += [x.buffer, x.origin, scopes, apart]
-    kernel = lines.prune_columns_kernel(form, n)
+    kernel, past = lines.prune_columns_kernel(form, n), written.past_line
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        return lambda slot, s0, s1: kernel(*operands, s0, s1, k)
+        return lambda slot, s0, s1: kernel(*operands, past, s0, s1, k)
 
     return ranges(written.cut.scopes, n, make_work, piece=STRIPS_ELEMENTS)

@@ -387,19 +387,23 @@ def prune_columns_kernel(form: Format, n: int) -> Any:
     @kernel
     def prune_columns(
         source: Any, origin: int, scopes: Any, apart: Any, target: Any, origin2: int, scopes2: Any, apart2: Any,
-        s0: int, s1: int, k: int,
+        past: int, s0: int, s1: int, k: int,
     ) -> None:  # fmt: skip
         make_small()
+        # Vectors that straddle lines take twice as long where elements are a power of two apart, and share few lines.
         width, width2 = scopes[0, -1], scopes2[0, -1]
         s = s0
         while s < s1:
             after = least(s1, least(s + width - s % width, s + width2 - s % width2))
             at, at2, count = origin + place(s, scopes), origin2 + place(s, scopes2), after - s
-            whole = count - count % lanes
-            for e in range(0, whole, lanes):
-                prune_line(source, at + e, apart, 0, target, at2 + e, apart2, 0, k, lanes)
-            if whole < count:
-                prune_rest(source, at + whole, apart, 0, target, at2 + whole, apart2, 0, k, count - whole)
+            e, some = 0, least(count, -(past + at2 - origin2) % lanes)
+            while e < count:
+                if some == lanes:
+                    prune_line(source, at + e, apart, 0, target, at2 + e, apart2, 0, k, lanes)
+                elif some:
+                    prune_rest(source, at + e, apart, 0, target, at2 + e, apart2, 0, k, some)
+                e += some
+                some = least(count - e, lanes)
             s = after
 
     return prune_columns

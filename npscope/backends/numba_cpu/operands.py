@@ -14,6 +14,7 @@ from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.vectors import (
     CHUNK,
     LANES,
+    LINE,
     Format,
     format_of,
 )
@@ -146,16 +147,17 @@ class Placement:
         self.width = int(self.grid[0, -1])
         self.few = cut.scopes * cut.blocks * cut.elements < SHAPED_ELEMENTS
         self.measured = None if self.kind is None else _measure((self.kind,))
-        self.across = self._across()
+        self.nests = _nest(cut.scope, self.steps), _nest(cut.block, self.steps)
+        self.side_by_side = self._side_by_side()
+        self.across = self.side_by_side and cut.elements == 1
         self.layout = self._layout()
 
-    def _across(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Loops over scopes and over their blocks, where scopes of elements lie side by side, and blocks apart."""
-        if self.cut.elements > 1 or self.cut.blocks == 1 or self.few:
-            return None
-        scopes, blocks = _nest(self.cut.scope, self.steps), _nest(self.cut.block, self.steps)
-        beside = 0 < abs(int(scopes[1, -1])) < abs(int(blocks[1, -1])) and scopes[0, -1] >= ACROSS
-        return (scopes, blocks) if beside else None
+    def _side_by_side(self) -> bool:
+        """Whether scopes lie next to each other, and the blocks of each apart."""
+        if self.cut.blocks == 1 or self.few:
+            return False
+        scopes, blocks = self.nests
+        return bool(0 < abs(scopes[1, -1]) < abs(blocks[1, -1]) and scopes[0, -1] >= ACROSS)
 
     def _layout(self) -> Layout | None:
         form = None if self.kind is None or self.bytewise else format_of(self.kind)
@@ -216,6 +218,11 @@ class Operand:
                 self._buffer = np.asarray(_Memory(array, address + place.low, place.length, place.unit))
         return self._buffer
 
+    def block_by_block(self) -> Operand:
+        """The same, its blocks numbered in another order: the first of all scopes, then the second of all, ..."""
+        cut = self.cut
+        return Operand(Leaf(self.array, Cut.of((*cut.block, *cut.scope), (), cut.element)))
+
     def lines_hold(self, n: int) -> bool:
         """Whether blocks lie line by line in memory, and whole groups of n of them in each line."""
         return self.layout is not None and self.place.width % n == 0
@@ -224,6 +231,17 @@ class Operand:
     def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
         """The leading arguments of a kernel."""
         return self.buffer, self.origin, self.grid, self.elements
+
+    @property
+    def past_line(self) -> int:
+        """How many units of the buffer its first element lies past the start of a line of a cache."""
+        address: int = self.buffer.__array_interface__["data"][0]
+        return (address // self.buffer.itemsize + self.origin) % (LINE // self.buffer.itemsize)
+
+    @property
+    def where_across(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+        """As `where`, of elements in scopes that lie side by side: loops over scopes, and over the blocks of one."""
+        return self.buffer, self.origin, *self.place.nests
 
 
 class Competitors:
@@ -249,6 +267,11 @@ def _order(nest: tuple[Dim, ...], strides: tuple[int, ...]) -> list[int]:
     return sorted(range(len(nest)), key=lambda d: -abs(nest[d].step * strides[nest[d].axis]))
 
 
+def _with_scopes(leaf: Leaf, order: list[int]) -> Leaf:
+    cut = leaf.cut
+    return Leaf(leaf.array, Cut.of([cut.scope[d] for d in order], cut.block, cut.element), leaf.origin)
+
+
 def in_memory_order(target: Parts, source: Parts, numbers: Leaf) -> tuple[Parts, Parts, Leaf]:
     """The same problem, its scopes taken in the order in which the first written array lies in memory."""
     first = target[0][0]
@@ -256,14 +279,30 @@ def in_memory_order(target: Parts, source: Parts, numbers: Leaf) -> tuple[Parts,
     if order == sorted(order):
         return target, source, numbers
 
-    def reordered(leaf: Leaf) -> Leaf:
-        cut = leaf.cut
-        return Leaf(leaf.array, Cut.of([cut.scope[d] for d in order], cut.block, cut.element), leaf.origin)
-
     def each(parts: Parts) -> Parts:
-        return tuple(tuple(reordered(leaf) for leaf in part) for part in parts)
+        return tuple(tuple(_with_scopes(leaf, order) for leaf in part) for part in parts)
 
-    return each(target), each(source), reordered(numbers)
+    return each(target), each(source), _with_scopes(numbers, order)
+
+
+def scopes_in_memory_order(parts: Parts, numbers: Leaf) -> tuple[Parts, Leaf, Callable[[np.ndarray], np.ndarray]]:
+    """As `in_memory_order`, for what is read; and how results, one or a row for each scope, come into the order before.
+
+    A copy of them, where there was another.
+    """
+    scope = parts[0][0].cut.scope
+    reordered, _, numbers_too = in_memory_order(parts, parts, numbers)
+    order = [reordered[0][0].cut.scope.index(dim) for dim in scope]
+    if order == sorted(order):
+        return parts, numbers, lambda results: results
+
+    def as_before(results: np.ndarray) -> np.ndarray:
+        rest = results.shape[1:]
+        table = results.reshape(*[dim.size for dim in reordered[0][0].cut.scope], *rest)
+        axes = [*order, *range(len(order), table.ndim)]
+        return np.ascontiguousarray(table.transpose(axes)).reshape(-1, *rest)
+
+    return reordered, numbers_too, as_before
 
 
 def blocks_in_memory_order(leaf: Leaf, *, scopes: bool = True) -> Callable[[Leaf], Leaf]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, strips
+from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import code_of, norms_of, put
 from npscope.backends.numba_cpu.operands import (
@@ -29,28 +30,34 @@ from npscope.backends.numba_cpu.vectors import Format, format_of
 from npscope.dtypes import kind_of
 from npscope.tiling import Parts
 
-ACROSS_ELEMENTS, ACROSS_KEYS = 1 << 14, 1 << 20
-"""Elements of a strip of scopes that lie side by side, and most of them where a line of each takes more."""
+ACROSS_ELEMENTS, ACROSS_BYTES = 1 << 14, 1 << 22
+"""Elements of a strip of scopes that lie side by side, and bytes of their keys where a line of each takes more."""
 
-TILES_ELEMENTS = 1 << 16
-"""Elements of such a strip that is read by tiles: some lines side by side take memory little longer than one."""
+TILES_ELEMENTS = 1 << 17
+"""Elements of such a strip that is read by tiles: eight lines side by side take memory little longer than one."""
 
 
-def turned_form(leaf: Operand, blocks: int) -> Format | None:
-    """The format of scopes that lie side by side, if their elements can be read by tiles."""
-    if leaf.across is None or leaf.bytewise or leaf.kind is None or blocks < TILE:
+def turned_form(leaf: Operand, blocks: int, width: int) -> Format | None:
+    """The format of scopes that lie side by side, if tiles of their elements can be turned into keys of this width."""
+    if not leaf.across or leaf.bytewise or leaf.kind is None or blocks < TILE:
         return None
-    scopes, apart = leaf.across
-    return format_of(leaf.kind) if scopes[1, -1] == 1 and apart.shape[1] == 1 else None
+    scopes, apart = leaf.place.nests
+    form = format_of(leaf.kind) if scopes[1, -1] == 1 and apart.shape[1] == 1 else None
+    return form if form is not None and form.bits == width else None
 
 
 @dataclass(frozen=True)
 class Source:
-    """How kernels read the keys of a part: what compiles a reader, what it reads, and the blocks of a strip."""
+    """How kernels read the keys of a part: what compiles a reader, what it reads, and the blocks of a strip.
+
+    And of elements that are turned by tiles while they are read, their format, and what compiles what turns them.
+    """
 
     make_reader: Callable[[], int]
     where: Where
     strip: int
+    turned: Format | None = None
+    make_turner: Callable[[], int] | None = None
 
     @property
     def read(self) -> int:
@@ -65,36 +72,37 @@ def source_of(
     exact_integers: bool,
     *,
     across: bool = False,
-    planes: bool = False,
+    in_planes: bool = False,
 ) -> Source | None:
     """How a kernel reads the keys of a part by itself; None where norms are computed pass by pass.
 
-    `across`: whole scopes are read, which may lie side by side; their keys then come in `planes`.
+    `across`: whole scopes are read, which may lie side by side. `in_planes`: blocks are numbered block by block.
     """
-    leaf = part.leaves[0]
+    leaf = part.leaves[0].block_by_block() if in_planes else part.leaves[0]
     if part.spans_leaves or leaf.codec is None:
         return None
     unit, key_dtype = leaf.place.unit, np.dtype(f"u{width // 8}")
+
+    def address(read: Function) -> Callable[[], int]:
+        return partial(strips.reader_address, read, unit, key_dtype)
+
     if ord is None or (part.elements == 1 and (exact_integers or not part.wide_integers)):
         key = leaf.codec.signed_key if ord is None else leaf.codec.key_of_width(width)
-        if across and leaf.across is not None:
-            turned = turned_form(leaf, part.blocks)
-            if planes or turned is None or turned.bits != width:
-                read, strip = strips.across_reader(key, planes), ACROSS_ELEMENTS
-            else:
-                read, strip = strips.tiles_reader(turned, ord is None, key), TILES_ELEMENTS
-            where = leaf.buffer, leaf.origin, *leaf.across
-            return Source(partial(strips.reader_address, read, unit, key_dtype), where, strip)
+        if across and leaf.across:
+            turned = turned_form(leaf, part.blocks, width)
+            if turned is None:
+                return Source(address(strips.across_reader(key)), leaf.where_across, ACROSS_ELEMENTS)
+            read, turn = (make(turned, ord is None, key) for make in (strips.tiles_reader, strips.columns_turner))
+            make_turner = partial(strips.turner_address, turn, unit, key_dtype)
+            return Source(address(read), leaf.where_across, TILES_ELEMENTS, turned, make_turner)
         form = None if leaf.layout is None else leaf.layout.form
         adjacent = form is not None and form.bits == width
         read = strips.line_reader(form, ord is None) if adjacent else strips.element_reader(key)
-        return Source(partial(strips.reader_address, read, unit, key_dtype), leaf.where, STRIP_ELEMENTS)
+        return Source(address(read), leaf.where, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
         read = strips.norm_reader(leaf.layout.compiled, code)
-        return Source(
-            partial(strips.reader_address, read, unit, key_dtype), leaf.where, lines.strip_blocks(leaf.layout)
-        )
+        return Source(address(read), leaf.where, lines.strip_blocks(leaf.layout))
     return None
 
 
@@ -130,27 +138,45 @@ class Ranking:
         self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
         across = self.fits_a_piece and len(self.parts) == 1
         self.sources = [source_of(part, ord, width, self.exact_integers, across=across) for part in self.parts]
-        # Small scopes that lie side by side are best ranked as they lie, if what is written lies so too.
-        self.planes_source = None
-        if across and self.group and self.parts[0].leaves[0].across is not None:
-            self.planes_source = source_of(self.parts[0], ord, width, self.exact_integers, across=True, planes=True)
+        # Scopes that lie side by side are read block by block where nothing else reads them, or they are small.
+        self.planes = [self._planes(p) for p in range(len(self.parts))]
+
+    def _planes(self, p: int) -> Source | None:
+        part, source = self.parts[p], self.sources[p]
+        if not self.fits_a_piece or not part.leaves[0].place.side_by_side or not (self.group or source is None):
+            return None
+        return source_of(part, self.ord, self.width, self.exact_integers, in_planes=True)
+
+    def rows_of_planes(self, p: int, source: Source) -> int:
+        """Whole scopes of a part that make a strip of planes."""
+        part = self.parts[p]
+        rows = (ACROSS_ELEMENTS if self.group else TILES_ELEMENTS) // (part.blocks * part.elements)
+        return min(source.strip, max(rows, self._rows_at_least(part.blocks)))
+
+    def _rows_at_least(self, n: int) -> int:
+        """Scopes of n blocks that make a strip at least where they lie side by side: as many as fill a line."""
+        return max(1, min(ACROSS, ACROSS_BYTES // (n * self.key.itemsize)))
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
         rows = max(1, strip // self.blocks)
-        if self.parts[0].leaves[0].across is None:
+        if not self.parts[0].leaves[0].across:
             return rows
-        return rows - rows % TILE if rows >= TILE else max(rows, min(ACROSS, ACROSS_KEYS // self.blocks))
+        return rows - rows % TILE if rows >= TILE else max(rows, self._rows_at_least(self.blocks))
 
 
 class KeyWork:
     """Work arrays to compute the keys of up to `length` blocks of a part that no kernel reads by itself."""
 
     def __init__(self, ranking: Ranking, p: int, length: int) -> None:
-        part, source = ranking.parts[p], ranking.sources[p]
-        self.source = source
-        self.norms = None if source is not None else norms_of(part, float(ranking.ord or 2))[0](length)
-        if source is not None:
+        part, source, planes = ranking.parts[p], ranking.sources[p], ranking.planes[p]
+        self.source, self.planes, self.part = source, planes, part
+        reads = source is not None or planes is not None
+        self.norms = None if reads else norms_of(part, float(ranking.ord or 2))[0](length)
+        if planes is not None:
+            self.strip = ranking.rows_of_planes(p, planes)
+            self.scratch = Loan(Scratch, self.strip * part.blocks, 0, ranking.key)
+        elif source is not None:
             self.strip = source.strip
             if ranking.fits_a_piece:  # whole scopes, which may lie side by side
                 self.strip = ranking.scopes_of_a_strip(source.strip) * part.blocks
@@ -160,6 +186,11 @@ class KeyWork:
         """The keys of blocks [i0, i1)."""
         if self.norms is not None:
             nk.keys_of_norms(self.norms.fill(i0, i1)[0], keys)
+        elif self.planes is not None:
+            planes, n, scopes = self.planes, self.part.blocks, self.part.cut.scopes
+            strips.read_in_planes(
+                planes.read, planes.where, i0 // n, i1 // n, n, scopes, self.strip, keys, self.scratch.work.all
+            )
         elif self.source is not None:
             strips.read_blocks(self.source.read, self.source.where, i0, i1, self.strip, keys, self.scratch.work.all)
 
@@ -240,10 +271,21 @@ def surveyor_of(ranking: Ranking, p: int) -> tuple[int, int]:
     return strips.surveyor_address(strips.surveyor(ranking.width), unit, ranking.key), source.read
 
 
+def columns_cutter_of(ranking: Ranking, written: Operand) -> int | None:
+    """As `cutter_of`, where scopes lie side by side and their elements are turned when they are read."""
+    source = ranking.sources[0]
+    form = None if source is None or ranking.ord is None else source.turned
+    if form is None or turned_form(written, ranking.blocks, ranking.width) != form:
+        return None
+    return strips.columns_cutter_address(form, written.place.unit, ranking.key)
+
+
 def search_of(ranking: Ranking) -> tuple[int, int]:
     """Addresses of what searches whole scopes, and of how it looks at them; zeros where that does not pay."""
-    wide = ranking.blocks >= strips.WIDE_SCOPE and ranking.scopes * ranking.blocks >= strips.WIDE_ELEMENTS
-    look = line_surveyor_of(ranking, 0) if wide else None
-    if look is None:
+    source, unit = ranking.sources[0], ranking.parts[0].leaves[0].place.unit
+    if ranking.blocks < strips.WIDE_SCOPE or ranking.scopes * ranking.blocks < strips.WIDE_ELEMENTS:
         return 0, 0
-    return strips.searcher_address(ranking.signed, ranking.parts[0].leaves[0].place.unit, ranking.key), look
+    look = line_surveyor_of(ranking, 0)
+    if source is not None and source.turned is not None:
+        unit, look = ranking.key, strips.dense_surveyor(ranking.key)
+    return (0, 0) if look is None else (strips.searcher_address(ranking.signed, unit, ranking.key), look)

@@ -162,8 +162,8 @@ def selector(group: int, width: int) -> Any:
 
 
 @standalone
-def select_planes(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float) -> tuple[Any, float]:
-    """As a `selector` of small groups, for keys in planes: the first of all groups, the second, ..."""
+def rank_planes(keys: Any, rows: int, n: int, keep: Any, mask: Any) -> None:
+    """As a `selector` of small groups does, for keys in planes: the first of all groups, the second, ..."""
     ranks = mask.view(np.uint8)
     for j in range(n):
         own = j * rows
@@ -180,4 +180,3 @@ def select_planes(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any
     for j in range(n):
         for r in range(rows):
             mask[np.uintp(j * rows + r)] = ranks[np.uintp(j * rows + r)] < keep[np.uintp(r)]
-    return guess, spacing

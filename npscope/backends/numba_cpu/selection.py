@@ -18,6 +18,7 @@ from npscope.backends.numba_cpu.operands import (
     Operand,
     blocks_in_memory_order,
     ranges,
+    scopes_in_memory_order,
 )
 from npscope.backends.numba_cpu.ranking import (
     KeyWork,
@@ -25,23 +26,41 @@ from npscope.backends.numba_cpu.ranking import (
     Sink,
     Source,
     TableSink,
+    columns_cutter_of,
     cutter_of,
     dense,
     search_of,
     source_of,
-    turned_form,
 )
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
+from npscope.backends.numba_cpu.vector_search import SLACK
 from npscope.backends.numba_cpu.writing import DropSink
 from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, Parts
 
 
-def _scratch(ranking: Ranking, rows: int, counts: nk.Numbers) -> Loan[Scratch]:
-    """Work arrays of one thread for strips of so many scopes, of which `counts` says how many blocks are kept."""
-    scratch = Loan(Scratch, rows * ranking.blocks, rows, ranking.key)
+def _scratch(ranking: Ranking, rows: int, counts: nk.Numbers, *, one_by_one: bool = False) -> Loan[Scratch]:
+    """Work arrays of one thread for strips of so many scopes, of which `counts` says how many blocks are kept.
+
+    For the keys and masks of all of them, unless they are searched `one_by_one`.
+    """
+    scratch = Loan(Scratch, ranking.blocks * (1 if one_by_one else rows), rows, ranking.key)
     nk.fill_in(scratch.work.keep, counts)
     return scratch
+
+
+class _Columns:
+    """Work arrays of one thread for strips of so many scopes, side by side, of n elements: their keys, and their ends.
+
+    Keys that are a power of two apart would share a few lines of a cache: tiles took three times as long to turn.
+    """
+
+    def __init__(self, rows: int, n: int, key: np.dtype) -> None:
+        self.pitch = -(-n // 64) * 64 + 24
+        self.keys = np.empty(rows * self.pitch + SLACK, dtype=key)
+        self.limits = np.zeros(rows + SLACK, dtype=key)
+        self.borders = np.zeros(rows + SLACK, dtype=np.int32)
+        self.nbytes = self.keys.nbytes + self.limits.nbytes + self.borders.nbytes
 
 
 class ScopeWork:
@@ -106,20 +125,15 @@ def select_blocks(
         return True
     counts = Operand(keep)
     if not ranking.fits_a_piece:
-        places = np.asarray([counts.origin])
-        for size, step in counts.grid.T:
-            places = np.add.outer(places, step * np.arange(size)).reshape(-1)
         large = LargeScopes(ranking)
-        cut = large.cut_job(counts.buffer[places].tolist(), sinks, shielded=shielded, positions=positions)
+        cut = large.cut_job(_numbers_of(counts), sinks, shielded=shielded, positions=positions)
         if cut is None:
             return False
         ready()
         cut()
         return True
-    source, sink = ranking.sources[0], sinks[0]
-    if len(sinks) == 1 and source is not None and sink.is_direct:
-        job = _strips_job(ranking, counts, source, sink)
-    else:
+    job = _direct_job(ranking, counts, sinks[0]) if len(sinks) == 1 else None
+    if job is None:
 
         def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
             works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
@@ -132,6 +146,40 @@ def select_blocks(
     return True
 
 
+def _numbers_of(counts: Operand) -> list[int]:
+    """The numbers over scopes, in the order of these."""
+    places = np.asarray([counts.origin])
+    for size, step in counts.grid.T:
+        places = np.add.outer(places, step * np.arange(size)).reshape(-1)
+    numbers: list[int] = counts.buffer[places].tolist()
+    return numbers
+
+
+def _direct_job(ranking: Ranking, counts: Operand, sink: Sink) -> Callable[[], None] | None:
+    """The job in which one kernel reads one part, decides and writes; None if there is no such kernel."""
+    source, planes, written = ranking.sources[0], ranking.planes[0], sink.operand
+    if not sink.is_direct:
+        return None
+    if planes is not None:
+        return _planes_job(ranking, counts, planes, sink)
+    if source is None:
+        return None
+    cut = None if ranking.group or written is None else columns_cutter_of(ranking, written)
+    if cut is not None and written is not None and source.make_turner is not None:
+        return _columns_job(ranking, counts, source, source.make_turner(), written, cut)
+    return _strips_job(ranking, counts, source, sink)
+
+
+def _by_strips(ranking: Ranking, make_kernel: Callable[[], Callable[[int, int], None]]) -> Callable[[], None]:
+    """The job of a kernel that works off ranges of scopes, made for each thread."""
+
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        kernels = [make_kernel() for _ in range(slots)]
+        return lambda slot, s0, s1: kernels[slot](s0, s1)
+
+    return ranges(ranking.scopes, ranking.elements, make_work, workspace=0, piece=STRIPS_ELEMENTS)
+
+
 def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -> Callable[[], None]:
     """The job in which one kernel reads, decides and writes."""
     cut = None if ranking.group else cutter_of(ranking, 0, sink)
@@ -141,35 +189,81 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
     if cut is not None:
         kernel, steps = strips.cut_in_scopes, (*search_of(ranking), source.read, cut)
     else:
-        planes = False
-        if written is not None and written.codec is not None and written.across is not None:
-            planes = ranking.planes_source is not None
-            source = ranking.planes_source or source
-            turned = None if planes else turned_form(written, ranking.blocks)
-            drop = (
-                strips.across_dropper(written.codec, planes)
-                if turned is None
-                else strips.tiles_dropper(turned, written.codec)
-            )
+        write = sink.write
+        if written is not None and written.across and written.codec is not None:
+            where, drop = written.where_across, strips.across_dropper(written.codec)
             write = strips.writer_address(drop, written.place.unit)
-            where = written.buffer, written.origin, *written.across
-        else:
-            write = sink.write
         kernel = strips.keep_in_scopes
-        steps = source.read, strips.selector_address(ranking.group, ranking.key, planes=planes), write
-    rows = ranking.scopes_of_a_strip(source.strip)
-    limits = nk.numbers_over(counts, 1, np.dtype(np.int64))
+        steps = source.read, strips.selector_address(ranking.group, ranking.key), write
+    rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
 
-    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [_scratch(ranking, rows, limits) for _ in range(slots)]
+    def make_kernel() -> Callable[[int, int], None]:
+        loan = _scratch(ranking, rows, limits)
 
-        def work(slot: int, s0: int, s1: int) -> None:
-            scratch = works[slot].work.all
-            kernel(*steps, source.where, where, limits, s0, s1, ranking.blocks, rows, scratch)
+        def run(s0: int, s1: int) -> None:
+            kernel(*steps, source.where, where, limits, s0, s1, ranking.blocks, rows, loan.work.all)
 
-        return work
+        return run
 
-    return ranges(ranking.scopes, ranking.elements, make_work, workspace=0, piece=STRIPS_ELEMENTS)
+    return _by_strips(ranking, make_kernel)
+
+
+class _Turned:
+    """Work arrays of one thread for keys in rows, and for the masks of a plane."""
+
+    def __init__(self, rows: int, n: int, key: np.dtype) -> None:
+        self.keys, self.plane = np.empty(rows * n + SLACK, dtype=key), np.empty(rows + SLACK, dtype=np.bool_)
+        self.nbytes = self.keys.nbytes + self.plane.nbytes
+
+
+def _planes_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -> Callable[[], None]:
+    """The job in which one kernel reads scopes that lie side by side block by block, and writes them so if they do."""
+    rows, limits = ranking.rows_of_planes(0, source), nk.numbers_over(counts, 1, np.dtype(np.int64))
+    written, where, write = sink.operand, sink.where, sink.write
+    in_planes = written is not None and written.place.side_by_side
+    if written is not None and in_planes:
+        by_block = written.block_by_block()
+        where, write = by_block.where, strips.dropper(by_block)
+    as_they_lie = ranking.group > 0 and in_planes
+    steps = source.read, 0 if as_they_lie else strips.selector_address(ranking.group, ranking.key), write
+
+    def make_kernel() -> Callable[[int, int], None]:
+        loan = _scratch(ranking, rows, limits)
+        turned = Loan(_Turned, 0 if as_they_lie else rows, ranking.blocks, ranking.key)
+
+        def run(s0: int, s1: int) -> None:
+            strips.keep_in_planes(
+                *steps, source.where, where, in_planes, limits, s0, s1, ranking.blocks, ranking.scopes, rows,
+                turned.work.keys, turned.work.plane, loan.work.all,
+            )  # fmt: skip
+
+        return run
+
+    return _by_strips(ranking, make_kernel)
+
+
+def _columns_job(
+    ranking: Ranking, counts: Operand, source: Source, turn: int, written: Operand, cut: int
+) -> Callable[[], None]:
+    """The job in which one kernel cuts elements of scopes that lie side by side."""
+    rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
+    steps, target = (*search_of(ranking), strips.dense_reader(ranking.key)), written.where_across
+    past = written.past_line
+
+    def make_kernel() -> Callable[[int, int], None]:
+        loan = _scratch(ranking, rows, limits, one_by_one=True)
+        columns = Loan(_Columns, rows, ranking.blocks, ranking.key)
+        keys, ends = dense(columns.work.keys), (columns.work.limits, columns.work.borders)
+
+        def run(s0: int, s1: int) -> None:
+            strips.cut_in_columns(
+                turn, source.where, past, *steps, keys, columns.work.pitch, cut, target, *ends, limits, s0, s1,
+                ranking.blocks, rows, loan.work.all,
+            )  # fmt: skip
+
+        return run
+
+    return _by_strips(ranking, make_kernel)
 
 
 def strips_of_thresholds(
@@ -204,14 +298,16 @@ def strips_of_thresholds(
 
 def mask(parts: Parts, keep: Leaf, ord: float | None) -> np.ndarray:
     """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
+    parts, keep, as_before = scopes_in_memory_order(parts, keep)
     ranking = Ranking(parts, ord)
     result = np.empty((ranking.scopes, ranking.blocks), dtype=np.bool_)
     select_blocks(ranking, keep, [TableSink(result[:, c]) for c in ranking.columns])
-    return result
+    return as_before(result)
 
 
 def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
     """The k-th largest rank value of every scope: ``(S,)``."""
+    parts, k, as_before = scopes_in_memory_order(parts, k)
     ranking = Ranking(parts, ord, values=True)
     if not ranking.fits_a_piece:
         parts = tuple(tuple(map(blocks_in_memory_order(part[0], scopes=False), part)) for part in parts)
@@ -221,28 +317,34 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
         _kth_job(ranking, Operand(k), found)()
     elif ranking.scopes:
         selection = LargeScopes(ranking)
-        keeps = k.array.reshape(-1)
-        for scope in range(ranking.scopes):
-            found[scope] = selection.nth(scope, int(keeps[scope])).key
-    return _values_of_keys(found, parts, ord, ranking.exact_integers)
+        for scope, nth in enumerate(_numbers_of(Operand(k))):
+            found[scope] = selection.nth(scope, nth).key
+    return _values_of_keys(as_before(found), parts, ord, ranking.exact_integers)
 
 
 def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
     source, limits = ranking.sources[0], nk.numbers_over(counts, 1, np.dtype(np.int64))
     kernel = strips.kth_kernel(ranking.signed)
     if len(ranking.parts) == 1 and source is not None:
-        rows, steps = ranking.scopes_of_a_strip(source.strip), (*search_of(ranking), source.read)
+        rows, seek = ranking.scopes_of_a_strip(source.strip), search_of(ranking)
+        turn = 0 if source.make_turner is None or seek[0] == 0 else source.make_turner()
+        past = ranking.parts[0].leaves[0].past_line if turn else 0
+        read = strips.dense_reader(ranking.key) if turn else source.read
 
-        def make_strips(slots: int, length: int) -> Callable[[int, int, int], None]:
-            works = [_scratch(ranking, rows, limits) for _ in range(slots)]
+        def make_kernel() -> Callable[[int, int], None]:
+            loan = _scratch(ranking, rows, limits, one_by_one=turn != 0)
+            columns = Loan(_Columns, rows if turn else 0, ranking.blocks, ranking.key)
+            searched, pitch = (dense(columns.work.keys), columns.work.pitch) if turn else (source.where, ranking.blocks)
 
-            def work(slot: int, s0: int, s1: int) -> None:
-                scratch = works[slot].work.all
-                kernel(*steps, source.where, limits, s0, s1, ranking.blocks, rows, found, scratch)
+            def run(s0: int, s1: int) -> None:
+                kernel(
+                    turn, source.where, past, *seek, read, searched, pitch, limits, s0, s1, ranking.blocks, rows, found,
+                    loan.work.all,
+                )  # fmt: skip
 
-            return work
+            return run
 
-        return ranges(ranking.scopes, ranking.elements, make_strips, workspace=0, piece=STRIPS_ELEMENTS)
+        return _by_strips(ranking, make_kernel)
 
     read = strips.dense_reader(ranking.key)
 
@@ -250,8 +352,8 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
         works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
-            keys, scratch = works[slot].load(s0, s1), works[slot].scratch.work.all
-            kernel(0, 0, read, keys, limits, s0, s1, ranking.blocks, works[slot].rows, found, scratch)
+            keys, scratch, n = works[slot].load(s0, s1), works[slot].scratch.work.all, ranking.blocks
+            kernel(0, keys, 0, 0, 0, read, keys, n, limits, s0, s1, n, works[slot].rows, found, scratch)
 
         return work
 

@@ -36,6 +36,10 @@ from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, ne
 STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
 
+AHEAD_ROWS = 16
+"""Rows between what is read of scopes side by side and what is asked for. Further is no better, and where rows are a
+power of two apart few of them fit a cache."""
+
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
 """Buffer, origin, grid and elements of an operand."""
 
@@ -70,6 +74,7 @@ _EXPECTED = types.UniTuple(types.float64, 3)
 _LIMIT = types.Tuple((types.uint64, types.int64, types.int64, types.uint64, _EXPECTED))
 _call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(5), caller(7, _NEXT)
 _call_surveyor, _call_searcher = caller(10, _COUNTS), caller(9, _LIMIT)
+_call_turner, _call_columns_cutter = caller(5), caller(7)
 
 
 def _scratch(key: np.dtype) -> Any:
@@ -106,9 +111,9 @@ def surveyor_address(look: Function, unit: np.dtype, key: np.dtype) -> int:
 
 
 @cache
-def selector_address(group: int, key: np.dtype, *, planes: bool = False) -> int:
-    """Where the code of a `search.selector` is, or for keys in planes, for keys of this dtype."""
-    select = search.select_planes if planes else search.selector(group, 8 * key.itemsize)
+def selector_address(group: int, key: np.dtype) -> int:
+    """Where the code of a `search.selector` is, for keys of this dtype."""
+    select = search.selector(group, 8 * key.itemsize)
     return address_of(select, array_of(key), *_RANGE, _KEEP, _MASK, types.uint64, types.float64, result=_NEXT)
 
 
@@ -161,43 +166,54 @@ def element_reader(key: Function) -> Function:
 
 
 @cache
-def across_reader(key: Function, planes: bool) -> Function:
+def across_reader(key: Function) -> Function:
     """Read 1-element blocks of scopes that lie side by side in memory, block by block of all of them.
 
     In the place of `grid` and `elements` stand the loops over scopes and those over the blocks of a scope.
-    With `planes` the keys stay in that order: the first blocks of all scopes, the second, ...
     """
-    walk = _across(_key_to(key), planes)
+    walk = _across(_key_to(key))
 
     @standalone
     def read(source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, making: Any) -> None:
-        walk(source, i, stop, keys)
+        walk(source, i, stop, keys, length_of(source[3]))
 
     return read
 
 
 @cache
-def across_dropper(codec: Codec, planes: bool) -> Function:
+def across_dropper(codec: Codec) -> Function:
     """Write what `across_reader` reads: +0.0 where the mask is False."""
-    return _across(_kept_by(codec), planes)
+    walk = _across(_kept_by(codec))
+
+    @standalone
+    def drop(target: Any, i: int, stop: int, mask: Any) -> None:
+        walk(target, i, stop, mask, length_of(target[3]))
+
+    return drop
 
 
 @cache
 def tiles_reader(form: vectors.Format, signed: bool, key: Function) -> Function:
     """An `across_reader` of scopes whose first blocks are adjacent, by tiles that are turned inside vectors."""
-    walk = _across(_key_to(key), False, vector_selection.turn_keys(form, signed))
+    walk = columns_turner(form, signed, key)
 
     @standalone
     def read(source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, making: Any) -> None:
-        walk(source, i, stop, keys)
+        walk(source, i, stop, keys, length_of(source[3]))
 
     return read
 
 
 @cache
-def tiles_dropper(form: vectors.Format, codec: Codec) -> Function:
-    """An `across_dropper` of what a `tiles_reader` reads."""
-    return _across(_kept_by(codec), False, vector_selection.drop_turned(form))
+def columns_turner(form: vectors.Format, signed: bool, key: Function) -> Function:
+    """``turn(source, i, stop, keys, pitch)``: what a `tiles_reader` reads, the keys of scopes so far apart."""
+    return _across(_key_to(key), vector_selection.turn_keys(form, signed))
+
+
+@cache
+def turner_address(turn: Function, unit: np.dtype, key: np.dtype) -> int:
+    """Where the code of a `columns_turner` is, for buffers and keys of these dtypes."""
+    return address_of(turn, lines.where_type(unit), *_RANGE, array_of(key), types.int64)
 
 
 @cache
@@ -221,43 +237,38 @@ def _kept_by(codec: Codec) -> Function:
 
 
 @cache
-def _across(step: Function, planes: bool, turn: Any = None) -> Function:
-    """``walk(array, i, stop, dense)``: a step for every element and its place in the work array.
+def _across(step: Function, turn: Any = None) -> Function:
+    """``walk(array, i, stop, dense, pitch)``: a step for every element and its place in rows, `pitch` apart, of scopes.
 
     Or if there is a `turn` for tiles of as many adjacent scopes as elements, which are evenly apart, one for each tile.
     """
     tile = vector_selection.TILE
 
     @standalone
-    def walk(array: Any, i: int, stop: int, dense: Any) -> None:
+    def walk(array: Any, i: int, stop: int, dense: Any, pitch: int) -> None:
         buffer, origin, scopes, blocks = array
         n = length_of(blocks)
-        width, stride = scopes[0, -1], scopes[1, -1]
+        width, stride, apart = scopes[0, -1], scopes[1, -1], blocks[1, -1]
         first, last = i // n, stop // n
         s = first
         while s < last:
             after = least(last, s + width - s % width)
-            at = origin + place(s, scopes)
+            at, own = origin + place(s, scopes), (s - first) * pitch
             tiled = 0
             if turn is not None:
                 whole, tiled = (after - s) - (after - s) % tile, n - n % tile
                 for j in range(0, tiled, tile):
-                    here, there = at + j * blocks[1, -1], (s - first) * n + j
+                    here = at + j * apart
+                    ahead = AHEAD_ROWS * apart + (0 if j + AHEAD_ROWS < n else after - s - n * apart)
                     for r in range(0, whole, tile):
-                        turn(buffer, here + r, blocks[1, -1], dense, there + r * n, n, after - s)
+                        turn(buffer, here + r, apart, dense, own + r * pitch + j, pitch, ahead)
                     for q in range(tile if whole < after - s else 0):
                         for r in range(whole, after - s):
-                            step(buffer, here + q * blocks[1, -1] + r, dense, there + r * n + q)
+                            step(buffer, here + q * apart + r, dense, own + r * pitch + j + q)
             for j in range(tiled, n):
                 here = at + place(j, blocks)
-                if planes:
-                    there = j * (last - first) + s - first
-                    for r in range(after - s):
-                        step(buffer, here + r * stride, dense, there + r)
-                else:
-                    there = (s - first) * n + j
-                    for r in range(after - s):
-                        step(buffer, here + r * stride, dense, there + r * n)
+                for r in range(after - s):
+                    step(buffer, here + r * stride, dense, own + r * pitch + j)
             s = after
 
     return walk
@@ -349,6 +360,46 @@ def cutter(form: vectors.Format) -> Function:
     return cut
 
 
+@cache
+def columns_cutter(form: vectors.Format) -> Function:
+    """Write elements of adjacent scopes by their own keys, and by a limit and a border for each scope.
+
+    Kept are those above the limit, and those equal to it that stand before the border in their scope.
+    """
+    line, rest = (vector_selection.keep_columns(form, partial) for partial in (False, True))
+    lanes = form.lanes
+
+    @standalone
+    def cut(source: Any, target: Any, s0: int, s1: int, n: int, limits: Any, borders: Any) -> None:
+        make_small()
+        data, origin, scopes, blocks = source
+        out, origin_out, scopes_out, blocks_out = target
+        width, width_out = scopes[0, -1], scopes_out[0, -1]
+        s = s0
+        while s < s1:
+            after = least(s1, least(s + width - s % width, s + width_out - s % width_out))
+            at, at_out, count, first = origin + place(s, scopes), origin_out + place(s, scopes_out), after - s, s - s0
+            whole, ahead = count - count % lanes, AHEAD_ROWS * blocks_out[1, -1]
+            for j in range(n):
+                here, there = at + place(j, blocks), at_out + place(j, blocks_out)
+                for e in range(0, whole, lanes):
+                    line(data, here + e, out, there + e, limits, first + e, borders, first + e, j, ahead)
+                if whole < count:
+                    e = whole
+                    rest(data, here + e, out, there + e, limits, first + e, borders, first + e, j, count - whole)
+            s = after
+
+    return cut
+
+
+@cache
+def columns_cutter_address(form: vectors.Format, unit: np.dtype, key: np.dtype) -> int:
+    """Where the code of a `columns_cutter` is, for buffers and keys of these dtypes."""
+    where = lines.where_type(unit)
+    limits, borders = array_of(key), array_of(np.int32)
+    return address_of(columns_cutter(form), where, where, *_RANGE, types.int64, limits, borders)
+
+
 @standalone
 def _store(target: Any, i: int, stop: int, mask: Any) -> None:
     buffer, origin, _, _ = target
@@ -383,6 +434,67 @@ def keep_in_scopes(
         _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
         guess, spacing = _call_selector(select, keys, stop - s, n, keep, mask, guess, spacing)
         _call_writer(write, target, s * n, stop * n, mask)
+
+
+@merged
+def _read_planes(read: int, source: Any, s: int, stop: int, n: int, scopes: int, scratch: Any) -> None:
+    """Read the keys of scopes [s, stop), numbered block by block of all `scopes`: the first ones, the second, ..."""
+    keys, _mask, _keep, sums, norms, making = scratch
+    for j in range(n):
+        plane = keys[j * (stop - s) :]
+        _call_reader(read, source, j * scopes + s, j * scopes + stop, plane, sums, norms, making)
+
+
+@merged
+def _deal(rows: Any, count: int, n: int, planes: Any, at: int) -> None:
+    """Numbers of `count` scopes, n of each, from planes into rows, from an entry on."""
+    for j in range(n):
+        for r in range(count):
+            rows[np.uintp(at + r * n + j)] = planes[np.uintp(j * count + r)]
+
+
+@kernel
+def read_in_planes(
+    read: int, source: Any, s0: int, s1: int, n: int, scopes: int, rows: int, out: Any, scratch: Any
+) -> None:  # fmt: skip
+    """As `read_blocks`, of scopes that lie side by side, whose blocks are numbered block by block of all `scopes`."""
+    for s in range(s0, s1, rows):
+        stop = least(s1, s + rows)
+        _read_planes(read, source, s, stop, n, scopes, scratch)
+        _deal(out, stop - s, n, scratch[0], (s - s0) * n)
+
+
+@kernel
+def keep_in_planes(
+    read: int, select: int, write: int, source: Any, target: Any, in_planes: bool, counts: Numbers, s0: int, s1: int,
+    n: int, scopes: int, rows: int, turned: Any, plane: Any, scratch: Any,
+) -> None:  # fmt: skip
+    """As `keep_in_scopes`, for scopes that lie side by side: their blocks are numbered block by block of all `scopes`.
+
+    Those of `target` too if it is written `in_planes`. If `select` is 0, which needs that, they are ranked as they lie.
+    """
+    keys, mask, keep, _sums, _norms, _making = scratch
+    guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+    for s in range(s0, s1, rows):
+        stop = least(s1, s + rows)
+        count = stop - s
+        load_numbers(*counts, s, stop, keep)
+        _read_planes(read, source, s, stop, n, scopes, scratch)
+        if select == 0:
+            search.rank_planes(keys, count, n, keep, mask)
+        else:
+            _deal(turned, count, n, keys, 0)
+            guess, spacing = _call_selector(select, turned, count, n, keep, mask, guess, spacing)
+        for j in range(n if in_planes else 0):
+            if select == 0:
+                kept = mask[j * count :]
+            else:
+                kept = plane
+                for r in range(count):
+                    kept[np.uintp(r)] = mask[np.uintp(r * n + j)]
+            _call_writer(write, target, j * scopes + s, j * scopes + stop, kept)
+        if not in_planes:
+            _call_writer(write, target, s * n, stop * n, mask)
 
 
 WIDE_SCOPE = 512
@@ -497,35 +609,75 @@ def cut_in_scopes(
                 _call_cutter(cut, source, target, i + border, i + n, limit)
 
 
+@kernel
+def cut_in_columns(
+    turn: int, array: Any, past: int, seek: int, look: int, read: int, source: Any, pitch: int, cut: int, target: Any,
+    limits: Any, borders: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, scratch: Any,
+) -> None:  # fmt: skip
+    """As `cut_in_scopes`, for scopes of adjacent elements side by side: strip by strip, `turn` reads their keys.
+
+    These are the buffer of `source`, scope by scope `pitch` apart, where they are searched. The first element lies
+    `past` the start of a line: tiles that straddle lines take a sixth longer, so that strips end where lines do.
+    """
+    _keys, _mask, keep, _sums, _norms, _making = scratch
+    turned = source[0]
+    guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
+    s = s0
+    while s < s1:
+        stop = least(s1, s + rows - (s + past) % vector_selection.TILE)
+        load_numbers(*counts, s, stop, keep)
+        _call_turner(turn, array, s * n, stop * n, turned, pitch)
+        for r in range(stop - s):
+            if seek == 0:
+                limit, ties, guess, spacing = search.limit_of(turned, r * pitch, n, keep[r], guess, spacing)
+            else:
+                limit, ties, _, guess, expected = _call_searcher(
+                    seek, look, read, source, r * pitch, n, keep[r], guess, expected, scratch
+                )
+            limits[r], borders[r] = limit, n
+            if ties < n:
+                borders[r], _ = tie_border(turned, r * pitch, n, limit, ties)
+        _call_columns_cutter(cut, array, target, s, stop, n, limits, borders)
+        s = stop
+
+
 @cache
 def kth_kernel(signed: bool) -> Any:
-    """The kernel that finds the k-th largest key of scopes [s0, s1); `signed`: keys of signed floats."""
+    """The kernel that finds the k-th largest key of scopes [s0, s1); `signed`: keys of signed floats.
+
+    If `turn` is not 0, it reads the keys of an `array` strip by strip, as for `cut_in_columns`.
+    """
     separate = search.separator(signed)
 
     @kernel
     def kth_of_scopes(
-        seek: int, look: int, read: int, source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any,
-        scratch: Any,
+        turn: int, array: Any, past: int, seek: int, look: int, read: int, source: Any, pitch: int, counts: Numbers,
+        s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any,
     ) -> None:  # fmt: skip
         keys, _mask, keep, sums, norms, making = scratch
         guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
-        for s in range(s0, s1, rows):
-            stop = least(s1, s + rows)
+        s = s0
+        while s < s1:
+            stop, start = least(s1, s + rows - (s + past) % vector_selection.TILE if turn else s + rows), s
             load_numbers(*counts, s, stop, keep)
-            if seek == 0:
+            if turn != 0:
+                _call_turner(turn, array, s * n, stop * n, source[0], pitch)
+                start = 0
+            elif seek == 0:
                 _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
             for r in range(stop - s):
                 first, count, limit, ties = r * n, n, np.uint64(0), n
                 if seek != 0:
                     first = 0
                     limit, ties, count, guess, expected = _call_searcher(
-                        seek, look, read, source, (s + r) * n, n, keep[r], guess, expected, scratch
+                        seek, look, read, source, (start + r) * pitch, n, keep[r], guess, expected, scratch
                     )
                 elif keep[r] < n:
                     limit, ties, spacing = separate(keys, first, n, keep[r], guess, spacing)
                 if ties == n:
                     limit, _ = neighbours_of(keys, first, count, limit)
                 found[s + r] = guess = limit
+            s = stop
 
     return kth_of_scopes
 

@@ -263,24 +263,32 @@ def turn_keys(form: Format, signed: bool) -> Any:
 
 
 @cache
-def drop_turned(form: Format) -> Any:
-    """``(target, i, apart, mask, j, n, ahead)``: +0.0 where the mask of what `turn_keys` has turned is False.
+def keep_columns(form: Format, partial: bool) -> Any:
+    """``(source, i, target, j, limits, l, borders, m, row, rest)``: +0.0 in a line of `target` where keys are small.
 
-    What is `ahead` has been asked for when it was read.
+    Each lane has a limit for the key in `source`, which is kept if it is above, or equal and the row before a border.
+    Only in the `rest` first lanes if `partial`; else what is so far ahead is asked for.
     """
-    line, flags = vector_of(form.bits, TILE), vector_of(8, TILE)
+    bits, words = vector_of(form.bits, form.lanes), vector_of(32, form.lanes)
 
-    def emit(b: Builder, target: Value, apart: Value, mask: Value, n: Value, ahead: Value) -> None:
-        rows = []
-        for _ in range(TILE):
-            rows.append(load(b, mask, flags))
-            mask = b.gep(mask, [n])
-        for row in planes_of(b, rows):
-            kept = b.icmp_unsigned("!=", row, splat(flags, 0))
-            store(b, b.select(kept, load(b, target, line), splat(line, 0)), target)
-            target = b.gep(target, [apart])
+    def emit(b: Builder, source: Value, target: Value, limits: Value, borders: Value, row: Value, rest: Value) -> None:
+        mask = first_lanes(b, rest, form.lanes) if partial else None
+        if mask is None:
+            prefetch(b, target, LINE, rest)
 
-    return step(emit, 7)
+        def read(at: Value) -> Value:
+            return load(b, at, bits) if mask is None else load_masked(b, at, bits, mask)
+
+        keys, limit = all_keys_of(b, read(source), form, False), load(b, limits, bits)
+        early = b.icmp_signed("<", narrow(b, row, words), load(b, borders, words))
+        kept = b.or_(b.icmp_unsigned(">", keys, limit), b.and_(b.icmp_unsigned("==", keys, limit), early))
+        found = b.select(kept, read(target), splat(bits, 0))
+        if mask is None:
+            store(b, found, target)
+        else:
+            store_masked(b, found, target, mask)
+
+    return step(emit, 10)
 
 
 @cache
