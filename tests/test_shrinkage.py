@@ -355,6 +355,24 @@ def test_conditioned_blocks_of_every_shape(rng, block, layout):
     np.testing.assert_array_max_ulp(*results, maxulp=1)
 
 
+@pytest.mark.parametrize("block", [(1, 2), (4, 4), (1, 64), (5, 13)])
+@pytest.mark.parametrize("power", [-120, -60, -44, 0, 20, 44, 60, 100])
+def test_thresholds_near_the_norms_of_numbers_of_any_size(rng, block, power):
+    """Norms that float32 tells from their threshold, those that it does not, and those that it cannot square."""
+    shape = (block[0] * 8, block[1] * 24)
+    x = (rng.standard_normal(shape) * 2.0**power).astype(np.float32)
+    x[: block[0], : 8 * block[1]] = 0
+    h = np.exp2(rng.uniform(-9, 9, shape)).astype(np.float32)
+    norms = np.sqrt(((h * x.astype(np.float64)) ** 2).reshape(8, block[0], 24, block[1]).sum(axis=(1, 3)))
+    t = (norms * (1 + rng.choice([-1, 1], (8, 24)) * np.exp2(-rng.uniform(1, 30, (8, 24))))).astype(np.float32)
+    results = []
+    for backend in ("reference", "numba"):
+        with npscope.use_backend(backend):
+            results.append(npscope.soft_threshold(x, t, block, conditioner=h))
+    assert np.array_equal(results[0] == 0, results[1] == 0)
+    np.testing.assert_array_max_ulp(*results, maxulp=1)
+
+
 @pytest.mark.parametrize("name", ["float32", "float64"])
 def test_strips_with_odd_blocks(xp, rng, name):
     """Zero, NaN, infinite, tiny, huge, unchanged and barely shrunk blocks side by side with ordinary ones."""

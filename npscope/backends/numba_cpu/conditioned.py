@@ -305,17 +305,19 @@ def near_enough(rtol: float, single: bool) -> tuple[float, float]:
 
 
 @cache
-def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
+def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
     """The kernel that solves the blocks [i0, i1) strip by strip, and multiplies their elements by ``h / (h + mu)``.
 
     Zero blocks get an infinite mu, unchanged ones 0. Norms are `exact`, `narrow` ones float32, and planes if they are
-    `single`. `deal_v`, `deal_h` and `weigh` are the `dealer_address` of the leaves and of the `weights` in the metric,
-    and the `weigher_address` of both, or 0 for `mus` to be written instead. Returns whether all iterations ended.
+    `single`; norms are looked at in float32 first if blocks are `quick`: `single` ones of up to `QUICK_ELEMENTS`, in
+    an ordinary metric. `deal_v`, `deal_h` and `weigh` are the `dealer_address` of the leaves and of the `weights` in
+    the metric, and the `weigher_address` of both, or 0 for `mus` to be written instead. Returns whether all iterations
+    ended.
     """
-    measure, classify = secular.measure(), secular.classify(narrow)
+    measure, classify = secular.measure(), secular.classify(narrow, quick)
     look, turns, decide = secular.look(single), secular.looks(single), secular.decide(exact, narrow, single)
     sum_secular, advance, approach = secular.sum_secular(single), secular.advance(single), secular.approach()
-    begin, finish = secular.begin(single), secular.finish()
+    begin, finish = secular.begin(single, quick), secular.finish()
 
     @kernel
     def solve(
@@ -332,11 +334,12 @@ def solve_kernel(exact: bool, narrow: bool, single: bool) -> Any:
                 e1 = least(total, e0 + chunk)
                 _call_dealer(deal_v, leaves, i, stop, e0, e1, 0, v, pitch)
                 _call_dealer(deal_h, weights, i, stop, e0, e1, 0, h, pitch)
-                for b in range(0, count, LANES):
-                    measure(v, b, h, b, s, b, e0, e1, pitch)
+                if not quick:
+                    for b in range(0, count, LANES):
+                        measure(v, b, h, b, s, b, e0, e1, pitch)
             closer = 0
             for b in range(0, count, LANES):
-                closer += classify(s, b, limits, b, count - b)
+                closer += classify(v, b, h, b, s, b, limits, b, total, pitch, count - b)
             if closer:
                 for turn in range(turns):
                     for e0 in range(0, total, chunk):

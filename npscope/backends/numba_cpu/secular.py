@@ -142,33 +142,71 @@ def measure() -> Any:
     return step(emit, 9)
 
 
+QUICK_ELEMENTS, QUICK_NEAR, QUICK_SLACK = 64, 2.0**-15, 0.25
+"""Blocks of up to so many elements may be looked at in float32, whose sums of squares then are right to 2 ** -17.
+
+Norms nearer to their threshold, relatively, need a closer look: of others the gap is right to an eighth, so that the
+ends of a bracket, moved by a quarter of it, enclose the root.
+"""
+
+
 @cache
-def classify(narrow: bool) -> Any:
-    """``(rows, i, limits, j, left)``: norms and means from plain sums, and what ACTIVE and RATE become.
+def classify(narrow: bool, quick: bool) -> Any:
+    """``(v, i, h, j, rows, k, limits, m, count, pitch, left)``: norms, means, and what ACTIVE and RATE become.
 
-    Returns how many blocks need a closer look. Lanes from `left` on, which are no blocks, are unchanged ones. Pruned
-    arrays have many blocks of zeros: if norms are `narrow`, float32, no other has squares that sum to zero in float64.
+    From the sums that `measure` has found, or for `quick` blocks from their `count` elements, in float32. Returns how
+    many blocks need a closer look. Lanes from `left` on, which are no blocks, are unchanged ones. Pruned arrays have
+    many blocks of zeros: if norms are `narrow`, float32, no other has squares that sum to zero in float64.
     """
-    # Squares of float32 norms that are subnormal have lost what decides.
-    least, largest = (2.0**-252, 1e76) if narrow else (1e-100, 1e100)
+    # Squares of float32 norms that are subnormal have lost what decides, and in float32 those of small numbers.
+    least, largest = (2.0**-90, 2.0**100) if quick else (2.0**-252, 1e76) if narrow else (1e-100, 1e100)
+    near = QUICK_NEAR if quick else NEAR
 
-    def emit(b: Builder, start: Value, limits: Value, left: Value) -> Value:
+    def in_single(
+        b: Builder, v: Value, h: Value, count: Value, pitch: Value
+    ) -> tuple[Lanes, Lanes, Lanes, Lanes]:  # fmt: skip
+        words = vector_of(32, LANES)
+
+        def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
+            x, c = xs[0], cs[0]
+            p = c * x
+            p = p * p
+            bits = b.or_(*(b.bitcast(number.value, words) for number in (so_far[3], x)))
+            marks = Lanes(b, b.bitcast(bits, x.value.type))
+            return [so_far[0] + p, x.times_plus(x, so_far[1]), p.times_plus(c, so_far[2]), marks]
+
+        zeros = splat(ir.VectorType(_SINGLE, LANES), 0.0)
+        squares, plain, bends, marks = _add_up(b, (v, h), count, pitch, [zeros] * 4, 1, take)
+        sizes = b.and_(b.bitcast(marks.value, words), splat(words, (1 << 31) - 1))
+        return squares, plain, bends, Lanes(b, b.icmp_unsigned("==", sizes, splat(words, 0)))
+
+    def emit(
+        b: Builder, v: Value, h: Value, start: Value, limits: Value, count: Value, pitch: Value, left: Value
+    ) -> Value:
         s, limit = _Rows(b, start), _load(b, limits).to(_DOUBLE)
-        squares, plain = s[SQUARES], s[SLOPES]
-        norm, inverse = squares.root(), 1.0 / squares
+        if quick:
+            squares, plain, bends, is_zero = in_single(b, v, h, count, pitch)
+        else:
+            squares, plain, bends = s[SQUARES], s[SLOPES], s[BENDS]
+            is_zero = plain.is_equal(0.0)
+        root, inverse = squares.root(), 1.0 / squares
+        norm, mean, spread = (x.to(_DOUBLE) for x in (root, bends * inverse, (plain * inverse).root()))
         ordinary = (
-            (squares > least) & (squares < 1e100) & (plain > 1e-100) & (plain < largest) & (limit < float("inf"))
-            & ((norm - limit).size() > norm * NEAR)
+            (squares > least) & (squares < (largest if quick else 1e100))
+            & (plain > (least if quick else 1e-100)) & (plain < largest) & (limit < float("inf"))
+            & ((norm - limit).size() > norm * near)
         )  # fmt: skip
+        if quick:
+            ordinary &= (bends > 2.0**-120) & (bends < 2.0**120)
         same = plain.is_nan() | limit.is_equal(0.0) | ~Lanes(b, first_lanes(b, left, LANES))
-        known = same | plain.is_equal(0.0) if narrow else same
+        known = same | is_zero if narrow else same
         careful, one = ~ordinary & ~known, _number(norm, 1.0)
         active = ordinary & ~known & (norm > limit)
-        s[UNIT], s[NORM], s[MEAN], s[SPREAD] = one, norm, s[BENDS] * inverse, (plain * inverse).root()
+        s[UNIT], s[NORM], s[MEAN], s[SPREAD] = one, norm, mean, spread
         s[ACTIVE], s[RATE] = choose(careful, -1.0, choose(active, one, 0.0)), choose(same, one, 0.0)
         return careful.count()
 
-    return step(emit, 5, types.int64)
+    return step(emit, 11, types.int64)
 
 
 def _safe_unit(top: Lanes) -> Lanes:
@@ -306,13 +344,14 @@ def decide(exact: bool, narrow: bool, single: bool) -> Any:
 
 
 @cache
-def begin(single: bool) -> Any:
+def begin(single: bool, quick: bool) -> Any:
     """``(rows, i, limits, j)``: the bracket of every active block, and where its iteration starts; how many there are.
 
     The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
     MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM. The start
     is exact for z - (1 - 1 / (MEAN * SPREAD)) * (z - tau) ** 2 / z, where z is the tangent: the same slope at
-    infinity. It is found in float32 if that is `single`; norms beyond that start at the end of their bracket.
+    infinity. It is found in float32 if that is `single`; norms beyond that start at the end of their bracket, which is
+    wider where the norms of `quick` blocks are.
     """
     real = _SINGLE if single else _DOUBLE
 
@@ -321,11 +360,14 @@ def begin(single: bool) -> Any:
         active, rate, norm, mean, spread = s[ACTIVE] > 0.0, s[RATE], s[NORM], s[MEAN], s[SPREAD]
         limit = _load(b, limits).to(_DOUBLE) * s[UNIT]
         gap = norm - limit
-        low, high = gap / mean, gap * spread
         tau, unlike = limit.to(real) / norm.to(real), 1.0 / (mean * spread).to(real)
+        high = gap * spread
+        low = high * unlike.to(_DOUBLE) if quick else gap / mean
         under = 1.0 - 4.0 * (1.0 - unlike) * tau * (1.0 - tau)
         root = choose(under > 0.0, under, 0.0).to(_SINGLE).root().to(real)  # good enough for a start
         first = ((1.0 - 2.0 * tau + root) * 0.5).to(_DOUBLE) * spread * norm
+        if quick:
+            low, high = low * (1.0 - QUICK_SLACK), high * (1.0 + QUICK_SLACK)
         first = choose(first < high, first, high)
         first = choose(first > low, first, low)
         s[LOW], s[HIGH] = low, high
