@@ -331,6 +331,48 @@ def test_the_workspace_of_single_elements_is_fixed(case):
     assert (x == (1.0 if case == "hard" else 0.5)).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("float32", (1 << 16) + 1),
+        *(
+            pytest.param(name, n, marks=pytest.mark.slow)
+            for name in ("float32", "float64", "float8_e5m2")
+            for n in (1 << 15, 1 << 16, 1 << 17)
+        ),
+    ],
+)
+def test_long_columns_take_little_memory_whatever_is_done(monkeypatch, name, n):
+    """16 of them side by side would fill 8 MiB with their keys alone."""
+    monkeypatch.setattr("npscope.backends.numba_cpu.strips.WIDE_ELEMENTS", 0)
+    x = np.random.default_rng(0).permutation(n * 19).reshape(n, 19).astype(np.float64)
+    x = (x % 251 if name == "float8_e5m2" else x).astype(dtype(name))
+    out = np.empty_like(x, order="F")
+    with npscope.use_backend("reference"):
+        expected = npscope.keep_largest(x, n // 3, (1, 1), (-1, 1))
+    calls = {
+        "in place": lambda a: npscope.keep_largest(a, n // 3, (1, 1), (-1, 1), out=a),
+        "to another order": lambda a: npscope.keep_largest(a, n // 3, (1, 1), (-1, 1), out=out),
+        "mask": lambda a: npscope.block_mask(a, n // 3, (1, 1), (-1, 1)),
+        "k-th": lambda a: npscope.kth_largest(a, n // 3, axis=0),
+    }
+    with npscope.use_backend("numba"), npscope.config(threads=1):
+        for what, call in calls.items():
+            call(x.copy())  # compiles
+            given = x.copy()
+            tracemalloc.start()
+            try:
+                found = call(given)
+                _, peak = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert peak <= (8 << 20) + (2 * x.size if what == "mask" else 0), what
+            if what == "k-th":
+                assert np.array_equal(found, np.sort(np.abs(x), axis=0)[-(n // 3)])
+            else:
+                assert np.array_equal(found, expected != 0 if what == "mask" else expected)
+
+
 def test_element_masks_take_little_more_than_their_bytes():
     """One byte an element, and the norms of the blocks."""
     x = np.ones((2048, 4096), dtype=np.float32)

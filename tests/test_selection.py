@@ -386,6 +386,7 @@ def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data
     strips = pytest.importorskip("npscope.backends.numba_cpu.strips")
     monkeypatch.setattr(strips, "WIDE_ELEMENTS", 0)
     n, rows, rng = 700, 24, np.random.default_rng(6)
+    monkeypatch.setattr("npscope.backends.numba_cpu.ranking.TILES_ELEMENTS", 16 * n)  # so that there are several strips
     with np.errstate(all="ignore"):
         values = rng.permuted(CROWDED[data](rng.standard_normal(n * rows)).reshape(rows, n), axis=1)
         x = (values * SCALES[scale](rows)[:, None]).astype(dtype(name))

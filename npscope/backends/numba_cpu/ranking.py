@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,34 +30,48 @@ from npscope.backends.numba_cpu.vectors import Format, format_of
 from npscope.dtypes import kind_of
 from npscope.tiling import Parts
 
-ACROSS_ELEMENTS, ACROSS_BYTES = 1 << 14, 1 << 22
-"""Elements of a strip of scopes that lie side by side, and bytes of their keys where a line of each takes more."""
+ACROSS_ELEMENTS, ACROSS_BYTES = 1 << 14, 6 << 20
+"""Elements of a strip of scopes side by side, and bytes of keys and mask of one of up to `ACROSS` long ones."""
 
 TILES_ELEMENTS = 1 << 17
 """Elements of such a strip that is read by tiles: eight lines side by side take memory little longer than one."""
 
 
+def _most_rows(n: int, key_bytes: int) -> int:
+    """Scopes of n blocks whose keys and mask there is room for."""
+    return max(1, ACROSS_BYTES // (n * (key_bytes + 1)))
+
+
 def turned_form(leaf: Operand, blocks: int, width: int) -> Format | None:
-    """The format of scopes that lie side by side, if tiles of their elements can be turned into keys of this width."""
-    if not leaf.across or leaf.bytewise or leaf.kind is None or blocks < TILE:
+    """The format of scopes that lie side by side, if tiles of their elements can be turned into keys of this width.
+
+    There is room for a strip of tiles then.
+    """
+    if not leaf.across or leaf.bytewise or leaf.kind is None or blocks < TILE or _most_rows(blocks, width // 8) < TILE:
         return None
     scopes, apart = leaf.place.nests
     form = format_of(leaf.kind) if scopes[1, -1] == 1 and apart.shape[1] == 1 else None
     return form if form is not None and form.bits == width else None
 
 
+class Turner(NamedTuple):
+    """The format of elements that are turned into rows of keys by tiles, and what compiles what does that."""
+
+    form: Format
+    make: Callable[[], int]
+
+
 @dataclass(frozen=True)
 class Source:
     """How kernels read the keys of a part: what compiles a reader, what it reads, and the blocks of a strip.
 
-    And of elements that are turned by tiles while they are read, their format, and what compiles what turns them.
+    And how elements are turned by tiles while they are read, if they are.
     """
 
     make_reader: Callable[[], int]
     where: Where
     strip: int
-    turned: Format | None = None
-    make_turner: Callable[[], int] | None = None
+    turner: Turner | None = None
 
     @property
     def read(self) -> int:
@@ -93,8 +107,8 @@ def source_of(
             if turned is None:
                 return Source(address(strips.across_reader(key)), leaf.where_across, ACROSS_ELEMENTS)
             read, turn = (make(turned, ord is None, key) for make in (strips.tiles_reader, strips.columns_turner))
-            make_turner = partial(strips.turner_address, turn, unit, key_dtype)
-            return Source(address(read), leaf.where_across, TILES_ELEMENTS, turned, make_turner)
+            turner = Turner(turned, partial(strips.turner_address, turn, unit, key_dtype))
+            return Source(address(read), leaf.where_across, TILES_ELEMENTS, turner)
         form = None if leaf.layout is None else leaf.layout.form
         adjacent = form is not None and form.bits == width
         read = strips.line_reader(form, ord is None) if adjacent else strips.element_reader(key)
@@ -151,18 +165,14 @@ class Ranking:
         """Whole scopes of a part that make a strip of planes."""
         part = self.parts[p]
         rows = (ACROSS_ELEMENTS if self.group else TILES_ELEMENTS) // (part.blocks * part.elements)
-        return min(source.strip, max(rows, self._rows_at_least(part.blocks)))
-
-    def _rows_at_least(self, n: int) -> int:
-        """Scopes of n blocks that make a strip at least where they lie side by side: as many as fill a line."""
-        return max(1, min(ACROSS, ACROSS_BYTES // (n * self.key.itemsize)))
+        return min(source.strip, max(rows, min(ACROSS, _most_rows(part.blocks, self.key.itemsize))))
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
         rows = max(1, strip // self.blocks)
         if not self.parts[0].leaves[0].across:
             return rows
-        return rows - rows % TILE if rows >= TILE else max(rows, self._rows_at_least(self.blocks))
+        return rows - rows % TILE if rows >= TILE else min(ACROSS, _most_rows(self.blocks, self.key.itemsize))
 
 
 class KeyWork:
@@ -175,12 +185,12 @@ class KeyWork:
         self.norms = None if reads else norms_of(part, float(ranking.ord or 2))[0](length)
         if planes is not None:
             self.strip = ranking.rows_of_planes(p, planes)
-            self.scratch = Loan(Scratch, self.strip * part.blocks, 0, ranking.key)
+            self.scratch = Loan(Scratch, self.strip * part.blocks, 0, ranking.key, self.strip)
         elif source is not None:
             self.strip = source.strip
             if ranking.fits_a_piece:  # whole scopes, which may lie side by side
                 self.strip = ranking.scopes_of_a_strip(source.strip) * part.blocks
-            self.scratch = Loan(Scratch, self.strip, 0, ranking.key)
+            self.scratch = Loan(Scratch, self.strip, 0, ranking.key, 0 if part.elements == 1 else self.strip)
 
     def fill(self, i0: int, i1: int, keys: np.ndarray) -> None:
         """The keys of blocks [i0, i1)."""
@@ -271,13 +281,11 @@ def surveyor_of(ranking: Ranking, p: int) -> tuple[int, int]:
     return strips.surveyor_address(strips.surveyor(ranking.width), unit, ranking.key), source.read
 
 
-def columns_cutter_of(ranking: Ranking, written: Operand) -> int | None:
+def columns_cutter_of(ranking: Ranking, turner: Turner, written: Operand) -> int | None:
     """As `cutter_of`, where scopes lie side by side and their elements are turned when they are read."""
-    source = ranking.sources[0]
-    form = None if source is None or ranking.ord is None else source.turned
-    if form is None or turned_form(written, ranking.blocks, ranking.width) != form:
+    if ranking.ord is None or turned_form(written, ranking.blocks, ranking.width) != turner.form:
         return None
-    return strips.columns_cutter_address(form, written.place.unit, ranking.key)
+    return strips.columns_cutter_address(turner.form, written.place.unit, ranking.key)
 
 
 def search_of(ranking: Ranking) -> tuple[int, int]:
@@ -285,7 +293,11 @@ def search_of(ranking: Ranking) -> tuple[int, int]:
     source, unit = ranking.sources[0], ranking.parts[0].leaves[0].place.unit
     if ranking.blocks < strips.WIDE_SCOPE or ranking.scopes * ranking.blocks < strips.WIDE_ELEMENTS:
         return 0, 0
-    look = line_surveyor_of(ranking, 0)
-    if source is not None and source.turned is not None:
+    if source is not None and source.turner is not None:
         unit, look = ranking.key, strips.dense_surveyor(ranking.key)
-    return (0, 0) if look is None else (strips.searcher_address(ranking.signed, unit, ranking.key), look)
+    else:
+        found = line_surveyor_of(ranking, 0)
+        if found is None:
+            return 0, 0
+        look = found
+    return strips.searcher_address(ranking.signed, unit, ranking.key), look

@@ -39,20 +39,28 @@ from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, Parts
 
 
-def _scratch(ranking: Ranking, rows: int, counts: nk.Numbers, *, one_by_one: bool = False) -> Loan[Scratch]:
+def _scratch(
+    ranking: Ranking, rows: int, counts: nk.Numbers, *, measured: int = 0, one_by_one: bool = False
+) -> Loan[Scratch]:
     """Work arrays of one thread for strips of so many scopes, of which `counts` says how many blocks are kept.
 
-    For the keys and masks of all of them, unless they are searched `one_by_one`.
+    For the keys and masks of all of them, unless they are searched `one_by_one`. `measured` as for `Scratch`.
     """
-    scratch = Loan(Scratch, ranking.blocks * (1 if one_by_one else rows), rows, ranking.key)
+    scratch = Loan(Scratch, ranking.blocks * (1 if one_by_one else rows), rows, ranking.key, measured)
     nk.fill_in(scratch.work.keep, counts)
     return scratch
+
+
+def _measured(ranking: Ranking, rows: int) -> int:
+    """Blocks of strips of so many scopes of the only part that are measured at a time."""
+    return 0 if ranking.parts[0].elements == 1 else rows * ranking.blocks
 
 
 class _Columns:
     """Work arrays of one thread for strips of so many scopes, side by side, of n elements: their keys, and their ends.
 
-    Keys that are a power of two apart would share a few lines of a cache: tiles took three times as long to turn.
+    Keys that are a power of two apart would share a few lines of a cache: tiles took three times as long to turn. Apart
+    by some lines and a part of one they take a third less than by whole lines.
     """
 
     def __init__(self, rows: int, n: int, key: np.dtype) -> None:
@@ -75,7 +83,7 @@ class ScopeWork:
         self.keys = np.empty(longest, dtype=ranking.key)
         self.mask = np.empty((length, ranking.blocks), dtype=np.bool_)
         self.columns = np.empty(longest, dtype=np.bool_)
-        self.rows = ranking.scopes_of_a_strip(STRIP_ELEMENTS)
+        self.rows = max(1, STRIP_ELEMENTS // ranking.blocks)
         self.scratch = _scratch(ranking, self.rows, self.counts)
         self.steps = (
             strips.dense_reader(ranking.key),
@@ -164,9 +172,10 @@ def _direct_job(ranking: Ranking, counts: Operand, sink: Sink) -> Callable[[], N
         return _planes_job(ranking, counts, planes, sink)
     if source is None:
         return None
-    cut = None if ranking.group or written is None else columns_cutter_of(ranking, written)
-    if cut is not None and written is not None and source.make_turner is not None:
-        return _columns_job(ranking, counts, source, source.make_turner(), written, cut)
+    if source.turner is not None and written is not None:
+        cut = columns_cutter_of(ranking, source.turner, written)
+        if cut is not None:
+            return _columns_job(ranking, counts, source, source.turner.make(), written, cut)
     return _strips_job(ranking, counts, source, sink)
 
 
@@ -196,9 +205,10 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
         kernel = strips.keep_in_scopes
         steps = source.read, strips.selector_address(ranking.group, ranking.key), write
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
+    measured = _measured(ranking, rows)
 
     def make_kernel() -> Callable[[int, int], None]:
-        loan = _scratch(ranking, rows, limits)
+        loan = _scratch(ranking, rows, limits, measured=measured)
 
         def run(s0: int, s1: int) -> None:
             kernel(*steps, source.where, where, limits, s0, s1, ranking.blocks, rows, loan.work.all)
@@ -228,7 +238,7 @@ def _planes_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
     steps = source.read, 0 if as_they_lie else strips.selector_address(ranking.group, ranking.key), write
 
     def make_kernel() -> Callable[[int, int], None]:
-        loan = _scratch(ranking, rows, limits)
+        loan = _scratch(ranking, rows, limits, measured=rows)
         turned = Loan(_Turned, 0 if as_they_lie else rows, ranking.blocks, ranking.key)
 
         def run(s0: int, s1: int) -> None:
@@ -281,7 +291,7 @@ def strips_of_thresholds(
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [
-            (nk.room_for(limits, source.strip, thresholds.array.dtype), Scratch(source.strip, 0, key).all)
+            (nk.room_for(limits, source.strip, thresholds.array.dtype), Scratch(source.strip, 0, key, source.strip).all)
             for _ in range(slots)
         ]
 
@@ -327,12 +337,12 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
     kernel = strips.kth_kernel(ranking.signed)
     if len(ranking.parts) == 1 and source is not None:
         rows, seek = ranking.scopes_of_a_strip(source.strip), search_of(ranking)
-        turn = 0 if source.make_turner is None or seek[0] == 0 else source.make_turner()
+        turn = 0 if source.turner is None or seek[0] == 0 else source.turner.make()
         past = ranking.parts[0].leaves[0].past_line if turn else 0
         read = strips.dense_reader(ranking.key) if turn else source.read
 
         def make_kernel() -> Callable[[int, int], None]:
-            loan = _scratch(ranking, rows, limits, one_by_one=turn != 0)
+            loan = _scratch(ranking, rows, limits, measured=_measured(ranking, rows), one_by_one=turn != 0)
             columns = Loan(_Columns, rows if turn else 0, ranking.blocks, ranking.key)
             searched, pitch = (dense(columns.work.keys), columns.work.pitch) if turn else (source.where, ranking.blocks)
 

@@ -47,11 +47,12 @@ Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
 class Scratch:
     """Work arrays of one thread for strips of up to `blocks` blocks and `scopes` scopes."""
 
-    def __init__(self, blocks: int, scopes: int, key: np.dtype) -> None:
+    def __init__(self, blocks: int, scopes: int, key: np.dtype, measured: int) -> None:
+        """`measured`: so many of the blocks are measured at a time, 0 if they are single elements."""
         self.keys = np.zeros(blocks + SLACK, dtype=key)
         self.mask = np.zeros(blocks + SLACK, dtype=np.bool_)
         self.keep = np.zeros(scopes + SLACK, dtype=np.int64)
-        self.norms = lines.NormBuffers(blocks, np.dtype(np.float32))
+        self.norms = lines.NormBuffers(measured, np.dtype(np.float32))
 
     @property
     def nbytes(self) -> int:
@@ -438,7 +439,10 @@ def keep_in_scopes(
 
 @merged
 def _read_planes(read: int, source: Any, s: int, stop: int, n: int, scopes: int, scratch: Any) -> None:
-    """Read the keys of scopes [s, stop), numbered block by block of all `scopes`: the first ones, the second, ..."""
+    """Read the keys of scopes [s, stop), numbered block by block of all `scopes`: the first ones, the second, ...
+
+    In this order, because a reader may write beyond the end of what it reads.
+    """
     keys, _mask, _keep, sums, norms, making = scratch
     for j in range(n):
         plane = keys[j * (stop - s) :]
@@ -609,6 +613,12 @@ def cut_in_scopes(
                 _call_cutter(cut, source, target, i + border, i + n, limit)
 
 
+@merged
+def _strip_end(s: int, s1: int, rows: int, past: int, line: int) -> Any:
+    """Where a strip of up to `rows` scopes from `s` on ends: where a line does, if there are lines in it."""
+    return least(s1, s + rows - ((s + past) % line if rows >= line else 0))
+
+
 @kernel
 def cut_in_columns(
     turn: int, array: Any, past: int, seek: int, look: int, read: int, source: Any, pitch: int, cut: int, target: Any,
@@ -617,14 +627,15 @@ def cut_in_columns(
     """As `cut_in_scopes`, for scopes of adjacent elements side by side: strip by strip, `turn` reads their keys.
 
     These are the buffer of `source`, scope by scope `pitch` apart, where they are searched. The first element lies
-    `past` the start of a line: tiles that straddle lines take a sixth longer, so that strips end where lines do.
+    `past` the start of a line of a cache: tiles that straddle lines take a sixth longer, so that strips end where lines
+    do, of the first row of scopes and those that are whole lines from it.
     """
     _keys, _mask, keep, _sums, _norms, _making = scratch
     turned = source[0]
     guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
     s = s0
     while s < s1:
-        stop = least(s1, s + rows - (s + past) % vector_selection.TILE)
+        stop = _strip_end(s, s1, rows, past, vectors.LINE // array[0].itemsize)
         load_numbers(*counts, s, stop, keep)
         _call_turner(turn, array, s * n, stop * n, turned, pitch)
         for r in range(stop - s):
@@ -658,7 +669,7 @@ def kth_kernel(signed: bool) -> Any:
         guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
         s = s0
         while s < s1:
-            stop, start = least(s1, s + rows - (s + past) % vector_selection.TILE if turn else s + rows), s
+            stop, start = _strip_end(s, s1, rows, past, vectors.LINE // array[0].itemsize if turn else 1), s
             load_numbers(*counts, s, stop, keep)
             if turn != 0:
                 _call_turner(turn, array, s * n, stop * n, source[0], pitch)
