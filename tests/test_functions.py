@@ -343,7 +343,7 @@ def test_the_workspace_of_single_elements_is_fixed(case):
     ],
 )
 def test_long_columns_take_little_memory_whatever_is_done(monkeypatch, name, n):
-    """16 of them side by side would fill 8 MiB with their keys alone."""
+    """Keys and masks of 16 of them side by side, which fill a line, would be up to 18 MiB."""
     monkeypatch.setattr("npscope.backends.numba_cpu.strips.WIDE_ELEMENTS", 0)
     x = np.random.default_rng(0).permutation(n * 19).reshape(n, 19).astype(np.float64)
     x = (x % 251 if name == "float8_e5m2" else x).astype(dtype(name))
@@ -371,6 +371,25 @@ def test_long_columns_take_little_memory_whatever_is_done(monkeypatch, name, n):
                 assert np.array_equal(found, np.sort(np.abs(x), axis=0)[-(n // 3)])
             else:
                 assert np.array_equal(found, expected != 0 if what == "mask" else expected)
+
+
+def test_long_columns_of_blocks_take_little_memory():
+    """And a coupling of such columns with rows of others does not take what they would take."""
+    x = np.random.default_rng(0).standard_normal((2 << 17, 17)).astype(np.float32)
+    rows, columns = np.ones((64, 131040), np.float32), np.ones((16, 64), np.float32)
+    parts = [(columns, (1, 1)), (rows.T, (2, 1))]
+    scope = npscope.ScopeCoupling([npscope.ScopeSpec(npscope.BlockSpec(a, block), (-1, 1)) for a, block in parts])
+    calls = (lambda: npscope.keep_largest(x, 9, (2, 1), (-1, 1), out=x), lambda: scope.hard_threshold(9))
+    with npscope.use_backend("numba"), npscope.config(threads=1):
+        for call in calls:
+            call()  # compiles
+            tracemalloc.start()
+            try:
+                call()
+                _, peak = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert peak <= 9 << 20
 
 
 def test_element_masks_take_little_more_than_their_bytes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import npscope as ns
 
 pytest.importorskip("numba")
+from npscope.backends.numba_cpu import strips
 from npscope.backends.numba_cpu.jit import kernel
 from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
 
@@ -194,6 +196,22 @@ def test_looks_at_keys_are_those_of_loops(data, bits):
     assert mask[at : at + n].tolist() == [key > limit or i in equal[:ties] for i, key in enumerate(own)]
     assert (mask[:at] == 7).all()
     assert (mask[at + n + SLACK :] == 7).all()
+
+
+@kernel
+def strip_ends(s, s1, rows, past, line):
+    return strips.strip_end(s, s1, rows, past, line)
+
+
+def test_strips_end_at_lines_and_always_go_on():
+    for rows, line in itertools.product((1, 5, 8, 15, 16, 48, 80, 128), (1, 8, 16, 32, 64)):
+        for past in {0, 3, line - 1}:
+            s, unit = 0, min(line, 16) if rows < line else line
+            while s < 500:
+                stop = strip_ends(s, 500, rows, past, line)
+                assert s < stop <= min(500, s + rows)
+                assert rows < unit or stop == 500 or (stop + past) % unit == 0
+                s = stop
 
 
 @pytest.mark.parametrize(

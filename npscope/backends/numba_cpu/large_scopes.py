@@ -125,7 +125,7 @@ class LargeScopes:
         ]
         room = min(ranking.blocks + 2 * STRIP_ELEMENTS, FOUND_BYTES // ranking.key.itemsize)
         self.found = [np.empty(room, dtype=ranking.key) for _ in range(self.workers)]
-        self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key, STRIP_ELEMENTS).all for _ in range(self.workers)]
+        self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key, 0).all for _ in range(self.workers)]
         # So many that the bracket, 2 * MARGIN standard deviations of a share, holds no more than can be kept.
         runs = round((MARGIN * ranking.blocks / (room * self.workers)) ** 2 / SAMPLE_RUN)
         runs = max(1, min(max(runs, SAMPLE_RUNS), MOST_RUNS, ranking.blocks // 256 // SAMPLE_RUN))

@@ -31,14 +31,14 @@ from npscope.dtypes import kind_of
 from npscope.tiling import Parts
 
 ACROSS_ELEMENTS, ACROSS_BYTES = 1 << 14, 6 << 20
-"""Elements of a strip of scopes side by side, and bytes of keys and mask of one of up to `ACROSS` long ones."""
+"""Elements of a strip of scopes side by side, and bytes of keys and mask of one whose scopes are longer than that."""
 
 TILES_ELEMENTS = 1 << 17
 """Elements of such a strip that is read by tiles: eight lines side by side take memory little longer than one."""
 
 
 def _most_rows(n: int, key_bytes: int) -> int:
-    """Scopes of n blocks whose keys and mask there is room for."""
+    """Scopes of n blocks whose keys, of so many bytes each, and mask there is room for."""
     return max(1, ACROSS_BYTES // (n * (key_bytes + 1)))
 
 
@@ -165,12 +165,13 @@ class Ranking:
         """Whole scopes of a part that make a strip of planes."""
         part = self.parts[p]
         rows = (ACROSS_ELEMENTS if self.group else TILES_ELEMENTS) // (part.blocks * part.elements)
-        return min(source.strip, max(rows, min(ACROSS, _most_rows(part.blocks, self.key.itemsize))))
+        twice = 2 * self.key.itemsize  # in planes, and in rows
+        return min(source.strip, max(rows, min(ACROSS, _most_rows(part.blocks, twice))))
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
         rows = max(1, strip // self.blocks)
-        if not self.parts[0].leaves[0].across:
+        if len(self.parts) > 1 or not self.parts[0].leaves[0].across:
             return rows
         return rows - rows % TILE if rows >= TILE else min(ACROSS, _most_rows(self.blocks, self.key.itemsize))
 
@@ -184,12 +185,13 @@ class KeyWork:
         reads = source is not None or planes is not None
         self.norms = None if reads else norms_of(part, float(ranking.ord or 2))[0](length)
         if planes is not None:
-            self.strip = ranking.rows_of_planes(p, planes)
-            self.scratch = Loan(Scratch, self.strip * part.blocks, 0, ranking.key, self.strip)
+            self.rows = ranking.rows_of_planes(p, planes)
+            self.scratch = Loan(Scratch, self.rows * part.blocks, 0, ranking.key, self.rows)
         elif source is not None:
             self.strip = source.strip
             if ranking.fits_a_piece:  # whole scopes, which may lie side by side
                 self.strip = ranking.scopes_of_a_strip(source.strip) * part.blocks
+            self.strip = min(self.strip, length)
             self.scratch = Loan(Scratch, self.strip, 0, ranking.key, 0 if part.elements == 1 else self.strip)
 
     def fill(self, i0: int, i1: int, keys: np.ndarray) -> None:
@@ -199,7 +201,7 @@ class KeyWork:
         elif self.planes is not None:
             planes, n, scopes = self.planes, self.part.blocks, self.part.cut.scopes
             strips.read_in_planes(
-                planes.read, planes.where, i0 // n, i1 // n, n, scopes, self.strip, keys, self.scratch.work.all
+                planes.read, planes.where, i0 // n, i1 // n, n, scopes, self.rows, keys, self.scratch.work.all
             )
         elif self.source is not None:
             strips.read_blocks(self.source.read, self.source.where, i0, i1, self.strip, keys, self.scratch.work.all)

@@ -143,10 +143,13 @@ def measure() -> Any:
 
 
 QUICK_ELEMENTS, QUICK_NEAR, QUICK_SLACK = 64, 2.0**-15, 0.25
-"""Blocks of up to so many elements may be looked at in float32, whose sums of squares then are right to 2 ** -17.
+"""Blocks of up to so many elements may be looked at in float32; how near norms then are too near; and what ends move.
 
-Norms nearer to their threshold, relatively, need a closer look: of others the gap is right to an eighth, so that the
-ends of a bracket, moved by a quarter of it, enclose the root.
+Sums over them take 67 roundings of 2 ** -24 at most, less than 2 ** -17, so that norms are right to 2 ** -18. One that
+is 2 ** -15 of itself from its threshold is on its right side, and the gap right to an eighth. MEAN and SPREAD are right
+to 2 ** -16: ends moved by a quarter of themselves enclose the root, as 0.75 * 9 / 8 < 1 < 1.25 * 7 / 8. What
+underflows is off by 2 ** -150: nothing beside sums of squares from 2 ** -90 on, nor times h, whose span in an ordinary
+metric is less than 2 ** 27.
 """
 
 
@@ -158,7 +161,7 @@ def classify(narrow: bool, quick: bool) -> Any:
     many blocks need a closer look. Lanes from `left` on, which are no blocks, are unchanged ones. Pruned arrays have
     many blocks of zeros: if norms are `narrow`, float32, no other has squares that sum to zero in float64.
     """
-    # Squares of float32 norms that are subnormal have lost what decides, and in float32 those of small numbers.
+    # Below, underflow matters: of the float32 nearest to a norm, or for `quick` blocks of their squares.
     least, largest = (2.0**-90, 2.0**100) if quick else (2.0**-252, 1e76) if narrow else (1e-100, 1e100)
     near = QUICK_NEAR if quick else NEAR
 
@@ -196,7 +199,7 @@ def classify(narrow: bool, quick: bool) -> Any:
             & (plain > (least if quick else 1e-100)) & (plain < largest) & (limit < float("inf"))
             & ((norm - limit).size() > norm * near)
         )  # fmt: skip
-        if quick:
+        if quick:  # h may be as small as 2 ** -40, or as large as that is small
             ordinary &= (bends > 2.0**-120) & (bends < 2.0**120)
         same = plain.is_nan() | limit.is_equal(0.0) | ~Lanes(b, first_lanes(b, left, LANES))
         known = same | is_zero if narrow else same
@@ -350,8 +353,8 @@ def begin(single: bool, quick: bool) -> Any:
     The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
     MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM. The start
     is exact for z - (1 - 1 / (MEAN * SPREAD)) * (z - tau) ** 2 / z, where z is the tangent: the same slope at
-    infinity. It is found in float32 if that is `single`; norms beyond that start at the end of their bracket, which is
-    wider where the norms of `quick` blocks are.
+    infinity. It is found in float32 if that is `single`; norms beyond that start at the end of their bracket. The ends
+    of `quick` blocks are moved by `QUICK_SLACK`, in which an error of float32 is lost.
     """
     real = _SINGLE if single else _DOUBLE
 

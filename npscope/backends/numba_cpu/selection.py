@@ -234,11 +234,11 @@ def _planes_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
     if written is not None and in_planes:
         by_block = written.block_by_block()
         where, write = by_block.where, strips.dropper(by_block)
-    as_they_lie = ranking.group > 0 and in_planes
+    as_they_lie, measured = ranking.group > 0 and in_planes, 0 if ranking.parts[0].elements == 1 else rows
     steps = source.read, 0 if as_they_lie else strips.selector_address(ranking.group, ranking.key), write
 
     def make_kernel() -> Callable[[int, int], None]:
-        loan = _scratch(ranking, rows, limits, measured=rows)
+        loan = _scratch(ranking, rows, limits, measured=measured)
         turned = Loan(_Turned, 0 if as_they_lie else rows, ranking.blocks, ranking.key)
 
         def run(s0: int, s1: int) -> None:
@@ -258,7 +258,7 @@ def _columns_job(
     """The job in which one kernel cuts elements of scopes that lie side by side."""
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
     steps, target = (*search_of(ranking), strips.dense_reader(ranking.key)), written.where_across
-    past = written.past_line
+    past = ranking.parts[0].leaves[0].past_line
 
     def make_kernel() -> Callable[[int, int], None]:
         loan = _scratch(ranking, rows, limits, one_by_one=True)

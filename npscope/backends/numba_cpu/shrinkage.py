@@ -209,11 +209,11 @@ def _solver(
     dtypes = {x.array.dtype for x in part.leaves} | {h.array.dtype for h in metric.leaves}
     single = all(kind_of(dtype).rounds_correctly for dtype in dtypes)
     plane = np.dtype(np.float32 if single else np.float64)
-    narrow, ordinary = part.norm.itemsize == 4, mus is None
-    quick = single and narrow and ordinary and elements <= secular.QUICK_ELEMENTS
+    narrow = part.norm.itemsize == 4
+    quick = single and narrow and metric.ordinary and elements <= secular.QUICK_ELEMENTS
     solve = conditioned.solve_kernel(part.exact, narrow, single, quick)
     deal_v, deal_h = (conditioned.dealer_address(x, elements, plane) for x in (readings, metric_readings))
-    weigh = conditioned.weigher_address(readings, metric_readings, paired=True) if ordinary else 0
+    weigh = conditioned.weigher_address(readings, metric_readings, paired=True) if mus is None else 0
     code = (deal_v, deal_h, weigh, leaves, weights)
     kept = np.empty(0) if mus is None else mus
     near, pitch = conditioned.near_enough(rtol, single), conditioned.strip_pitch(elements)

@@ -614,9 +614,13 @@ def cut_in_scopes(
 
 
 @merged
-def _strip_end(s: int, s1: int, rows: int, past: int, line: int) -> Any:
-    """Where a strip of up to `rows` scopes from `s` on ends: where a line does, if there are lines in it."""
-    return least(s1, s + rows - ((s + past) % line if rows >= line else 0))
+def strip_end(s: int, s1: int, rows: int, past: int, line: int) -> Any:
+    """Where a strip of up to `rows` scopes from `s` on ends: at a line of so many, or of as many as a tile has.
+
+    Strips of fewer scopes than that do not: each has one at least.
+    """
+    unit = line if rows >= line else least(line, vector_selection.TILE)
+    return least(s1, s + rows - ((s + rows + past) % unit if rows >= unit else 0))
 
 
 @kernel
@@ -635,7 +639,7 @@ def cut_in_columns(
     guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
     s = s0
     while s < s1:
-        stop = _strip_end(s, s1, rows, past, vectors.LINE // array[0].itemsize)
+        stop = strip_end(s, s1, rows, past, vectors.LINE // array[0].itemsize)
         load_numbers(*counts, s, stop, keep)
         _call_turner(turn, array, s * n, stop * n, turned, pitch)
         for r in range(stop - s):
@@ -669,7 +673,7 @@ def kth_kernel(signed: bool) -> Any:
         guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
         s = s0
         while s < s1:
-            stop, start = _strip_end(s, s1, rows, past, vectors.LINE // array[0].itemsize if turn else 1), s
+            stop, start = strip_end(s, s1, rows, past, vectors.LINE // array[0].itemsize if turn else 1), s
             load_numbers(*counts, s, stop, keep)
             if turn != 0:
                 _call_turner(turn, array, s * n, stop * n, source[0], pitch)
