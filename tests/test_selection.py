@@ -378,7 +378,15 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "float32",
+        "float64",
+        "float16",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("bfloat16", "float8_e4m3fn")),
+    ],
+)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("data", CROWDED)
 def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data, scale, name):
