@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu import lines, strips
+from npscope.backends.numba_cpu import lines, side_by_side, strips
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import code_of, norms_of, put
@@ -105,9 +105,11 @@ def source_of(
         if across and leaf.across:
             turned = turned_form(leaf, part.blocks, width)
             if turned is None:
-                return Source(address(strips.across_reader(key)), leaf.where_across, ACROSS_ELEMENTS)
-            read, turn = (make(turned, ord is None, key) for make in (strips.tiles_reader, strips.columns_turner))
-            turner = Turner(turned, partial(strips.turner_address, turn, unit, key_dtype))
+                return Source(address(side_by_side.across_reader(key)), leaf.where_across, ACROSS_ELEMENTS)
+            read, turn = (
+                make(turned, ord is None, key) for make in (side_by_side.tiles_reader, side_by_side.columns_turner)
+            )
+            turner = Turner(turned, partial(side_by_side.turner_address, turn, unit, key_dtype))
             return Source(address(read), leaf.where_across, TILES_ELEMENTS, turner)
         form = None if leaf.layout is None else leaf.layout.form
         adjacent = form is not None and form.bits == width
@@ -287,7 +289,7 @@ def columns_cutter_of(ranking: Ranking, turner: Turner, written: Operand) -> int
     """As `cutter_of`, where scopes lie side by side and their elements are turned when they are read."""
     if ranking.ord is None or turned_form(written, ranking.blocks, ranking.width) != turner.form:
         return None
-    return strips.columns_cutter_address(turner.form, written.place.unit, ranking.key)
+    return side_by_side.columns_cutter_address(turner.form, written.place.unit, ranking.key)
 
 
 def search_of(ranking: Ranking) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu import strips
+from npscope.backends.numba_cpu import side_by_side, strips
 from npscope.backends.numba_cpu.large_scopes import LargeScopes, Positions
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
@@ -200,7 +200,7 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
     else:
         write = sink.write
         if written is not None and written.across and written.codec is not None:
-            where, drop = written.where_across, strips.across_dropper(written.codec)
+            where, drop = written.where_across, side_by_side.across_dropper(written.codec)
             write = strips.writer_address(drop, written.place.unit)
         kernel = strips.keep_in_scopes
         steps = source.read, strips.selector_address(ranking.group, ranking.key), write
