@@ -587,3 +587,20 @@ def test_unknown_backend():
 def test_float8_without_infinity_still_ranks(backend, name):
     x = np.asarray([[0.5, -448 if name == "float8_e4m3fn" else -57344, 2, 1]], dtype=dtype(name))
     assert npscope.keep_largest(x, 2, (), (1, 4)).astype(float).tolist() == [[0, float(x[0, 1]), 2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("block", "scope", "keep"), [((1, 1), (1, 4), 2), ((1, 1), (1, 64), 20), ((2, 4), (1, 8), 3), ((1, 1), (), 200_000)]
+)
+def test_masks_of_a_view_are_those_of_the_array_and_lie_as_it_does(rng, block, scope, keep):
+    plain = rng.integers(-9000, 9000, (512, 640)).astype(np.float32)  # so that some are equal
+    view = np.asfortranarray(plain)
+    spec, other = (npscope.ScopeSpec(npscope.BlockSpec(a, block), scope) for a in (plain, view))
+    expected, found = (npscope.block_mask(a, keep, block, scope) for a in (plain, view))
+    np.testing.assert_array_equal(found, expected)
+    assert expected.flags.c_contiguous
+    assert found.flags.f_contiguous
+    elements, same = spec.get_masks(keep)[spec.specs()[0]], other.get_masks(keep)[other.specs()[0]]
+    np.testing.assert_array_equal(same, elements)
+    np.testing.assert_array_equal(elements, np.repeat(np.repeat(expected, block[0], 0), block[1], 1))
+    assert elements.dtype == same.dtype == np.bool_

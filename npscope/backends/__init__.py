@@ -64,8 +64,11 @@ class Backend(Protocol):
         that of their norms; rounded to it as everywhere, to 16 bits through float32.
         """
 
-    def mask(self, parts: Parts, keep: Leaf, ord: Ord) -> Array:
-        """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
+    def mask(self, parts: Parts, keep: Leaf, ord: Ord, out: Leaf | None = None) -> Array:
+        """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool.
+
+        It may be written to `out` instead, a bool array with the scopes and blocks of the one part, and that returned.
+        """
 
     def element_masks(self, parts: Parts, keep: Leaf, ord: Ord) -> Sequence[Array]:
         """True for the elements of the `keep` first-ranked blocks of every scope: a bool array like each leaf."""

@@ -302,7 +302,7 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
 midpoint = partial(derived.midpoint, kth)
 
 
-def mask(parts: Parts, keep: Leaf, ord: float | None) -> Array:
+def mask(parts: Parts, keep: Leaf, ord: float | None, out: Leaf | None = None) -> Array:
     """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
     values = _rank_values(parts, ord)
     xp = _namespace_of(values)

@@ -18,21 +18,21 @@ from npscope.backends import derived
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.large_scopes import Positions
-from npscope.backends.numba_cpu.norms import norm_ranges, norms
+from npscope.backends.numba_cpu.norms import columns_of, norm_ranges, norms
 from npscope.backends.numba_cpu.operands import (
     Competitors,
     Operand,
     as_it_is,
     blocks_in_memory_order,
-    competitors,
     in_memory_order,
     positions_of,
     ranges,
+    table_cut,
 )
 from npscope.backends.numba_cpu.ranking import Ranking
-from npscope.backends.numba_cpu.selection import kth, mask, select_blocks, strips_of_thresholds
+from npscope.backends.numba_cpu.selection import kth, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink
-from npscope.backends.numba_cpu.writing import DropSink, Numbers, arrays, drop, fill, rescale, with_numbers
+from npscope.backends.numba_cpu.writing import Numbers, Written, arrays, drop, fill, rescale, with_numbers
 from npscope.tiling import Leaf, Part, Parts
 
 __all__ = [
@@ -62,12 +62,45 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
     if quick is not None:
         quick()
         return arrays(target)
+    _select(target, source, keep, ord, partial(fill, target))
+    return arrays(target)
+
+
+def mask(parts: Parts, keep: Leaf, ord: float | None, out: Leaf | None = None) -> np.ndarray:
+    """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool, or the array of `out`."""
+    if out is not None:
+        _select(((out,),), parts, keep, ord)
+        marked: np.ndarray = out.array
+        return marked
+    blocks = [part[0].cut.blocks for part in parts]
+    table = np.empty((parts[0][0].cut.scopes, sum(blocks)), dtype=np.bool_)
+    places = zip(columns_of(table, blocks), parts, strict=True)
+    _select(tuple([(Leaf(columns, table_cut(part[0].cut)),) for columns, part in places]), parts, keep, ord)
+    return table
+
+
+def element_masks(parts: Parts, keep: Leaf, ord: float | None) -> Sequence[np.ndarray]:
+    """True for the elements of the `keep` first-ranked blocks of every scope: a bool array like each leaf."""
+    target = tuple(
+        tuple(Leaf(np.empty_like(leaf.array, dtype=np.bool_, subok=False), leaf.cut) for leaf in part) for part in parts
+    )
+    _select(target, parts, keep, ord)
+    return arrays(target)
+
+
+def _select(
+    target: Parts, source: Parts, keep: Leaf, ord: float | None, ready: Callable[[], None] = lambda: None
+) -> None:
+    """Write to every block of `target` whether it is at one of the `keep` first-ranked places of `source`.
+
+    `ready` is called when all is allocated, before the first write.
+    """
     target, source, keep = in_memory_order(target, source, keep)
 
     def select(written: Parts, ranking: Ranking, positions: Positions | None = None) -> bool:
-        sinks = [DropSink(part) for part in competitors(written)]
+        sinks = [Written([Operand(leaf) for leaf in part]) for part in written]
         shielded = any(len(part) > 1 for part in written)
-        return select_blocks(ranking, keep, sinks, partial(fill, target), shielded=shielded, positions=positions)
+        return select_blocks(ranking, keep, sinks, ready, shielded=shielded, positions=positions)
 
     ranking = Ranking(source, ord)
     orders = [] if ranking.fits_a_piece else [blocks_in_memory_order(part[0], scopes=False) for part in target]
@@ -78,12 +111,8 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
         )
         positions = [positions_of(part[0].cut, plain[0].cut) for part, plain in zip(ordered, target, strict=True)]
         if select(ordered, Ranking(read, ord), positions):
-            return arrays(target)
+            return
     select(target, ranking)
-    return arrays(target)
-
-
-element_masks = partial(derived.element_masks, prune)
 
 
 def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None) -> Sequence[np.ndarray]:

@@ -350,7 +350,7 @@ class LargeScopes:
         compared = {p for p, split in zip(parts, splits.T, strict=True) if split.any() or cuts[p] is None}
         reads = [self._reader(p) if p in compared else 0 for p in range(len(sinks))]
         writes = [
-            0 if cut is not None else sink.write if sink.is_direct else strips.mask_writer()
+            0 if cut is not None else sink.write if sink.is_direct else strips.marker()
             for cut, sink in zip(cuts, sinks, strict=True)
         ]
         # What a kernel cannot write by itself goes through a mask, as much of it as other work arrays take.
@@ -374,15 +374,8 @@ class LargeScopes:
             if border < stop:
                 strips.cut_elements(cut, here, there, first + border, first + stop, limit)
 
-        def use(slot: int, i: int) -> None:
-            scope, place = divmod(i, pieces)
+        def compare_piece(slot: int, scope: int, place: int) -> None:
             p, start, stop = self.pieces[place]
-            cut = cuts[p]
-            for block in late.get(i, ()):
-                sinks[p].put(block, block + 1, none_kept)
-            if cut is not None:
-                cut_piece(cut, slot, scope, place)
-                return
             sink, first, read_first = sinks[p], scope * ranking.parts[p].blocks, self._first(p, scope)
             left = int(quotas[scope, place])
             for b0 in range(start, stop, steps[p]):
@@ -394,6 +387,17 @@ class LargeScopes:
                 )  # fmt: skip
                 if not sink.is_direct:
                     sink.put(first + b0, first + b1, masks[slot, : b1 - b0])
+
+        def use(slot: int, i: int) -> None:
+            scope, place = divmod(i, pieces)
+            p = self.pieces[place].part
+            cut = cuts[p]
+            if cut is None:
+                compare_piece(slot, scope, place)
+            else:
+                cut_piece(cut, slot, scope, place)
+            for block in late.get(i, ()):
+                sinks[p].put(block, block + 1, none_kept)
 
         return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)
 

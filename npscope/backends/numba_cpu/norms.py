@@ -24,8 +24,9 @@ from npscope.backends.numba_cpu.operands import (
     competitors,
     is_one_piece,
     ranges,
+    table_cut,
 )
-from npscope.tiling import Cut, Dim, Leaf, Part, Parts
+from npscope.tiling import Cut, Leaf, Part, Parts
 
 UNSURE_BLOCKS = 1 << 12
 """Undecided norms that are summed exactly at a time: a third of a MiB of sums."""
@@ -190,13 +191,13 @@ def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.
     if result is None:
         result = np.empty((measured[0].cut.scopes, sum(blocks)), max([part.norm for part in measured]))
     # To slice all columns of a table takes a twentieth of the time of a small call.
-    columns = [result] if len(blocks) == 1 else _columns(result, blocks)
+    columns = [result] if len(blocks) == 1 else columns_of(result, blocks)
     for part, plain, place in zip(parts, measured, columns, strict=True):
         norms_into(part, plain, float(ord or 2), place)
     return result
 
 
-def _columns(table: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+def columns_of(table: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
     """So many columns of a table for each part."""
     return [table[:, end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
 
@@ -204,10 +205,8 @@ def _columns(table: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
 @lru_cache(maxsize=2048)
 def walk(cut: Cut, strides: tuple[int, ...] | None) -> tuple[Cut, Cut]:
     """The blocks of an array with these strides in the order of memory, and their places in a table of norms."""
-    loops = (*cut.scope, *cut.block)
-    # Every loop over blocks is one over the table, too.
-    steps = [math.prod(d.size for d in nest[i + 1 :]) for nest in (cut.scope, cut.block) for i in range(len(nest))]
-    places = [Dim(int(i >= len(cut.scope)), d.size, step) for i, (d, step) in enumerate(zip(loops, steps, strict=True))]
+    loops, over = (*cut.scope, *cut.block), table_cut(cut)
+    places = (*over.scope, *over.block)
     order = list(range(len(loops)))
     if strides is not None:
         order.sort(key=lambda i: -abs(loops[i].step * strides[loops[i].axis]))

@@ -305,6 +305,16 @@ def scopes_in_memory_order(parts: Parts, numbers: Leaf) -> tuple[Parts, Leaf, Ca
     return reordered, numbers_too, as_before
 
 
+@lru_cache(maxsize=2048)
+def table_cut(cut: Cut) -> Cut:
+    """The cut of an ``(S, n)`` table, of an entry for each block, by the same loops over scopes and blocks."""
+    scope, block = (
+        [Dim(axis, dim.size, math.prod(inner.size for inner in nest[d + 1 :])) for d, dim in enumerate(nest)]
+        for axis, nest in enumerate((cut.scope, cut.block))
+    )
+    return Cut.of(scope, block, ())
+
+
 def blocks_in_memory_order(leaf: Leaf, *, scopes: bool = True) -> Callable[[Leaf], Leaf]:
     """What takes the blocks of this leaf, and those of others with them, in the order in which this one lies in memory.
 

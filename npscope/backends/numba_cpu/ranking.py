@@ -14,7 +14,7 @@ from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, side_by_side, strips
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.loans import Loan
-from npscope.backends.numba_cpu.norms import code_of, norms_of, put
+from npscope.backends.numba_cpu.norms import code_of, norms_of
 from npscope.backends.numba_cpu.operands import (
     ACROSS,
     SCOPE_BLOCKS,
@@ -234,26 +234,6 @@ _LINE = np.asarray([[1 << 62], [1]], dtype=np.int64)
 def dense(array: np.ndarray, origin: int = 0) -> Where:
     """A flat array whose entry 0 is block `-origin`, as kernels take an operand."""
     return array, origin, _LINE, _FLAT
-
-
-class TableSink(Sink):
-    """A sink that keeps the masks, in the columns of a table."""
-
-    def __init__(self, columns: np.ndarray) -> None:
-        self.columns = columns
-        contiguous = columns.flags.c_contiguous
-        self.is_direct = contiguous
-        self.where = dense(columns.reshape(-1) if contiguous else np.empty(0, dtype=np.bool_))
-        self.operand: Operand | None = None
-
-    @property
-    def write(self) -> int:
-        """The writer of masks."""
-        return strips.mask_writer()
-
-    def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
-        """Keep the mask of blocks [i0, i1)."""
-        put(self.columns, i0, i1, mask)
 
 
 def cutter_of(ranking: Ranking, p: int, sink: Sink) -> int | None:

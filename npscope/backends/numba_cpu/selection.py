@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu import side_by_side, strips
+from npscope.backends.numba_cpu import strips
 from npscope.backends.numba_cpu.large_scopes import LargeScopes, Positions
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
@@ -25,7 +25,6 @@ from npscope.backends.numba_cpu.ranking import (
     Ranking,
     Sink,
     Source,
-    TableSink,
     columns_cutter_of,
     cutter_of,
     dense,
@@ -34,7 +33,7 @@ from npscope.backends.numba_cpu.ranking import (
 )
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
 from npscope.backends.numba_cpu.vector_search import SLACK
-from npscope.backends.numba_cpu.writing import DropSink
+from npscope.backends.numba_cpu.writing import Written, writer_of
 from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, Parts
 
@@ -88,7 +87,7 @@ class ScopeWork:
         self.steps = (
             strips.dense_reader(ranking.key),
             strips.selector_address(ranking.group, ranking.key),
-            strips.mask_writer(),
+            strips.marker(),
         )
 
     def load(self, s0: int, s1: int) -> Where:
@@ -199,9 +198,8 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
         kernel, steps = strips.cut_in_scopes, (*search_of(ranking), source.read, cut)
     else:
         write = sink.write
-        if written is not None and written.across and written.codec is not None:
-            where, drop = written.where_across, side_by_side.across_dropper(written.codec)
-            write = strips.writer_address(drop, written.place.unit)
+        if written is not None and written.across:
+            where, write = written.where_across, writer_of(written, across=True)
         kernel = strips.keep_in_scopes
         steps = source.read, strips.selector_address(ranking.group, ranking.key), write
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
@@ -233,7 +231,7 @@ def _planes_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
     in_planes = written is not None and written.place.side_by_side
     if written is not None and in_planes:
         by_block = written.block_by_block()
-        where, write = by_block.where, strips.dropper(by_block)
+        where, write = by_block.where, writer_of(by_block)
     as_they_lie, measured = ranking.group > 0 and in_planes, 0 if ranking.parts[0].elements == 1 else rows
     steps = source.read, 0 if as_they_lie else strips.selector_address(ranking.group, ranking.key), write
 
@@ -281,7 +279,7 @@ def strips_of_thresholds(
 ) -> Callable[[], None] | None:
     """The job in which one kernel measures, compares and writes; None where no kernel can."""
     source = source_of(measured, ord, 8 * measured.norm.itemsize, exact_integers=False)
-    sink = DropSink(written)
+    sink = Written(written.leaves)
     if source is None or not sink.is_direct:
         return None
     kernel, repeat = strips.threshold_kernel(measured.norm.itemsize == 8), measured.blocks
@@ -304,15 +302,6 @@ def strips_of_thresholds(
 
 
 # --- operations ----------------------------------------------------------------------------------
-
-
-def mask(parts: Parts, keep: Leaf, ord: float | None) -> np.ndarray:
-    """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
-    parts, keep, as_before = scopes_in_memory_order(parts, keep)
-    ranking = Ranking(parts, ord)
-    result = np.empty((ranking.scopes, ranking.blocks), dtype=np.bool_)
-    select_blocks(ranking, keep, [TableSink(result[:, c]) for c in ranking.columns])
-    return as_before(result)
 
 
 def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:

@@ -55,6 +55,18 @@ def across_dropper(codec: Codec) -> Function:
 
 
 @cache
+def across_marker() -> Function:
+    """Write the mask itself to bools that lie as what `across_reader` reads."""
+    walk = _across(_mark)
+
+    @standalone
+    def mark(target: Any, i: int, stop: int, mask: Any) -> None:
+        walk(target, i, stop, mask, length_of(target[3]))
+
+    return mark
+
+
+@cache
 def tiles_reader(form: vectors.Format, signed: bool, key: Function) -> Function:
     """An `across_reader` of scopes whose first blocks are adjacent, by tiles that are turned inside vectors."""
     walk = columns_turner(form, signed, key)
@@ -96,6 +108,11 @@ def _kept_by(codec: Codec) -> Function:
         keep(buffer, i, mask[np.uintp(j)])
 
     return kept_by
+
+
+@inner
+def _mark(buffer: Any, i: int, mask: Any, j: int) -> None:
+    buffer[np.uintp(i)] = mask[np.uintp(j)]
 
 
 @cache

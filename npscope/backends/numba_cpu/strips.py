@@ -248,15 +248,35 @@ def cutter(form: vectors.Format) -> Function:
     return cut
 
 
+SHORT_RUN = 64
+"""Masks that are copied one by one: to call for a copy of so few takes longer."""
+
+
 @standalone
-def _store(target: Any, i: int, stop: int, mask: Any) -> None:
-    buffer, origin, _, _ = target
-    vectors.copy_numbers(mask, 0, stop - i, buffer, origin + i)
+def _mark(target: Any, i: int, stop: int, mask: Any) -> None:
+    buffer, origin, grid, elements = target
+    width, stride = grid[0, -1], grid[1, -1]
+    run, step = elements[0, -1], elements[1, -1]
+    total = length_of(elements)
+    start = i
+    while i < stop:
+        after = least(stop, i + width - i % width)
+        at, count, first = origin + place(i, grid), after - i, i - start
+        if total == 1 and stride == 1 and count > SHORT_RUN:
+            vectors.copy_numbers(mask, first, count, buffer, at)
+        else:
+            for e in range(0, total, run):
+                here = at + place(e, elements)
+                for j in range(count):
+                    kept = mask[np.uintp(first + j)]
+                    for r in range(run):
+                        buffer[np.uintp(here + j * stride + r * step)] = kept
+        i = after
 
 
-def mask_writer() -> int:
-    """Write the mask itself, into a dense table."""
-    return writer_address(_store, np.dtype(np.bool_))
+def marker() -> int:
+    """Write the mask of blocks to their elements, which are bools."""
+    return writer_address(_mark, np.dtype(np.bool_))
 
 
 @kernel

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu import lines, strips
+from npscope.backends.numba_cpu import lines, side_by_side, strips
 from npscope.backends.numba_cpu.operands import Competitors, Operand, blocks_in_memory_order, ranges
 from npscope.tiling import Leaf, Part, Parts
 
@@ -26,29 +26,41 @@ def arrays(target: Parts) -> list[np.ndarray]:
     return [leaf.array for part in target for leaf in part]
 
 
-def drop(part: Competitors, i0: int, i1: int, mask_: np.ndarray) -> None:
-    """Zero the blocks [i0, i1) of a part whose mask is False, in all its leaves."""
-    for leaf in part.leaves:
-        strips.write_blocks(strips.dropper(leaf), leaf.where, i0, i1, mask_)
+def writer_of(written: Operand, *, across: bool = False) -> int:
+    """What writes to blocks by a mask: +0.0 where it is False, or to bools the mask itself.
+
+    `across`: to elements of whole scopes that lie side by side.
+    """
+    codec = written.codec
+    if across:
+        write = side_by_side.across_marker() if codec is None else side_by_side.across_dropper(codec)
+        return strips.writer_address(write, written.place.unit)
+    return strips.marker() if codec is None else strips.dropper(written)
 
 
-class DropSink:
-    """A sink for masks (`selection.Sink`) that zeroes the blocks of a part which are not kept."""
+class Written:
+    """A sink for masks (`ranking.Sink`): the blocks of a part, or of bools, in one leaf or several."""
 
-    def __init__(self, part: Competitors) -> None:
-        self.part = part
-        self.is_direct = not part.spans_leaves
-        self.where = part.leaves[0].where
-        self.operand = None if part.spans_leaves else part.leaves[0]
+    def __init__(self, leaves: Sequence[Operand]) -> None:
+        self.leaves = leaves
+        self.is_direct = len(leaves) == 1
+        self.where = leaves[0].where
+        self.operand = leaves[0] if self.is_direct else None
 
     @property
     def write(self) -> int:
         """The writer for the only leaf."""
-        return strips.dropper(self.part.leaves[0])
+        return writer_of(self.leaves[0])
 
     def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
-        """Zero what the mask of blocks [i0, i1) says."""
-        drop(self.part, i0, i1, mask)
+        """Write what the mask of blocks [i0, i1) says."""
+        for leaf in self.leaves:
+            strips.write_blocks(writer_of(leaf), leaf.where, i0, i1, mask)
+
+
+def drop(part: Competitors, i0: int, i1: int, mask: np.ndarray) -> None:
+    """Zero the blocks [i0, i1) of a part whose mask is False, in all its leaves."""
+    Written(part.leaves).put(i0, i1, mask)
 
 
 def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray, *, shrinks: bool = False) -> None:
