@@ -92,11 +92,6 @@ def _as_block_grid(table: Array, scopes: Tiling) -> Array:
     return regroup(table, (*scopes.grid, *scopes.tile), interleaved(len(scopes.grid)), scopes.shape)
 
 
-def _mask_like(x: Array, shape: tuple[int, ...], cut: Cut) -> Leaf | None:
-    """A place for a mask of this shape, which lies in memory in the order of `x`, if that is of NumPy."""
-    return Leaf(np.empty_like(x, np.bool_, subok=False, shape=shape), cut) if op.is_numpy(x) else None
-
-
 def _destination(backend: Backend, x: Array, out: Array | None) -> Array:
     """Where a writer puts its result: `out`, or a new array like `x`."""
     if out is not None:
@@ -291,7 +286,7 @@ def topk_mask(a: Array, k: int | Array, axis: int | None = -1) -> Array:
 
     Returns
     -------
-    Bool array of the shape of `a`. NaN counts as largest.
+    Bool array of the shape of `a`, and for NumPy of its order in memory. NaN counts as largest.
 
     Raises
     ------
@@ -309,9 +304,9 @@ def topk_mask(a: Array, k: int | Array, axis: int | None = -1) -> Array:
     with about("topk_mask"):
         backend, geometry, shape = _along(a, axis)
         counts = as_counts(k, shape, low=0, high=geometry.blocks, what="k")
-        place = _mask_like(a, tuple(a.shape), geometry)
-        table = backend.mask(_one(Leaf(a, geometry)), op.scope_leaf(counts), None, place)
-        if place is not None and table is place.array:
+        place = op.mask_like(a, tuple(a.shape), geometry)
+        table = backend.mask(Leaf(a, geometry), op.scope_leaf(counts), None, place)
+        if place is not None:
             return table
         if axis is None:
             return reshaped(table, tuple(a.shape))
@@ -342,8 +337,8 @@ def block_mask(
 
     Returns
     -------
-    Bool array over the block grid; of NumPy's arrays in their order in memory. Ties go to the earlier
-    block, row-major inside the scope; NaN ranks above +inf.
+    Bool array over the block grid, which for NumPy lies in memory as what is ranked does. Ties go to the
+    earlier block, row-major inside the scope; NaN ranks above +inf.
 
     Raises
     ------
@@ -363,9 +358,9 @@ def block_mask(
         geometry, _, scopes = _cuts(x, block, scope)
         counts = as_counts(nnz, scopes.grid, low=0, high=geometry.blocks, what="nnz")
         ranked = x if scores is None else op.as_scores(scores, x, tuple(x.shape), "scores")
-        place = _mask_like(ranked, scopes.shape, array_cut(scopes.shape, (), scopes.tile)[0])
-        table = backend.mask(_one(Leaf(ranked, geometry)), op.scope_leaf(counts), op.as_ord(ord), place)
-        return table if place is not None and table is place.array else _as_block_grid(table, scopes)
+        place = op.mask_like(ranked, scopes.shape, array_cut(scopes.shape, (), scopes.tile)[0])
+        table = backend.mask(Leaf(ranked, geometry), op.scope_leaf(counts), op.as_ord(ord), place)
+        return _as_block_grid(table, scopes) if place is None else table
 
 
 def keep_largest(

@@ -19,7 +19,7 @@ from npscope.dtypes import dtype_name, kind_of
 from npscope.errors import KindError, SpecError, about
 from npscope.memory import meets_itself, neighbours, same_window, share_an_element
 from npscope.options import checks_devices
-from npscope.tiling import Leaf, as_int, grid_cut
+from npscope.tiling import Cut, Leaf, as_int, grid_cut
 
 Array = Any
 
@@ -208,6 +208,11 @@ def store(array: Any, result: Any) -> Any:
     if result is not array:
         array[...] = result
     return array
+
+
+def mask_like(x: Any, shape: tuple[int, ...], cut: Cut) -> Leaf | None:
+    """A place for a mask of this shape, which lies in memory in the order of `x`, if that is of NumPy."""
+    return Leaf(np.empty_like(x, np.bool_, subok=False, shape=shape), cut) if is_numpy(x) else None
 
 
 def as_table(place: Any) -> Any:

@@ -339,8 +339,8 @@ class SparseScope(ABC):
         counts, scores = self._counts(nnz), op.as_scores(block_scores, data, shape, "block_scores")
         if kind_of(scores.dtype).is_complex:
             raise KindError(f"block_scores has dtype {scores.dtype}: complex numbers have no order")
-        leaf = Leaf(scores, axis_cut(shape, len(shape) - 1))
-        return backend_of([scores]).mask(((leaf,),), counts, None)
+        geometry = axis_cut(shape, len(shape) - 1)
+        return backend_of([scores]).mask(Leaf(scores, geometry), counts, None, op.mask_like(scores, shape, geometry))
 
     def _counts(self, nnz: Any) -> Leaf:
         """Blocks to keep in each scope, checked."""

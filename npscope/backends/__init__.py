@@ -64,10 +64,10 @@ class Backend(Protocol):
         that of their norms; rounded to it as everywhere, to 16 bits through float32.
         """
 
-    def mask(self, parts: Parts, keep: Leaf, ord: Ord, out: Leaf | None = None) -> Array:
+    def mask(self, source: Leaf, keep: Leaf, ord: Ord, out: Leaf | None = None) -> Array:
         """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool.
 
-        It may be written to `out` instead, a bool array with the scopes and blocks of the one part, and that returned.
+        Or written to `out`, a bool NumPy array cut into as many scopes and blocks, which is returned.
         """
 
     def element_masks(self, parts: Parts, keep: Leaf, ord: Ord) -> Sequence[Array]:

@@ -302,12 +302,21 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> Array:
 midpoint = partial(derived.midpoint, kth)
 
 
-def mask(parts: Parts, keep: Leaf, ord: float | None, out: Leaf | None = None) -> Array:
+def _first_ranked(parts: Parts, keep: Leaf, ord: float | None) -> Array:
     """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
     values = _rank_values(parts, ord)
     xp = _namespace_of(values)
     rank = xp.argsort(_order(values), axis=-1, stable=True)
     return rank < xp.astype(_rows(keep, values), rank.dtype)
+
+
+def mask(source: Leaf, keep: Leaf, ord: float | None, out: Leaf | None = None) -> Array:
+    """True for the `keep` first-ranked blocks of every scope: the array of `out`, or ``(S, n)`` bool."""
+    table = _first_ranked(((source,),), keep, ord)
+    if out is None:
+        return table
+    out.array[...] = fold(table[:, :, None], out)
+    return out.array
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -334,10 +343,17 @@ def _kept(parts: Parts, keep_mask: Array) -> list[Array]:
 
 def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[Array]:
     """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""
-    return _kept(target, mask(source, keep, ord))
+    return _kept(target, _first_ranked(source, keep, ord))
 
 
-element_masks = partial(derived.element_masks, prune)
+def element_masks(parts: Parts, keep: Leaf, ord: float | None) -> Sequence[Array]:
+    """True for the elements of the `keep` first-ranked blocks of every scope: a bool array like each leaf."""
+    kept = _columns(parts, _first_ranked(parts, keep, ord))
+    sizes = [(leaf.cut.scopes, leaf.cut.blocks, leaf.cut.elements) for leaf, _ in kept]
+    return [
+        fold(_namespace_of(columns).broadcast_to(columns, size), leaf)
+        for (leaf, columns), size in zip(kept, sizes, strict=True)
+    ]
 
 
 def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None) -> Sequence[Array]:

@@ -295,8 +295,9 @@ def midpoint(parts: Parts, k: Leaf, weight: float, ord: float | None) -> Array:
     return selection.midpoint(parts, k, weight, ord) if small is None else small.run((parts[0][0].cut.scopes,))
 
 
-def mask(parts: Parts, keep: Leaf, ord: float | None, out: Leaf | None = None) -> Array:
-    """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool."""
+def mask(source: Leaf, keep: Leaf, ord: float | None, out: Leaf | None = None) -> Array:
+    """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool. There is no `out` for CuPy arrays."""
+    parts = ((source,),)
     small = _prepare(BLOCK_MASK, parts, (), keep, ord)
     return writing.mask(parts, keep, ord) if small is None else small.run(_table(parts))
 

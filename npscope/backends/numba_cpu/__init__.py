@@ -18,7 +18,7 @@ from npscope.backends import derived
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.large_scopes import Positions
-from npscope.backends.numba_cpu.norms import columns_of, norm_ranges, norms
+from npscope.backends.numba_cpu.norms import norm_ranges, norms
 from npscope.backends.numba_cpu.operands import (
     Competitors,
     Operand,
@@ -62,21 +62,18 @@ def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequen
     if quick is not None:
         quick()
         return arrays(target)
-    _select(target, source, keep, ord, partial(fill, target))
+    _select(target, source, keep, ord, partial(fill, target), shielded=any(len(part) > 1 for part in target))
     return arrays(target)
 
 
-def mask(parts: Parts, keep: Leaf, ord: float | None, out: Leaf | None = None) -> np.ndarray:
-    """True for the `keep` first-ranked blocks of every scope: ``(S, n)`` bool, or the array of `out`."""
-    if out is not None:
-        _select(((out,),), parts, keep, ord)
-        marked: np.ndarray = out.array
-        return marked
-    blocks = [part[0].cut.blocks for part in parts]
-    table = np.empty((parts[0][0].cut.scopes, sum(blocks)), dtype=np.bool_)
-    places = zip(columns_of(table, blocks), parts, strict=True)
-    _select(tuple([(Leaf(columns, table_cut(part[0].cut)),) for columns, part in places]), parts, keep, ord)
-    return table
+def mask(source: Leaf, keep: Leaf, ord: float | None, out: Leaf | None = None) -> np.ndarray:
+    """True for the `keep` first-ranked blocks of every scope: the array of `out`, or ``(S, n)`` bool."""
+    if out is None:
+        cut = source.cut
+        out = Leaf(np.empty((cut.scopes, cut.blocks), dtype=np.bool_), table_cut(cut))
+    _select(((out,),), ((source,),), keep, ord)
+    marked: np.ndarray = out.array
+    return marked
 
 
 def element_masks(parts: Parts, keep: Leaf, ord: float | None) -> Sequence[np.ndarray]:
@@ -89,18 +86,23 @@ def element_masks(parts: Parts, keep: Leaf, ord: float | None) -> Sequence[np.nd
 
 
 def _select(
-    target: Parts, source: Parts, keep: Leaf, ord: float | None, ready: Callable[[], None] = lambda: None
+    target: Parts,
+    source: Parts,
+    keep: Leaf,
+    ord: float | None,
+    ready: Callable[[], None] = lambda: None,
+    *,
+    shielded: bool = False,
 ) -> None:
     """Write to every block of `target` whether it is at one of the `keep` first-ranked places of `source`.
 
-    `ready` is called when all is allocated, before the first write.
+    `ready` is called when all is allocated, before the first write; `shielded` as for `select_blocks`.
     """
     target, source, keep = in_memory_order(target, source, keep)
 
     def select(written: Parts, ranking: Ranking, positions: Positions | None = None) -> bool:
-        sinks = [Written([Operand(leaf) for leaf in part]) for part in written]
-        shielded = any(len(part) > 1 for part in written)
-        return select_blocks(ranking, keep, sinks, ready, shielded=shielded, positions=positions)
+        targets = [Written([Operand(leaf) for leaf in part]) for part in written]
+        return select_blocks(ranking, keep, targets, ready, shielded=shielded, positions=positions)
 
     ranking = Ranking(source, ord)
     orders = [] if ranking.fits_a_piece else [blocks_in_memory_order(part[0], scopes=False) for part in target]

@@ -22,9 +22,10 @@ from npscope.backends.numba_cpu.operands import (
     ranges,
     workers_for,
 )
-from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, Sink, cutter_of, dense, surveyor_of
+from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, cutter_of, dense, surveyor_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch
 from npscope.backends.numba_cpu.vector_search import SLACK
+from npscope.backends.numba_cpu.writing import Written, writer_of
 
 FOUND_BYTES = 6 << 20
 """Work array of a thread for the keys between two limits; 3 % of a scope lies there as a rule."""
@@ -314,9 +315,9 @@ class LargeScopes:
         return [(place, block) for _, _, block, place in sorted(found)[nth.ties :]]
 
     def cut_job(
-        self, keeps: Sequence[int], sinks: Sequence[Sink], *, shielded: bool, positions: Positions | None = None
+        self, keeps: Sequence[int], targets: Sequence[Written], *, shielded: bool, positions: Positions | None = None
     ) -> Callable[[], None] | None:
-        """The job that hands each part's sink the mask of its kept blocks; all is decided and allocated now.
+        """The job that writes to the target of each part which of its blocks are kept, decided and allocated now.
 
         Of equal blocks the first are kept: by their numbers, or where blocks are numbered in another order by their
         `positions`. None if more than `MOST_TIES` would have to be told apart by these.
@@ -336,34 +337,34 @@ class LargeScopes:
                 quotas[scope] = equal
                 for place, block in dropped:
                     p = self.pieces[place].part
-                    sinks[p].put(0, 0, none_kept[:0])  # compiles what puts
+                    targets[p].put(0, 0, none_kept[:0])  # compiles what puts
                     late.setdefault(scope * pieces + place, []).append(scope * ranking.parts[p].blocks + block)
             elif ties < equal:
                 # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
                 counts = self._equal(int(limits[scope]))
                 quotas[scope] = np.maximum(ties - np.cumsum(counts) + counts, 0)
                 spare[scope] = quotas[scope] - counts
-        cuts = [cutter_of(ranking, p, sink) for p, sink in enumerate(sinks)]
+        cuts = [cutter_of(ranking, p, target.only) for p, target in enumerate(targets)]
         # Keys are read to be compared one by one, but where all elements of a piece can be cut by their limit.
         splits = (spare < 0) & (quotas > 0)
         parts = [piece.part for piece in self.pieces]
         compared = {p for p, split in zip(parts, splits.T, strict=True) if split.any() or cuts[p] is None}
-        reads = [self._reader(p) if p in compared else 0 for p in range(len(sinks))]
+        reads = [self._reader(p) if p in compared else 0 for p in range(len(targets))]
         writes = [
-            0 if cut is not None else sink.write if sink.is_direct else strips.marker()
-            for cut, sink in zip(cuts, sinks, strict=True)
+            0 if cut is not None else strips.marker() if target.only is None else writer_of(target.only)
+            for cut, target in zip(cuts, targets, strict=True)
         ]
         # What a kernel cannot write by itself goes through a mask, as much of it as other work arrays take.
         steps = [
-            STRIPS_ELEMENTS if sink.is_direct else piece_length(part.blocks, part.elements, 1, BLOCK_WORKSPACE)
-            for part, sink in zip(ranking.parts, sinks, strict=True)
+            STRIPS_ELEMENTS if target.only else piece_length(part.blocks, part.elements, 1, BLOCK_WORKSPACE)
+            for part, target in zip(ranking.parts, targets, strict=True)
         ]
-        length = max((step for step, sink in zip(steps, sinks, strict=True) if not sink.is_direct), default=0)
+        length = max((step for step, target in zip(steps, targets, strict=True) if not target.only), default=0)
         masks = np.empty((self.workers, length), dtype=np.bool_)
 
         def cut_piece(cut: int, slot: int, scope: int, place: int) -> None:
             p, start, stop = self.pieces[place]
-            here, there, read_first = self.places[p], sinks[p].where, self._first(p, scope)
+            here, there, read_first = self.places[p], targets[p].leaves[0].where, self._first(p, scope)
             first, limit, left = scope * ranking.parts[p].blocks, limits[scope], quotas[scope, place]
             border = stop if left > 0 else start
             if splits[scope, place]:
@@ -376,17 +377,17 @@ class LargeScopes:
 
         def compare_piece(slot: int, scope: int, place: int) -> None:
             p, start, stop = self.pieces[place]
-            sink, first, read_first = sinks[p], scope * ranking.parts[p].blocks, self._first(p, scope)
+            written, first, read_first = targets[p], scope * ranking.parts[p].blocks, self._first(p, scope)
             left = int(quotas[scope, place])
             for b0 in range(start, stop, steps[p]):
                 b1 = min(stop, b0 + steps[p])
-                target = sink.where if sink.is_direct else dense(masks[slot], -first - b0)
+                target = written.only.where if written.only else dense(masks[slot], -first - b0)
                 left = strips.keep_above(
                     reads[p], writes[p], self.places[p], read_first + b0, target, first + b0, first + b1,
                     STRIP_ELEMENTS, limits[scope], left, self.works[slot],
                 )  # fmt: skip
-                if not sink.is_direct:
-                    sink.put(first + b0, first + b1, masks[slot, : b1 - b0])
+                if not written.only:
+                    written.put(first + b0, first + b1, masks[slot, : b1 - b0])
 
         def use(slot: int, i: int) -> None:
             scope, place = divmod(i, pieces)
@@ -397,7 +398,7 @@ class LargeScopes:
             else:
                 cut_piece(cut, slot, scope, place)
             for block in late.get(i, ()):
-                sinks[p].put(block, block + 1, none_kept)
+                targets[p].put(block, block + 1, none_kept)
 
         return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)
 

@@ -1,4 +1,4 @@
-"""The blocks of a problem as ordered integers: how keys are read, and where decisions on them go."""
+"""The blocks of a problem as ordered integers, and how kernels read them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -209,22 +209,6 @@ class KeyWork:
             strips.read_blocks(self.source.read, self.source.where, i0, i1, self.strip, keys, self.scratch.work.all)
 
 
-class Sink(Protocol):
-    """Where masks of the blocks of a part go; if it `is_direct`, a kernel puts them there, by the writer at `write`."""
-
-    is_direct: bool
-    where: Where
-    operand: Operand | None
-    """The array of elements that is zeroed, if that is what `write` does."""
-
-    @property
-    def write(self) -> int:
-        """The address of the writer, which is compiled for it."""
-
-    def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
-        """Take the mask of blocks [i0, i1)."""
-
-
 _FLAT = np.asarray([[1], [0]], dtype=np.int64)
 
 
@@ -236,13 +220,12 @@ def dense(array: np.ndarray, origin: int = 0) -> Where:
     return array, origin, _LINE, _FLAT
 
 
-def cutter_of(ranking: Ranking, p: int, sink: Sink) -> int | None:
-    """How adjacent elements are zeroed by their own keys, where keys and sink belong to elements that lie alike."""
-    read, written = ranking.parts[p].leaves[0].layout, None if sink.operand is None else sink.operand.layout
-    if read is None or written is None or ranking.parts[p].elements > 1 or ranking.ord is None:
+def cutter_of(ranking: Ranking, p: int, written: Operand | None) -> int | None:
+    """How adjacent elements are zeroed by their own keys, where those of part p lie as those `written` do."""
+    read, target = ranking.parts[p].leaves[0].layout, None if written is None else written.layout
+    if read is None or target is None or ranking.parts[p].elements > 1 or ranking.ord is None:
         return None
-    same = read.form == written.form and ranking.width == read.form.bits
-    if not same:
+    if read.form != target.form or ranking.width != read.form.bits:
         return None
     return strips.cutter_address(strips.cutter(read.form), ranking.parts[p].leaves[0].place.unit)
 

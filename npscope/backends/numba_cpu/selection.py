@@ -23,7 +23,6 @@ from npscope.backends.numba_cpu.operands import (
 from npscope.backends.numba_cpu.ranking import (
     KeyWork,
     Ranking,
-    Sink,
     Source,
     columns_cutter_of,
     cutter_of,
@@ -100,31 +99,31 @@ class ScopeWork:
             self.table[:rows, columns] = keys.reshape(rows, width)
         return dense(self.table.reshape(-1), -s0 * self.ranking.blocks)
 
-    def decide(self, s0: int, s1: int, sinks: Sequence[Sink]) -> None:
-        """Hand each sink the mask of its kept blocks of scopes [s0, s1)."""
+    def decide(self, s0: int, s1: int, targets: Sequence[Written]) -> None:
+        """Write to the target of each part which of its blocks of scopes [s0, s1) are kept."""
         rows, n = s1 - s0, self.ranking.blocks
-        target = dense(self.mask.reshape(-1), -s0 * n)
+        decided = dense(self.mask.reshape(-1), -s0 * n)
         keys, scratch = self.load(s0, s1), self.scratch.work.all
-        strips.keep_in_scopes(*self.steps, keys, target, self.counts, s0, s1, n, self.rows, scratch)
-        for sink, columns in zip(sinks, self.ranking.columns, strict=True):
+        strips.keep_in_scopes(*self.steps, keys, decided, self.counts, s0, s1, n, self.rows, scratch)
+        for target, columns in zip(targets, self.ranking.columns, strict=True):
             width = columns.stop - columns.start
             mask = self.columns[: rows * width]
             mask.reshape(rows, width)[:] = self.mask[:rows, columns]
-            sink.put(s0 * width, s1 * width, mask)
+            target.put(s0 * width, s1 * width, mask)
 
 
 def select_blocks(
     ranking: Ranking,
     keep: Leaf,
-    sinks: Sequence[Sink],
+    targets: Sequence[Written],
     ready: Callable[[], None] = lambda: None,
     *,
     shielded: bool = False,
     positions: Positions | None = None,
 ) -> bool:
-    """Hand each part's sink the mask of its blocks among the `keep` first-ranked of every scope, piece by piece.
+    """Write to the target of each part which blocks are among the `keep` first-ranked of their scope, piece by piece.
 
-    `ready` is called once, when everything is allocated and before the first mask; `shielded` says
+    `ready` is called once, when everything is allocated and before the first write; `shielded` says
     that a piece of this must not be interrupted. Blocks of large scopes may be numbered in another order than that of
     their `positions`: nothing is done then, and False returned, if too many are equal to the last that is kept.
     """
@@ -133,18 +132,19 @@ def select_blocks(
     counts = Operand(keep)
     if not ranking.fits_a_piece:
         large = LargeScopes(ranking)
-        cut = large.cut_job(_numbers_of(counts), sinks, shielded=shielded, positions=positions)
+        cut = large.cut_job(_numbers_of(counts), targets, shielded=shielded, positions=positions)
         if cut is None:
             return False
         ready()
         cut()
         return True
-    job = _direct_job(ranking, counts, sinks[0]) if len(sinks) == 1 else None
+    written = targets[0].only if len(targets) == 1 else None
+    job = None if written is None else _direct_job(ranking, counts, written)
     if job is None:
 
         def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
             works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
-            return lambda slot, s0, s1: works[slot].decide(s0, s1, sinks)
+            return lambda slot, s0, s1: works[slot].decide(s0, s1, targets)
 
         workspace = BLOCK_WORKSPACE * ranking.blocks
         job = ranges(ranking.scopes, ranking.elements, make_work, workspace=workspace, shielded=shielded)
@@ -162,20 +162,17 @@ def _numbers_of(counts: Operand) -> list[int]:
     return numbers
 
 
-def _direct_job(ranking: Ranking, counts: Operand, sink: Sink) -> Callable[[], None] | None:
+def _direct_job(ranking: Ranking, counts: Operand, written: Operand) -> Callable[[], None] | None:
     """The job in which one kernel reads one part, decides and writes; None if there is no such kernel."""
-    source, planes, written = ranking.sources[0], ranking.planes[0], sink.operand
-    if not sink.is_direct:
-        return None
+    source, planes = ranking.sources[0], ranking.planes[0]
     if planes is not None:
-        return _planes_job(ranking, counts, planes, sink)
+        return _planes_job(ranking, counts, planes, written)
     if source is None:
         return None
-    if source.turner is not None and written is not None:
-        cut = columns_cutter_of(ranking, source.turner, written)
-        if cut is not None:
-            return _columns_job(ranking, counts, source, source.turner.make(), written, cut)
-    return _strips_job(ranking, counts, source, sink)
+    cut = None if source.turner is None else columns_cutter_of(ranking, source.turner, written)
+    if source.turner is not None and cut is not None:
+        return _columns_job(ranking, counts, source, source.turner.make(), written, cut)
+    return _strips_job(ranking, counts, source, written)
 
 
 def _by_strips(ranking: Ranking, make_kernel: Callable[[], Callable[[int, int], None]]) -> Callable[[], None]:
@@ -188,20 +185,17 @@ def _by_strips(ranking: Ranking, make_kernel: Callable[[], Callable[[int, int], 
     return ranges(ranking.scopes, ranking.elements, make_work, workspace=0, piece=STRIPS_ELEMENTS)
 
 
-def _strips_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -> Callable[[], None]:
+def _strips_job(ranking: Ranking, counts: Operand, source: Source, written: Operand) -> Callable[[], None]:
     """The job in which one kernel reads, decides and writes."""
-    cut = None if ranking.group else cutter_of(ranking, 0, sink)
-    where, written = sink.where, sink.operand
+    cut = None if ranking.group else cutter_of(ranking, 0, written)
     kernel: Any
     steps: tuple[int, ...]
     if cut is not None:
-        kernel, steps = strips.cut_in_scopes, (*search_of(ranking), source.read, cut)
+        kernel, steps, where = strips.cut_in_scopes, (*search_of(ranking), source.read, cut), written.where
     else:
-        write = sink.write
-        if written is not None and written.across:
-            where, write = written.where_across, writer_of(written, across=True)
-        kernel = strips.keep_in_scopes
-        steps = source.read, strips.selector_address(ranking.group, ranking.key), write
+        select = strips.selector_address(ranking.group, ranking.key)
+        kernel, steps = strips.keep_in_scopes, (source.read, select, writer_of(written, across=written.across))
+        where = written.where_across if written.across else written.where
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
     measured = _measured(ranking, rows)
 
@@ -224,16 +218,13 @@ class _Turned:
         self.nbytes = self.keys.nbytes + self.plane.nbytes
 
 
-def _planes_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -> Callable[[], None]:
+def _planes_job(ranking: Ranking, counts: Operand, source: Source, written: Operand) -> Callable[[], None]:
     """The job in which one kernel reads scopes that lie side by side block by block, and writes them so if they do."""
     rows, limits = ranking.rows_of_planes(0, source), nk.numbers_over(counts, 1, np.dtype(np.int64))
-    written, where, write = sink.operand, sink.where, sink.write
-    in_planes = written is not None and written.place.side_by_side
-    if written is not None and in_planes:
-        by_block = written.block_by_block()
-        where, write = by_block.where, writer_of(by_block)
+    in_planes = written.place.side_by_side
+    target = written.block_by_block() if in_planes else written
     as_they_lie, measured = ranking.group > 0 and in_planes, 0 if ranking.parts[0].elements == 1 else rows
-    steps = source.read, 0 if as_they_lie else strips.selector_address(ranking.group, ranking.key), write
+    steps = source.read, 0 if as_they_lie else strips.selector_address(ranking.group, ranking.key), writer_of(target)
 
     def make_kernel() -> Callable[[int, int], None]:
         loan = _scratch(ranking, rows, limits, measured=measured)
@@ -241,7 +232,7 @@ def _planes_job(ranking: Ranking, counts: Operand, source: Source, sink: Sink) -
 
         def run(s0: int, s1: int) -> None:
             strips.keep_in_planes(
-                *steps, source.where, where, in_planes, limits, s0, s1, ranking.blocks, ranking.scopes, rows,
+                *steps, source.where, target.where, in_planes, limits, s0, s1, ranking.blocks, ranking.scopes, rows,
                 turned.work.keys, turned.work.plane, loan.work.all,
             )  # fmt: skip
 
@@ -279,13 +270,13 @@ def strips_of_thresholds(
 ) -> Callable[[], None] | None:
     """The job in which one kernel measures, compares and writes; None where no kernel can."""
     source = source_of(measured, ord, 8 * measured.norm.itemsize, exact_integers=False)
-    sink = Written(written.leaves)
-    if source is None or not sink.is_direct:
+    if source is None or written.spans_leaves:
         return None
     kernel, repeat = strips.threshold_kernel(measured.norm.itemsize == 8), measured.blocks
     numbers = Operand(thresholds)
     limits = nk.numbers_over(numbers, repeat if thresholds.cut.blocks == 1 else 1, thresholds.array.dtype)
-    read, write, key = source.read, sink.write, np.dtype(f"u{measured.norm.itemsize}")
+    target = written.leaves[0]
+    read, write, key = source.read, writer_of(target), np.dtype(f"u{measured.norm.itemsize}")
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [
@@ -294,7 +285,7 @@ def strips_of_thresholds(
         ]
 
         def work(slot: int, i0: int, i1: int) -> None:
-            kernel(read, write, source.where, sink.where, limits, i0, i1, source.strip, *works[slot])
+            kernel(read, write, source.where, target.where, limits, i0, i1, source.strip, *works[slot])
 
         return work
 

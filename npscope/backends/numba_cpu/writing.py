@@ -39,18 +39,12 @@ def writer_of(written: Operand, *, across: bool = False) -> int:
 
 
 class Written:
-    """A sink for masks (`ranking.Sink`): the blocks of a part, or of bools, in one leaf or several."""
+    """The blocks of a part that is written, in one leaf or several: elements to zero, or bools."""
 
     def __init__(self, leaves: Sequence[Operand]) -> None:
         self.leaves = leaves
-        self.is_direct = len(leaves) == 1
-        self.where = leaves[0].where
-        self.operand = leaves[0] if self.is_direct else None
-
-    @property
-    def write(self) -> int:
-        """The writer for the only leaf."""
-        return writer_of(self.leaves[0])
+        self.only = leaves[0] if len(leaves) == 1 else None
+        """The leaf, if a kernel can write all of a block at once; None if there are several."""
 
     def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
         """Write what the mask of blocks [i0, i1) says."""
