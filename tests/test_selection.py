@@ -400,13 +400,20 @@ def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data
         x = (values * SCALES[scale](rows)[:, None]).astype(dtype(name))
     for nnz in (n // 2, n - 1, np.arange(rows) * n // (rows - 1), rng.integers(0, n + 1, rows)):
         each, k = np.reshape(nnz, (-1, 1)), np.maximum(np.broadcast_to(nnz, rows), 1)
+
+        def results(array, each=each, k=k):
+            masks = npscope.block_mask(array, each, (1, 1), (1, -1)), npscope.topk_mask(array, k, axis=-1)
+            return npscope.keep_largest(array, each, (1, 1), (1, -1)), npscope.kth_largest(array, k, axis=-1), *masks
+
         with npscope.use_backend("reference"):
-            expected = npscope.keep_largest(x, each, (1, 1), (1, -1)), npscope.kth_largest(x, k, axis=-1)
+            expected = results(x)
         for array in (x, np.asfortranarray(np.concatenate([x[:3], x]))[3:]):
             with npscope.use_backend("numba"):
-                found = npscope.keep_largest(array, each, (1, 1), (1, -1)), npscope.kth_largest(array, k, axis=-1)
+                found = results(array)
             assert same_bits(found[0], expected[0])
             np.testing.assert_equal(found[1].astype(np.float64), expected[1].astype(np.float64))
+            np.testing.assert_array_equal(found[2], expected[2])
+            np.testing.assert_array_equal(found[3], expected[3])
 
 
 @pytest.mark.parametrize("elements", [0, 1 << 23], ids=["wide", "narrow"])

@@ -370,10 +370,7 @@ class LargeScopes:
             if splits[scope, place]:
                 at = read_first + start, read_first + stop
                 border = strips.tie_border_in(reads[p], here, *at, limit, left, self.works[slot]) - read_first
-            if start < border and limit > 0:
-                strips.cut_elements(cut, here, there, first + start, first + border, limit - np.uint64(1))
-            if border < stop:
-                strips.cut_elements(cut, here, there, first + border, first + stop, limit)
+            strips.cut_elements(cut, here, there, first + start, first + border, first + stop, limit)
 
         def compare_piece(slot: int, scope: int, place: int) -> None:
             p, start, stop = self.pieces[place]

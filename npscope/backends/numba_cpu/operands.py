@@ -223,6 +223,16 @@ class Operand:
         cut = self.cut
         return Operand(Leaf(self.array, Cut.of((*cut.block, *cut.scope), (), cut.element)))
 
+    @property
+    def is_line_by_line(self) -> bool:
+        """Whether blocks are single elements, and adjacent in each line."""
+        return self.size == 1 and (self.place.width == 1 or int(self.grid[1, -1]) == 1)
+
+    @property
+    def lies_in_columns(self) -> bool:
+        """Whether blocks are single elements of scopes that lie side by side, and those of each row adjacent."""
+        return self.across and int(self.place.nests[0][1, -1]) == 1
+
     def lines_hold(self, n: int) -> bool:
         """Whether blocks lie line by line in memory, and whole groups of n of them in each line."""
         return self.layout is not None and self.place.width % n == 0

@@ -37,6 +37,10 @@ TILES_ELEMENTS = 1 << 17
 """Elements of such a strip that is read by tiles: eight lines side by side take memory little longer than one."""
 
 
+TWO_LINES = 128
+"""Bytes of a row that such a strip has at least: of scopes of 8192, one line at a time took a third longer."""
+
+
 def _most_rows(n: int, key_bytes: int) -> int:
     """Scopes of n blocks whose keys, of so many bytes each, and mask there is room for."""
     return max(1, ACROSS_BYTES // (n * (key_bytes + 1)))
@@ -175,7 +179,9 @@ class Ranking:
         rows = max(1, strip // self.blocks)
         if len(self.parts) > 1 or not self.parts[0].leaves[0].across:
             return rows
-        return rows - rows % TILE if rows >= TILE else min(ACROSS, _most_rows(self.blocks, self.key.itemsize))
+        most = _most_rows(self.blocks, self.key.itemsize)
+        rows = max(rows, min(most, TWO_LINES // self.key.itemsize))
+        return rows - rows % TILE if rows >= TILE else min(ACROSS, most)
 
 
 class KeyWork:
@@ -221,13 +227,16 @@ def dense(array: np.ndarray, origin: int = 0) -> Where:
 
 
 def cutter_of(ranking: Ranking, p: int, written: Operand | None) -> int | None:
-    """How adjacent elements are zeroed by their own keys, where those of part p lie as those `written` do."""
-    read, target = ranking.parts[p].leaves[0].layout, None if written is None else written.layout
-    if read is None or target is None or ranking.parts[p].elements > 1 or ranking.ord is None:
+    """How adjacent elements are zeroed or marked by their own keys; None where those of part p or `written` are not."""
+    leaf = ranking.parts[p].leaves[0]
+    read = leaf.layout
+    if written is None or read is None or ranking.parts[p].elements > 1 or ranking.width != read.form.bits:
         return None
-    if read.form != target.form or ranking.width != read.form.bits:
+    marks = written.codec is None
+    if not (written.is_line_by_line if marks else written.layout is not None and written.layout.form == read.form):
         return None
-    return strips.cutter_address(strips.cutter(read.form), ranking.parts[p].leaves[0].place.unit)
+    cut = strips.cutter(read.form, ranking.ord is None, marks)
+    return strips.cutter_address(cut, leaf.place.unit, written.place.unit)
 
 
 def line_surveyor_of(ranking: Ranking, p: int) -> int | None:
@@ -250,9 +259,12 @@ def surveyor_of(ranking: Ranking, p: int) -> tuple[int, int]:
 
 def columns_cutter_of(ranking: Ranking, turner: Turner, written: Operand) -> int | None:
     """As `cutter_of`, where scopes lie side by side and their elements are turned when they are read."""
-    if ranking.ord is None or turned_form(written, ranking.blocks, ranking.width) != turner.form:
+    marks = written.codec is None
+    if not (written.lies_in_columns if marks else turned_form(written, ranking.blocks, ranking.width) == turner.form):
         return None
-    return side_by_side.columns_cutter_address(turner.form, written.place.unit, ranking.key)
+    cut = side_by_side.columns_cutter(turner.form, ranking.ord is None, marks)
+    read = ranking.parts[0].leaves[0].place.unit
+    return side_by_side.columns_cutter_address(cut, read, written.place.unit, ranking.key)
 
 
 def search_of(ranking: Ranking) -> tuple[int, int]:

@@ -6,7 +6,7 @@ scope (`Operand.where_across`). Functions that kernels of `strips` call at their
 turn(source, i, stop, keys, pitch)
     blocks [i, stop) of whole scopes as ordered integers, in rows of scopes so far apart;
 cut(source, target, s0, s1, n, limits, borders)
-    elements of scopes [s0, s1), those that are not kept as +0.0.
+    elements of scopes [s0, s1), those that are not kept as +0.0, or which are kept.
 """
 
 from __future__ import annotations
@@ -154,12 +154,13 @@ def _across(step: Function, turn: Any = None) -> Function:
 
 
 @cache
-def columns_cutter(form: vectors.Format) -> Function:
+def columns_cutter(form: vectors.Format, signed: bool, marks: bool) -> Function:
     """Write elements of adjacent scopes by their own keys, and by a limit and a border for each scope.
 
-    Kept are those above the limit, and those equal to it that stand before the border in their scope.
+    Kept are those above the limit, and those equal to it that stand before the border in their scope. If it `marks`,
+    which are kept is written to bools.
     """
-    line, rest = (vector_selection.keep_columns(form, partial) for partial in (False, True))
+    line, rest = (vector_selection.cut_columns(form, signed, marks, partial) for partial in (False, True))
     lanes = form.lanes
 
     @standalone
@@ -186,8 +187,8 @@ def columns_cutter(form: vectors.Format) -> Function:
 
 
 @cache
-def columns_cutter_address(form: vectors.Format, unit: np.dtype, key: np.dtype) -> int:
-    """Where the code of a `columns_cutter` is, for buffers and keys of these dtypes."""
-    where = lines.where_type(unit)
+def columns_cutter_address(cut: Function, unit: np.dtype, written: np.dtype, key: np.dtype) -> int:
+    """Where the code of a `columns_cutter` is, for what is read and `written`, and keys, of these dtypes."""
     limits, borders = array_of(key), array_of(np.int32)
-    return address_of(columns_cutter(form), where, where, *_RANGE, types.int64, limits, borders)
+    where = lines.where_type(unit), lines.where_type(written)
+    return address_of(cut, *where, *_RANGE, types.int64, limits, borders)

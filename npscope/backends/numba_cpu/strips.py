@@ -9,8 +9,8 @@ select(keys, rows, n, keep, mask, guess, spacing)
     the mask of the first-ranked keys, see `search.selector`;
 write(target, i, stop, mask)
     what the mask says of these blocks;
-cut(source, target, i, stop, limit)
-    adjacent elements, those not above a limit as +0.0;
+cut(source, target, i, stop, limit, equal)
+    adjacent elements, those neither above a limit nor equal to it, if `equal` is 1, as +0.0; or which are;
 look(read, source, i, stop, low, high, found, end, stores, scratch)
     how many keys of blocks [i, stop) are above `high`, and how many in [low, high]; the latter are
     appended to `found` from `end` on if `stores`, which writes up to `SLACK` entries more than it needs.
@@ -69,7 +69,7 @@ _NEXT = types.Tuple((types.uint64, types.float64))  # where the next search star
 _COUNTS = types.UniTuple(types.int64, 2)
 _EXPECTED = types.UniTuple(types.float64, 3)
 _LIMIT = types.Tuple((types.uint64, types.int64, types.int64, types.uint64, _EXPECTED))
-_call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(5), caller(7, _NEXT)
+_call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(6), caller(7, _NEXT)
 _call_surveyor, _call_searcher = caller(10, _COUNTS), caller(9, _LIMIT)
 _call_turner, _call_columns_cutter = caller(5), caller(7)
 
@@ -93,9 +93,9 @@ def writer_address(write: Function, unit: np.dtype) -> int:
 
 
 @cache
-def cutter_address(cut: Function, unit: np.dtype) -> int:
-    """Where the code of a `cutter` is, for buffers of this dtype."""
-    return address_of(cut, lines.where_type(unit), lines.where_type(unit), *_RANGE, types.uint64)
+def cutter_address(cut: Function, unit: np.dtype, written: np.dtype) -> int:
+    """Where the code of a `cutter` is, for buffers of these dtypes that are read and `written`."""
+    return address_of(cut, lines.where_type(unit), lines.where_type(written), *_RANGE, types.uint64, types.int64)
 
 
 @cache
@@ -224,14 +224,16 @@ def _dropper(codec: Codec) -> Function:
 
 
 @cache
-def cutter(form: vectors.Format) -> Function:
-    """Write adjacent elements by their own keys: +0.0 for those not above the limit."""
+def cutter(form: vectors.Format, signed: bool, marks: bool) -> Function:
+    """Write adjacent elements by their own keys: +0.0 where these are too small, or if it `marks`, which are kept."""
     lanes = form.lanes
-    step, one = (vector_selection.keep_above(form, n) for n in (lanes, 1))
+    step, one = (vector_selection.cut_line(form, signed, marks, n) for n in (lanes, 1))
 
     @standalone
-    def cut(source: Any, target: Any, i: int, stop: int, limit: Any) -> None:
+    def cut(source: Any, target: Any, i: int, stop: int, limit: Any, equal: int) -> None:
         make_small()
+        if limit == 0 and equal and not marks:
+            return  # all stay
         data, origin, grid, _ = source
         out, origin_out, grid_out, _ = target
         width, width_out = grid[0, -1], grid_out[0, -1]
@@ -240,9 +242,9 @@ def cutter(form: vectors.Format) -> Function:
             at, at_out, count = origin + place(i, grid), origin_out + place(i, grid_out), after - i
             whole = count - count % lanes
             for e in range(0, whole, lanes):
-                step(data, at + e, out, at_out + e, limit)
+                step(data, at + e, out, at_out + e, limit, equal)
             for e in range(whole, count):
-                one(data, at + e, out, at_out + e, limit)
+                one(data, at + e, out, at_out + e, limit, equal)
             i = after
 
     return cut
@@ -474,10 +476,9 @@ def cut_in_scopes(
                 if count < n:
                     _call_reader(read, source, i, i + n, keys, sums, norms, making)
                 border, _ = tie_border(keys, first, n, limit, ties)
-            if limit > 0:
-                _call_cutter(cut, source, target, i, i + border, limit - np.uint64(1))
+            _call_cutter(cut, source, target, i, i + border, limit, 1)
             if border < n:
-                _call_cutter(cut, source, target, i + border, i + n, limit)
+                _call_cutter(cut, source, target, i + border, i + n, limit, 0)
 
 
 @merged
@@ -678,9 +679,10 @@ def keep_above(
 
 
 @kernel
-def cut_elements(cut: int, source: Any, target: Any, i0: int, i1: int, limit: Any) -> None:
-    """Keep, of elements [i0, i1), those above `limit`."""
-    _call_cutter(cut, source, target, i0, i1, limit)
+def cut_elements(cut: int, source: Any, target: Any, i0: int, border: int, i1: int, limit: Any) -> None:
+    """Keep, of elements [i0, i1), those above `limit`, and those equal to it that stand before the `border`."""
+    _call_cutter(cut, source, target, i0, border, limit, 1)
+    _call_cutter(cut, source, target, border, i1, limit, 0)
 
 
 @kernel

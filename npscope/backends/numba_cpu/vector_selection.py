@@ -263,26 +263,27 @@ def turn_keys(form: Format, signed: bool) -> Any:
 
 
 @cache
-def keep_columns(form: Format, partial: bool) -> Any:
-    """``(source, i, target, j, limits, l, borders, m, row, rest)``: +0.0 in a line of `target` where keys are small.
+def cut_columns(form: Format, signed: bool, marks: bool, partial: bool) -> Any:
+    """``(source, i, target, j, limits, l, borders, m, row, rest)``: `cut_line`, where each lane has a limit of its own.
 
-    Each lane has a limit for the key in `source`, which is kept if it is above, or equal and the row before a border.
-    Only in the `rest` first lanes if `partial`; else what is so far ahead is asked for.
+    Keys equal to it are kept where the row is before a border. Only in the `rest` first lanes if `partial`; else what
+    is so far ahead in `target` is asked for.
     """
     bits, words = vector_of(form.bits, form.lanes), vector_of(32, form.lanes)
+    width = 8 if marks else form.bits
 
     def emit(b: Builder, source: Value, target: Value, limits: Value, borders: Value, row: Value, rest: Value) -> None:
         mask = first_lanes(b, rest, form.lanes) if partial else None
         if mask is None:
-            prefetch(b, target, LINE, rest)
+            prefetch(b, target, form.lanes * width // 8, rest)
 
         def read(at: Value) -> Value:
             return load(b, at, bits) if mask is None else load_masked(b, at, bits, mask)
 
-        keys, limit = all_keys_of(b, read(source), form, False), load(b, limits, bits)
+        keys, limit = all_keys_of(b, read(source), form, signed), load(b, limits, bits)
         early = b.icmp_signed("<", narrow(b, row, words), load(b, borders, words))
-        kept = b.or_(b.icmp_unsigned(">", keys, limit), b.and_(b.icmp_unsigned("==", keys, limit), early))
-        found = b.select(kept, read(target), splat(bits, 0))
+        kept = _from(b, keys, limit, early)
+        found = b.zext(kept, vector_of(8, form.lanes)) if marks else b.select(kept, read(target), splat(bits, 0))
         if mask is None:
             store(b, found, target)
         else:
@@ -292,18 +293,30 @@ def keep_columns(form: Format, partial: bool) -> Any:
 
 
 @cache
-def keep_above(form: Format, lanes: int) -> Any:
-    """``(source, i, target, j, limit)``: +0.0 in `lanes` numbers of `target` where the key of a magnitude is not above.
+def cut_line(form: Format, signed: bool, marks: bool, lanes: int) -> Any:
+    """``(source, i, target, j, limit, equal)``: +0.0 in `lanes` numbers of `target` where keys are not above a limit.
 
-    What stays is that of `target`: `source` may be other numbers, that rank these.
+    Those equal to it are kept if `equal` is 1. Keys are those of `source`, which may be the same numbers, or others
+    that rank them. If it `marks`, `target` is bools, and they become whether a number is kept.
     """
 
-    def emit(b: Builder, source: Value, target: Value, limit: Value) -> None:
+    def emit(b: Builder, source: Value, target: Value, limit: Value, equal: Value) -> None:
         bits = _load_ahead(b, source, form, lanes)
-        kept = b.icmp_unsigned(">", all_keys_of(b, bits, form, False), narrow(b, limit, bits.type))
-        store(b, b.select(kept, load(b, target, bits.type), splat(bits.type, 0)), target)
+        with_equal = narrow(b, equal, vector_of(1, lanes))
+        kept = _from(b, all_keys_of(b, bits, form, signed), narrow(b, limit, bits.type), with_equal)
+        found = (
+            b.zext(kept, vector_of(8, lanes))
+            if marks
+            else b.select(kept, load(b, target, bits.type), splat(bits.type, 0))
+        )
+        store(b, found, target)
 
-    return step(emit, 5)
+    return step(emit, 6)
+
+
+def _from(b: Builder, keys: Value, limit: Value, equal: Value) -> Value:
+    """Which keys are above a limit, or equal to it where that is enough."""
+    return b.or_(b.icmp_unsigned(">", keys, limit), b.and_(b.icmp_unsigned("==", keys, limit), equal))
 
 
 def groups_per_line(width: int, n: int) -> int:
