@@ -190,10 +190,11 @@ def test_scopes_ranked_inside_vectors(n, name, kind):
         counts = np.random.default_rng(n).integers(0, n + 1, (27, 66 // block[1]))
         for nnz in (0, n // 2, n - 1, counts):
             with npscope.use_backend("reference"):
-                expected = npscope.keep_largest(x, nnz, block, (1, n))
+                expected, mask = (f(x, nnz, block, (1, n)) for f in (npscope.keep_largest, npscope.block_mask))
             for array in (x, np.asfortranarray(x), np.asfortranarray(x[::-1])[::-1]):
                 with npscope.use_backend("numba"):
                     assert same_bits(npscope.keep_largest(array, nnz, block, (1, n)), expected)
+                    assert same_bits(npscope.block_mask(array, nnz, block, (1, n)), mask)
 
 
 COLUMNS = [
@@ -223,9 +224,10 @@ def test_scopes_side_by_side_are_ranked_across_vectors(n, name, kind):
         ones = (1,) * array.ndim
         for nnz in sorted({0, 1, n // 2, n}):
             with npscope.use_backend("reference"):
-                expected = npscope.keep_largest(array, nnz, ones, scope)
+                expected, mask = (f(array, nnz, ones, scope) for f in (npscope.keep_largest, npscope.block_mask))
             with npscope.use_backend("numba"):
                 assert same_bits(npscope.keep_largest(array, nnz, ones, scope), expected)
+                assert same_bits(npscope.block_mask(array, nnz, ones, scope), mask)
                 same = array.copy(order="K")
                 for source, out in (
                     (array, np.empty_like(array, order="C")),

@@ -58,10 +58,6 @@ midpoint = partial(derived.midpoint, kth)
 
 def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[np.ndarray]:
     """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""
-    quick = groups_job(target, source, keep, ord)
-    if quick is not None:
-        quick()
-        return arrays(target)
     _select(target, source, keep, ord, partial(fill, target), shielded=any(len(part) > 1 for part in target))
     return arrays(target)
 
@@ -96,8 +92,13 @@ def _select(
 ) -> None:
     """Write to every block of `target` whether it is at one of the `keep` first-ranked places of `source`.
 
-    `ready` is called when all is allocated, before the first write; `shielded` as for `select_blocks`.
+    `ready` is called when all is allocated, before the first write, unless all is written; `shielded` as for
+    `select_blocks`.
     """
+    quick = groups_job(target, source, keep, ord)
+    if quick is not None:
+        quick()
+        return
     target, source, keep = in_memory_order(target, source, keep)
 
     def select(written: Parts, ranking: Ranking, positions: Positions | None = None) -> bool:

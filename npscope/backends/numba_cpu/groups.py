@@ -14,39 +14,41 @@ from npscope.tiling import Leaf, Parts
 
 
 def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Callable[[], None] | None:
-    """The job that prunes `target` by its own elements, if scopes are few adjacent ones or side by side; else None."""
+    """The job that prunes or marks elements by their own norms, if scopes are small and adjacent or side by side.
+
+    It writes all elements, also those that stay. None if there is no such kernel.
+    """
     if len(target) > 1 or len(target[0]) > 1 or ord is None:
         return None
-    leaf = target[0][0]
-    n = leaf.cut.blocks
-    read = leaf.array if leaf.origin is None else leaf.origin
-    if leaf.cut.elements > 1 or not 1 < n <= MAX_GROUP or source[0][0].array is not read:
+    leaf, origin = target[0][0], source[0][0]
+    n = origin.cut.blocks
+    if origin.cut.elements > 1 or leaf.cut.elements > 1 or not 1 < n <= MAX_GROUP:
         return None
-    counts, written = keep.array, Operand(leaf)
-    form = None if written.kind is None else format_of(written.kind)
-    if form is None or written.few or (any(counts.strides) and counts.size > 1):
+    counts, read, written = keep.array, Operand(origin), Operand(leaf)
+    form = None if read.kind is None else format_of(read.kind)
+    if form is None or read.few or (any(counts.strides) and counts.size > 1):
+        return None
+    if written.codec is not None and origin.array is not (leaf.array if leaf.origin is None else leaf.origin):
         return None
     k = counts.item(0) if counts.size else 0
-    origin = written if leaf.origin is None else Operand(Leaf(read, leaf.cut))
-    if written.lines_hold(n) and origin.lines_hold(n):
-        return _adjacent_job(origin, written, form, n, k)
-    leaf = in_memory_order(target, source, keep)[0][0][0]
-    written = Operand(leaf)
-    origin = written if leaf.origin is None else Operand(Leaf(read, leaf.cut))
-    return _columns_job(origin, written, form, n, k)
+    if read.lines_hold(n) and written.lines_hold(n):
+        return _adjacent_job(read, written, form, n, k)
+    target, source, _ = in_memory_order(target, source, keep)
+    return _columns_job(Operand(source[0][0]), Operand(target[0][0]), form, n, k)
 
 
-def _adjacent_job(origin: Operand, written: Operand, form: Format, n: int, k: int) -> Callable[[], None]:
+def _adjacent_job(read: Operand, written: Operand, form: Format, n: int, k: int) -> Callable[[], None]:
     """The job for groups of adjacent elements."""
-    kernel = lines.prune_groups_kernel(form, n)
+    kernel = lines.groups_kernel(form, n, written.codec is None)
+    size = vector_selection.group_lanes(form, n)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        spare = [np.empty(vector_selection.group_lanes(form, n), written.buffer.dtype) for _ in range(slots)]
+        works = [[np.empty(size, dtype=x.place.unit) for x in (read, written)] for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
             kernel(
-                origin.buffer, origin.origin, origin.grid, written.buffer, written.origin, written.grid,
-                s0 * n, s1 * n, k, spare[slot],
+                read.buffer, read.origin, read.grid, written.buffer, written.origin, written.grid, s0 * n, s1 * n, k,
+                *works[slot],
             )  # fmt: skip
 
         return work
@@ -54,16 +56,17 @@ def _adjacent_job(origin: Operand, written: Operand, form: Format, n: int, k: in
     return ranges(written.cut.scopes, n, make_work, piece=STRIPS_ELEMENTS)
 
 
-def _columns_job(origin: Operand, written: Operand, form: Format, n: int, k: int) -> Callable[[], None] | None:
+def _columns_job(read: Operand, written: Operand, form: Format, n: int, k: int) -> Callable[[], None] | None:
     """The job for groups that lie side by side, their elements apart; None if they do not."""
     operands = []
-    for x in (origin, written):
+    for x in (read, written):
         scopes, blocks = x.place.nests
         if x.bytewise or not x.across or scopes[1, -1] != 1:
             return None
         apart = np.indices(blocks[0]).reshape(len(blocks[0]), n).T @ blocks[1]
         operands += [x.buffer, x.origin, scopes, apart]
-    kernel, past = lines.prune_columns_kernel(form, n), written.past_line
+    marks = written.codec is None
+    kernel, past = lines.columns_kernel(form, n, marks), (read if marks else written).past_line
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         return lambda slot, s0, s1: kernel(*operands, past, s0, s1, k)

@@ -343,16 +343,19 @@ def norms_of_blocks(
 
 
 @cache
-def prune_groups_kernel(form: Format, n: int) -> Any:
-    """The kernel that keeps the k first-ranked of every n adjacent elements, of elements [i0, i1)."""
-    step, size = vector_selection.prune_groups(form, n), vector_selection.group_lanes(form, n)
+def groups_kernel(form: Format, n: int, marks: bool) -> Any:
+    """The kernel that keeps, or `marks`, the k first-ranked of every n adjacent elements, of elements [i0, i1).
+
+    The work arrays are of the dtypes of source and target, and `group_lanes` long.
+    """
+    step, size = vector_selection.keep_groups(form, n, marks), vector_selection.group_lanes(form, n)
     sorts = vector_selection.is_sorted(form, n)
-    sort_step: Any = vector_selection.prune_groups(form, n, several=True) if sorts else None
+    sort_step: Any = vector_selection.keep_groups(form, n, marks, several=True) if sorts else None
 
     @kernel
-    def prune_groups(
+    def keep_groups(
         source: Any, origin: int, grid: Any, target: Any, origin2: int, grid2: Any, i0: int, i1: int, k: int,
-        spare: Any,
+        work: Any, work2: Any,
     ) -> None:  # fmt: skip
         width, width2 = grid[0, -1], grid2[0, -1]
         i = i0
@@ -369,23 +372,26 @@ def prune_groups_kernel(form: Format, n: int) -> Any:
                 step(source, at + e, target, at2 + e, k)
             if whole < count:  # groups that do not fill a vector take a detour over one
                 for e in range(whole, count):
-                    spare[e - whole] = source[at + e]
-                step(spare, 0, spare, 0, k)
+                    work[e - whole] = source[at + e]
+                step(work, 0, work2, 0, k)
                 for e in range(whole, count):
-                    target[at2 + e] = spare[e - whole]
+                    target[at2 + e] = work2[e - whole]
             i = after
 
-    return prune_groups
+    return keep_groups
 
 
 @cache
-def prune_columns_kernel(form: Format, n: int) -> Any:
-    """The kernel that keeps the k first-ranked of n elements that lie apart, of scopes [s0, s1) side by side."""
-    prune_line, prune_rest = (vector_selection.prune_columns(form, n, partial) for partial in (False, True))
+def columns_kernel(form: Format, n: int, marks: bool) -> Any:
+    """The kernel that keeps, or `marks`, the k first-ranked of n elements that lie apart, of scopes side by side.
+
+    The array with the larger elements, which is written if both have the same, starts `past` a line of a cache.
+    """
+    keep_line, keep_rest = (vector_selection.keep_columns(form, n, marks, partial) for partial in (False, True))
     lanes = form.lanes
 
     @kernel
-    def prune_columns(
+    def keep_columns(
         source: Any, origin: int, scopes: Any, apart: Any, target: Any, origin2: int, scopes2: Any, apart2: Any,
         past: int, s0: int, s1: int, k: int,
     ) -> None:  # fmt: skip
@@ -396,14 +402,14 @@ def prune_columns_kernel(form: Format, n: int) -> Any:
         while s < s1:
             after = least(s1, least(s + width - s % width, s + width2 - s % width2))
             at, at2, count = origin + place(s, scopes), origin2 + place(s, scopes2), after - s
-            e, some = 0, least(count, -(past + at2 - origin2) % lanes)
+            e, some = 0, least(count, -(past + (at - origin if marks else at2 - origin2)) % lanes)
             while e < count:
                 if some == lanes:
-                    prune_line(source, at + e, apart, 0, target, at2 + e, apart2, 0, k, lanes)
+                    keep_line(source, at + e, apart, 0, target, at2 + e, apart2, 0, k, lanes)
                 elif some:
-                    prune_rest(source, at + e, apart, 0, target, at2 + e, apart2, 0, k, some)
+                    keep_rest(source, at + e, apart, 0, target, at2 + e, apart2, 0, k, some)
                 e += some
                 some = least(count - e, lanes)
             s = after
 
-    return prune_columns
+    return keep_columns

@@ -234,8 +234,8 @@ class Operand:
         return self.across and int(self.place.nests[0][1, -1]) == 1
 
     def lines_hold(self, n: int) -> bool:
-        """Whether blocks lie line by line in memory, and whole groups of n of them in each line."""
-        return self.layout is not None and self.place.width % n == 0
+        """Whether blocks are single elements that lie line by line, and whole groups of n of them in each line."""
+        return self.is_line_by_line and not self.bytewise and self.place.width % n == 0
 
     @property
     def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:

@@ -69,10 +69,10 @@ def group_lanes(form: Format, n: int) -> int:
 
 
 @cache
-def prune_groups(form: Format, n: int, *, several: bool = False) -> Any:
+def keep_groups(form: Format, n: int, marks: bool, *, several: bool = False) -> Any:
     """``(source, i, target, j, k)``: write `group_lanes` numbers, the k first-ranked of each n and zeros.
 
-    `several`: n times as many numbers, for groups that are sorted.
+    If it `marks`, which these are is written to bools. `several`: n times as many numbers, for groups that are sorted.
     """
     lanes = group_lanes(form, n)
     starts = range(0, lanes * (n if several else 1), lanes)
@@ -89,14 +89,20 @@ def prune_groups(form: Format, n: int, *, several: bool = False) -> Any:
         else:
             kept = [b.icmp_unsigned("<", _ranks(b, keys[0], n), narrow(b, k, keys[0].type))]
         for start, bits, flags in zip(starts, lines, kept, strict=True):
-            store(b, b.select(flags, bits, splat(bits.type, 0)), b.gep(target, [INT32(start)]))
+            found = _flags(b, flags) if marks else b.select(flags, bits, splat(bits.type, 0))
+            store(b, found, b.gep(target, [INT32(start)]))
 
     return step(emit, 5)
 
 
+def _flags(b: Builder, kept: Value) -> Value:
+    """Lanes that are true or false as bools in memory."""
+    return b.zext(kept, vector_of(8, kept.type.count))
+
+
 @cache
-def prune_columns(form: Format, n: int, partial: bool) -> Any:
-    """``(source, i, apart, a, target, j, apart2, a2, k, left)``: as `prune_groups`, for groups that lie side by side.
+def keep_columns(form: Format, n: int, marks: bool, partial: bool) -> Any:
+    """``(source, i, apart, a, target, j, apart2, a2, k, left)``: as `keep_groups`, for groups that lie side by side.
 
     The n elements of the first one are `apart[a], apart[a + 1] ..` from where `source` is, and go so far from where
     `target` is as `apart2` says. One group for each lane of a line, only the `left` first of them if `partial`.
@@ -115,7 +121,7 @@ def prune_columns(form: Format, n: int, partial: bool) -> Any:
             lines.append(load(b, here, bits) if mask is None else load_masked(b, here, bits, mask))
         flags = _first_of_columns(b, [keys_of(b, line, form) for line in lines], k)
         for line, kept, there in zip(lines, flags, places(target, apart2), strict=True):
-            found = b.select(kept, line, splat(bits, 0))
+            found = _flags(b, kept) if marks else b.select(kept, line, splat(bits, 0))
             if mask is None:
                 store(b, found, there)
             else:
@@ -283,7 +289,7 @@ def cut_columns(form: Format, signed: bool, marks: bool, partial: bool) -> Any:
         keys, limit = all_keys_of(b, read(source), form, signed), load(b, limits, bits)
         early = b.icmp_signed("<", narrow(b, row, words), load(b, borders, words))
         kept = _from(b, keys, limit, early)
-        found = b.zext(kept, vector_of(8, form.lanes)) if marks else b.select(kept, read(target), splat(bits, 0))
+        found = _flags(b, kept) if marks else b.select(kept, read(target), splat(bits, 0))
         if mask is None:
             store(b, found, target)
         else:
@@ -304,11 +310,7 @@ def cut_line(form: Format, signed: bool, marks: bool, lanes: int) -> Any:
         bits = _load_ahead(b, source, form, lanes)
         with_equal = narrow(b, equal, vector_of(1, lanes))
         kept = _from(b, all_keys_of(b, bits, form, signed), narrow(b, limit, bits.type), with_equal)
-        found = (
-            b.zext(kept, vector_of(8, lanes))
-            if marks
-            else b.select(kept, load(b, target, bits.type), splat(bits.type, 0))
-        )
+        found = _flags(b, kept) if marks else b.select(kept, load(b, target, bits.type), splat(bits.type, 0))
         store(b, found, target)
 
     return step(emit, 6)
@@ -343,7 +345,7 @@ def mark_groups(width: int, n: int) -> Any:
         counts = load(b, keep, few)
         counts = counts if width == 64 else b.trunc(counts, vector_of(width, groups))
         kept = b.icmp_unsigned("<", ranks, shuffle(b, counts, [i // n for i in range(vector.count)]))
-        store(b, b.zext(kept, vector_of(8, vector.count)), mask)
+        store(b, _flags(b, kept), mask)
 
     return step(emit, 6)
 
