@@ -23,7 +23,7 @@ from npscope.counts import as_counts, nnz_from_sparsity
 from npscope.dtypes import kind_of
 from npscope.errors import KindError, SpecError, about
 from npscope.options import BACKENDS, chosen_backend, use_backend
-from npscope.tiling import Cut, Leaf, Parts, Tiling, array_cut, as_int, as_ints, axis_cut
+from npscope.tiling import Cut, Leaf, Parts, Tiling, array_cut, as_int, as_ints, axis_cut, permuted
 
 _MODULES = {"reference": "reference", "numba": "numba_cpu", "cupy": "cupy_gpu"}
 
@@ -135,10 +135,10 @@ def block_norms(x: Array, block: Block, *, ord: float = 2, out: Array | None = N
 
     Returns
     -------
-    Array of shape ``(N1 / b1, N2 / b2, ..)``: float32 for floats of up to 32 bits, 8- and 16-bit
-    integers and complex64, else float64. Below float64, for real data and ord 1, 2, inf, the
-    correctly rounded exact norm; otherwise within 4 ulp, without overflow on the way. A block
-    with a NaN has norm NaN.
+    Array of shape ``(N1 / b1, N2 / b2, ..)``, which for NumPy lies in memory as `x` does: float32 for
+    floats of up to 32 bits, 8- and 16-bit integers and complex64, else float64. Below float64, for real
+    data and ord 1, 2, inf, the correctly rounded exact norm; otherwise within 4 ulp, without overflow on
+    the way. A block with a NaN has norm NaN.
 
     Raises
     ------
@@ -162,12 +162,19 @@ def block_norms(x: Array, block: Block, *, ord: float = 2, out: Array | None = N
             norm = kind_of(x.dtype).norm
             dtype = np.dtype(norm) if op.is_numpy(x) else getattr(array_namespace(x), norm)
             op.as_destination(out, x, blocks.grid, dtype)
-        table = None if out is None else op.as_table(out)
+        # Blocks are measured in any order, so in that of memory: to turn the norms of a view takes as long as they do.
+        axes, (x, place) = op.in_memory_order(x, out)
+        if axes is not None:
+            geometry, blocks, _ = array_cut(tuple(x.shape), permuted(blocks.tile, axes))
+        table = None if place is None else op.as_table(place)
         result = backend.norms(_one(Leaf(x, geometry)), p, table)
         if out is not None and result is table:
             return out
         grid = reshaped(result, blocks.grid)
-        return grid if out is None else op.store(out, grid)
+        if place is not None:
+            op.store(place, grid)
+            return out
+        return grid if axes is None else grid.transpose([axes.index(axis) for axis in range(len(axes))])
 
 
 def kth_largest(a: Array, k: int | Array, axis: int | None = -1) -> Array:

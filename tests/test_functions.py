@@ -604,3 +604,17 @@ def test_masks_of_a_view_are_those_of_the_array_and_lie_as_it_does(rng, block, s
     np.testing.assert_array_equal(same, elements)
     np.testing.assert_array_equal(elements, np.repeat(np.repeat(expected, block[0], 0), block[1], 1))
     assert elements.dtype == same.dtype == np.bool_
+
+
+@pytest.mark.parametrize("axes", [(0, 2, 1), (1, 2, 0), (2, 1, 0)])
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_norms_of_a_view_lie_as_it_does(backend, rng, axes, name):
+    plain = rng.standard_normal((8, 6, 10)).astype(name)
+    view, block = plain.transpose(axes), tuple((2, 3, 5)[axis] for axis in axes)
+    expected = npscope.block_norms(plain, (2, 3, 5)).transpose(axes)
+    found = npscope.block_norms(view, block)
+    assert same_bits(found, expected)
+    assert found.strides == expected.strides
+    for out in (np.empty(found.shape, name), np.empty_like(found), np.empty((*found.shape, 2), name)[..., 1]):
+        assert npscope.block_norms(view, block, out=out) is out
+        assert same_bits(out, expected)
