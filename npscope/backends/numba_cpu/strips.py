@@ -251,28 +251,30 @@ def cutter(form: vectors.Format, signed: bool, marks: bool) -> Function:
 
 
 SHORT_RUN = 64
-"""Masks that are copied one by one: to call for a copy of so few takes longer."""
+"""Bools that are written one by one: to call for a copy of so few takes longer."""
 
 
 @standalone
 def _mark(target: Any, i: int, stop: int, mask: Any) -> None:
     buffer, origin, grid, elements = target
     width, stride = grid[0, -1], grid[1, -1]
-    run, step = elements[0, -1], elements[1, -1]
-    total = length_of(elements)
+    total, run = length_of(elements), elements[0, -1] if elements[1, -1] == 1 else 1
     start = i
     while i < stop:
         after = least(stop, i + width - i % width)
         at, count, first = origin + place(i, grid), after - i, i - start
-        if total == 1 and stride == 1 and count > SHORT_RUN:
-            vectors.copy_numbers(mask, first, count, buffer, at)
-        else:
-            for e in range(0, total, run):
-                here = at + place(e, elements)
+        fills_line = stride == run and count * run > SHORT_RUN
+        for e in range(0, total, run):
+            here = at + place(e, elements)
+            if fills_line and e > 0:
+                vectors.copy_numbers(buffer, at, count * run, buffer, here)
+            elif fills_line and run == 1:
+                vectors.copy_numbers(mask, first, count, buffer, here)
+            else:
                 for j in range(count):
                     kept = mask[np.uintp(first + j)]
                     for r in range(run):
-                        buffer[np.uintp(here + j * stride + r * step)] = kept
+                        buffer[np.uintp(here + j * stride + r)] = kept
         i = after
 
 
