@@ -469,3 +469,43 @@ def test_large_scopes_of_crowded_keys(backend, data, name):
         expected[order[:nnz]] = True
         assert same_bits(npscope.block_mask(x, nnz, (1,), (-1,)), expected)
         assert same_bits(npscope.keep_largest(x, nnz, (1,), (-1,)), np.where(expected, x, x.dtype.type(0)))
+
+
+@pytest.mark.parametrize(
+    ("n", "name"),
+    [
+        (17, "float32"),
+        (64, "float16"),
+        (256, "float64"),
+        (33, "int8"),
+        *(
+            pytest.param(n, name, marks=pytest.mark.slow)
+            for n in (18, 31, 32, 100, 255)
+            for name in ("float32", "float64", "bfloat16", "float8_e4m3fn", "int64")
+        ),
+    ],
+)
+@pytest.mark.parametrize("data", CROWDED)
+def test_scopes_searched_side_by_side(data, n, name):
+    """Sixteen at a time, and fewer at the end: each has its own count, and waits for the others without harm."""
+    rows, rng = 37, np.random.default_rng(n)
+    with np.errstate(all="ignore"):
+        values = rng.permuted(CROWDED[data](rng.standard_normal(n * rows)).reshape(rows, n), axis=1)
+        values = values * 2.0 ** rng.integers(-8, 8, (rows, 1))
+        whole = (50 * np.nan_to_num(values, posinf=2, neginf=-2)).clip(-127, 127)
+        x = (whole if name.startswith("int") else values).astype(dtype(name))
+    for nnz in (n // 2, n - 1, rng.integers(0, n + 1, (rows, 1))):
+        k = np.maximum(np.ravel(nnz), 1) if np.ndim(nnz) else nnz
+
+        def results(array, nnz=nnz, k=k):
+            call = npscope.keep_largest, npscope.block_mask
+            kept = [f(array, nnz, (1, 1), (1, n)) for f in call]
+            return [*kept, npscope.topk_mask(array, k), npscope.kth_largest(array, k)]
+
+        with npscope.use_backend("reference"):
+            *expected, kth = results(x)
+        for array in (x, np.asfortranarray(x), np.repeat(x, 2, axis=0)[::2]):
+            with npscope.use_backend("numba"):
+                *found, own = results(array)
+            assert all(map(same_bits, found, expected))
+            np.testing.assert_equal(own.astype(np.float64), kth.astype(np.float64))

@@ -13,6 +13,7 @@ import numpy as np
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, side_by_side, strips
 from npscope.backends.numba_cpu.codecs import Function
+from npscope.backends.numba_cpu.lane_search import LANES
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import code_of, norms_of
 from npscope.backends.numba_cpu.operands import (
@@ -23,7 +24,7 @@ from npscope.backends.numba_cpu.operands import (
     Operand,
     competitors,
 )
-from npscope.backends.numba_cpu.search import group_of
+from npscope.backends.numba_cpu.search import IN_LANES, group_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
 from npscope.backends.numba_cpu.vector_selection import TILE
 from npscope.backends.numba_cpu.vectors import Format, format_of
@@ -34,7 +35,10 @@ ACROSS_ELEMENTS, ACROSS_BYTES = 1 << 14, 6 << 20
 """Elements of a strip of scopes side by side, and bytes of keys and mask of one whose scopes are longer than that."""
 
 TILES_ELEMENTS = 1 << 17
-"""Elements of such a strip that is read by tiles: eight lines side by side take memory little longer than one."""
+"""Elements of such a strip that is read by tiles: eight lines side by side take memory little longer than one.
+
+And of a strip that is made longer, so that as many scopes as are searched together are in it: half of the second cache.
+"""
 
 
 TWO_LINES = 128
@@ -163,20 +167,23 @@ class Ranking:
 
     def _planes(self, p: int) -> Source | None:
         part, source = self.parts[p], self.sources[p]
-        if not self.fits_a_piece or not part.leaves[0].place.side_by_side or not (self.group or source is None):
+        if not self.fits_a_piece or not part.leaves[0].place.side_by_side or not (self.group > 0 or source is None):
             return None
         return source_of(part, self.ord, self.width, self.exact_integers, in_planes=True)
 
     def rows_of_planes(self, p: int, source: Source) -> int:
         """Whole scopes of a part that make a strip of planes."""
         part = self.parts[p]
-        rows = (ACROSS_ELEMENTS if self.group else TILES_ELEMENTS) // (part.blocks * part.elements)
+        rows = (ACROSS_ELEMENTS if self.group > 0 else TILES_ELEMENTS) // (part.blocks * part.elements)
         twice = 2 * self.key.itemsize  # in planes, and in rows
         return min(source.strip, max(rows, min(ACROSS, _most_rows(part.blocks, twice))))
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
         rows = max(1, strip // self.blocks)
+        if self.group == IN_LANES:
+            rows = max(rows, LANES if LANES * self.elements <= TILES_ELEMENTS else 1)
+            rows -= rows % LANES if rows > LANES else 0
         if len(self.parts) > 1 or not self.parts[0].leaves[0].across:
             return rows
         most = _most_rows(self.blocks, self.key.itemsize)

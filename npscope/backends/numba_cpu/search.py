@@ -17,6 +17,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.jit import merged, standalone
+from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, kth_of_rows, limits_of_rows, mark_rows
 from npscope.backends.numba_cpu.scalars import (
     float_of_signed_key,
     greatest,
@@ -26,7 +27,7 @@ from npscope.backends.numba_cpu.scalars import (
     number_of_key,
     signed_key_near,
 )
-from npscope.backends.numba_cpu.vector_search import count_from, mark, neighbours_of
+from npscope.backends.numba_cpu.vector_search import count_from, mark, neighbours_of, tie_border
 
 QUICK_PROBES = 6
 """Guesses before the search always looks for the keys next to a guess; normal data needs 5.8 in rows of 1024."""
@@ -125,13 +126,19 @@ def limit_of(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) 
     return limit, ties, limit, spacing
 
 
+IN_LANES = -1
+"""The `group` of scopes that are searched several at a time."""
+
+
 def group_of(n: int) -> int:
-    """The `group` of a `selector` for scopes of n keys: n where they are ranked inside vectors, 0 where searched."""
-    return n if n <= vector_selection.MAX_GROUP else 0
+    """The `group` of a `selector` for scopes of n keys: n if ranked in vectors, `IN_LANES`, or 0 for one by one."""
+    if n <= vector_selection.MAX_GROUP:
+        return n
+    return IN_LANES if n <= MOST_KEYS else 0
 
 
 @cache
-def selector(group: int, width: int) -> Any:
+def selector(group: int, width: int, signed: bool) -> Any:
     """``select(keys, rows, n, keep, mask, guess, spacing)``: mask of the `keep` first-ranked of every n keys.
 
     Returns where to start the next search. Groups of n keys of `width` bits are ranked side by side in a
@@ -148,6 +155,20 @@ def selector(group: int, width: int) -> Any:
 
         return select
 
+    if group == IN_LANES:
+        mark_lanes = mark_rows(signed)
+
+        @standalone
+        def select_in_lanes(
+            keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float
+        ) -> tuple[Any, float]:
+            for r in range(0, rows, LANES):
+                some = least(LANES, rows - r)
+                guess, spacing = mark_lanes(keys, r * n, n, some, keep, r, mask, r * n, guess, spacing)
+            return guess, spacing
+
+        return select_in_lanes
+
     step, together = vector_selection.mark_groups(width, group), vector_selection.groups_per_line(width, group)
 
     @standalone
@@ -159,6 +180,49 @@ def selector(group: int, width: int) -> Any:
         return guess, spacing
 
     return select_groups
+
+
+@cache
+def limiter(signed: bool) -> Any:
+    """``limit(keys, pitch, rows, n, keep, limits, borders, guess, spacing)``: limits of rows so far apart, and borders.
+
+    Of those equal to its limit a row keeps the ones before its border. Returns where to start the next search. Both
+    results have room for `SLACK` more, and n is one for which `group_of` is `IN_LANES`.
+    """
+    find = limits_of_rows(signed)
+
+    @standalone
+    def limit_in_lanes(
+        keys: Any, pitch: int, rows: int, n: int, keep: Any, limits: Any, borders: Any, guess: Any, spacing: float
+    ) -> tuple[Any, float]:
+        for r in range(0, rows, LANES):
+            some = least(LANES, rows - r)
+            guess, spacing = find(keys, r * pitch, pitch, n, some, keep, r, limits, r, borders, r, guess, spacing)
+        for r in range(rows):
+            if borders[r] < n:
+                borders[r], _ = tie_border(keys, r * pitch, n, np.uint64(limits[r]), np.int64(borders[r]))
+        return guess, spacing
+
+    return limit_in_lanes
+
+
+@cache
+def finder(signed: bool) -> Any:
+    """``find(keys, rows, n, k, found, s, guess, spacing)``: the k-th largest of every n keys, from entry s on.
+
+    As `limiter`.
+    """
+    find = kth_of_rows(signed)
+
+    @standalone
+    def find_in_lanes(
+        keys: Any, rows: int, n: int, k: Any, found: Any, s: int, guess: Any, spacing: float
+    ) -> tuple[Any, float]:
+        for r in range(0, rows, LANES):
+            guess, spacing = find(keys, r * n, n, least(LANES, rows - r), k, r, found, s + r, guess, spacing)
+        return guess, spacing
+
+    return find_in_lanes
 
 
 @standalone

@@ -30,6 +30,7 @@ from npscope.backends.numba_cpu.ranking import (
     search_of,
     source_of,
 )
+from npscope.backends.numba_cpu.search import IN_LANES
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
 from npscope.backends.numba_cpu.vector_search import SLACK
 from npscope.backends.numba_cpu.writing import Written, writer_of
@@ -85,7 +86,7 @@ class ScopeWork:
         self.scratch = _scratch(ranking, self.rows, self.counts)
         self.steps = (
             strips.dense_reader(ranking.key),
-            strips.selector_address(ranking.group, ranking.key),
+            strips.selector_address(ranking.group, ranking.key, ranking.signed),
             strips.marker(),
         )
 
@@ -193,7 +194,7 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
     if cut is not None:
         kernel, steps, where = strips.cut_in_scopes, (*search_of(ranking), source.read, cut), written.where
     else:
-        select = strips.selector_address(ranking.group, ranking.key)
+        select = strips.selector_address(ranking.group, ranking.key, ranking.signed)
         kernel, steps = strips.keep_in_scopes, (source.read, select, writer_of(written, across=written.across))
         where = written.where_across if written.across else written.where
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
@@ -224,7 +225,11 @@ def _planes_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
     in_planes = written.place.side_by_side
     target = written.block_by_block() if in_planes else written
     as_they_lie, measured = ranking.group > 0 and in_planes, 0 if ranking.parts[0].elements == 1 else rows
-    steps = source.read, 0 if as_they_lie else strips.selector_address(ranking.group, ranking.key), writer_of(target)
+    steps = (
+        source.read,
+        0 if as_they_lie else strips.selector_address(ranking.group, ranking.key, ranking.signed),
+        writer_of(target),
+    )
 
     def make_kernel() -> Callable[[int, int], None]:
         loan = _scratch(ranking, rows, limits, measured=measured)
@@ -246,7 +251,9 @@ def _columns_job(
 ) -> Callable[[], None]:
     """The job in which one kernel cuts elements of scopes that lie side by side."""
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
-    steps, target = (*search_of(ranking), strips.dense_reader(ranking.key)), written.where_across
+    limit_rows = strips.limiter_address(ranking.key, ranking.signed) if ranking.group == IN_LANES else 0
+    steps = limit_rows, *search_of(ranking), strips.dense_reader(ranking.key)
+    target = written.where_across
     past = ranking.parts[0].leaves[0].past_line
 
     def make_kernel() -> Callable[[int, int], None]:
@@ -314,6 +321,8 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
 
 def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
     source, limits = ranking.sources[0], nk.numbers_over(counts, 1, np.dtype(np.int64))
+    if ranking.group == IN_LANES:
+        return _kth_in_lanes_job(ranking, counts, found)
     kernel = strips.kth_kernel(ranking.signed)
     if len(ranking.parts) == 1 and source is not None:
         rows, seek = ranking.scopes_of_a_strip(source.strip), search_of(ranking)
@@ -344,6 +353,38 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
         def work(slot: int, s0: int, s1: int) -> None:
             keys, scratch, n = works[slot].load(s0, s1), works[slot].scratch.work.all, ranking.blocks
             kernel(0, keys, 0, 0, 0, read, keys, n, limits, s0, s1, n, works[slot].rows, found, scratch)
+
+        return work
+
+    return ranges(ranking.scopes, ranking.elements, make_work, workspace=BLOCK_WORKSPACE * ranking.blocks)
+
+
+def _kth_in_lanes_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
+    """`_kth_job` of scopes that are searched several at a time."""
+    source, limits = ranking.sources[0], nk.numbers_over(counts, 1, np.dtype(np.int64))
+    find = strips.finder_address(ranking.key, ranking.signed)
+    if len(ranking.parts) == 1 and source is not None:
+        rows, read = ranking.scopes_of_a_strip(source.strip), source.read
+
+        def make_kernel() -> Callable[[int, int], None]:
+            loan = _scratch(ranking, rows, limits, measured=_measured(ranking, rows))
+
+            def run(s0: int, s1: int) -> None:
+                strips.kth_in_lanes(
+                    read, find, source.where, limits, s0, s1, ranking.blocks, rows, found, loan.work.all
+                )
+
+            return run
+
+        return _by_strips(ranking, make_kernel)
+
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
+        read = strips.dense_reader(ranking.key)
+
+        def work(slot: int, s0: int, s1: int) -> None:
+            keys, own, n = works[slot].load(s0, s1), works[slot], ranking.blocks
+            strips.kth_in_lanes(read, find, keys, limits, s0, s1, n, own.rows, found, own.scratch.work.all)
 
         return work
 

@@ -72,6 +72,7 @@ _LIMIT = types.Tuple((types.uint64, types.int64, types.int64, types.uint64, _EXP
 _call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(6), caller(7, _NEXT)
 _call_surveyor, _call_searcher = caller(10, _COUNTS), caller(9, _LIMIT)
 _call_turner, _call_columns_cutter = caller(5), caller(7)
+_call_limiter, _call_finder = caller(9, _NEXT), caller(8, _NEXT)
 
 
 def _scratch(key: np.dtype) -> Any:
@@ -108,10 +109,24 @@ def surveyor_address(look: Function, unit: np.dtype, key: np.dtype) -> int:
 
 
 @cache
-def selector_address(group: int, key: np.dtype) -> int:
+def selector_address(group: int, key: np.dtype, signed: bool) -> int:
     """Where the code of a `search.selector` is, for keys of this dtype."""
-    select = search.selector(group, 8 * key.itemsize)
+    select = search.selector(group, 8 * key.itemsize, signed)
     return address_of(select, array_of(key), *_RANGE, _KEEP, _MASK, types.uint64, types.float64, result=_NEXT)
+
+
+@cache
+def limiter_address(key: np.dtype, signed: bool) -> int:
+    """Where the code of a `search.limiter` is, for keys of this dtype."""
+    rows = types.int64, types.int64, types.int64, _KEEP, array_of(key), array_of(np.int32)
+    return address_of(search.limiter(signed), array_of(key), *rows, types.uint64, types.float64, result=_NEXT)
+
+
+@cache
+def finder_address(key: np.dtype, signed: bool) -> int:
+    """Where the code of a `search.finder` is, for keys of this dtype."""
+    rows = types.int64, types.int64, _KEEP, array_of(key), types.int64
+    return address_of(search.finder(signed), array_of(key), *rows, types.uint64, types.float64, result=_NEXT)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -495,10 +510,13 @@ def strip_end(s: int, s1: int, rows: int, past: int, line: int) -> Any:
 
 @kernel
 def cut_in_columns(
-    turn: int, array: Any, past: int, seek: int, look: int, read: int, source: Any, pitch: int, cut: int, target: Any,
-    limits: Any, borders: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, scratch: Any,
+    turn: int, array: Any, past: int, limit_rows: int, seek: int, look: int, read: int, source: Any, pitch: int,
+    cut: int, target: Any, limits: Any, borders: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int,
+    scratch: Any,
 ) -> None:  # fmt: skip
     """As `cut_in_scopes`, for scopes of adjacent elements side by side: strip by strip, `turn` reads their keys.
+
+    By a `search.limiter` at the address `limit_rows`, if it is not 0.
 
     These are the buffer of `source`, scope by scope `pitch` apart, where they are searched. The first element lies
     `past` the start of a line of a cache: tiles that straddle lines take a sixth longer, so that strips end where lines
@@ -512,7 +530,11 @@ def cut_in_columns(
         stop = strip_end(s, s1, rows, past, vectors.LINE // array[0].itemsize)
         load_numbers(*counts, s, stop, keep)
         _call_turner(turn, array, s * n, stop * n, turned, pitch)
-        for r in range(stop - s):
+        if limit_rows != 0:
+            guess, spacing = _call_limiter(
+                limit_rows, turned, pitch, stop - s, n, keep, limits, borders, guess, spacing
+            )
+        for r in range(0 if limit_rows != 0 else stop - s):
             if seek == 0:
                 limit, ties, guess, spacing = search.limit_of(turned, r * pitch, n, keep[r], guess, spacing)
             else:
@@ -524,6 +546,20 @@ def cut_in_columns(
                 borders[r], _ = tie_border(turned, r * pitch, n, limit, ties)
         _call_columns_cutter(cut, array, target, s, stop, n, limits, borders)
         s = stop
+
+
+@kernel
+def kth_in_lanes(
+    read: int, find: int, source: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any
+) -> None:  # fmt: skip
+    """Find the k-th largest key of scopes [s0, s1), by a `search.finder`."""
+    keys, _mask, keep, sums, norms, making = scratch
+    guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+    for s in range(s0, s1, rows):
+        stop = least(s1, s + rows)
+        load_numbers(*counts, s, stop, keep)
+        _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
+        guess, spacing = _call_finder(find, keys, stop - s, n, keep, found, s, guess, spacing)
 
 
 @cache

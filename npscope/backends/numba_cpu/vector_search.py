@@ -83,7 +83,8 @@ def _neighbours_of(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
     return cgutils.pack_array(b, [end if vector.element.width == 64 else b.zext(end, _WORD) for end in ends])
 
 
-def _mark(b: Builder, keys: Value, n: Value, limit: Value, ties: Value, mask: Value) -> Value:
+def emit_mark(b: Builder, keys: Value, n: Value, limit: Value, ties: Value, mask: Value) -> Value:
+    """Write `mark`."""
     border = narrow(b, limit, vector_of(keys.type.pointee.width, SLACK))
     left = cgutils.alloca_once_value(b, ties)
     with _chunks(b, keys, n) as (first, some, inside, _):
@@ -126,7 +127,7 @@ neighbours_of = step(_neighbours_of, 4, _PAIR)
 All ones and 0 where there is none.
 """
 
-mark = step(_mark, 7, types.int64)
+mark = step(emit_mark, 7, types.int64)
 """``mark(keys, start, n, limit, ties, mask, at)``: mask of n keys, and how many ties are left.
 
 True for those above `limit`, and for the first `ties` that equal it.

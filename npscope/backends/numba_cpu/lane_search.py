@@ -1,0 +1,357 @@
+"""The first-ranked keys of scopes of some dozens or hundreds: of `LANES` scopes at a time, a lane of vectors for each.
+
+To search scopes of 64 keys one by one takes 600 cycles each, most of them between two looks at the keys. Here keys are
+dealt into planes, the first keys of all scopes, the second, and so on, and every lane guesses and counts by itself, as
+`search.separator` does, until the last one has found its limit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from npscope.backends.numba_cpu.vector_search import emit_mark
+from npscope.backends.numba_cpu.vectors import (
+    INT32,
+    Builder,
+    Value,
+    broadcast,
+    call,
+    load,
+    planes_of,
+    shuffle,
+    splat,
+    step,
+    store,
+    vector_of,
+)
+
+LANES = 16
+"""Scopes that are searched together, and keys of each that are dealt together."""
+
+MOST_KEYS = 256
+"""Keys of a scope that is searched so, at most: their planes, on the stack, fill half of the nearest cache."""
+
+QUICK_PROBES = 10
+"""Guesses before each one takes a look at the keys next to it, three times as long: most scopes are done by then."""
+
+COUNTERS = 4
+"""Sums of a lane side by side, of a quarter of its keys each: they fit the bits of a key."""
+
+_WORD, _REAL = ir.IntType(64), ir.DoubleType()
+_COUNTS = vector_of(32, LANES)
+
+
+def _stored(b: Builder, value: Value) -> Value:
+    """A place on the stack that holds this now."""
+    place = cgutils.alloca_once(b, value.type)
+    b.store(value, place)
+    return place
+
+
+def _sign(vector: Any) -> Value:
+    """The sign bit of every lane: numbers without a sign compare as signed ones when it is turned."""
+    return splat(vector, 1 << (vector.element.width - 1))
+
+
+class _Planes(NamedTuple):
+    """Keys of `LANES` scopes, the j-th of all in plane j, their sign bit turned; zeros beyond, up to `whole` planes."""
+
+    start: Value
+    n: Value
+    whole: Value
+
+    @classmethod
+    def of_rows(cls, b: Builder, keys: Value, pitch: Value, n: Value, rows: Value) -> _Planes:
+        """Of `rows` scopes of n keys, so far apart. Lanes for which there is none repeat the last one."""
+        vector = vector_of(keys.type.pointee.width, LANES)
+        start = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(vector, MOST_KEYS)), vector.as_pointer())
+        last = b.sub(rows, _WORD(1))
+        lanes = [call(b, "llvm.smin.i64", _WORD, [_WORD(lane), last]) for lane in range(LANES)]
+        places = [b.gep(keys, [b.mul(lane, pitch)]) for lane in lanes]
+        whole = b.and_(b.add(n, _WORD(LANES - 1)), _WORD(-LANES))
+        with cgutils.for_range(b, b.udiv(whole, _WORD(LANES))) as loop:
+            first = b.mul(loop.index, _WORD(LANES))
+            tile = [load(b, b.gep(place, [first]), vector) for place in places]
+            for j, plane in enumerate(planes_of(b, tile)):
+                b.store(b.xor(plane, _sign(vector)), b.gep(start, [b.add(first, _WORD(j))]))
+        with cgutils.for_range(b, b.sub(whole, n)) as loop:
+            b.store(_sign(vector), b.gep(start, [b.add(n, loop.index)]))
+        return cls(start, n, whole)
+
+    def count_from(self, b: Builder, border: Value) -> Value:
+        """How many keys of each lane are at least its border, which no zero is.
+
+        In vectors of 32 bytes: of 64, to compare and to add takes three instructions, not two.
+        """
+        width = border.type.element.width
+        some = min(LANES, 256 // width)
+        vector, parts = vector_of(width, some), [range(start, start + some) for start in range(0, LANES, some)]
+        places = b.bitcast(self.start, vector.as_pointer())
+        below = b.sub(b.xor(border, _sign(border.type)), splat(border.type, 1))
+        limits = [shuffle(b, below, part) for part in parts]
+        sums = [[_stored(b, splat(vector, 0)) for _ in range(COUNTERS)] for _ in parts]
+        with cgutils.for_range(b, b.udiv(self.whole, _WORD(COUNTERS))) as loop:
+            first = b.mul(loop.index, _WORD(COUNTERS * len(parts)))
+            for c, (p, limit) in itertools.product(range(COUNTERS), enumerate(limits)):
+                keys = b.load(b.gep(places, [b.add(first, _WORD(c * len(parts) + p))]))
+                above = b.sext(b.icmp_signed(">", keys, limit), vector)
+                b.store(b.sub(b.load(sums[p][c]), above), sums[p][c])
+        found = []
+        for part in sums:
+            wide = vector_of(32, some)
+            a, b_, c_, d = (_resized(b, b.load(place), wide) for place in part)
+            found.append(b.add(b.add(a, b_), b.add(c_, d)))
+        while len(found) > 1:
+            both = range(2 * found[0].type.count)
+            found = [shuffle(b, x, both, y) for x, y in zip(found[::2], found[1::2], strict=True)]
+        return found[0]
+
+    def neighbours_of(self, b: Builder, border: Value) -> tuple[Value, Value]:
+        """The least key of each lane that is at least its border, and the largest below; all ones, and 0, for none."""
+        vector = border.type
+        least, largest = (_stored(b, splat(vector, end)) for end in (-1, 0))
+        with cgutils.for_range(b, self.n) as loop:
+            keys = b.xor(b.load(b.gep(self.start, [loop.index])), _sign(vector))
+            above, below, is_above = b.load(least), b.load(largest), b.icmp_unsigned(">=", keys, border)
+            b.store(b.select(b.and_(is_above, b.icmp_unsigned("<", keys, above)), keys, above), least)
+            b.store(b.select(b.or_(is_above, b.icmp_unsigned("<", keys, below)), below, keys), largest)
+        return b.load(least), b.load(largest)
+
+
+def _resized(b: Builder, numbers: Value, vector: Any) -> Value:
+    """Lanes with more or fewer bits."""
+    old, new = numbers.type.element.width, vector.element.width
+    return numbers if old == new else (b.zext if old < new else b.trunc)(numbers, vector)
+
+
+def _sum(b: Builder, numbers: Value, add: Callable[[Value, Value], Value]) -> Value:
+    """The sum of all lanes."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        numbers = add(shuffle(b, numbers, range(lanes)), shuffle(b, numbers, range(lanes, 2 * lanes)))
+    return b.extract_element(numbers, INT32(0))
+
+
+class _Line:
+    """The numbers along which keys are spread evenly enough to guess between them (`search.reals`), in vectors."""
+
+    def __init__(self, b: Builder, width: int, signed: bool) -> None:
+        self.b, self.signed = b, signed
+        self.vector = vector_of(width, LANES)
+        self.wide = width > 32
+        self.real = ir.VectorType(_REAL if self.wide else ir.FloatType(), LANES)
+        # The largest number that can be made an integer of so many bits.
+        precision = 53 if self.wide else 24
+        self.most = float(2**width - (1 << max(0, width - precision)))
+
+    def constant(self, number: float) -> Value:
+        """A number in every lane."""
+        return splat(self.real, number)
+
+    def scalar(self, number: Value) -> Value:
+        """A float64 in every lane."""
+        return broadcast(self.b, number if self.wide else self.b.fptrunc(number, self.real.element), LANES)
+
+    def mean(self, numbers: Value) -> Value:
+        """Of all lanes, as a float64."""
+        b = self.b
+        found = _sum(b, b.fmul(numbers, self.constant(1 / LANES)), b.fadd)
+        return found if self.wide else b.fpext(found, _REAL)
+
+    def count(self, numbers: Value) -> Value:
+        """Counts as numbers."""
+        return self.b.sitofp(numbers, self.real)
+
+    def _number_of(self, keys: Value) -> Value:
+        """The float of a signed key."""
+        b, sign = self.b, _sign(self.vector)
+        bits = b.select(b.icmp_signed("<", keys, splat(self.vector, 0)), b.xor(keys, sign), b.not_(keys))
+        return b.bitcast(bits, self.real)
+
+    def distance(self, low: Value, high: Value) -> Value:
+        """From one key to a larger one."""
+        b = self.b
+        if self.signed:
+            return b.fsub(self._number_of(high), self._number_of(low))
+        return b.uitofp(b.sub(high, low), self.real)
+
+    def moved(self, keys: Value, distance: Value) -> Value:
+        """The key so far above others, of numbers that are no keys, or beyond them, any key."""
+        b = self.b
+        if self.signed:
+            bits = b.bitcast(b.fadd(self._number_of(keys), distance), self.vector)
+            return b.select(
+                b.icmp_signed("<", bits, splat(self.vector, 0)), b.not_(bits), b.xor(bits, _sign(self.vector))
+            )
+        ahead = b.select(b.fcmp_ordered(">", distance, self.constant(0.0)), distance, self.constant(0.0))
+        ahead = b.select(b.fcmp_ordered("<", ahead, self.constant(self.most)), ahead, self.constant(self.most))
+        moved = b.add(keys, b.fptoui(ahead, self.vector))
+        return b.select(b.icmp_unsigned("<", moved, keys), splat(self.vector, -1), moved)
+
+
+class _Found(NamedTuple):
+    """Limits and ties of all lanes, as `search.separator` finds them, for any k; where the next search starts."""
+
+    planes: _Planes
+    limits: Value
+    ties: Value
+    next: Value
+
+
+def _search(
+    b: Builder,
+    keys: Value,
+    pitch: Value,
+    n: Value,
+    rows: Value,
+    keep: Value,
+    guess: Value,
+    spacing: Value,
+    signed: bool,
+) -> _Found:
+    """Of up to `LANES` scopes of n keys, so far apart, of which `keep` says how many are kept."""
+    planes = _Planes.of_rows(b, keys, pitch, n, rows)
+    line = _Line(b, keys.type.pointee.width, signed)
+    vector = line.vector
+    zeros, one, ones, none = splat(vector, 0), splat(vector, 1), splat(vector, -1), splat(_COUNTS, 0)
+    every = broadcast(b, b.trunc(n, INT32), LANES)
+    wanted = b.trunc(load(b, keep, vector_of(64, LANES)), _COUNTS)
+    empty = b.icmp_signed("<=", wanted, none)
+    some = b.and_(b.not_(empty), b.icmp_signed("<", wanted, every))
+    first = _resized(b, broadcast(b, guess, LANES), vector)
+    low, high, from_low, above_high = (_stored(b, x) for x in (zeros, ones, every, none))
+    limits, ties = _stored(b, b.select(empty, ones, zeros)), _stored(b, b.select(empty, none, every))
+    guesses, searched, bold = _stored(b, first), _stored(b, some), _stored(b, spacing)
+    with cgutils.for_range(b, _WORD(1 << 32)) as loop:
+        open_ = b.load(searched)
+        with b.if_then(b.icmp_unsigned("==", b.bitcast(open_, ir.IntType(LANES)), ir.IntType(LANES)(0))):
+            loop.do_break()
+        lower, upper = b.add(b.load(low), one), b.load(high)
+        border = b.load(guesses)
+        border = b.select(b.icmp_unsigned(">", border, lower), border, lower)
+        border = b.select(b.icmp_unsigned("<", border, upper), border, upper)
+        count = planes.count_from(b, border)
+        above, below = _stored(b, border), _stored(b, b.sub(border, one))
+        late = b.icmp_unsigned(">=", loop.index, _WORD(QUICK_PROBES))
+        with b.if_then(late, likely=False):
+            for key, place in zip(planes.neighbours_of(b, border), (above, below), strict=True):
+                b.store(key, place)
+        more = b.icmp_signed(">", count, wanted)
+        for here, key, end, number in (
+            (b.and_(open_, more), b.load(above), low, from_low),
+            (b.and_(open_, b.not_(more)), b.load(below), high, above_high),
+        ):
+            b.store(b.select(here, key, b.load(end)), end)
+            b.store(b.select(here, count, b.load(number)), number)
+        bottom, top, count_bottom, count_top = (b.load(x) for x in (low, high, from_low, above_high))
+        hit = b.and_(open_, b.icmp_signed("==", count, wanted))
+        met = b.and_(open_, b.icmp_unsigned(">=", bottom, top))
+        b.store(b.select(hit, border, b.select(met, bottom, b.load(limits))), limits)
+        b.store(b.select(hit, every, b.select(met, b.sub(wanted, count_top), b.load(ties))), ties)
+        b.store(b.and_(open_, b.not_(b.or_(hit, met))), searched)
+        # The next guess lies between two others, or as far beyond the only one as keys were apart before.
+        known_low, known_high = b.icmp_unsigned("!=", bottom, zeros), b.icmp_unsigned("!=", top, ones)
+        share = b.fdiv(line.count(b.sub(count_bottom, wanted)), line.count(b.sub(count_bottom, count_top)))
+        away = b.fmul(line.scalar(b.load(bold)), line.count(b.sub(count, wanted)))
+        b.store(b.fmul(b.load(bold), _REAL(2.0)), bold)  # a guess far off: the next step is bolder
+        reach = line.distance(bottom, top)
+        between = line.moved(bottom, b.fmul(reach, share))
+        if signed:
+            beyond = line.moved(b.select(known_low, bottom, top), away)
+        else:
+            beyond = line.moved(bottom, b.select(known_low, away, b.fadd(reach, away)))
+        following = b.select(b.and_(known_low, known_high), between, beyond)
+        halves = b.and_(late, b.trunc(loop.index, ir.IntType(1)))
+        b.store(b.select(halves, b.add(bottom, b.lshr(b.sub(top, bottom), one)), following), guesses)
+    centers = b.lshr(b.select(some, b.load(limits), first), splat(vector, LANES.bit_length() - 1))
+    mean = _sum(b, centers, b.add)
+    # Keys between two guesses say how far apart keys are.
+    bottom, top, count_bottom, count_top = (b.load(x) for x in (low, high, from_low, above_high))
+    apart = b.fdiv(line.distance(bottom, top), line.count(b.sub(count_bottom, count_top)))
+    measured = b.and_(
+        b.and_(some, b.fcmp_ordered("<", apart, line.constant(1e30))), b.icmp_unsigned("!=", bottom, zeros)
+    )
+    measured = b.and_(measured, b.icmp_unsigned("!=", top, ones))
+    spread = line.mean(b.select(measured, apart, line.scalar(spacing)))
+    wide = mean if mean.type == _WORD else b.zext(mean, _WORD)
+    return _Found(planes, limits, ties, cgutils.pack_struct(b, [wide, spread]))
+
+
+NEXT: Any = types.Tuple((types.uint64, types.float64))
+"""The guess and the spacing with which the next search starts."""
+
+
+def _each(b: Builder, found: _Found, rows: Value, use: Callable[[Value, Value, Value], None]) -> None:
+    """``use(row, limit, ties)`` for each row."""
+    limits, ties = (b.bitcast(place, place.type.pointee.element.as_pointer()) for place in (found.limits, found.ties))
+    with cgutils.for_range(b, rows) as loop:
+        limit, left = (b.load(b.gep(place, [loop.index])) for place in (limits, ties))
+        use(loop.index, limit if limit.type == _WORD else b.zext(limit, _WORD), b.sext(left, _WORD))
+
+
+@cache
+def mark_rows(signed: bool) -> Any:
+    """``(keys, start, n, rows, keep, r, mask, at, guess, spacing)``: mask of the `keep[r]` first-ranked of each row.
+
+    Of up to `LANES` rows of n keys, which lie one after the other. Returns where to start the `NEXT` search.
+    """
+
+    def emit(
+        b: Builder, keys: Value, n: Value, rows: Value, keep: Value, mask: Value, guess: Value, spacing: Value
+    ) -> Value:
+        found = _search(b, keys, n, n, rows, keep, guess, spacing, signed)
+
+        def mark(row: Value, limit: Value, ties: Value) -> None:
+            at = b.mul(row, n)
+            emit_mark(b, b.gep(keys, [at]), n, limit, ties, b.gep(mask, [at]))
+
+        _each(b, found, rows, mark)
+        return found.next
+
+    return step(emit, 10, NEXT)
+
+
+@cache
+def limits_of_rows(signed: bool) -> Any:
+    """``(keys, start, pitch, n, rows, keep, r, limits, l, ties, t, guess, spacing)``: as `mark_rows`, limits and ties.
+
+    Those of `LANES` rows are written, which lie so far apart.
+    """
+
+    def emit(
+        b: Builder, keys: Value, pitch: Value, n: Value, rows: Value, keep: Value, limits: Value, ties: Value,
+        guess: Value, spacing: Value,
+    ) -> Value:  # fmt: skip
+        found = _search(b, keys, pitch, n, rows, keep, guess, spacing, signed)
+        store(b, b.load(found.limits), limits)
+        store(b, b.load(found.ties), ties)
+        return found.next
+
+    return step(emit, 13, NEXT)
+
+
+@cache
+def kth_of_rows(signed: bool) -> Any:
+    """``(keys, start, n, rows, keep, r, found, f, guess, spacing)``: as `mark_rows`, the `keep[r]`-th largest keys."""
+
+    def emit(
+        b: Builder, keys: Value, n: Value, rows: Value, keep: Value, target: Value, guess: Value, spacing: Value
+    ) -> Value:
+        found = _search(b, keys, n, n, rows, keep, guess, spacing, signed)
+        kth, _ = found.planes.neighbours_of(b, b.load(found.limits))
+
+        def put(row: Value, key: Value, ties: Value) -> None:
+            b.store(key if key.type == target.type.pointee else b.trunc(key, target.type.pointee), b.gep(target, [row]))
+
+        _each(b, found._replace(limits=_stored(b, kth)), rows, put)
+        return found.next
+
+    return step(emit, 10, NEXT)
