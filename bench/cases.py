@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from bench.peers import PEERS, installed
-from npscope import BlockSpec, ScopeSpec, hard_threshold, topk_mask
+from npscope import BlockSpec, ScopeSpec, block_mask, hard_threshold, topk_mask
 from npscope.bench import CASES as QUICK
 from npscope.bench import TABLE as CORE
 from npscope.bench import Case, Setup, numpy_keep_largest, numpy_norms, split
@@ -36,12 +36,40 @@ def _numpy_topk_mask(case: Case, x: np.ndarray) -> Call:
     return lambda: x >= np.partition(x, k, axis=-1)[:, k, None]
 
 
+def _numpy_block_mask(case: Case, x: np.ndarray) -> Call:
+    n, kept, norms = case.blocks_per_scope(x), case.nnz(x), numpy_norms(case, x)
+    scopes = (*[1] * (x.ndim - 1), n)
+
+    def call() -> np.ndarray:
+        table = split(norms(), scopes)
+        mask: np.ndarray = table >= np.partition(table, n - kept, axis=-1)[..., n - kept, None]
+        return mask.reshape(case.grid(x))
+
+    return call
+
+
+def _get_masks(case: Case, x: np.ndarray) -> Call:
+    leaf = BlockSpec(x, case.block)
+    masks = partial(ScopeSpec(leaf, case.scope).get_masks, case.nnz(x))
+    return lambda: masks()[leaf]
+
+
+def _numpy_element_masks(case: Case, x: np.ndarray) -> Call:
+    mask = _numpy_block_mask(case, x)
+    return lambda: np.repeat(np.repeat(mask(), case.block[0], axis=0), case.block[1], axis=1)
+
+
 MORE: dict[str, dict[str, Setup]] = {
     "ScopeSpec.hard_threshold": {"npscope": _spec, "numpy": numpy_keep_largest},
     "hard_threshold": {
         "npscope": lambda case, x: partial(hard_threshold, x, HARD, case.block, out=x),
         "numpy": _numpy_hard_threshold,
     },
+    "block_mask": {
+        "npscope": lambda case, x: partial(block_mask, x, case.nnz(x), case.block, case.scope),
+        "numpy": _numpy_block_mask,
+    },
+    "ScopeSpec.get_masks": {"npscope": _get_masks, "numpy": _numpy_element_masks},
     "topk_mask": {
         "npscope": lambda case, x: partial(topk_mask, x, case.nnz(x)),
         "numpy": _numpy_topk_mask,
@@ -73,6 +101,8 @@ WARM: list[Case] = [
     _quick["2:4"],
     Case("4:8", "N:M", "keep_largest", (1, 1), (1, 8), passes=1, bar=0.5),
     Case("8:16", "N:M", "keep_largest", (1, 1), (1, 16), passes=1, bar=0.4),
+    Case("16:32", "N:M", "keep_largest", (1, 1), (1, 32), passes=1),
+    Case("64:128", "N:M", "keep_largest", (1, 1), (1, 128), passes=1),
     Case("1 of 4 blocks of 1x4", "N:M", "keep_largest", (1, 4), (1, 4), keep=1, passes=1, bar=0.6),
     Case(
         "3x3 kernels, half per filter", "large scopes", "keep_largest",
@@ -100,9 +130,17 @@ WARM: list[Case] = [
         "1 of 4 blocks of 1x4, transposed view", "other layouts", "keep_largest",
         (1, 4), (1, 4), keep=1, passes=1, transposed=True,
     ),
+    Case("4x4 norms, transposed view", "other layouts", "block_norms", (4, 4), reads=1, passes=1 / 16, transposed=True),
+    Case(
+        "rows of 1024, half, transposed view", "other layouts", "keep_largest",
+        (1, 1), (1, 1024), passes=1, transposed=True,
+    ),
     Case("soft 4x4, transposed view", "other layouts", "soft_threshold", (4, 4), passes=1, transposed=True),
     Case("2:4, ScopeSpec", "objects", "ScopeSpec.hard_threshold", scope=(1, 4), passes=1),
     Case("hard 4x4", "thresholds", "hard_threshold", (4, 4), passes=1),
+    Case("mask of 2:4", "masks", "block_mask", scope=(1, 4), reads=1, passes=0.25),
+    Case("mask of 2:4, transposed view", "masks", "block_mask", scope=(1, 4), reads=1, passes=0.25, transposed=True),
+    Case("element masks of 4x4", "masks", "ScopeSpec.get_masks", (4, 4), (1, -1), reads=1, passes=0.25),
     Case("top half of rows of 1024", "masks", "topk_mask", scope=(1, -1), reads=1, passes=0.25),
 ]  # fmt: skip
 

@@ -94,7 +94,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 def _norms(case: Case, x: Any) -> Call:
     xp = array_namespace(x)
-    out = xp.empty(case.grid(x), dtype=getattr(xp, kind_of(x.dtype).norm))
+    out = xp.empty_like(x, dtype=getattr(xp, kind_of(x.dtype).norm), shape=case.grid(x))
     return partial(block_norms, x, case.block, ord=case.ord, out=out)
 
 

@@ -23,13 +23,19 @@ from bench import cases, cuda_report, suite, tables
 from bench.peers import installed
 
 TINY = core.Plan(mib=1 / 64, slow_mib=1 / 64, rounds=3, seconds=0.01)
+MASKS = ("block_mask", "ScopeSpec.get_masks", "topk_mask")
 ENTRIES = [(case, library) for case in (*cases.WARM, *cases.SMALL) for library in cases.ALL[case.operation]]
 
 
 def distinct(case: core.Case, rng: np.random.Generator) -> np.ndarray:
     """Data without equal magnitudes in an array that the case's blocks cut, in its dtype."""
-    row = tuple(min(n, 64) for n in case.row) if case.block != (1, 1024) and len(case.row) == 1 else case.row
-    shape = (32, *(min(n, 16) if len(row) > 1 and i == 0 else n for i, n in enumerate(row)))
+    scope = case.block[-1] * case.scope[-1]  # along the last axis of what is worked on
+    few = max(64, scope if not case.transposed else 0)
+    row = tuple(min(n, few) for n in case.row) if case.block != (1, 1024) and len(case.row) == 1 else case.row
+    shape = (
+        max(32, scope) if case.transposed else 32,
+        *(min(n, 16) if len(row) > 1 and i == 0 else n for i, n in enumerate(row)),
+    )
     size = int(np.prod(shape))
     if case.dtype in ("float16", "bfloat16"):  # 0x3000 .. are ordinary numbers of either
         bits = rng.permutation(0x3000 + np.arange(size, dtype=np.uint16)) | (rng.integers(0, 2, size) << 15)
@@ -44,7 +50,7 @@ def result_of(case: core.Case, setup: core.Setup, data: np.ndarray) -> np.ndarra
     work = data.copy()
     call = setup(case, work.T if case.transposed else work)
     given = call()
-    if case.operation in ("block_norms", "kth_largest", "topk_mask"):
+    if case.operation in ("block_norms", "kth_largest", *MASKS):
         return np.asarray(given.float() if str(getattr(given, "dtype", "")) == "torch.bfloat16" else given)
     return work
 
@@ -63,7 +69,7 @@ def test_every_contender_agrees_with_the_reference(case, library, rng):
             pytest.skip("sparsekit selects in many scopes on a GPU only")
         raise
     assert got.shape == expected.shape
-    if case.operation in ("keep_largest", "ScopeSpec.hard_threshold", "hard_threshold", "topk_mask"):
+    if case.operation in ("keep_largest", "ScopeSpec.hard_threshold", "hard_threshold", *MASKS):
         assert np.array_equal(got, expected)
         kept = np.count_nonzero(expected) / expected.size
         assert 0 < kept < 1, "a case that keeps all or nothing shows nothing"
