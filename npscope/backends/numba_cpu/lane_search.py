@@ -23,12 +23,14 @@ from npscope.backends.numba_cpu.vectors import (
     Value,
     broadcast,
     call,
+    first_lanes,
     load,
     planes_of,
     shuffle,
     splat,
     step,
     store,
+    store_masked,
     vector_of,
 )
 
@@ -68,22 +70,43 @@ class _Planes(NamedTuple):
     whole: Value
 
     @classmethod
-    def of_rows(cls, b: Builder, keys: Value, pitch: Value, n: Value, rows: Value) -> _Planes:
-        """Of `rows` scopes of n keys, so far apart. Lanes for which there is none repeat the last one."""
+    def _on_stack(cls, b: Builder, keys: Value, n: Value) -> _Planes:
+        """A place for n planes of such keys."""
         vector = vector_of(keys.type.pointee.width, LANES)
         start = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(vector, MOST_KEYS)), vector.as_pointer())
+        return cls(start, n, b.and_(b.add(n, _WORD(LANES - 1)), _WORD(-LANES)))
+
+    def _end(self, b: Builder) -> None:
+        """Write the zeros."""
+        with cgutils.for_range(b, b.sub(self.whole, self.n)) as loop:
+            b.store(_sign(self.start.type.pointee), b.gep(self.start, [b.add(self.n, loop.index)]))
+
+    @classmethod
+    def of_planes(cls, b: Builder, keys: Value, pitch: Value, n: Value) -> _Planes:
+        """Of scopes whose j-th keys lie side by side, and so far from the next ones."""
+        planes = cls._on_stack(b, keys, n)
+        vector = planes.start.type.pointee
+        with cgutils.for_range(b, n) as loop:
+            plane = load(b, b.gep(keys, [b.mul(loop.index, pitch)]), vector)
+            b.store(b.xor(plane, _sign(vector)), b.gep(planes.start, [loop.index]))
+        planes._end(b)
+        return planes
+
+    @classmethod
+    def of_rows(cls, b: Builder, keys: Value, pitch: Value, n: Value, rows: Value) -> _Planes:
+        """Of `rows` scopes of n keys, so far apart. Lanes for which there is none repeat the last one."""
+        planes = cls._on_stack(b, keys, n)
+        start, whole, vector = planes.start, planes.whole, planes.start.type.pointee
         last = b.sub(rows, _WORD(1))
         lanes = [call(b, "llvm.smin.i64", _WORD, [_WORD(lane), last]) for lane in range(LANES)]
         places = [b.gep(keys, [b.mul(lane, pitch)]) for lane in lanes]
-        whole = b.and_(b.add(n, _WORD(LANES - 1)), _WORD(-LANES))
         with cgutils.for_range(b, b.udiv(whole, _WORD(LANES))) as loop:
             first = b.mul(loop.index, _WORD(LANES))
             tile = [load(b, b.gep(place, [first]), vector) for place in places]
             for j, plane in enumerate(planes_of(b, tile)):
                 b.store(b.xor(plane, _sign(vector)), b.gep(start, [b.add(first, _WORD(j))]))
-        with cgutils.for_range(b, b.sub(whole, n)) as loop:
-            b.store(_sign(vector), b.gep(start, [b.add(n, loop.index)]))
-        return cls(start, n, whole)
+        planes._end(b)
+        return planes
 
     def count_from(self, b: Builder, border: Value) -> Value:
         """How many keys of each lane are at least its border, which no zero is.
@@ -206,20 +229,10 @@ class _Found(NamedTuple):
     next: Value
 
 
-def _search(
-    b: Builder,
-    keys: Value,
-    pitch: Value,
-    n: Value,
-    rows: Value,
-    keep: Value,
-    guess: Value,
-    spacing: Value,
-    signed: bool,
-) -> _Found:
-    """Of up to `LANES` scopes of n keys, so far apart, of which `keep` says how many are kept."""
-    planes = _Planes.of_rows(b, keys, pitch, n, rows)
-    line = _Line(b, keys.type.pointee.width, signed)
+def _search(b: Builder, planes: _Planes, keep: Value, guess: Value, spacing: Value, signed: bool) -> _Found:
+    """The limits of scopes of which `keep` says how many are kept."""
+    n = planes.n
+    line = _Line(b, planes.start.type.pointee.element.width, signed)
     vector = line.vector
     zeros, one, ones, none = splat(vector, 0), splat(vector, 1), splat(vector, -1), splat(_COUNTS, 0)
     every = broadcast(b, b.trunc(n, INT32), LANES)
@@ -307,7 +320,7 @@ def mark_rows(signed: bool) -> Any:
     def emit(
         b: Builder, keys: Value, n: Value, rows: Value, keep: Value, mask: Value, guess: Value, spacing: Value
     ) -> Value:
-        found = _search(b, keys, n, n, rows, keep, guess, spacing, signed)
+        found = _search(b, _Planes.of_rows(b, keys, n, n, rows), keep, guess, spacing, signed)
 
         def mark(row: Value, limit: Value, ties: Value) -> None:
             at = b.mul(row, n)
@@ -317,6 +330,38 @@ def mark_rows(signed: bool) -> Any:
         return found.next
 
     return step(emit, 10, NEXT)
+
+
+@cache
+def mark_planes(signed: bool) -> Any:
+    """``(keys, start, pitch, n, rows, keep, r, mask, at, guess, spacing)``: as `mark_rows`, side by side.
+
+    The j-th keys of all rows, and their masks, lie so far from the next ones.
+    """
+
+    def emit(
+        b: Builder, keys: Value, pitch: Value, n: Value, rows: Value, keep: Value, mask: Value, guess: Value,
+        spacing: Value,
+    ) -> Value:  # fmt: skip
+        found = _search(b, _Planes.of_planes(b, keys, pitch, n), keep, guess, spacing, signed)
+        limits = b.load(found.limits)
+        left = _stored(b, b.load(found.ties))
+        partial, some = b.icmp_signed("<", rows, _WORD(LANES)), first_lanes(b, rows, LANES)
+        with cgutils.for_range(b, n) as loop:
+            own = b.xor(b.load(b.gep(found.planes.start, [loop.index])), _sign(limits.type))
+            equal, ties = b.icmp_unsigned("==", own, limits), b.load(left)
+            early = b.and_(equal, b.icmp_signed(">", ties, splat(_COUNTS, 0)))
+            b.store(b.add(ties, b.sext(equal, _COUNTS)), left)
+            kept = b.zext(b.or_(b.icmp_unsigned(">", own, limits), early), vector_of(8, LANES))
+            there = b.gep(mask, [b.mul(loop.index, pitch)])
+            with b.if_else(partial, likely=False) as (few, all_):
+                with few:
+                    store_masked(b, kept, there, some)
+                with all_:
+                    store(b, kept, there)
+        return found.next
+
+    return step(emit, 11, NEXT)
 
 
 @cache
@@ -330,7 +375,7 @@ def limits_of_rows(signed: bool) -> Any:
         b: Builder, keys: Value, pitch: Value, n: Value, rows: Value, keep: Value, limits: Value, ties: Value,
         guess: Value, spacing: Value,
     ) -> Value:  # fmt: skip
-        found = _search(b, keys, pitch, n, rows, keep, guess, spacing, signed)
+        found = _search(b, _Planes.of_rows(b, keys, pitch, n, rows), keep, guess, spacing, signed)
         store(b, b.load(found.limits), limits)
         store(b, b.load(found.ties), ties)
         return found.next
@@ -345,7 +390,7 @@ def kth_of_rows(signed: bool) -> Any:
     def emit(
         b: Builder, keys: Value, n: Value, rows: Value, keep: Value, target: Value, guess: Value, spacing: Value
     ) -> Value:
-        found = _search(b, keys, n, n, rows, keep, guess, spacing, signed)
+        found = _search(b, _Planes.of_rows(b, keys, n, n, rows), keep, guess, spacing, signed)
         kth, _ = found.planes.neighbours_of(b, b.load(found.limits))
 
         def put(row: Value, key: Value, ties: Value) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.jit import merged, standalone
-from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, kth_of_rows, limits_of_rows, mark_rows
+from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, kth_of_rows, limits_of_rows, mark_planes, mark_rows
 from npscope.backends.numba_cpu.scalars import (
     float_of_signed_key,
     greatest,
@@ -225,9 +225,29 @@ def finder(signed: bool) -> Any:
     return find_in_lanes
 
 
+@cache
+def plane_selector(group: int, signed: bool) -> Any:
+    """As a `selector`, for keys in planes, and masks: the first of all scopes, the second, ... `group` is not 0."""
+    return _lanes_of_planes(signed) if group == IN_LANES else _rank_planes
+
+
+def _lanes_of_planes(signed: bool) -> Any:
+    mark_lanes = mark_planes(signed)
+
+    @standalone
+    def select_in_planes(
+        keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float
+    ) -> tuple[Any, float]:
+        for r in range(0, rows, LANES):
+            some = least(LANES, rows - r)
+            guess, spacing = mark_lanes(keys, r, rows, n, some, keep, r, mask, r, guess, spacing)
+        return guess, spacing
+
+    return select_in_planes
+
+
 @standalone
-def rank_planes(keys: Any, rows: int, n: int, keep: Any, mask: Any) -> None:
-    """As a `selector` of small groups does, for keys in planes: the first of all groups, the second, ..."""
+def _rank_planes(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float) -> tuple[Any, float]:
     ranks = mask.view(np.uint8)
     for j in range(n):
         own = j * rows
@@ -244,3 +264,4 @@ def rank_planes(keys: Any, rows: int, n: int, keep: Any, mask: Any) -> None:
     for j in range(n):
         for r in range(rows):
             mask[np.uintp(j * rows + r)] = ranks[np.uintp(j * rows + r)] < keep[np.uintp(r)]
+    return guess, spacing

@@ -224,12 +224,10 @@ def _planes_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
     rows, limits = ranking.rows_of_planes(0, source), nk.numbers_over(counts, 1, np.dtype(np.int64))
     in_planes = written.place.side_by_side
     target = written.block_by_block() if in_planes else written
-    as_they_lie, measured = ranking.group > 0 and in_planes, 0 if ranking.parts[0].elements == 1 else rows
-    steps = (
-        source.read,
-        0 if as_they_lie else strips.selector_address(ranking.group, ranking.key, ranking.signed),
-        writer_of(target),
-    )
+    as_they_lie, measured = ranking.group != 0 and in_planes, 0 if ranking.parts[0].elements == 1 else rows
+    selector_address = strips.plane_selector_address if as_they_lie else strips.selector_address
+    select = selector_address(ranking.group, ranking.key, ranking.signed)
+    steps = source.read, select, writer_of(target)
 
     def make_kernel() -> Callable[[int, int], None]:
         loan = _scratch(ranking, rows, limits, measured=measured)
@@ -237,8 +235,8 @@ def _planes_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
 
         def run(s0: int, s1: int) -> None:
             strips.keep_in_planes(
-                *steps, source.where, target.where, in_planes, limits, s0, s1, ranking.blocks, ranking.scopes, rows,
-                turned.work.keys, turned.work.plane, loan.work.all,
+                *steps, source.where, target.where, in_planes, as_they_lie, limits, s0, s1, ranking.blocks,
+                ranking.scopes, rows, turned.work.keys, turned.work.plane, loan.work.all,
             )  # fmt: skip
 
         return run

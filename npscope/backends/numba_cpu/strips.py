@@ -116,6 +116,13 @@ def selector_address(group: int, key: np.dtype, signed: bool) -> int:
 
 
 @cache
+def plane_selector_address(group: int, key: np.dtype, signed: bool) -> int:
+    """Where the code of a `search.plane_selector` is, for keys of this dtype."""
+    select = search.plane_selector(group, signed)
+    return address_of(select, array_of(key), *_RANGE, _KEEP, _MASK, types.uint64, types.float64, result=_NEXT)
+
+
+@cache
 def limiter_address(key: np.dtype, signed: bool) -> int:
     """Where the code of a `search.limiter` is, for keys of this dtype."""
     rows = types.int64, types.int64, types.int64, _KEEP, array_of(key), array_of(np.int32)
@@ -356,12 +363,12 @@ def read_in_planes(
 
 @kernel
 def keep_in_planes(
-    read: int, select: int, write: int, source: Any, target: Any, in_planes: bool, counts: Numbers, s0: int, s1: int,
-    n: int, scopes: int, rows: int, turned: Any, plane: Any, scratch: Any,
+    read: int, select: int, write: int, source: Any, target: Any, in_planes: bool, as_they_lie: bool, counts: Numbers,
+    s0: int, s1: int, n: int, scopes: int, rows: int, turned: Any, plane: Any, scratch: Any,
 ) -> None:  # fmt: skip
     """As `keep_in_scopes`, for scopes that lie side by side: their blocks are numbered block by block of all `scopes`.
 
-    Those of `target` too if it is written `in_planes`. If `select` is 0, which needs that, they are ranked as they lie.
+    Those of `target` too if it is written `in_planes`. Then they may be ranked `as_they_lie`, by a `plane_selector`.
     """
     keys, mask, keep, _sums, _norms, _making = scratch
     guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
@@ -370,13 +377,13 @@ def keep_in_planes(
         count = stop - s
         load_numbers(*counts, s, stop, keep)
         _read_planes(read, source, s, stop, n, scopes, scratch)
-        if select == 0:
-            search.rank_planes(keys, count, n, keep, mask)
+        if as_they_lie:
+            guess, spacing = _call_selector(select, keys, count, n, keep, mask, guess, spacing)
         else:
             _deal(turned, count, n, keys, 0)
             guess, spacing = _call_selector(select, turned, count, n, keep, mask, guess, spacing)
         for j in range(n if in_planes else 0):
-            if select == 0:
+            if as_they_lie:
                 kept = mask[j * count :]
             else:
                 kept = plane
