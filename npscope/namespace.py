@@ -163,8 +163,9 @@ def block_norms(x: Array, block: Block, *, ord: float = 2, out: Array | None = N
             dtype = np.dtype(norm) if op.is_numpy(x) else getattr(array_namespace(x), norm)
             op.as_destination(out, x, blocks.grid, dtype)
         # Blocks are measured in any order, so in that of memory: to turn the norms of a view takes as long as they do.
-        axes, (x, place) = op.in_memory_order(x, out)
+        axes, place = op.axes_in_memory(x), out
         if axes is not None:
+            x, place = x.transpose(axes), None if out is None else out.transpose(axes)
             geometry, blocks, _ = array_cut(tuple(x.shape), permuted(blocks.tile, axes))
         table = None if place is None else op.as_table(place)
         result = backend.norms(_one(Leaf(x, geometry)), p, table)

@@ -215,18 +215,12 @@ def mask_like(x: Any, shape: tuple[int, ...], cut: Cut) -> Leaf | None:
     return Leaf(np.empty_like(x, np.bool_, subok=False, shape=shape), cut) if is_numpy(x) else None
 
 
-def in_memory_order(x: Any, *others: Any) -> tuple[tuple[int, ...] | None, list[Any]]:
-    """(axes, arrays): the axes of a NumPy array, longest strides first, and all arrays with their axes in that order.
-
-    None for `axes` where that is the order that they have.
-    """
-    arrays = [x, *others]
+def axes_in_memory(x: Any) -> tuple[int, ...] | None:
+    """The axes of a NumPy array, longest strides first; None if that is their order, and for other arrays."""
     if not is_numpy(x) or x.flags.c_contiguous:
-        return None, arrays
+        return None
     axes = tuple(sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])))
-    if axes == tuple(range(x.ndim)):
-        return None, arrays
-    return axes, [None if array is None else array.transpose(axes) for array in arrays]
+    return None if axes == tuple(range(x.ndim)) else axes
 
 
 def as_table(place: Any) -> Any:

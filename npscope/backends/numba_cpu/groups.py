@@ -24,7 +24,8 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
     n = origin.cut.blocks
     if origin.cut.elements > 1 or leaf.cut.elements > 1 or not 1 < n <= MAX_GROUP:
         return None
-    counts, read, written = keep.array, Operand(origin), Operand(leaf)
+    counts, written = keep.array, Operand(leaf)
+    read = written if origin.array is leaf.array else Operand(origin)
     form = None if read.kind is None else format_of(read.kind)
     if form is None or read.few or (any(counts.strides) and counts.size > 1):
         return None
@@ -43,7 +44,7 @@ def _adjacent_job(read: Operand, written: Operand, form: Format, n: int, k: int)
     size = vector_selection.group_lanes(form, n)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [[np.empty(size, dtype=x.place.unit) for x in (read, written)] for _ in range(slots)]
+        works = [(np.empty(size, read.place.unit), np.empty(size, written.place.unit)) for _ in range(slots)]
 
         def work(slot: int, s0: int, s1: int) -> None:
             kernel(

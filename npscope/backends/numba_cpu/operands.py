@@ -151,6 +151,9 @@ class Placement:
         self.side_by_side = self._side_by_side()
         self.across = self.side_by_side and cut.elements == 1
         self.layout = self._layout()
+        # Whether blocks are single elements, adjacent in each line; or of scopes side by side, adjacent in each row.
+        self.is_line_by_line = cut.elements == 1 and (self.width == 1 or int(self.grid[1, -1]) == 1)
+        self.lies_in_columns = self.across and int(self.nests[0][1, -1]) == 1
 
     def _side_by_side(self) -> bool:
         """Whether scopes lie next to each other, and the blocks of each apart."""
@@ -223,19 +226,9 @@ class Operand:
         cut = self.cut
         return Operand(Leaf(self.array, Cut.of((*cut.block, *cut.scope), (), cut.element)))
 
-    @property
-    def is_line_by_line(self) -> bool:
-        """Whether blocks are single elements, and adjacent in each line."""
-        return self.size == 1 and (self.place.width == 1 or int(self.grid[1, -1]) == 1)
-
-    @property
-    def lies_in_columns(self) -> bool:
-        """Whether blocks are single elements of scopes that lie side by side, and those of each row adjacent."""
-        return self.across and int(self.place.nests[0][1, -1]) == 1
-
     def lines_hold(self, n: int) -> bool:
         """Whether blocks are single elements that lie line by line, and whole groups of n of them in each line."""
-        return self.is_line_by_line and not self.bytewise and self.place.width % n == 0
+        return self.place.is_line_by_line and not self.bytewise and self.place.width % n == 0
 
     @property
     def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:

@@ -244,7 +244,9 @@ def cutter_of(ranking: Ranking, p: int, written: Operand | None) -> int | None:
     if written is None or read is None or ranking.parts[p].elements > 1 or ranking.width != read.form.bits:
         return None
     marks = written.codec is None
-    if not (written.is_line_by_line if marks else written.layout is not None and written.layout.form == read.form):
+    if not (
+        written.place.is_line_by_line if marks else written.layout is not None and written.layout.form == read.form
+    ):
         return None
     cut = strips.cutter(read.form, ranking.ord is None, marks)
     return strips.cutter_address(cut, leaf.place.unit, written.place.unit)
@@ -271,7 +273,9 @@ def surveyor_of(ranking: Ranking, p: int) -> tuple[int, int]:
 def columns_cutter_of(ranking: Ranking, turner: Turner, written: Operand) -> int | None:
     """As `cutter_of`, where scopes lie side by side and their elements are turned when they are read."""
     marks = written.codec is None
-    if not (written.lies_in_columns if marks else turned_form(written, ranking.blocks, ranking.width) == turner.form):
+    if not (
+        written.place.lies_in_columns if marks else turned_form(written, ranking.blocks, ranking.width) == turner.form
+    ):
         return None
     cut = side_by_side.columns_cutter(turner.form, ranking.ord is None, marks)
     read = ranking.parts[0].leaves[0].place.unit
