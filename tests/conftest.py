@@ -10,6 +10,7 @@ import gc
 import importlib
 import importlib.util
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -48,7 +49,22 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+def mark_all_but_a_sample(items: list[pytest.Item]) -> None:
+    """Mark slow all but one of n cases of every test marked ``sampled(n)``, whose names have the smallest checksums."""
+    cases: dict[str, list[tuple[int, pytest.Item]]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") is not None and item.get_closest_marker("slow") is None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append((zlib.crc32(item.nodeid.encode()), item))
+    for found in cases.values():
+        marker = found[0][1].get_closest_marker("sampled")
+        assert marker is not None
+        for _, item in sorted(found, key=lambda pair: pair[0])[-(-len(found) // marker.args[0]) :]:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest picks tests by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_all_but_a_sample(items)
     if not wants_slow(config):
         for item in items:
             if "slow" in item.keywords:

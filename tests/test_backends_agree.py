@@ -74,6 +74,7 @@ def test_numba_equals_reference_10000(seed):
     compare(seed, 500)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("shape", "block", "scope", "nnz"),
@@ -98,6 +99,7 @@ def test_larger_problems_at_any_thread_count(kind, shape, block, scope, nnz):
                 assert same_bits(npscope.keep_largest(array, nnz, block, scope), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", ["float16", "bfloat16", "float8_e5m2", "float8_e4m3fn", "int8", "int16", "int64", "uint64"]
 )
@@ -177,6 +179,7 @@ GROUPS = {(n, name) for n in range(2, 18) for name in ("float32", "bfloat16", "f
 FEW_GROUPS = {(n, "float32") for n in (2, 3, 8, 16, 17)} | {(4, "bfloat16"), (5, "float64"), (7, "int8")}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["normal", "two_valued"])
 @pytest.mark.parametrize(
     ("n", "name"),

@@ -208,6 +208,7 @@ PATTERNS = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["out-in", "in-out"])
 @pytest.mark.parametrize(("pattern", "axis"), PATTERNS)
 def test_slabs_and_passes_do_not_change_the_result(

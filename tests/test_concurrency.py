@@ -211,6 +211,7 @@ COUPLED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals")
 @pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("threads", [1, 2])

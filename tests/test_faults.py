@@ -183,12 +183,14 @@ def every_call(
     raise AssertionError("there is no end of calls")
 
 
+@pytest.mark.sampled(2)
 def test_case86_any_call_fails(scene: Scene) -> None:
     for found, code in every_call(scene, error):
         assert code == 3, found.met
         scene.check(strays=False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("start", [1, 2, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 4, 5))])
 def test_case86_any_call_fails_after_it_did_its_work(scene: Scene, start: int) -> None:
     for found, code in every_call(scene, done_and_error, start=start, step=5):
@@ -197,6 +199,7 @@ def test_case86_any_call_fails_after_it_did_its_work(scene: Scene, start: int) -
         scene.check_next_run()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("start", [1, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 3, 4, 5))])
 def test_case85_a_disk_that_fails_from_some_call_on(scene: Scene, start: int) -> None:
     for found, code in every_call(scene, error, last=float("inf"), start=start, step=5):
@@ -205,6 +208,7 @@ def test_case85_a_disk_that_fails_from_some_call_on(scene: Scene, start: int) ->
         scene.check_next_run()
 
 
+@pytest.mark.sampled(2)
 def test_case83_a_signal_in_any_call(scene: Scene) -> None:
     for found, code in every_call(scene, interrupt):
         assert code == 143, found.met
@@ -271,6 +275,7 @@ def test_case83_a_signal_between_any_two_instructions(tmp_path: Path, kind: str,
     assert at > 300
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "way", [error, *(pytest.param(way, marks=pytest.mark.slow) for way in (done_and_error, interrupt))]
 )
@@ -358,6 +363,7 @@ def in_a_child(job: Callable[[], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("start", "step"), [(1, 5), *(pytest.param(at, 5, marks=pytest.mark.slow) for at in (2, 3, 4, 5))]
 )

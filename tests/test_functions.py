@@ -285,6 +285,7 @@ def test_odd_shapes(xp, shape):
     assert xp.call(npscope.hard_threshold, x, 3.0, block).sum() == 0
 
 
+@pytest.mark.sampled(2)
 def test_results_are_plain_arrays_in_native_order_where_new(backend, any_dtype):
     x = hostile("normal", (4, 6), any_dtype.name, 2)
     assert type(npscope.block_norms(x, (2, 2))) is np.ndarray

@@ -23,6 +23,7 @@ def of_reference(call, *arguments, **named):
         return call(*arguments, **named)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ord", [1, 2, np.inf])
 @pytest.mark.parametrize(
     ("shape", "block", "dtype"),
@@ -136,6 +137,7 @@ def test_one_threshold_for_all_where_the_last_block_needs_a_closer_look(rng, dty
         assert np.array_equal(got == 0, expected == 0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("run", "dtype", "ord"),
     [

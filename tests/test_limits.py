@@ -112,6 +112,7 @@ def best(norms: list[np.ndarray], keep: int, bounds: list[tuple[int, int]]) -> l
     return [mask.reshape(n.shape) for mask, n in zip(masks, norms, strict=True)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("means")
 @pytest.mark.parametrize("layout", ["out-in", "in-out"])
 @pytest.mark.parametrize(
@@ -188,6 +189,7 @@ def test_a_budget_of_float64_and_float32(tmp_path: Path) -> None:
     assert result["b"].reshape(-1)[:36].all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("means")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("text", ["1x1@0.9", "2x2@0", "2x2@1", "block=1x2 scope=-1x2 keep=16"])

@@ -60,6 +60,7 @@ def elements(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
 # --- what is in the file -------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("pattern", ["2:4", "4x1@0.5", "1x1@0.7", "block=1x3 scope=2x2 keep=1"])
 @pytest.mark.parametrize("layout", ["out-in", "in-out"])
 @pytest.mark.parametrize("passes", [1, 2])

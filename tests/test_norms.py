@@ -96,6 +96,7 @@ def near_midpoints(
     return blocks, sides
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ord", [1, 2])
 @pytest.mark.parametrize("scale", [-100, -30, 0, 20])
@@ -132,6 +133,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("exponent", [-149, -140, -60, 0, 90])
 def test_exact_sums_round_to_even(backend, rng, block, exponent):
@@ -167,6 +169,7 @@ def test_a_crumb_beside_a_midpoint(backend, rng, block, crumb):
     assert same_bits(got, np.where(lone, 2.0**127, expected).astype(np.float32))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ord", [1, 2])
 @pytest.mark.parametrize("block", [(1, 4), (4, 1), (1, 3), (4, 4), (1, 16), (2, 17), (16, 1), (1, 64)])
 def test_sums_that_float64_rounds_across_a_midpoint(backend, rng, block, ord):
@@ -250,6 +253,7 @@ def test_long_blocks(backend, rng, length, ord):
 # --- range, dtypes, exact cases -------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "complex64", "complex128"])
 @pytest.mark.parametrize("ord", [1, 2, 3.0])
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.45, 0.55, 0.9, 0.97])
@@ -273,6 +277,7 @@ def test_tiny_orders(xp, name, ord):
     assert got.tolist() == [math.inf, math.inf, 5, 0, math.inf]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ord", [1, 2, math.inf, 3, 0.5])
 def test_one_element_is_its_magnitude(xp, any_dtype, ord):
     xp.require(any_dtype.name)
@@ -286,6 +291,7 @@ def test_one_element_is_its_magnitude(xp, any_dtype, ord):
         assert got.tolist() == expected
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [n for n in ALL_DTYPES if n.startswith(("int", "uint"))])
 def test_extreme_integers(xp, name):
     xp.require(name)
@@ -331,6 +337,7 @@ def test_zeros_are_not_slow(name, ord):
     assert seconds[1] < 20 * seconds[0] + 0.02
 
 
+@pytest.mark.sampled(3)
 def test_sums_of_squares(xp, any_dtype):
     xp.require(any_dtype.name)
     x = hostile("normal", (6, 40), any_dtype.name, 5)

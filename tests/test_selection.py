@@ -204,6 +204,7 @@ def test_dropped_cells_are_plus_zero(xp, bad):
     assert not np.signbit(kept[0]).any()
 
 
+@pytest.mark.sampled(2)
 def test_all_and_none(xp, any_dtype):
     xp.require(any_dtype.name)
     x = hostile("nan_payloads" if any_dtype.name in NAN_BITS else "normal", (4, 6), any_dtype.name, 1)
@@ -378,6 +379,7 @@ SCALES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name",
     [
@@ -416,6 +418,7 @@ def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data
             np.testing.assert_array_equal(found[3], expected[3])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("elements", [0, 1 << 23], ids=["wide", "narrow"])
 @pytest.mark.parametrize("name", ["float32", "float16", "float64", "int8"])
 @pytest.mark.parametrize(("shape", "scope"), [((8, 640), (1, 4)), ((8, 640), (1, 16)), ((8, 640), (1, 32)),
@@ -454,6 +457,7 @@ def test_passes_over_large_scopes(monkeypatch, data):
                 assert 1 <= len(passes) <= 3, (elements, nnz, passes)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["float32", "float64", "float16", "int8", "int64"])
 @pytest.mark.parametrize("data", CROWDED)
 def test_large_scopes_of_crowded_keys(backend, data, name):
@@ -471,6 +475,7 @@ def test_large_scopes_of_crowded_keys(backend, data, name):
         assert same_bits(npscope.keep_largest(x, nnz, (1,), (-1,)), np.where(expected, x, x.dtype.type(0)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("n", "name"),
     [

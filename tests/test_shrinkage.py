@@ -75,6 +75,7 @@ def test_nan_blocks_stay_bit_for_bit(xp, name):
     assert_shrunk(got, x, (1, 3), 0.5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SHRINKABLE)
 def test_zero_threshold_is_the_identity(xp, name):
     xp.require(name)
@@ -92,6 +93,7 @@ def test_infinite_norms(xp):
     assert same_bits(got, np.asarray([[np.inf, 1.0], [0.0, 0.0], [0.0, 0.0], [-np.inf, -0.0]]))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("metric", [None, 1.0, 0.25])
 @pytest.mark.parametrize(
     ("name", "value"), [("float32", 3e38), ("bfloat16", 3e38), ("complex64", 3e38), ("float64", 1.7e308)]
@@ -145,6 +147,7 @@ def conditioners(kind: str, shape: tuple[int, ...], rng: np.random.Generator) ->
     return rng.uniform(0.5, 2, shape)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["ones", "mild", "clustered", "wide"])
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
 def test_conditioned_values(xp, rng, kind, name):
@@ -342,6 +345,7 @@ def assert_as_the_reference_has_it(x, t, block, h):
     np.testing.assert_array_max_ulp(*results, maxulp=1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "block", [(1, 2), (1, 3), (4, 4), (2, 8), (1, 16), (3, 16), (1, 48), (16, 1), (7, 9), (6, 500), (6, 1440)]
 )
@@ -511,6 +515,7 @@ def test_an_odd_block_far_into_an_array(rng, place, span):
     np.testing.assert_array_max_ulp(*results, maxulp=1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 @pytest.mark.parametrize("block", [(1, 2), (1, 3), (2, 4), (1, 32)])
 def test_every_number_of_16_bits_is_rounded(name, block):

@@ -100,6 +100,7 @@ PATTERNS = [
 SHAPES = [(24, 36), (12, 12, 12), (24, 12, 24), (12, 24, 2, 2)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("memory", ["whole", "pieces", "across pieces", "cut blocks", "parts of rows", "few counters"])
 @pytest.mark.parametrize("layout", ["out-in", "in-out"])
 @pytest.mark.parametrize(("pattern", "axis"), PATTERNS)
