@@ -113,6 +113,41 @@ def test_larger_problems_of_other_dtypes(name, kind):
             assert same_bits(npscope.keep_largest(x, nnz, block, scope), expected)
 
 
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", ["complex64", "complex128"])
+@pytest.mark.parametrize("kind", ["normal", "nan_payloads"])
+@pytest.mark.parametrize(
+    ("scope", "nnz"), [((1, 4), 2), ((4, 1), 2), ((1, 32), 20), ((-1, 1), 100), ((1, -1), 300), ((-1, -1), 60_000)]
+)
+def test_complex_numbers_in_scopes_of_every_size(kind, name, scope, nnz):
+    """They are ranked as pairs of real numbers, or one by one: their magnitudes are the same for every order."""
+    x = hostile(kind, (300, 512), name, 20)
+
+    def results(array, ord):
+        pruned, mask = (f(array, nnz, (1, 1), scope, ord=ord) for f in (npscope.keep_largest, npscope.block_mask))
+        kth = npscope.ScopeSpec(npscope.BlockSpec(array, (1, 1)), scope).kth_largest(nnz=nnz, ord=ord)
+        limit = np.nanmean(np.abs(x[:3, :3]))
+        norms = npscope.block_norms(array, (1, 1), ord=ord)
+        return pruned, mask, np.asarray(kth), norms, npscope.hard_threshold(array, limit, (1, 1), ord=ord)
+
+    with npscope.use_backend("reference"):
+        expected = results(x, 2)
+    for array in (
+        x,
+        np.asfortranarray(x),
+        np.concatenate([x, x])[300:, ::-1][:, ::-1],
+        x.astype(x.dtype.newbyteorder()),
+    ):
+        for ord in (2, 1):
+            with npscope.use_backend("numba"):
+                pruned, mask, kth, norms, cut = results(array, ord)
+            assert same_bits(pruned.astype(x.dtype), expected[0])
+            assert np.array_equal(mask, expected[1])
+            np.testing.assert_allclose(kth, expected[2], rtol=1e-6 if name == "complex64" else 1e-15)
+            np.testing.assert_allclose(norms, expected[3], rtol=1e-6 if name == "complex64" else 1e-15)
+            assert same_bits(cut.astype(x.dtype), expected[4])
+
+
 @pytest.mark.parametrize("name", ["float64", "complex64", "complex128", "int32", "uint32"])
 @pytest.mark.parametrize("ord", [1, 2, 3.0])
 def test_norms_beyond_the_exact_contract_agree_within_8_ulp(rng, name, ord):

@@ -25,11 +25,12 @@ from npscope.backends.numba_cpu.operands import (
     as_it_is,
     blocks_in_memory_order,
     in_memory_order,
+    in_reals,
     positions_of,
     ranges,
     table_cut,
 )
-from npscope.backends.numba_cpu.ranking import Ranking
+from npscope.backends.numba_cpu.ranking import Ranking, ranked_in_reals
 from npscope.backends.numba_cpu.selection import kth, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink
 from npscope.backends.numba_cpu.writing import Numbers, Written, arrays, drop, fill, rescale, with_numbers
@@ -99,6 +100,9 @@ def _select(
     if quick is not None:
         quick()
         return
+    reals = ranked_in_reals(source, ord)
+    if reals is not source:
+        target, source, ord = in_reals(target, 2), reals, 2.0
     target, source, keep = in_memory_order(target, source, keep)
 
     def select(written: Parts, ranking: Ranking, positions: Positions | None = None) -> bool:
@@ -120,6 +124,9 @@ def _select(
 
 def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None) -> Sequence[np.ndarray]:
     """Zero the blocks of `target` whose norm in `source` is below their threshold."""
+    reals = in_reals(source, ord)
+    if reals is not source:
+        source, ord = reals, 2.0
 
     def job(read: Part, part: Part) -> Callable[[], None]:
         in_order = blocks_in_memory_order(part[0])
@@ -142,7 +149,7 @@ def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None)
 
         return norm_ranges(measured, float(ord or 2), make_use, shielded=written.spans_leaves)
 
-    jobs = [job(read, part) for read, part in zip(source, target, strict=True)]
+    jobs = [job(read, part) for read, part in zip(source, in_reals(target, 2), strict=True)]
     fill(target)
     for run in jobs:
         run()

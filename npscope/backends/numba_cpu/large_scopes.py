@@ -52,6 +52,9 @@ MOST_TIES, LOOK_KEYS = 1 << 12, 1 << 16
 Positions = Sequence[Callable[[np.ndarray], np.ndarray]]
 """By part: the positions in a scope, by which they rank, of blocks that are numbered in another order."""
 
+MOST_READ_AGAIN = 4
+"""Elements of a block whose norm is formed again in every pass: to keep those of 1x4 took a quarter longer."""
+
 MAX_GUESSES = 8
 """Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
 
@@ -104,7 +107,7 @@ class LargeScopes:
         self.ranking = ranking
         self.workers = workers_for(ranking.scopes * ranking.elements)
         read_blocks = [
-            source is not None and part.elements == 1
+            source is not None and part.elements <= MOST_READ_AGAIN
             for source, part in zip(ranking.sources, ranking.parts, strict=True)
         ]
         self.lasting = [i for i, direct in enumerate(read_blocks) if not direct]
@@ -126,7 +129,14 @@ class LargeScopes:
         ]
         room = min(ranking.blocks + 2 * STRIP_ELEMENTS, FOUND_BYTES // ranking.key.itemsize)
         self.found = [np.empty(room, dtype=ranking.key) for _ in range(self.workers)]
-        self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key, 0).all for _ in range(self.workers)]
+        # By part: blocks that are read at a time. Those of several elements are measured each time.
+        self.strips = [
+            STRIP_ELEMENTS if p in self.lasting or source is None else min(STRIP_ELEMENTS, source.strip)
+            for p, source in enumerate(ranking.sources)
+        ]
+        again = [p for p, part in enumerate(ranking.parts) if p not in self.lasting and part.elements > 1]
+        measured = max((self.strips[p] for p in again), default=0)
+        self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key, measured).all for _ in range(self.workers)]
         # So many that the bracket, 2 * MARGIN standard deviations of a share, holds no more than can be kept.
         runs = round((MARGIN * ranking.blocks / (room * self.workers)) ** 2 / SAMPLE_RUN)
         runs = max(1, min(max(runs, SAMPLE_RUNS), MOST_RUNS, ranking.blocks // 256 // SAMPLE_RUN))
@@ -215,8 +225,8 @@ class LargeScopes:
             p0, p1 = self.bundles[i]
             p, self.stores[i] = self.pieces[p0].part, (slot, ends[slot])
             ends[slot] = strips.survey(
-                *self.looks[p], self.places[p], self._first(p, scope), self.bounds, p0, p1, STRIP_ELEMENTS,
-                STRIP_ELEMENTS, *limits, self.found[slot], ends[slot], self.counts, self.works[slot],
+                *self.looks[p], self.places[p], self._first(p, scope), self.bounds, p0, p1, self.strips[p],
+                self.strips[p], *limits, self.found[slot], ends[slot], self.counts, self.works[slot],
             )  # fmt: skip
 
         self._each(len(self.bundles), use)
@@ -308,7 +318,7 @@ class LargeScopes:
             for b0 in range(start, stop, LOOK_KEYS):
                 b1 = min(stop, b0 + LOOK_KEYS)
                 here = keys[: b1 - b0]
-                strips.read_blocks(read, self.places[p], first + b0, first + b1, STRIP_ELEMENTS, here, self.works[0])
+                strips.read_blocks(read, self.places[p], first + b0, first + b1, self.strips[p], here, self.works[0])
                 blocks = b0 + np.flatnonzero(here == here.dtype.type(nth.key))
                 at = positions[p](blocks)
                 found += [(p, *pair, place) for pair in zip(at.tolist(), blocks.tolist(), strict=True)]
@@ -381,7 +391,7 @@ class LargeScopes:
                 target = written.only.where if written.only else dense(masks[slot], -first - b0)
                 left = strips.keep_above(
                     reads[p], writes[p], self.places[p], read_first + b0, target, first + b0, first + b1,
-                    STRIP_ELEMENTS, limits[scope], left, self.works[slot],
+                    self.strips[p], limits[scope], left, self.works[slot],
                 )  # fmt: skip
                 if not written.only:
                     written.put(first + b0, first + b1, masks[slot, : b1 - b0])

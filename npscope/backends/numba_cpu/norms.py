@@ -22,6 +22,7 @@ from npscope.backends.numba_cpu.operands import (
     Operand,
     Placement,
     competitors,
+    in_reals,
     is_one_piece,
     ranges,
     table_cut,
@@ -185,6 +186,9 @@ def norm_ranges(
 
 def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.ndarray:
     """Norm of every block: ``(S, n)`` in the norm's dtype, in `out` if given."""
+    reals = in_reals(parts, float(ord or 2))
+    if reals is not parts:
+        parts, ord = reals, 2.0
     measured = competitors(parts)
     blocks = [part.blocks for part in measured]
     result = out

@@ -18,11 +18,13 @@ from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import code_of, norms_of
 from npscope.backends.numba_cpu.operands import (
     ACROSS,
+    COMPLEX,
     SCOPE_BLOCKS,
     SCOPE_ELEMENTS,
     Competitors,
     Operand,
     competitors,
+    in_reals,
 )
 from npscope.backends.numba_cpu.search import IN_LANES, group_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
@@ -46,6 +48,15 @@ PLANES_ELEMENTS = 1 << 18
 
 TWO_LINES = 128
 """Bytes of a row that such a strip has at least: of scopes of 8192, one line at a time took a third longer."""
+
+
+def ranked_in_reals(parts: Parts, ord: float | None) -> Parts:
+    """As `in_reals`, where that takes no more memory than elements do, which nothing may be kept of.
+
+    Norms of two float64 are formed in a pass of their own, and of large scopes they would be kept.
+    """
+    fits = sum(part[0].cut.blocks for part in parts) <= SCOPE_BLOCKS
+    return in_reals(parts, ord, COMPLEX if fits else ("complex64",))
 
 
 def _most_rows(n: int, key_bytes: int) -> int:

@@ -27,6 +27,7 @@ from npscope.backends.numba_cpu.ranking import (
     columns_cutter_of,
     cutter_of,
     dense,
+    ranked_in_reals,
     search_of,
     source_of,
 )
@@ -302,6 +303,9 @@ def strips_of_thresholds(
 
 def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
     """The k-th largest rank value of every scope: ``(S,)``."""
+    reals = ranked_in_reals(parts, ord)
+    if reals is not parts:
+        parts, ord = reals, 2.0
     parts, k, as_before = scopes_in_memory_order(parts, k)
     ranking = Ranking(parts, ord, values=True)
     if not ranking.fits_a_piece:

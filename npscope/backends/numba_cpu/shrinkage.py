@@ -18,6 +18,7 @@ from npscope.backends.numba_cpu.operands import (
     Competitors,
     Operand,
     blocks_in_memory_order,
+    in_reals,
     ranges,
 )
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
@@ -34,6 +35,8 @@ def shrink(
     for part, t, metric in zip(target, thresholds, conditioners or [None] * len(target), strict=True):
         in_order = blocks_in_memory_order(part[0])
         ordered = tuple(map(in_order, part))
+        if metric is None:
+            (ordered,) = in_reals((ordered,), 2)
         # Norms are read where the elements are now, which for a target with an origin is there.
         source = Competitors(tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in ordered))
         h = None if metric is None else Metric(tuple(map(in_order, metric)))

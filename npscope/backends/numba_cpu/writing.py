@@ -9,7 +9,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, side_by_side, strips
-from npscope.backends.numba_cpu.operands import Competitors, Operand, blocks_in_memory_order, ranges
+from npscope.backends.numba_cpu.operands import Competitors, Operand, blocks_in_memory_order, in_reals, ranges
 from npscope.tiling import Leaf, Part, Parts
 
 
@@ -89,7 +89,8 @@ def with_numbers(
 
     def job(leaves: Part) -> Callable[[], None]:
         in_order = blocks_in_memory_order(leaves[0])
-        part, over = Competitors(tuple(map(in_order, leaves))), in_order(numbers)
+        (ordered,), over = in_reals((tuple(map(in_order, leaves)),), 2), in_order(numbers)
+        part = Competitors(ordered)
 
         def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
             values = [Numbers(over, part, dtype, length) for _ in range(slots)]
