@@ -148,6 +148,44 @@ def test_complex_numbers_in_scopes_of_every_size(kind, name, scope, nnz):
             assert same_bits(cut.astype(x.dtype), expected[4])
 
 
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("name", [f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("", "u")])
+@pytest.mark.parametrize(
+    ("scope", "nnz"),
+    [((1, 4), 2), ((4, 1), 2), ((1, 8), 3), ((8, 1), 3), ((1, 16), 9), ((16, 1), 9), ((1, 7), 4), ((1, 32), 20),
+     ((32, 1), 20), ((-1, 1), 100), ((1, -1), 300), ((-1, -1), 60_000)],
+)  # fmt: skip
+def test_integers_in_scopes_of_every_size(rng, name, scope, nnz):
+    """The least integer has the largest magnitude, which no integer of its width is; and all have 0 in them."""
+    info = np.iinfo(name)
+    x = rng.integers(info.min, info.max, (320, 448), dtype=name, endpoint=True)
+    x[rng.random(x.shape) < 0.2] = rng.choice(np.asarray([0, 1, info.min, info.min + 1, info.max], dtype=name))
+    x[::3] = rng.integers(0, 3, x[::3].shape)
+
+    def results(array):
+        pruned, mask = (f(array, nnz, (1, 1), scope) for f in (npscope.keep_largest, npscope.block_mask))
+        kth = npscope.ScopeSpec(npscope.BlockSpec(array, (1, 1)), scope).kth_largest(nnz=nnz)
+        axis = {(-1, 1): 0, (1, -1): 1, (-1, -1): None}
+        if scope not in axis:
+            return pruned, mask, kth
+        own = [f(array, nnz, axis=axis[scope]) for f in (npscope.topk_mask, npscope.kth_largest)]
+        return pruned, mask, kth, *own
+
+    with npscope.use_backend("reference"):
+        expected = results(x)
+    for array in (
+        x,
+        np.asfortranarray(x),
+        np.concatenate([x, x])[320:, ::-1][:, ::-1],
+        x.astype(x.dtype.newbyteorder()),
+    ):
+        with npscope.use_backend("numba"):
+            found = results(array)
+        for got, want in zip(found, expected, strict=True):
+            assert got.dtype.newbyteorder("=") == want.dtype
+            assert np.array_equal(got, want)
+
+
 @pytest.mark.parametrize("name", ["float64", "complex64", "complex128", "int32", "uint32"])
 @pytest.mark.parametrize("ord", [1, 2, 3.0])
 def test_norms_beyond_the_exact_contract_agree_within_8_ulp(rng, name, ord):

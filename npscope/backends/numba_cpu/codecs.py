@@ -44,8 +44,8 @@ class Codec:
     unless `kept`, by select, ``scale`` multiplies by a float64 (0 writes +0.0,
     1 keeps the bits), ``value`` reads a real number as float64, ``soften(buffer, i, t, h)`` is the
     proximal step of t * |x| in the metric h: towards zero by t / h, +0.0 where h * |x| is <= t as
-    rounded to the norm's dtype; NaN stays, and everything for t = 0. ``narrow_key`` is
-    the magnitude of a float of 16 or 8 bits as an ordered integer of that width: more of them fit a vector.
+    rounded to the norm's dtype; NaN stays, and everything for t = 0. ``narrow_key`` is the magnitude of an integer, or
+    of a float of 16 or 8 bits, as an ordered integer of its own width: more of them fit a vector.
     """
 
     unit: np.dtype
@@ -58,12 +58,14 @@ class Codec:
     keep: Function
     scale: Function
     soften: Function
-    narrow_key: Function | None = None
+    narrow_key: Function | None
+    narrow_width: int
 
     def key_of_width(self, bits: int) -> Function:
         """The key that is an integer of so many bits."""
-        keys = {8: self.narrow_key, 16: self.narrow_key, 32: self.key32, 64: self.key64}
-        return keys[bits] or self.key32
+        if self.narrow_key is not None and bits == self.narrow_width:
+            return self.narrow_key
+        return self.key64 if bits == 64 else self.key32
 
 
 # --- ordered integers ----------------------------------------------------------------------------
@@ -302,8 +304,9 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
         place(buffer, i, raw if (x != x) | (limit == number(0)) else moved)
 
     narrow_key = _narrow_key(kind.name, fetch) if kind.name in _STORAGE else None
+    signed_width, narrow_width = 32 if narrow else 64, 8 * zero.itemsize
     return Codec(
-        unit, magnitude, value, key32, key64, signed_key, 32 if narrow else 64, keep, scale, soften, narrow_key
+        unit, magnitude, value, key32, key64, signed_key, signed_width, keep, scale, soften, narrow_key, narrow_width
     )  # fmt: skip
 
 
@@ -324,9 +327,10 @@ def _narrow_key(name: str, fetch: Function) -> Function:
 
 
 def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:
-    signed = kind.family == "int"
     zero = np.dtype(kind.name).type(0)
-    wide = kind.is_wide_integer
+    width = 8 * zero.itemsize
+    word = np.dtype(f"u{zero.itemsize}").type
+    top = word(1 << (width - 1))
 
     @inner
     def value(buffer: Any, i: int) -> Real:
@@ -344,23 +348,23 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
     def float_key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(np.float64(fetch(buffer, i)))
 
-    if signed:
+    if kind.family == "int":
 
         @inner
         def signed_key(buffer: Any, i: int) -> Bits:
-            return np.uint64(np.int64(fetch(buffer, i))) ^ _SIGN64
+            return word(word(fetch(buffer, i)) ^ top)
 
         @inner
-        def exact_key64(buffer: Any, i: int) -> Bits:
-            bits = np.uint64(np.int64(fetch(buffer, i)))
-            return (~bits) + np.uint64(1) if bits >= _SIGN64 else bits
+        def exact_key(buffer: Any, i: int) -> Bits:
+            bits = word(fetch(buffer, i))
+            return word((~bits) + word(1)) if bits >= top else bits
     else:
 
         @inner
         def signed_key(buffer: Any, i: int) -> Bits:
-            return np.uint64(fetch(buffer, i))
+            return fetch(buffer, i)
 
-        exact_key64 = signed_key
+        exact_key = signed_key
 
     @inner
     def keep(buffer: Any, i: int, kept: bool) -> None:
@@ -374,8 +378,8 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
     def soften(buffer: Any, i: int, t: Real, h: Real) -> None:
         pass
 
-    key64 = exact_key64 if wide else float_key64
-    return Codec(unit, magnitude, value, key32, key64, signed_key, 64, keep, scale, soften)
+    key64 = exact_key if kind.is_wide_integer else float_key64
+    return Codec(unit, magnitude, value, key32, key64, signed_key, width, keep, scale, soften, exact_key, width)
 
 
 def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, kind: Kind) -> Codec:
@@ -420,4 +424,4 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
             return
         scale(buffer, i, 0.0 if weighted <= limit else (size - limit / h) / size)
 
-    return Codec(unit, magnitude, magnitude, key32, key64, key64, 64, keep, scale, soften)
+    return Codec(unit, magnitude, magnitude, key32, key64, key64, 64, keep, scale, soften, None, 0)

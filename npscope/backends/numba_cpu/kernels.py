@@ -441,7 +441,7 @@ def _counter(codec: Codec, form: Format | None) -> Any:
 
 def count_outside(leaf: Operand, low: float, high: float) -> Callable[[int, int], int]:
     """What counts the elements of blocks [i0, i1) that are not in [low, high], with low = -high or 0 < low <= high."""
-    form = leaf.layout.form if leaf.layout is not None and leaf.layout.run == 1 else None
+    form = leaf.float_layout.form if leaf.float_layout is not None and leaf.float_layout.run == 1 else None
     count = _counter(leaf.codec, form)
     limits = (low, high, 0) if form is None else _bits_between(low, high, leaf.array.dtype, form)
     return lambda i0, i1: int(count(*leaf.where, i0, i1, leaf.size, *limits))

@@ -99,7 +99,7 @@ class LargeScopes:
     A sample gives two keys that probably enclose the k-th. One pass counts the keys above them and
     collects those between, among which the k-th is then looked up. Where the sample misled, or too many
     lie between, the counts give a narrower bracket for another pass. Keys of 1-element blocks are read
-    from the array in every pass; norms of larger blocks are computed once and kept, which is O(blocks).
+    from the array in every pass, and norms of small ones formed; those of larger blocks are kept, which is O(blocks).
     All counts are integers, and nothing depends on which thread took which piece.
     """
 
@@ -143,7 +143,7 @@ class LargeScopes:
         # By part: the blocks of every how many are sampled. Odd, or rows of a power of two would be sampled in columns.
         self.sample_steps = [part.blocks // -(-runs * part.blocks // ranking.blocks) | 1 for part in ranking.parts]
         # Keys of magnitudes are magnitudes, and what looks at elements looks at them as well.
-        adjacent = [p for p, (_, read) in enumerate(self.looks) if not (read or ranking.signed or p in self.lasting)]
+        adjacent = [p for p, (_, read) in enumerate(self.looks) if not (read or ranking.ord is None or p in self.lasting)]
         self.dense_look = self.looks[adjacent[0]][0] if adjacent else strips.dense_surveyor(ranking.key)
         self.dense_unit = ranking.parts[adjacent[0]].leaves[0].place.unit if adjacent else ranking.key
         # Pieces are surveyed several at a time: to look at one whose keys are in cache takes as long as to call for it.

@@ -33,7 +33,7 @@ from npscope.backends.numba_cpu.vector_norms import (
     TWO,
 )
 from npscope.backends.numba_cpu.vector_norms import STRIP_BLOCKS as STRIP_BLOCKS
-from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, TOGETHER, Format, copy_numbers, number_format
+from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, TOGETHER, Format, copy_numbers, part_format
 from npscope.dtypes import kind_of
 
 STRIP_RUN, SHORT_RUN, STRIP_ELEMENTS = 1 << 12, 1 << 10, 1 << 17
@@ -84,7 +84,7 @@ def numbers_of(placed: Placement, code: int) -> tuple[Layout, np.ndarray] | None
     if placed.layout is not None:
         return placed.layout, placed.elements
     kind, size = placed.kind, placed.cut.elements
-    form = None if kind is None or placed.bytewise else number_format(kind)
+    form = None if kind is None or placed.bytewise else part_format(kind)
     if kind is None or form is None or placed.codec is None or size == 0 or placed.few:
         return None
     elements, reader = placed.elements, placed.codec
@@ -111,6 +111,8 @@ def numbers_of(placed: Placement, code: int) -> tuple[Layout, np.ndarray] | None
 def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
     """Whether a `measurer` serves these blocks and this norm; `wide`: float64 too, which needs buffers of its own."""
     if layout is None or layout.form.bits > (64 if wide else 32) or code not in (INF, ONE, TWO):
+        return False
+    if layout.form.is_integer and layout.form.bits > 16:  # float32 does not hold them
         return False
     return layout.form.bits == 64 or _additions(layout.run, layout.rows) <= MOST_DOUBT
 

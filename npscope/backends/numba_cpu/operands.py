@@ -207,6 +207,11 @@ class Operand:
         )
 
     @property
+    def float_layout(self) -> Layout | None:
+        """The layout of blocks of floats."""
+        return None if self.layout is None or self.layout.form.is_integer else self.layout
+
+    @property
     def buffer(self) -> np.ndarray:
         """The memory as one flat writable array: one kernel signature, whatever flags and strides the leaf has."""
         if self._buffer is None:

@@ -159,8 +159,9 @@ class Ranking:
             width = 8 * max(part.norm.itemsize for part in self.parts)
             first = self.parts[0]
             narrow = first.leaves[0].codec is not None and first.leaves[0].codec.narrow_key is not None
-            if narrow and len(self.parts) == 1 and first.elements == 1 and not values:
-                width = 8 * parts[0][0].array.dtype.itemsize
+            integers = kind_of(parts[0][0].array.dtype).is_integer
+            if narrow and len(self.parts) == 1 and first.elements == 1 and (integers or not values):
+                width, self.exact_integers = 8 * parts[0][0].array.dtype.itemsize, integers
         self.width = width
         kind = parts[0][0].array.dtype
         self.signed = ord is None and not kind_of(kind).is_integer
@@ -184,6 +185,16 @@ class Ranking:
         if not self.fits_a_piece or not part.leaves[0].place.side_by_side or not (self.group > 0 or source is None):
             return None
         return source_of(part, self.ord, self.width, self.exact_integers, in_planes=True)
+
+    def adjacent_form(self, p: int) -> Format | None:
+        """The format of a part's elements if they are adjacent and their bits alone make their keys."""
+        part = self.parts[p]
+        layout = part.leaves[0].layout
+        if layout is None or part.elements > 1 or layout.form.bits != self.width:
+            return None
+        # Wide integers beside floats compete by their norms, which are as wide.
+        by_norm = layout.form.is_integer and self.ord is not None and not self.exact_integers
+        return None if by_norm else layout.form
 
     def rows_of_planes(self, p: int, source: Source) -> int:
         """Whole scopes of a part that make a strip of planes."""
@@ -250,26 +261,23 @@ def dense(array: np.ndarray, origin: int = 0) -> Where:
 
 def cutter_of(ranking: Ranking, p: int, written: Operand | None) -> int | None:
     """How adjacent elements are zeroed or marked by their own keys; None where those of part p or `written` are not."""
-    leaf = ranking.parts[p].leaves[0]
-    read = leaf.layout
-    if written is None or read is None or ranking.parts[p].elements > 1 or ranking.width != read.form.bits:
+    form = ranking.adjacent_form(p)
+    if written is None or form is None:
         return None
     marks = written.codec is None
-    if not (
-        written.place.is_line_by_line if marks else written.layout is not None and written.layout.form == read.form
-    ):
+    if not (written.place.is_line_by_line if marks else written.layout is not None and written.layout.form == form):
         return None
-    cut = strips.cutter(read.form, ranking.ord is None, marks)
-    return strips.cutter_address(cut, leaf.place.unit, written.place.unit)
+    cut = strips.cutter(form, ranking.ord is None, marks)
+    return strips.cutter_address(cut, ranking.parts[p].leaves[0].place.unit, written.place.unit)
 
 
 def line_surveyor_of(ranking: Ranking, p: int) -> int | None:
     """How the keys of adjacent elements are looked at."""
-    part = ranking.parts[p]
-    layout, unit, signed = part.leaves[0].layout, part.leaves[0].place.unit, ranking.ord is None
-    if layout is None or part.elements > 1 or ranking.width != layout.form.bits:
+    form = ranking.adjacent_form(p)
+    if form is None:
         return None
-    return strips.surveyor_address(strips.line_surveyor(layout.form, signed), unit, ranking.key)
+    unit = ranking.parts[p].leaves[0].place.unit
+    return strips.surveyor_address(strips.line_surveyor(form, ranking.ord is None), unit, ranking.key)
 
 
 def surveyor_of(ranking: Ranking, p: int) -> tuple[int, int]:

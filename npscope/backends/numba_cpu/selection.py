@@ -318,7 +318,7 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
         selection = LargeScopes(ranking)
         for scope, nth in enumerate(_numbers_of(Operand(k))):
             found[scope] = selection.nth(scope, nth).key
-    return _values_of_keys(as_before(found), parts, ord, ranking.exact_integers)
+    return _values_of_keys(as_before(found), parts, ord, ranking.parts[0].norm if ranking.exact_integers else None)
 
 
 def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
@@ -393,20 +393,23 @@ def _kth_in_lanes_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> C
     return ranges(ranking.scopes, ranking.elements, make_work, workspace=BLOCK_WORKSPACE * ranking.blocks)
 
 
-def _values_of_keys(keys: np.ndarray, parts: Parts, ord: float | None, exact_integers: bool) -> np.ndarray:
-    """The numbers that keys stand for: norms, or signed values in the dtype of their array."""
-    unsigned, floating = keys.dtype, np.dtype(f"f{keys.itemsize}")
+def _values_of_keys(keys: np.ndarray, parts: Parts, ord: float | None, integers: np.dtype | None) -> np.ndarray:
+    """The numbers that keys stand for: norms, or signed values in the dtype of their array.
+
+    Where keys are magnitudes of `integers`, this is the dtype of their norms.
+    """
+    unsigned = keys.dtype
     sign = unsigned.type(1 << (8 * keys.itemsize - 1))
     if ord is not None:
-        if exact_integers:
-            return keys.astype(np.float64)
-        values = keys.view(floating).copy()
+        if integers is not None:
+            return keys.astype(integers)
+        values = keys.view(f"f{keys.itemsize}").copy()
         values[keys == unsigned.type(-1 & ((1 << 8 * keys.itemsize) - 1))] = np.nan
         return values
     dtype = parts[0][0].array.dtype.newbyteorder("=")
     kind = kind_of(dtype)
     if kind.is_integer:
-        return (keys ^ sign).view(np.int64).astype(dtype) if kind.family == "int" else keys.astype(dtype)
-    values = np.where(keys >= sign, keys ^ sign, ~keys).view(floating)
+        return (keys ^ sign if kind.family == "int" else keys).view(dtype)
+    values = np.where(keys >= sign, keys ^ sign, ~keys).view(f"f{keys.itemsize}")
     values[keys == ~unsigned.type(0)] = np.nan
     return values.astype(dtype)

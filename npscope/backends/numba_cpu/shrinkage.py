@@ -85,7 +85,7 @@ def _ends(h: np.ndarray) -> tuple[float, float]:
         return 1.0, 1.0
     in_order, _ = walk(axis_cut(h.shape, None), h.strides)
     numbers = Operand(Leaf(h, in_order))
-    form = None if numbers.layout is None else numbers.layout.form
+    form = None if numbers.float_layout is None else numbers.float_layout.form
     find = conditioned.ends_kernel(numbers.codec, form)
     found: list[np.ndarray] = []
 
@@ -126,7 +126,7 @@ def in_place(
 
 def soften_job(part: Competitors, thresholds: Leaf, x: Operand, metric: Operand | None) -> Callable[[], None]:
     """The job that shrinks blocks of one element, which needs no memory for each of them, and cannot fail."""
-    form = x.layout.form if x.layout is not None and (metric is None or metric.layout is not None) else None
+    form = x.layout.form if x.layout is not None and (metric is None or metric.float_layout) else None
     soften = proximal.soften_kernel(x.codec, form, None if metric is None else metric.codec)
     where, t = (*x.where, *(x if metric is None else metric).where), _thresholds(thresholds, part)
     return in_place(
@@ -195,7 +195,7 @@ def _weights(part: Competitors, metric: Metric) -> list[Operand]:
 
 def _chain(leaves: Sequence[Operand]) -> tuple[Any, tuple[conditioned.Reading, ...]]:
     """Leaves as kernels take them, and how their elements are read."""
-    return conditioned.chained([(*x.where, x.size) for x in leaves]), tuple([(x.codec, x.layout) for x in leaves])
+    return conditioned.chained([(*x.where, x.size) for x in leaves]), tuple([(x.codec, x.float_layout) for x in leaves])
 
 
 def _work() -> np.ndarray:

@@ -44,17 +44,25 @@ MAX_GROUP = 16
 """Largest scope that is ranked inside a vector: the work grows with the square of it."""
 
 
-def _ranks(b: Builder, keys: Value, n: int) -> Value:
-    """How many of its group of n adjacent lanes rank before each lane: a larger key, or an equal one earlier."""
+def _ranks(b: Builder, keys: Value, n: int, *, halved: bool) -> Value:
+    """How many of its group of n adjacent lanes rank before each lane: a larger key, or an equal one earlier.
+
+    `halved`: keys leave the highest bit free, so that one comparison tells both.
+    """
     vector = keys.type
-    doubled = b.shl(keys, splat(vector, 1))
+    own = b.shl(keys, splat(vector, 1)) if halved else keys
     ranks = splat(vector, 0)
     for distance in range(1, n):
         places = [i % n + distance for i in range(vector.count)]
-        rivals = shuffle(b, doubled, [i - i % n + p % n for i, p in enumerate(places)])
-        # An earlier rival wins ties: half a unit more.
-        rivals = b.or_(rivals, ir.Constant(vector, [int(p >= n) for p in places]))
-        ranks = b.add(ranks, b.zext(b.icmp_unsigned(">", rivals, doubled), vector))
+        rivals, earlier = shuffle(b, own, [i - i % n + p % n for i, p in enumerate(places)]), [p >= n for p in places]
+        if halved:  # an earlier rival wins ties: half a unit more
+            before = b.icmp_unsigned(">", b.or_(rivals, ir.Constant(vector, list(map(int, earlier)))), own)
+        else:
+            equal = b.icmp_unsigned("==", rivals, own)
+            before = b.or_(
+                b.icmp_unsigned(">", rivals, own), b.and_(equal, ir.Constant(vector_of(1, vector.count), earlier))
+            )
+        ranks = b.add(ranks, b.zext(before, vector))
     return ranks
 
 
@@ -87,7 +95,8 @@ def keep_groups(form: Format, n: int, marks: bool, *, several: bool = False) -> 
         if several:
             kept = _first_by_sorting(b, keys, k, n)
         else:
-            kept = [b.icmp_unsigned("<", _ranks(b, keys[0], n), narrow(b, k, keys[0].type))]
+            ranks = _ranks(b, keys[0], n, halved=not form.is_integer)
+            kept = [b.icmp_unsigned("<", ranks, narrow(b, k, keys[0].type))]
         for start, bits, flags in zip(starts, lines, kept, strict=True):
             found = _flags(b, flags) if marks else b.select(flags, bits, splat(bits.type, 0))
             store(b, found, b.gep(target, [INT32(start)]))
@@ -181,7 +190,7 @@ def _first_of_columns(b: Builder, planes: list[Value], k: Value) -> list[Value]:
 
 
 def _kth_of_planes(b: Builder, planes: list[Value], k: Value) -> Value:
-    """The k-th largest key of each group; for k = 0 a limit above all keys, which leave the highest bit free."""
+    """The k-th largest key of each group; for k = 0 all ones, which no key is but those of the largest integers."""
     planes, vector = list(planes), planes[0].type
     for i, j in _sorting_network(len(planes)):
         larger = b.icmp_unsigned(">", planes[i], planes[j])
@@ -333,15 +342,7 @@ def mark_groups(width: int, n: int) -> Any:
     vector, few = vector_of(width, n * groups), vector_of(64, groups)
 
     def emit(b: Builder, keys: Value, keep: Value, mask: Value) -> None:
-        own = load(b, keys, vector)
-        ranks = splat(vector, 0)
-        for distance in range(1, n):
-            places = [i % n + distance for i in range(vector.count)]
-            rivals = shuffle(b, own, [i - i % n + p % n for i, p in enumerate(places)])
-            ties = b.and_(
-                b.icmp_unsigned("==", rivals, own), ir.Constant(vector_of(1, vector.count), [p >= n for p in places])
-            )
-            ranks = b.add(ranks, b.zext(b.or_(b.icmp_unsigned(">", rivals, own), ties), vector))
+        ranks = _ranks(b, load(b, keys, vector), n, halved=False)
         counts = load(b, keep, few)
         counts = counts if width == 64 else b.trunc(counts, vector_of(width, groups))
         kept = b.icmp_unsigned("<", ranks, shuffle(b, counts, [i // n for i in range(vector.count)]))

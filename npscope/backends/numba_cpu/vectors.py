@@ -46,11 +46,12 @@ INT32 = ir.IntType(32)
 
 @dataclass(frozen=True)
 class Format:
-    """A float format: its width, and the bits of infinity (or of the largest finite number where there is none)."""
+    """A number format: its width, and the bits of infinity (or of the largest finite number where there is none)."""
 
     name: str
     bits: int
     inf: int
+    is_integer: bool = False
 
     @property
     def lanes(self) -> int:
@@ -71,22 +72,21 @@ _FORMATS = {
 }
 
 
-_INTEGERS = {name: Format(name, bits, 0) for bits in (8, 16) for name in (f"int{bits}", f"uint{bits}")}
+_INTEGERS = {name: Format(name, bits, 0, True) for bits in (8, 16, 32, 64) for name in (f"int{bits}", f"uint{bits}")}
 
 
 KEYS = {bits: Format(f"key{bits}", bits, 0) for bits in (8, 16, 32, 64)}
 """Ordered integers that numbers have been turned into, as formats."""
 
 
-def number_format(kind: Kind) -> Format | None:
-    """The format in which norms read a dtype: that of a real part for complex numbers, and small integers as well."""
-    name = {"complex64": "float32", "complex128": "float64"}.get(kind.name, kind.name)
-    return _FORMATS.get(name) or _INTEGERS.get(name)
-
-
 def format_of(kind: Kind) -> Format | None:
-    """The float format of a dtype, if it is one."""
-    return _FORMATS.get(kind.name)
+    """The format of a dtype of real numbers."""
+    return _FORMATS.get(kind.name) or _INTEGERS.get(kind.name)
+
+
+def part_format(kind: Kind) -> Format | None:
+    """The format of a dtype, that of a real part for complex numbers."""
+    return format_of(kind) or _FORMATS.get({"complex64": "float32", "complex128": "float64"}.get(kind.name, ""))
 
 
 # --- writing LLVM --------------------------------------------------------------------------------
@@ -226,7 +226,9 @@ def step(emit: Callable[..., Value], count: int, returns: Any = types.void) -> A
 
 
 def keys_of(b: Builder, bits: Value, form: Format) -> Value:
-    """Magnitudes as ordered integers below 2 ** (bits - 1); every NaN is the same, the largest."""
+    """Magnitudes as ordered integers, of floats below 2 ** (bits - 1); every NaN is the same, the largest."""
+    if form.is_integer:
+        return all_keys_of(b, bits, form, False)
     top = (1 << (form.bits - 1)) - 1
     size = b.and_(bits, splat(bits.type, top))
     if form.inf + 1 == top:
@@ -237,9 +239,13 @@ def keys_of(b: Builder, bits: Value, form: Format) -> Value:
 
 def all_keys_of(b: Builder, bits: Value, form: Format, signed: bool) -> Value:
     """The ordered integers of a `Codec`: of magnitudes, or of signed numbers; NaN is all ones. `KEYS` stay."""
-    if form in KEYS.values():
+    if form in KEYS.values() or form.name.startswith("uint"):
         return bits
     top = 1 << (form.bits - 1)
+    if form.is_integer and signed:
+        return b.xor(bits, splat(bits.type, top))
+    if form.is_integer:
+        return b.select(b.icmp_signed("<", bits, splat(bits.type, 0)), b.neg(bits), bits)
     size = b.and_(bits, splat(bits.type, top - 1))
     keys = size
     if signed:
@@ -255,7 +261,7 @@ Sign = Literal["drop", "any", "keep"]
 def single_of(b: Builder, bits: Value, form: Format, sign: Sign = "drop") -> Value:
     """Floats of at most 32 bits, or small integers, as float32."""
     wide, single = vector_of(32, bits.type.count), ir.VectorType(ir.FloatType(), bits.type.count)
-    if form.name in _INTEGERS:
+    if form.is_integer:
         number = (b.uitofp if form.name.startswith("u") else b.sitofp)(bits, single)
         return call(b, f"llvm.fabs.v{bits.type.count}f32", single, [number]) if sign == "drop" else number
     if sign != "drop" and form.name == "float32":
