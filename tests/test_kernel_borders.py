@@ -223,7 +223,7 @@ def test_strips_end_at_lines_and_always_go_on():
         ("few", (2, 3)),
         pytest.param("pairs", (2, 3), marks=pytest.mark.slow),
         pytest.param("distinct", (2, 3), marks=pytest.mark.slow),
-        pytest.param("few", (1, 1), marks=pytest.mark.slow),
+        ("few", (1, 1)),
     ],
 )
 def test_large_scopes_of_arrays_in_another_order_of_memory(rng, values, block):

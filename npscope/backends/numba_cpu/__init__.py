@@ -17,16 +17,15 @@ import numpy as np
 from npscope.backends import derived
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
-from npscope.backends.numba_cpu.large_scopes import Positions
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
 from npscope.backends.numba_cpu.operands import (
     Competitors,
     Operand,
+    Positions,
     as_it_is,
     blocks_in_memory_order,
     in_memory_order,
     in_reals,
-    positions_of,
     ranges,
     table_cut,
 )
@@ -105,7 +104,7 @@ def _select(
         target, source, ord = in_reals(target, 2), reals, 2.0
     target, source, keep = in_memory_order(target, source, keep)
 
-    def select(written: Parts, ranking: Ranking, positions: Positions | None = None) -> bool:
+    def select(written: Parts, ranking: Ranking, positions: Sequence[Positions] | None = None) -> bool:
         targets = [Written([Operand(leaf) for leaf in part]) for part in written]
         return select_blocks(ranking, keep, targets, ready, shielded=shielded, positions=positions)
 
@@ -116,7 +115,7 @@ def _select(
             tuple(tuple(map(in_order, part)) for in_order, part in zip(orders, parts, strict=True))
             for parts in (target, source)
         )
-        positions = [positions_of(part[0].cut, plain[0].cut) for part, plain in zip(ordered, target, strict=True)]
+        positions = [Positions(part[0].cut, plain[0].cut) for part, plain in zip(ordered, target, strict=True)]
         if select(ordered, Ranking(read, ord), positions):
             return
     select(target, ranking)

@@ -18,6 +18,7 @@ from npscope.backends.numba_cpu.operands import (
     PIECE_ELEMENTS,
     PIECES_PER_THREAD,
     STRIPS_ELEMENTS,
+    Positions,
     piece_length,
     ranges,
     workers_for,
@@ -49,8 +50,8 @@ FEW_KEYS = 1 << 15
 MOST_TIES, LOOK_KEYS = 1 << 12, 1 << 16
 """Equal blocks that are looked for one by one, at most, and keys that are looked at together."""
 
-Positions = Sequence[Callable[[np.ndarray], np.ndarray]]
-"""By part: the positions in a scope, by which they rank, of blocks that are numbered in another order."""
+MOST_TURNS = 1 << 17
+"""Turns of a loop by which more equal elements are counted: a MiB of counters for a thread."""
 
 MOST_READ_AGAIN = 4
 """Elements of a block whose norm is formed again in every pass: to keep those of 1x4 took a quarter longer."""
@@ -83,6 +84,13 @@ class _Nth(NamedTuple):
     key: int
     ties: int
     equal: int
+
+
+class _Turn(NamedTuple):
+    """Where those of equal blocks end that stay: in a part, in a turn of its positions."""
+
+    part: int
+    number: int
 
 
 class _Survey(NamedTuple):
@@ -143,7 +151,9 @@ class LargeScopes:
         # By part: the blocks of every how many are sampled. Odd, or rows of a power of two would be sampled in columns.
         self.sample_steps = [part.blocks // -(-runs * part.blocks // ranking.blocks) | 1 for part in ranking.parts]
         # Keys of magnitudes are magnitudes, and what looks at elements looks at them as well.
-        adjacent = [p for p, (_, read) in enumerate(self.looks) if not (read or ranking.ord is None or p in self.lasting)]
+        adjacent = [
+            p for p, (_, read) in enumerate(self.looks) if not (read or ranking.ord is None or p in self.lasting)
+        ]
         self.dense_look = self.looks[adjacent[0]][0] if adjacent else strips.dense_surveyor(ranking.key)
         self.dense_unit = ranking.parts[adjacent[0]].leaves[0].place.unit if adjacent else ranking.key
         # Pieces are surveyed several at a time: to look at one whose keys are in cache takes as long as to call for it.
@@ -303,7 +313,41 @@ class LargeScopes:
             return self.nth(scope, k)
         return _Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else _Nth((1 << self.ranking.width) - 1, 0, 0)
 
-    def _late_ties(self, scope: int, nth: _Nth, positions: Positions) -> list[tuple[int, int]] | None:
+    def _last_turn(
+        self, scope: int, nth: _Nth, positions: Sequence[Positions]
+    ) -> tuple[_Turn, list[tuple[int, int]]] | None:
+        """The turn with the last of the equal elements that stay, and (piece, block) of those in it that do not.
+
+        None if turns are too many to count by them.
+        """
+        counts, parts = self._equal(nth.key), np.asarray([piece.part for piece in self.pieces])
+        of_parts = np.bincount(parts, counts, len(positions)).astype(np.int64)
+        p = int(np.searchsorted(np.cumsum(of_parts), nth.ties, side="right"))
+        ties, inner, turns = nth.ties - int(of_parts[:p].sum()), positions[p].inner, positions[p].turns
+        if turns > MOST_TURNS:
+            return None
+        found = np.zeros((self.workers, turns), dtype=np.int64)
+        read, where, first, limit = self._reader(p), self.places[p], self._first(p, scope), np.uint64(nth.key)
+        places = np.flatnonzero((parts == p) & (counts > 0)).tolist()
+
+        def count(slot: int, i: int) -> None:
+            _, start, stop = self.pieces[places[i]]
+            strips.count_ties(
+                read, where, first, first + start, first + stop, limit, inner, turns, found[slot], self.works[slot]
+            )
+
+        self._each(len(places), count)
+        each = found.sum(axis=0)
+        turn = int(np.searchsorted(np.cumsum(each), ties, side="right"))
+        blocks = np.empty(int(each[turn]), dtype=np.int64)
+        whole = self.ranking.parts[p].blocks
+        strips.find_ties(read, where, first, whole, limit, inner, turns, turn, blocks, self.works[0])
+        late = blocks[np.argsort(positions[p].of(blocks))[ties - int(each[:turn].sum()) :]]
+        starts = [piece.b0 for piece in self.pieces if piece.part == p]
+        at = int(np.flatnonzero(parts == p)[0]) + np.searchsorted(starts, late, side="right") - 1
+        return _Turn(p, turn), list(zip(at.tolist(), late.tolist(), strict=True))
+
+    def _late_ties(self, scope: int, nth: _Nth, positions: Sequence[Positions]) -> list[tuple[int, int]] | None:
         """(piece, block) of those equal to the k-th that are not among the k first, after `nth`; None if many are.
 
         First is what has the smaller of `positions`, which are not the numbers of blocks.
@@ -320,19 +364,26 @@ class LargeScopes:
                 here = keys[: b1 - b0]
                 strips.read_blocks(read, self.places[p], first + b0, first + b1, self.strips[p], here, self.works[0])
                 blocks = b0 + np.flatnonzero(here == here.dtype.type(nth.key))
-                at = positions[p](blocks)
+                at = positions[p].of(blocks)
                 found += [(p, *pair, place) for pair in zip(at.tolist(), blocks.tolist(), strict=True)]
         return [(place, block) for _, _, block, place in sorted(found)[nth.ties :]]
 
     def cut_job(
-        self, keeps: Sequence[int], targets: Sequence[Written], *, shielded: bool, positions: Positions | None = None
+        self,
+        keeps: Sequence[int],
+        targets: Sequence[Written],
+        *,
+        shielded: bool,
+        positions: Sequence[Positions] | None = None,
     ) -> Callable[[], None] | None:
         """The job that writes to the target of each part which of its blocks are kept, decided and allocated now.
 
         Of equal blocks the first are kept: by their numbers, or where blocks are numbered in another order by their
-        `positions`. None if more than `MOST_TIES` would have to be told apart by these.
+        `positions`. None if too many would have to be told apart by these.
         """
         pieces, ranking = len(self.pieces), self.ranking
+        cuts = [cutter_of(ranking, p, target.only) for p, target in enumerate(targets)]
+        last_turns: dict[int, _Turn] = {}
         limits = np.empty(ranking.scopes, dtype=np.uint64)
         late: dict[int, list[int]] = {}
         none_kept = np.zeros(1, dtype=np.bool_)
@@ -342,9 +393,15 @@ class LargeScopes:
             quotas[scope] = ties
             if ties < equal and positions is not None:
                 dropped = self._late_ties(scope, nth, positions)
+                if dropped is None and all(cut is not None for cut in cuts):
+                    found = self._last_turn(scope, nth, positions)
+                    if found is not None:
+                        last_turns[scope], dropped = found
                 if dropped is None:
                     return None
                 quotas[scope] = equal
+                if scope in last_turns:
+                    quotas[scope, [piece.part > last_turns[scope].part for piece in self.pieces]] = 0
                 for place, block in dropped:
                     p = self.pieces[place].part
                     targets[p].put(0, 0, none_kept[:0])  # compiles what puts
@@ -354,7 +411,6 @@ class LargeScopes:
                 counts = self._equal(int(limits[scope]))
                 quotas[scope] = np.maximum(ties - np.cumsum(counts) + counts, 0)
                 spare[scope] = quotas[scope] - counts
-        cuts = [cutter_of(ranking, p, target.only) for p, target in enumerate(targets)]
         # Keys are read to be compared one by one, but where all elements of a piece can be cut by their limit.
         splits = (spare < 0) & (quotas > 0)
         parts = [piece.part for piece in self.pieces]
@@ -376,6 +432,13 @@ class LargeScopes:
             p, start, stop = self.pieces[place]
             here, there, read_first = self.places[p], targets[p].leaves[0].where, self._first(p, scope)
             first, limit, left = scope * ranking.parts[p].blocks, limits[scope], quotas[scope, place]
+            turn = last_turns.get(scope)
+            if turn is not None and positions is not None and p == turn.part:
+                order = positions[p]
+                strips.cut_by_turns(
+                    cut, here, there, first, first + start, first + stop, limit, order.inner, order.turns, turn.number
+                )
+                return
             border = stop if left > 0 else start
             if splits[scope, place]:
                 at = read_first + start, read_first + stop

@@ -345,18 +345,29 @@ def blocks_in_memory_order(leaf: Leaf, *, scopes: bool = True) -> Callable[[Leaf
     return reordered
 
 
-def positions_of(cut: Cut, plain: Cut) -> Callable[[np.ndarray], np.ndarray]:
-    """Where in a scope of `plain` blocks are that are numbered by `cut`, whose loops are the same in another order."""
-    steps = {dim: math.prod(inner.size for inner in plain.block[d + 1 :]) for d, dim in enumerate(plain.block)}
+class Positions:
+    """Where in a scope of `plain` blocks are that are numbered by `cut`, whose loops are the same in another order.
 
-    def position(blocks: np.ndarray) -> np.ndarray:
+    In an outermost loop of `plain`, the number of its turn comes first: of each `inner` blocks of `cut` it is the same,
+    and after `turns` times as many it starts anew.
+    """
+
+    def __init__(self, cut: Cut, plain: Cut) -> None:
+        self._loops = [
+            (dim.size, math.prod(inner.size for inner in plain.block[plain.block.index(dim) + 1 :]))
+            for dim in reversed(cut.block)
+        ]
+        outer = cut.block.index(plain.block[0]) if plain.block else 0
+        self.inner = math.prod(dim.size for dim in cut.block[outer + 1 :])
+        self.turns = plain.block[0].size if plain.block else 1
+
+    def of(self, blocks: np.ndarray) -> np.ndarray:
+        """The positions of these blocks."""
         found = np.zeros_like(blocks)
-        for dim in reversed(cut.block):
-            blocks, turn = np.divmod(blocks, dim.size)
-            found += turn * steps[dim]
+        for size, step in self._loops:
+            blocks, turn = np.divmod(blocks, size)
+            found += turn * step
         return found
-
-    return position
 
 
 def as_it_is(leaf: Leaf) -> Leaf:

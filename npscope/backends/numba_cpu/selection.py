@@ -9,13 +9,14 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import strips
-from npscope.backends.numba_cpu.large_scopes import LargeScopes, Positions
+from npscope.backends.numba_cpu.large_scopes import LargeScopes
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
     STRIPS_ELEMENTS,
     Competitors,
     Operand,
+    Positions,
     blocks_in_memory_order,
     ranges,
     scopes_in_memory_order,
@@ -121,7 +122,7 @@ def select_blocks(
     ready: Callable[[], None] = lambda: None,
     *,
     shielded: bool = False,
-    positions: Positions | None = None,
+    positions: Sequence[Positions] | None = None,
 ) -> bool:
     """Write to the target of each part which blocks are among the `keep` first-ranked of their scope, piece by piece.
 

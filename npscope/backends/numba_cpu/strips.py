@@ -731,6 +731,66 @@ def cut_elements(cut: int, source: Any, target: Any, i0: int, border: int, i1: i
 
 
 @kernel
+def count_ties(
+    read: int, source: Any, first: int, i0: int, i1: int, limit: Any, inner: int, turns: int, counts: Any, scratch: Any
+) -> None:  # fmt: skip
+    """Add how many of blocks [i0, i1) equal `limit` to the counts of their turns: of `inner` blocks, from `first` on.
+
+    After `turns` of them the first one comes again.
+    """
+    keys, _mask, _keep, sums, norms, making = scratch
+    key = keys.dtype.type(limit)
+    for i in range(i0, i1, STRIP_ELEMENTS):
+        stop = least(i1, i + STRIP_ELEMENTS)
+        _call_reader(read, source, i, stop, keys, sums, norms, making)
+        e = 0
+        while e < stop - i:
+            turn, past = divmod((i + e - first) % (inner * turns), inner)
+            if inner == 1:
+                run = least(stop - i - e, turns - turn)
+                for j in range(run):
+                    counts[np.uintp(turn + j)] += keys[np.uintp(e + j)] == key
+            else:
+                run = least(stop - i - e, inner - past)
+                for j in range(run):
+                    counts[np.uintp(turn)] += keys[np.uintp(e + j)] == key
+            e += run
+
+
+@kernel
+def find_ties(
+    read: int, source: Any, first: int, count: int, limit: Any, inner: int, turns: int, turn: int, found: Any,
+    scratch: Any,
+) -> None:  # fmt: skip
+    """The blocks of a turn, of `count` from `first` on, that equal `limit`: as many numbers as there is room for."""
+    keys, _mask, _keep, sums, norms, making = scratch
+    key, n = keys.dtype.type(limit), 0
+    for start in range(turn * inner, count, inner * turns):
+        for i in range(start, start + inner, STRIP_ELEMENTS):
+            stop = least(start + inner, i + STRIP_ELEMENTS)
+            _call_reader(read, source, first + i, first + stop, keys, sums, norms, making)
+            for j in range(stop - i):
+                if keys[np.uintp(j)] == key and n < found.size:
+                    found[n] = i + j
+                    n += 1
+
+
+@kernel
+def cut_by_turns(
+    cut: int, source: Any, target: Any, first: int, i0: int, i1: int, limit: Any, inner: int, turns: int, last: int
+) -> None:  # fmt: skip
+    """Keep, of elements [i0, i1), those above `limit`, and those equal to it in turns (`count_ties`) up to the last."""
+    i = i0
+    while i < i1:
+        past = (i - first) % (inner * turns)
+        border = (last + 1) * inner
+        stays = past < border
+        stop = least(i1, i + (border if stays else inner * turns) - past)
+        _call_cutter(cut, source, target, i, stop, limit, int(stays))
+        i = stop
+
+
+@kernel
 def tie_border_in(read: int, source: Any, i0: int, i1: int, limit: Any, ties: int, scratch: Any) -> Any:
     """The block of [i0, i1) that equals `limit` after the first `ties` do; i1 if there is none."""
     keys, _mask, _keep, sums, norms, making = scratch
