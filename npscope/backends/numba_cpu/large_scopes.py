@@ -90,7 +90,21 @@ class _Turn(NamedTuple):
     """Where those of equal blocks end that stay: in a part, in a turn of its positions."""
 
     part: int
+    loop: tuple[int, int]
+    """Blocks of a turn, and turns until the first comes again."""
     number: int
+
+
+class _Ties(NamedTuple):
+    """Which of the blocks of a scope that equal the k-th stay."""
+
+    quotas: np.ndarray
+    """So many of each piece, the first ones, or more where all stay."""
+    split: np.ndarray
+    """Pieces where some stay and others do not."""
+    turn: _Turn | None
+    late: list[tuple[int, int]]
+    """(piece, block) of those that do not stay although they would."""
 
 
 class _Survey(NamedTuple):
@@ -345,7 +359,7 @@ class LargeScopes:
         late = blocks[np.argsort(positions[p].of(blocks))[ties - int(each[:turn].sum()) :]]
         starts = [piece.b0 for piece in self.pieces if piece.part == p]
         at = int(np.flatnonzero(parts == p)[0]) + np.searchsorted(starts, late, side="right") - 1
-        return _Turn(p, turn), list(zip(at.tolist(), late.tolist(), strict=True))
+        return _Turn(p, (inner, turns), turn), list(zip(at.tolist(), late.tolist(), strict=True))
 
     def _late_ties(self, scope: int, nth: _Nth, positions: Sequence[Positions]) -> list[tuple[int, int]] | None:
         """(piece, block) of those equal to the k-th that are not among the k first, after `nth`; None if many are.
@@ -368,6 +382,30 @@ class LargeScopes:
                 found += [(p, *pair, place) for pair in zip(at.tolist(), blocks.tolist(), strict=True)]
         return [(place, block) for _, _, block, place in sorted(found)[nth.ties :]]
 
+    def _ties_of(self, scope: int, nth: _Nth, positions: Sequence[Positions] | None, *, by_turns: bool) -> _Ties | None:
+        """Which blocks stay that equal the k-th, after `nth`; None where too many are to be told apart by `positions`.
+
+        `by_turns`: more of them can be than `MOST_TIES`.
+        """
+        pieces = len(self.pieces)
+        nowhere = np.zeros(pieces, dtype=np.bool_)
+        if nth.ties == nth.equal:
+            return _Ties(np.full(pieces, nth.equal), nowhere, None, [])
+        if positions is None:
+            # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
+            counts = self._equal(nth.key)
+            quotas = np.maximum(nth.ties - np.cumsum(counts) + counts, 0)
+            return _Ties(quotas, (quotas > 0) & (quotas < counts), None, [])
+        quotas, late = np.full(pieces, nth.equal), self._late_ties(scope, nth, positions)
+        if late is not None:
+            return _Ties(quotas, nowhere, None, late)
+        found = self._last_turn(scope, nth, positions) if by_turns else None
+        if found is None:
+            return None
+        turn, late = found
+        quotas[[piece.part > turn.part for piece in self.pieces]] = 0
+        return _Ties(quotas, nowhere, turn, late)
+
     def cut_job(
         self,
         keeps: Sequence[int],
@@ -383,38 +421,24 @@ class LargeScopes:
         """
         pieces, ranking = len(self.pieces), self.ranking
         cuts = [cutter_of(ranking, p, target.only) for p, target in enumerate(targets)]
-        last_turns: dict[int, _Turn] = {}
         limits = np.empty(ranking.scopes, dtype=np.uint64)
+        ties: list[_Ties] = []
         late: dict[int, list[int]] = {}
         none_kept = np.zeros(1, dtype=np.bool_)
-        quotas, spare = np.zeros((2, ranking.scopes, pieces), dtype=np.int64)
         for scope, k in enumerate(keeps):
-            limits[scope], ties, equal = nth = self._limit(scope, k)
-            quotas[scope] = ties
-            if ties < equal and positions is not None:
-                dropped = self._late_ties(scope, nth, positions)
-                if dropped is None and all(cut is not None for cut in cuts):
-                    found = self._last_turn(scope, nth, positions)
-                    if found is not None:
-                        last_turns[scope], dropped = found
-                if dropped is None:
-                    return None
-                quotas[scope] = equal
-                if scope in last_turns:
-                    quotas[scope, [piece.part > last_turns[scope].part for piece in self.pieces]] = 0
-                for place, block in dropped:
-                    p = self.pieces[place].part
-                    targets[p].put(0, 0, none_kept[:0])  # compiles what puts
-                    late.setdefault(scope * pieces + place, []).append(scope * ranking.parts[p].blocks + block)
-            elif ties < equal:
-                # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
-                counts = self._equal(int(limits[scope]))
-                quotas[scope] = np.maximum(ties - np.cumsum(counts) + counts, 0)
-                spare[scope] = quotas[scope] - counts
+            nth = self._limit(scope, k)
+            limits[scope] = nth.key
+            shared = self._ties_of(scope, nth, positions, by_turns=None not in cuts)
+            if shared is None:
+                return None
+            ties.append(shared)
+            for place, block in shared.late:
+                p = self.pieces[place].part
+                targets[p].put(0, 0, none_kept[:0])  # compiles what puts
+                late.setdefault(scope * pieces + place, []).append(scope * ranking.parts[p].blocks + block)
         # Keys are read to be compared one by one, but where all elements of a piece can be cut by their limit.
-        splits = (spare < 0) & (quotas > 0)
-        parts = [piece.part for piece in self.pieces]
-        compared = {p for p, split in zip(parts, splits.T, strict=True) if split.any() or cuts[p] is None}
+        compared = {p for p, cut in enumerate(cuts) if cut is None}
+        compared |= {self.pieces[place].part for shared in ties for place in np.flatnonzero(shared.split).tolist()}
         reads = [self._reader(p) if p in compared else 0 for p in range(len(targets))]
         writes = [
             0 if cut is not None else strips.marker() if target.only is None else writer_of(target.only)
@@ -431,16 +455,15 @@ class LargeScopes:
         def cut_piece(cut: int, slot: int, scope: int, place: int) -> None:
             p, start, stop = self.pieces[place]
             here, there, read_first = self.places[p], targets[p].leaves[0].where, self._first(p, scope)
-            first, limit, left = scope * ranking.parts[p].blocks, limits[scope], quotas[scope, place]
-            turn = last_turns.get(scope)
-            if turn is not None and positions is not None and p == turn.part:
-                order = positions[p]
+            first, limit, (quotas, split, turn, _) = scope * ranking.parts[p].blocks, limits[scope], ties[scope]
+            if turn is not None and p == turn.part:
                 strips.cut_by_turns(
-                    cut, here, there, first, first + start, first + stop, limit, order.inner, order.turns, turn.number
+                    cut, here, there, first, first + start, first + stop, limit, *turn.loop, turn.number
                 )
                 return
+            left = quotas[place]
             border = stop if left > 0 else start
-            if splits[scope, place]:
+            if split[place]:
                 at = read_first + start, read_first + stop
                 border = strips.tie_border_in(reads[p], here, *at, limit, left, self.works[slot]) - read_first
             strips.cut_elements(cut, here, there, first + start, first + border, first + stop, limit)
@@ -448,7 +471,7 @@ class LargeScopes:
         def compare_piece(slot: int, scope: int, place: int) -> None:
             p, start, stop = self.pieces[place]
             written, first, read_first = targets[p], scope * ranking.parts[p].blocks, self._first(p, scope)
-            left = int(quotas[scope, place])
+            left = int(ties[scope].quotas[place])
             for b0 in range(start, stop, steps[p]):
                 b1 = min(stop, b0 + steps[p])
                 target = written.only.where if written.only else dense(masks[slot], -first - b0)
