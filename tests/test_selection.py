@@ -475,7 +475,18 @@ def test_large_scopes_of_crowded_keys(backend, data, name):
         assert same_bits(npscope.keep_largest(x, nnz, (1,), (-1,)), np.where(expected, x, x.dtype.type(0)))
 
 
+@pytest.fixture
+def _kernels_of_their_own(monkeypatch):
+    """Small arrays, too, are worked off as large ones are."""
+    operands = pytest.importorskip("npscope.backends.numba_cpu.operands")
+    monkeypatch.setattr(operands, "SHAPED_ELEMENTS", 0)
+    operands.placement.cache_clear()
+    yield
+    operands.placement.cache_clear()
+
+
 @pytest.mark.sampled(3)
+@pytest.mark.usefixtures("_kernels_of_their_own")
 @pytest.mark.parametrize(
     ("n", "name"),
     [
@@ -514,3 +525,18 @@ def test_scopes_searched_side_by_side(data, n, name):
                 *found, own = results(array)
             assert all(map(same_bits, found, expected))
             np.testing.assert_equal(own.astype(np.float64), kth.astype(np.float64))
+    some = rng.integers(0, n + 1, (rows, 1))
+    blocks = np.repeat(np.repeat(x, 2, axis=0), 2, axis=1)
+    blocks[1::2, ::2] = 0
+    for first in (1, 15, 16, 17, rows):
+        array, counts = blocks[: 2 * first], some[:first]
+        with npscope.use_backend("reference"):
+            expected = [
+                f(array, counts, (2, 2), (1, n), ord=np.inf) for f in (npscope.keep_largest, npscope.block_mask)
+            ]
+        for same in (array, np.asfortranarray(array)):
+            with npscope.use_backend("numba"):
+                found = [
+                    f(same, counts, (2, 2), (1, n), ord=np.inf) for f in (npscope.keep_largest, npscope.block_mask)
+                ]
+            assert all(map(same_bits, found, expected))

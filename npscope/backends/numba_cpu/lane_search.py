@@ -38,7 +38,10 @@ LANES = 16
 """Scopes that are searched together, and keys of each that are dealt together."""
 
 MOST_KEYS = 256
-"""Keys of a scope that is searched so, at most: their planes, on the stack, fill half of the nearest cache."""
+"""Keys of a scope that is searched so, at most: their planes, on the stack, fill the nearest cache, or half of it.
+
+From 384 on it was slower than one by one.
+"""
 
 QUICK_PROBES = 10
 """Guesses before each one takes a look at the keys next to it, three times as long: most scopes are done by then."""
@@ -73,7 +76,9 @@ class _Planes(NamedTuple):
     def _on_stack(cls, b: Builder, keys: Value, n: Value) -> _Planes:
         """A place for n planes of such keys."""
         vector = vector_of(keys.type.pointee.width, LANES)
-        start = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(vector, MOST_KEYS)), vector.as_pointer())
+        with b.goto_entry_block():  # not `cgutils.alloca_once`, which would write zeros to all of it
+            place = b.alloca(ir.ArrayType(vector, MOST_KEYS))
+        start = b.bitcast(place, vector.as_pointer())
         return cls(start, n, b.and_(b.add(n, _WORD(LANES - 1)), _WORD(-LANES)))
 
     def _end(self, b: Builder) -> None:
@@ -207,7 +212,7 @@ class _Line:
         return b.uitofp(b.sub(high, low), self.real)
 
     def moved(self, keys: Value, distance: Value) -> Value:
-        """The key so far above others, of numbers that are no keys, or beyond them, any key."""
+        """The key so far above another, about; any key where that is beyond all of them, or the distance is NaN."""
         b = self.b
         if self.signed:
             bits = b.bitcast(b.fadd(self._number_of(keys), distance), self.vector)
@@ -229,8 +234,13 @@ class _Found(NamedTuple):
     next: Value
 
 
-def _search(b: Builder, planes: _Planes, keep: Value, guess: Value, spacing: Value, signed: bool) -> _Found:
-    """The limits of scopes of which `keep` says how many are kept."""
+def _search(
+    b: Builder, planes: _Planes, rows: Value, keep: Value, guess: Value, spacing: Value, signed: bool
+) -> _Found:
+    """The limits of `rows` scopes of which `keep` says how many are kept. It is read for all lanes.
+
+    Invariant, by lane: more than that many keys are at least `low`, fewer are above `high`.
+    """
     n = planes.n
     line = _Line(b, planes.start.type.pointee.element.width, signed)
     vector = line.vector
@@ -239,6 +249,7 @@ def _search(b: Builder, planes: _Planes, keep: Value, guess: Value, spacing: Val
     wanted = b.trunc(load(b, keep, vector_of(64, LANES)), _COUNTS)
     empty = b.icmp_signed("<=", wanted, none)
     some = b.and_(b.not_(empty), b.icmp_signed("<", wanted, every))
+    some = b.and_(some, first_lanes(b, rows, LANES))
     first = _resized(b, broadcast(b, guess, LANES), vector)
     low, high, from_low, above_high = (_stored(b, x) for x in (zeros, ones, every, none))
     limits, ties = _stored(b, b.select(empty, ones, zeros)), _stored(b, b.select(empty, none, every))
@@ -266,7 +277,7 @@ def _search(b: Builder, planes: _Planes, keep: Value, guess: Value, spacing: Val
             b.store(b.select(here, count, b.load(number)), number)
         bottom, top, count_bottom, count_top = (b.load(x) for x in (low, high, from_low, above_high))
         hit = b.and_(open_, b.icmp_signed("==", count, wanted))
-        met = b.and_(open_, b.icmp_unsigned(">=", bottom, top))
+        met = b.and_(open_, b.icmp_unsigned(">=", bottom, top))  # after a hit, too, which is told first
         b.store(b.select(hit, border, b.select(met, bottom, b.load(limits))), limits)
         b.store(b.select(hit, every, b.select(met, b.sub(wanted, count_top), b.load(ties))), ties)
         b.store(b.and_(open_, b.not_(b.or_(hit, met))), searched)
@@ -284,15 +295,22 @@ def _search(b: Builder, planes: _Planes, keep: Value, guess: Value, spacing: Val
         following = b.select(b.and_(known_low, known_high), between, beyond)
         halves = b.and_(late, b.trunc(loop.index, ir.IntType(1)))
         b.store(b.select(halves, b.add(bottom, b.lshr(b.sub(top, bottom), one)), following), guesses)
-    centers = b.lshr(b.select(some, b.load(limits), first), splat(vector, LANES.bit_length() - 1))
-    mean = _sum(b, centers, b.add)
+    # The mean of keys, of as many bits as the sum takes; of larger ones, what is lost says nothing.
+    centers = _resized(b, b.select(some, b.load(limits), first), vector_of(max(32, line.vector.element.width), LANES))
+    narrow_keys, sixteenth = line.vector.element.width < 32, LANES.bit_length() - 1
+    if narrow_keys:
+        mean = _sum(b, centers, b.add)
+        mean = b.lshr(mean, mean.type(sixteenth))
+    else:
+        mean = _sum(b, b.lshr(centers, splat(centers.type, sixteenth)), b.add)
     # Keys between two guesses say how far apart keys are.
     bottom, top, count_bottom, count_top = (b.load(x) for x in (low, high, from_low, above_high))
     apart = b.fdiv(line.distance(bottom, top), line.count(b.sub(count_bottom, count_top)))
     measured = b.and_(
         b.and_(some, b.fcmp_ordered("<", apart, line.constant(1e30))), b.icmp_unsigned("!=", bottom, zeros)
     )
-    measured = b.and_(measured, b.icmp_unsigned("!=", top, ones))
+    # Between ends that met there is no distance: a spacing of 0 would never grow.
+    measured = b.and_(measured, b.and_(b.icmp_unsigned("!=", top, ones), b.icmp_unsigned("<", bottom, top)))
     spread = line.mean(b.select(measured, apart, line.scalar(spacing)))
     wide = mean if mean.type == _WORD else b.zext(mean, _WORD)
     return _Found(planes, limits, ties, cgutils.pack_struct(b, [wide, spread]))
@@ -320,7 +338,7 @@ def mark_rows(signed: bool) -> Any:
     def emit(
         b: Builder, keys: Value, n: Value, rows: Value, keep: Value, mask: Value, guess: Value, spacing: Value
     ) -> Value:
-        found = _search(b, _Planes.of_rows(b, keys, n, n, rows), keep, guess, spacing, signed)
+        found = _search(b, _Planes.of_rows(b, keys, n, n, rows), rows, keep, guess, spacing, signed)
 
         def mark(row: Value, limit: Value, ties: Value) -> None:
             at = b.mul(row, n)
@@ -343,7 +361,7 @@ def mark_planes(signed: bool) -> Any:
         b: Builder, keys: Value, pitch: Value, n: Value, rows: Value, keep: Value, mask: Value, guess: Value,
         spacing: Value,
     ) -> Value:  # fmt: skip
-        found = _search(b, _Planes.of_planes(b, keys, pitch, n), keep, guess, spacing, signed)
+        found = _search(b, _Planes.of_planes(b, keys, pitch, n), rows, keep, guess, spacing, signed)
         limits = b.load(found.limits)
         left = _stored(b, b.load(found.ties))
         partial, some = b.icmp_signed("<", rows, _WORD(LANES)), first_lanes(b, rows, LANES)
@@ -375,7 +393,7 @@ def limits_of_rows(signed: bool) -> Any:
         b: Builder, keys: Value, pitch: Value, n: Value, rows: Value, keep: Value, limits: Value, ties: Value,
         guess: Value, spacing: Value,
     ) -> Value:  # fmt: skip
-        found = _search(b, _Planes.of_rows(b, keys, pitch, n, rows), keep, guess, spacing, signed)
+        found = _search(b, _Planes.of_rows(b, keys, pitch, n, rows), rows, keep, guess, spacing, signed)
         store(b, b.load(found.limits), limits)
         store(b, b.load(found.ties), ties)
         return found.next
@@ -390,7 +408,7 @@ def kth_of_rows(signed: bool) -> Any:
     def emit(
         b: Builder, keys: Value, n: Value, rows: Value, keep: Value, target: Value, guess: Value, spacing: Value
     ) -> Value:
-        found = _search(b, _Planes.of_rows(b, keys, n, n, rows), keep, guess, spacing, signed)
+        found = _search(b, _Planes.of_rows(b, keys, n, n, rows), rows, keep, guess, spacing, signed)
         kth, _ = found.planes.neighbours_of(b, b.load(found.limits))
 
         def put(row: Value, key: Value, ties: Value) -> None:

@@ -64,6 +64,11 @@ def _most_rows(n: int, key_bytes: int) -> int:
     return max(1, ACROSS_BYTES // (n * (key_bytes + 1)))
 
 
+def whole_lanes(rows: int) -> int:
+    """So many scopes, or fewer, that fill the groups in which scopes are searched side by side."""
+    return rows - rows % LANES if rows > LANES else rows
+
+
 def turned_form(leaf: Operand, blocks: int, width: int) -> Format | None:
     """The format of scopes that lie side by side, if tiles of their elements can be turned into keys of this width.
 
@@ -202,14 +207,13 @@ class Ranking:
         rows = (ACROSS_ELEMENTS if self.group > 0 else PLANES_ELEMENTS) // (part.blocks * part.elements)
         twice = 2 * self.key.itemsize  # in planes, and in rows
         rows = min(source.strip, max(rows, min(ACROSS, _most_rows(part.blocks, twice))))
-        return rows - rows % LANES if rows > LANES else rows
+        return whole_lanes(rows)
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
         rows = max(1, strip // self.blocks)
         if self.group == IN_LANES:
-            rows = max(rows, LANES if LANES * self.elements <= TILES_ELEMENTS else 1)
-            rows -= rows % LANES if rows > LANES else 0
+            rows = whole_lanes(max(rows, LANES if LANES * self.elements <= TILES_ELEMENTS else 1))
         if len(self.parts) > 1 or not self.parts[0].leaves[0].across:
             return rows
         most = _most_rows(self.blocks, self.key.itemsize)

@@ -141,8 +141,8 @@ def group_of(n: int) -> int:
 def selector(group: int, width: int, signed: bool) -> Any:
     """``select(keys, rows, n, keep, mask, guess, spacing)``: mask of the `keep` first-ranked of every n keys.
 
-    Returns where to start the next search. Groups of n keys of `width` bits are ranked side by side in a
-    vector: work arrays reach beyond the last of them by `SLACK` entries.
+    Returns where to start the next search. Groups of n keys of `width` bits are ranked side by side in a vector, or
+    searched side by side: work arrays, `keep` too, reach beyond the last of them by `SLACK` entries.
     """
     if not group:
 
@@ -210,7 +210,7 @@ def limiter(signed: bool) -> Any:
 def finder(signed: bool) -> Any:
     """``find(keys, rows, n, k, found, s, guess, spacing)``: the k-th largest of every n keys, from entry s on.
 
-    As `limiter`.
+    Returns where to start the next search. Nothing is written beyond them; n is as for a `limiter`.
     """
     find = kth_of_rows(signed)
 

@@ -31,6 +31,7 @@ from npscope.backends.numba_cpu.ranking import (
     ranked_in_reals,
     search_of,
     source_of,
+    whole_lanes,
 )
 from npscope.backends.numba_cpu.search import IN_LANES
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
@@ -84,7 +85,7 @@ class ScopeWork:
         self.keys = np.empty(longest, dtype=ranking.key)
         self.mask = np.empty((length, ranking.blocks), dtype=np.bool_)
         self.columns = np.empty(longest, dtype=np.bool_)
-        self.rows = max(1, STRIP_ELEMENTS // ranking.blocks)
+        self.rows = whole_lanes(max(1, STRIP_ELEMENTS // ranking.blocks))
         self.scratch = _scratch(ranking, self.rows, self.counts)
         self.steps = (
             strips.dense_reader(ranking.key),

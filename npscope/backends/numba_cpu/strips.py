@@ -28,6 +28,7 @@ from npscope.backends.numba_cpu import lines, search, vector_norms, vector_selec
 from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
+from npscope.backends.numba_cpu.lane_search import NEXT
 from npscope.backends.numba_cpu.nests import length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.scalars import largest_key, least
@@ -65,14 +66,13 @@ class Scratch:
 
 _RANGE = (types.int64, types.int64)
 _MASK, _WIDE, _KEEP = array_of(np.bool_), array_of(np.float64), array_of(np.int64)
-_NEXT = types.Tuple((types.uint64, types.float64))  # where the next search starts
 _COUNTS = types.UniTuple(types.int64, 2)
 _EXPECTED = types.UniTuple(types.float64, 3)
 _LIMIT = types.Tuple((types.uint64, types.int64, types.int64, types.uint64, _EXPECTED))
-_call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(6), caller(7, _NEXT)
+_call_reader, _call_writer, _call_cutter, _call_selector = caller(7), caller(4), caller(6), caller(7, NEXT)
 _call_surveyor, _call_searcher = caller(10, _COUNTS), caller(9, _LIMIT)
 _call_turner, _call_columns_cutter = caller(5), caller(7)
-_call_limiter, _call_finder = caller(9, _NEXT), caller(8, _NEXT)
+_call_limiter, _call_finder = caller(9, NEXT), caller(8, NEXT)
 
 
 def _scratch(key: np.dtype) -> Any:
@@ -112,28 +112,28 @@ def surveyor_address(look: Function, unit: np.dtype, key: np.dtype) -> int:
 def selector_address(group: int, key: np.dtype, signed: bool) -> int:
     """Where the code of a `search.selector` is, for keys of this dtype."""
     select = search.selector(group, 8 * key.itemsize, signed)
-    return address_of(select, array_of(key), *_RANGE, _KEEP, _MASK, types.uint64, types.float64, result=_NEXT)
+    return address_of(select, array_of(key), *_RANGE, _KEEP, _MASK, types.uint64, types.float64, result=NEXT)
 
 
 @cache
 def plane_selector_address(group: int, key: np.dtype, signed: bool) -> int:
     """Where the code of a `search.plane_selector` is, for keys of this dtype."""
     select = search.plane_selector(group, signed)
-    return address_of(select, array_of(key), *_RANGE, _KEEP, _MASK, types.uint64, types.float64, result=_NEXT)
+    return address_of(select, array_of(key), *_RANGE, _KEEP, _MASK, types.uint64, types.float64, result=NEXT)
 
 
 @cache
 def limiter_address(key: np.dtype, signed: bool) -> int:
     """Where the code of a `search.limiter` is, for keys of this dtype."""
     rows = types.int64, types.int64, types.int64, _KEEP, array_of(key), array_of(np.int32)
-    return address_of(search.limiter(signed), array_of(key), *rows, types.uint64, types.float64, result=_NEXT)
+    return address_of(search.limiter(signed), array_of(key), *rows, types.uint64, types.float64, result=NEXT)
 
 
 @cache
 def finder_address(key: np.dtype, signed: bool) -> int:
     """Where the code of a `search.finder` is, for keys of this dtype."""
     rows = types.int64, types.int64, _KEEP, array_of(key), types.int64
-    return address_of(search.finder(signed), array_of(key), *rows, types.uint64, types.float64, result=_NEXT)
+    return address_of(search.finder(signed), array_of(key), *rows, types.uint64, types.float64, result=NEXT)
 
 
 # --- reading -------------------------------------------------------------------------------------
