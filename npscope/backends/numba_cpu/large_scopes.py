@@ -159,8 +159,9 @@ class LargeScopes:
         again = [p for p, part in enumerate(ranking.parts) if p not in self.lasting and part.elements > 1]
         measured = max((self.strips[p] for p in again), default=0)
         self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key, measured).all for _ in range(self.workers)]
-        # So many that the bracket, 2 * MARGIN standard deviations of a share, holds no more than can be kept.
-        runs = round((MARGIN * ranking.blocks / (room * self.workers)) ** 2 / SAMPLE_RUN)
+        # So many that the bracket, 2 * MARGIN standard deviations of a share, holds two thirds of what can be kept: of
+        # all of it, every other one would hold more, and take another pass.
+        runs = round((1.5 * MARGIN * ranking.blocks / (room * self.workers)) ** 2 / SAMPLE_RUN)
         runs = max(1, min(max(runs, SAMPLE_RUNS), MOST_RUNS, ranking.blocks // 256 // SAMPLE_RUN))
         # By part: the blocks of every how many are sampled. Odd, or rows of a power of two would be sampled in columns.
         self.sample_steps = [part.blocks // -(-runs * part.blocks // ranking.blocks) | 1 for part in ranking.parts]
