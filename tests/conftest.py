@@ -237,3 +237,13 @@ def uncompiled() -> Iterator[None]:
     """The reference backend, for tests of files whose many small arrays are not worth a kernel."""
     with npscope.use_backend("reference"):
         yield
+
+
+@pytest.fixture
+def small_as_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small arrays, too, are worked off line by line by kernels of their own, as large ones are everywhere."""
+    operands = pytest.importorskip("npscope.backends.numba_cpu.operands")
+    monkeypatch.setattr(operands, "SHAPED_ELEMENTS", 0)
+    operands.placement.cache_clear()
+    yield
+    operands.placement.cache_clear()

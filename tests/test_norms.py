@@ -16,15 +16,7 @@ from strategies import ALL_DTYPES, EXACT_DTYPES, FINITE, ORDS, dtype, hostile, p
 import npscope
 from npscope.block import sum_squares
 
-
-@pytest.fixture(autouse=True)
-def _kernels_of_their_own(monkeypatch):
-    """Small arrays, too, are measured line by line here, as large ones are everywhere."""
-    operands = pytest.importorskip("npscope.backends.numba_cpu.operands")
-    monkeypatch.setattr(operands, "SHAPED_ELEMENTS", 0)
-    operands.placement.cache_clear()
-    yield
-    operands.placement.cache_clear()
+pytestmark = pytest.mark.usefixtures("small_as_large")
 
 
 def assert_within(got: np.ndarray, x: np.ndarray, block: tuple[int, ...], ord: float, limit: float) -> None:

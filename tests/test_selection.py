@@ -475,18 +475,8 @@ def test_large_scopes_of_crowded_keys(backend, data, name):
         assert same_bits(npscope.keep_largest(x, nnz, (1,), (-1,)), np.where(expected, x, x.dtype.type(0)))
 
 
-@pytest.fixture
-def _kernels_of_their_own(monkeypatch):
-    """Small arrays, too, are worked off as large ones are."""
-    operands = pytest.importorskip("npscope.backends.numba_cpu.operands")
-    monkeypatch.setattr(operands, "SHAPED_ELEMENTS", 0)
-    operands.placement.cache_clear()
-    yield
-    operands.placement.cache_clear()
-
-
 @pytest.mark.sampled(3)
-@pytest.mark.usefixtures("_kernels_of_their_own")
+@pytest.mark.usefixtures("small_as_large")
 @pytest.mark.parametrize(
     ("n", "name"),
     [

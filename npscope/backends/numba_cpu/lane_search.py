@@ -225,6 +225,62 @@ class _Line:
         return b.select(b.icmp_unsigned("<", moved, keys), splat(self.vector, -1), moved)
 
 
+class _Bounds(NamedTuple):
+    """What is known of every lane: more keys are at least `low` than are wanted, fewer are above `high`; how many.
+
+    Until a guess has shown one, they are 0 and all ones.
+    """
+
+    low: Value
+    high: Value
+    from_low: Value
+    above_high: Value
+
+    def known(self, b: Builder) -> tuple[Value, Value]:
+        """Whether guesses have shown the low one, and the high one."""
+        vector = self.low.type
+        return b.icmp_unsigned("!=", self.low, splat(vector, 0)), b.icmp_unsigned("!=", self.high, splat(vector, -1))
+
+
+def _next_guess(b: Builder, line: _Line, bounds: _Bounds, wanted: Value, count: Value, spacing: Value) -> Value:
+    """Between the two bounds, or as far beyond the only one as keys were apart before, by the last `count`."""
+    low, high, from_low, above_high = bounds
+    known_low, known_high = bounds.known(b)
+    share = b.fdiv(line.count(b.sub(from_low, wanted)), line.count(b.sub(from_low, above_high)))
+    away = b.fmul(line.scalar(spacing), line.count(b.sub(count, wanted)))
+    reach = line.distance(low, high)
+    between = line.moved(low, b.fmul(reach, share))
+    if line.signed:
+        beyond = line.moved(b.select(known_low, low, high), away)
+    else:
+        beyond = line.moved(low, b.select(known_low, away, b.fadd(reach, away)))
+    return b.select(b.and_(known_low, known_high), between, beyond)
+
+
+def _mean_of_keys(b: Builder, keys: Value) -> Value:
+    """The mean of all lanes, as 64 bits. Where the sum does not fit, what is lost of each key says nothing."""
+    width, bits = keys.type.element.width, LANES.bit_length() - 1
+    wide = _resized(b, keys, vector_of(max(32, width), LANES))
+    if width < 32:
+        mean = _sum(b, wide, b.add)
+        mean = b.lshr(mean, mean.type(bits))
+    else:
+        mean = _sum(b, b.lshr(wide, splat(wide.type, bits)), b.add)
+    return mean if mean.type == _WORD else b.zext(mean, _WORD)
+
+
+def _mean_spacing(b: Builder, line: _Line, bounds: _Bounds, some: Value, spacing: Value) -> Value:
+    """How far apart keys are between two guesses, where `some` lanes made them: the mean, of all as before for others.
+
+    Between ends that met there is no distance: a spacing of 0 would never grow.
+    """
+    apart = b.fdiv(line.distance(bounds.low, bounds.high), line.count(b.sub(bounds.from_low, bounds.above_high)))
+    measured = b.and_(some, b.fcmp_ordered("<", apart, line.constant(1e30)))
+    for condition in (*bounds.known(b), b.icmp_unsigned("<", bounds.low, bounds.high)):
+        measured = b.and_(measured, condition)
+    return line.mean(b.select(measured, apart, line.scalar(spacing)))
+
+
 class _Found(NamedTuple):
     """Limits and ties of all lanes, as `search.separator` finds them, for any k; where the next search starts."""
 
@@ -275,45 +331,21 @@ def _search(
         ):
             b.store(b.select(here, key, b.load(end)), end)
             b.store(b.select(here, count, b.load(number)), number)
-        bottom, top, count_bottom, count_top = (b.load(x) for x in (low, high, from_low, above_high))
+        bounds = _Bounds(*map(b.load, (low, high, from_low, above_high)))
         hit = b.and_(open_, b.icmp_signed("==", count, wanted))
-        met = b.and_(open_, b.icmp_unsigned(">=", bottom, top))  # after a hit, too, which is told first
-        b.store(b.select(hit, border, b.select(met, bottom, b.load(limits))), limits)
-        b.store(b.select(hit, every, b.select(met, b.sub(wanted, count_top), b.load(ties))), ties)
+        met = b.and_(open_, b.icmp_unsigned(">=", bounds.low, bounds.high))  # after a hit, too, which is told first
+        b.store(b.select(hit, border, b.select(met, bounds.low, b.load(limits))), limits)
+        b.store(b.select(hit, every, b.select(met, b.sub(wanted, bounds.above_high), b.load(ties))), ties)
         b.store(b.and_(open_, b.not_(b.or_(hit, met))), searched)
-        # The next guess lies between two others, or as far beyond the only one as keys were apart before.
-        known_low, known_high = b.icmp_unsigned("!=", bottom, zeros), b.icmp_unsigned("!=", top, ones)
-        share = b.fdiv(line.count(b.sub(count_bottom, wanted)), line.count(b.sub(count_bottom, count_top)))
-        away = b.fmul(line.scalar(b.load(bold)), line.count(b.sub(count, wanted)))
+        following = _next_guess(b, line, bounds, wanted, count, b.load(bold))
         b.store(b.fmul(b.load(bold), _REAL(2.0)), bold)  # a guess far off: the next step is bolder
-        reach = line.distance(bottom, top)
-        between = line.moved(bottom, b.fmul(reach, share))
-        if signed:
-            beyond = line.moved(b.select(known_low, bottom, top), away)
-        else:
-            beyond = line.moved(bottom, b.select(known_low, away, b.fadd(reach, away)))
-        following = b.select(b.and_(known_low, known_high), between, beyond)
+        middle = b.add(bounds.low, b.lshr(b.sub(bounds.high, bounds.low), one))
         halves = b.and_(late, b.trunc(loop.index, ir.IntType(1)))
-        b.store(b.select(halves, b.add(bottom, b.lshr(b.sub(top, bottom), one)), following), guesses)
-    # The mean of keys, of as many bits as the sum takes; of larger ones, what is lost says nothing.
-    centers = _resized(b, b.select(some, b.load(limits), first), vector_of(max(32, line.vector.element.width), LANES))
-    narrow_keys, sixteenth = line.vector.element.width < 32, LANES.bit_length() - 1
-    if narrow_keys:
-        mean = _sum(b, centers, b.add)
-        mean = b.lshr(mean, mean.type(sixteenth))
-    else:
-        mean = _sum(b, b.lshr(centers, splat(centers.type, sixteenth)), b.add)
-    # Keys between two guesses say how far apart keys are.
-    bottom, top, count_bottom, count_top = (b.load(x) for x in (low, high, from_low, above_high))
-    apart = b.fdiv(line.distance(bottom, top), line.count(b.sub(count_bottom, count_top)))
-    measured = b.and_(
-        b.and_(some, b.fcmp_ordered("<", apart, line.constant(1e30))), b.icmp_unsigned("!=", bottom, zeros)
-    )
-    # Between ends that met there is no distance: a spacing of 0 would never grow.
-    measured = b.and_(measured, b.and_(b.icmp_unsigned("!=", top, ones), b.icmp_unsigned("<", bottom, top)))
-    spread = line.mean(b.select(measured, apart, line.scalar(spacing)))
-    wide = mean if mean.type == _WORD else b.zext(mean, _WORD)
-    return _Found(planes, limits, ties, cgutils.pack_struct(b, [wide, spread]))
+        b.store(b.select(halves, middle, following), guesses)
+    bounds = _Bounds(*map(b.load, (low, high, from_low, above_high)))
+    mean = _mean_of_keys(b, b.select(some, b.load(limits), first))
+    spread = _mean_spacing(b, line, bounds, some, spacing)
+    return _Found(planes, limits, ties, cgutils.pack_struct(b, [mean, spread]))
 
 
 NEXT: Any = types.Tuple((types.uint64, types.float64))
