@@ -113,7 +113,7 @@ def test_larger_problems_of_other_dtypes(name, kind):
             assert same_bits(npscope.keep_largest(x, nnz, block, scope), expected)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", ["complex64", "complex128"])
 @pytest.mark.parametrize("kind", ["normal", "nan_payloads"])
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_complex_numbers_in_scopes_of_every_size(kind, name, scope, nnz):
             assert same_bits(cut.astype(x.dtype), expected[4])
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("name", [f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("", "u")])
 @pytest.mark.parametrize(
     ("scope", "nnz"),
