@@ -18,10 +18,10 @@ from numba import types
 
 from npscope.backends.numba_cpu import vector_norms, vector_selection
 from npscope.backends.numba_cpu.arithmetic import two_sum
-from npscope.backends.numba_cpu.codecs import Codec, Function, codec
+from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
-from npscope.backends.numba_cpu.operands import Layout, Placement, layout_of
+from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import greatest, least
 from npscope.backends.numba_cpu.vector_norms import (
     DOUBTS,
@@ -33,8 +33,7 @@ from npscope.backends.numba_cpu.vector_norms import (
     TWO,
 )
 from npscope.backends.numba_cpu.vector_norms import STRIP_BLOCKS as STRIP_BLOCKS
-from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, TOGETHER, Format, copy_numbers, part_format
-from npscope.dtypes import kind_of
+from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, TOGETHER, Format, copy_numbers
 
 STRIP_RUN, SHORT_RUN, STRIP_ELEMENTS = 1 << 12, 1 << 10, 1 << 17
 """Adjacent elements of a row of a strip, those if it has many rows, and elements of a strip at most.
@@ -74,38 +73,6 @@ class NormBuffers:
         self.norms = np.ndarray(size // dtype.itemsize, dtype, raw, start + size)
         self.making = np.ndarray(_MAKING_WORDS, np.int64, raw, start + 2 * size)
         self.all = self.sums, self.norms, self.making  # the arguments of a kernel
-
-
-def numbers_of(placed: Placement, code: int) -> tuple[Layout, np.ndarray] | None:
-    """How the blocks of an operand are measured line by line, if they can be, and the loops over their numbers.
-
-    Small integers are read as float32. A complex number is two real ones, where squares are summed.
-    """
-    if placed.layout is not None:
-        return placed.layout, placed.elements
-    kind, size = placed.kind, placed.cut.elements
-    form = None if kind is None or placed.bytewise else part_format(kind)
-    if kind is None or form is None or placed.codec is None or size == 0 or placed.few:
-        return None
-    elements, reader = placed.elements, placed.codec
-    if kind.is_complex:
-        if code != TWO:
-            return None
-        reader = codec(kind_of(form.name), False, False)
-        sizes, strides = elements.tolist()
-        adjacent = 1
-        if size == 1:
-            sizes, strides = [], []
-        elif strides[-1] == 2:
-            *sizes, adjacent = sizes
-            strides = strides[:-1]
-        elements = np.asarray([[*sizes, 2 * adjacent], [*strides, 1]], dtype=np.int64)
-    sizes, strides = elements.tolist()
-    run = sizes[-1] if strides[-1] == 1 and sizes[-1] > 1 else 1
-    width, step = placed.grid[:, -1].tolist()
-    if step != run and width > 1:
-        return None
-    return layout_of(form, reader, run, math.prod(sizes) // run), elements
 
 
 def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:

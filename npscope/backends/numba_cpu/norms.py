@@ -140,13 +140,12 @@ class PassNorms:
 
 
 @lru_cache(maxsize=2048)
-def _by_lines(placed: Placement, code: int, norm: np.dtype) -> tuple[int, int, np.ndarray] | None:
-    """How a kernel measures blocks line by line, if they can be, its strip, and the loops over their numbers."""
-    found = lines.numbers_of(placed, code)
-    if found is None or not lines.can_sum(found[0], code, wide=True):
+def _by_lines(placed: Placement, code: int, norm: np.dtype) -> tuple[int, int] | None:
+    """How a kernel measures blocks line by line, if they can be, and its strip."""
+    layout = placed.layout
+    if layout is None or not lines.can_sum(layout, code, wide=True):
         return None
-    layout, elements = found
-    return lines.measurer_address(layout.compiled, code, placed.unit, norm), lines.strip_blocks(layout), elements
+    return lines.measurer_address(layout.compiled, code, placed.unit, norm), lines.strip_blocks(layout)
 
 
 def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms | PassNorms], int]:
@@ -156,8 +155,8 @@ def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms |
     found = None if part.spans_leaves else _by_lines(leaf.place, code, part.norm)
     if found is None:
         return lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS
-    measure, strip, elements = found
-    source = measure, leaf.buffer, leaf.origin, leaf.grid, elements
+    measure, strip = found
+    source = measure, *leaf.where
     return lambda length: LineNorms(part, source, strip, code, length), STRIPS_ELEMENTS
 
 

@@ -55,7 +55,8 @@ def ranked_in_reals(parts: Parts, ord: float | None) -> Parts:
 
     Norms of two float64 are formed in a pass of their own, and of large scopes they would be kept.
     """
-    fits = sum([part[0].cut.blocks for part in parts]) <= SCOPE_BLOCKS
+    kept = any(len(part) == 1 and part[0].cut.elements == 1 for part in parts)
+    fits = not kept or sum([part[0].cut.blocks for part in parts]) <= SCOPE_BLOCKS
     return in_reals(parts, ord, COMPLEX if fits else ("complex64",))
 
 

@@ -84,11 +84,6 @@ def format_of(kind: Kind) -> Format | None:
     return _FORMATS.get(kind.name) or _INTEGERS.get(kind.name)
 
 
-def part_format(kind: Kind) -> Format | None:
-    """The format of a dtype, that of a real part for complex numbers."""
-    return format_of(kind) or _FORMATS.get({"complex64": "float32", "complex128": "float64"}.get(kind.name, ""))
-
-
 # --- writing LLVM --------------------------------------------------------------------------------
 
 
