@@ -479,10 +479,12 @@ def _in_doubt(b: Builder, wide: Value, rounded: Value, doubt: Value) -> Value:
     few = broadcast(b, doubt, LANES)
     offset = b.and_(b.sub(b.add(b.bitcast(wide, bits), few), splat(bits, ROUNDING_BORDER)), splat(bits, ROUNDING_MASK))
     near = b.icmp_unsigned("<", offset, b.add(few, few))
-    # All but normal numbers above the smallest, which may be a subnormal one that was rounded up.
+    # All but zero, which blocks have that were dropped before, and normal numbers above the smallest, which may be a
+    # subnormal one that was rounded up.
     narrow_bits = b.bitcast(rounded, vector_of(32, LANES))
     least, infinite = (splat(narrow_bits.type, number) for number in (0x00800001, 0x7F800000))
     unusual = b.icmp_unsigned(">=", b.sub(narrow_bits, least), b.sub(infinite, least))
+    unusual = b.and_(unusual, b.icmp_unsigned("!=", narrow_bits, splat(narrow_bits.type, 0)))
     found = cgutils.alloca_once_value(b, near)
     is_any = b.icmp_unsigned("!=", b.bitcast(unusual, flags), flags(0))
     with b.if_then(is_any, likely=False):
