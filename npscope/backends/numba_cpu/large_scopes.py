@@ -78,6 +78,24 @@ class _Bracket:
     inside: int
 
 
+class _Look(NamedTuple):
+    """Keys in [low, high] are collected, and those that equal `crowd` beside them counted; `low` if there is none."""
+
+    low: int
+    high: int
+    crowd: int
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether there is a crowd."""
+        return not self.low <= self.crowd <= self.high
+
+    @property
+    def limits(self) -> tuple[np.uint64, np.uint64, np.uint64]:
+        """As kernels take it."""
+        return np.uint64(self.low), np.uint64(self.high), np.uint64(self.crowd)
+
+
 class _Nth(NamedTuple):
     """The k-th largest key, how many keys equal to it are among the k largest, and how many in all."""
 
@@ -108,10 +126,11 @@ class _Ties(NamedTuple):
 
 
 class _Survey(NamedTuple):
-    """Keys above two limits and inside them, and those inside, unless there was no room for all of them."""
+    """Keys above the range of a look, inside it, and in its crowd; and those inside, if there was room for all."""
 
     above: int
     inside: int
+    equal: int
     found: list[np.ndarray]
 
 
@@ -140,11 +159,7 @@ class LargeScopes:
             for length in [max(STRIP_ELEMENTS, STRIPS_ELEMENTS // part.elements)]
             for b0 in range(0, part.blocks, length)
         ]
-        # How the keys of a part are looked at, and where they are: kept in `norm_keys`, or in the array.
-        self.looks = [
-            (strips.dense_surveyor(ranking.key), 0) if p in self.lasting else surveyor_of(ranking, p)
-            for p in range(len(ranking.parts))
-        ]
+        # Where the keys of a part are: kept in `norm_keys`, or in the array.
         self.places = [
             dense(self.norm_keys, columns.start) if p in self.lasting or source is None else source.where
             for p, (source, columns) in enumerate(zip(ranking.sources, ranking.columns, strict=True))
@@ -165,12 +180,8 @@ class LargeScopes:
         runs = max(1, min(max(runs, SAMPLE_RUNS), MOST_RUNS, ranking.blocks // 256 // SAMPLE_RUN))
         # By part: the blocks of every how many are sampled. Odd, or rows of a power of two would be sampled in columns.
         self.sample_steps = [part.blocks // -(-runs * part.blocks // ranking.blocks) | 1 for part in ranking.parts]
-        # Keys of magnitudes are magnitudes, and what looks at elements looks at them as well.
-        adjacent = [
-            p for p, (_, read) in enumerate(self.looks) if not (read or ranking.ord is None or p in self.lasting)
-        ]
-        self.dense_look = self.looks[adjacent[0]][0] if adjacent else strips.dense_surveyor(ranking.key)
-        self.dense_unit = ranking.parts[adjacent[0]].leaves[0].place.unit if adjacent else ranking.key
+        # Keys of magnitudes are magnitudes: what looks at the elements of a single part looks at them as well.
+        self.looks_alike = len(ranking.parts) == 1 and ranking.ord is not None and ranking.adjacent_form(0) is not None
         # Pieces are surveyed several at a time: to look at one whose keys are in cache takes as long as to call for it.
         several = max(1, len(self.pieces) // (self.workers * PIECES_PER_THREAD))
         ends = np.flatnonzero(np.diff([piece.part for piece in self.pieces])) + 1
@@ -180,14 +191,21 @@ class LargeScopes:
             for start in range(first, stop, several)
         ]
         self.bounds = np.asarray([[piece.b0 for piece in self.pieces], [piece.b1 for piece in self.pieces]])
-        # By piece: keys above the bracket, inside it, and those inside that were stored.
-        self.counts = np.zeros((3, len(self.pieces)), dtype=np.int64)
+        # What was looked at last, and by piece: keys above it, inside, those inside that were stored, and its crowd.
+        self.look = _Look(0, 0, 0)
+        self.counts = np.zeros((4, len(self.pieces)), dtype=np.int64)
         # By bundle: the work array where keys were stored, and from where on.
         self.stores = [(0, 0)] * len(self.bundles)
         self._keep_norms()
 
     def _each(self, pieces: int, use: Callable[[int, int], None], *, shielded: bool = False) -> None:
         threads.run(pieces, use, self.workers, shielded=shielded)
+
+    def _looks_at(self, p: int, look: _Look) -> tuple[int, int]:
+        """How a kernel looks at the keys of part p, and the reader that this takes or 0."""
+        if p in self.lasting:
+            return strips.dense_surveyor(self.ranking.key, crowded=look.is_crowded), 0
+        return surveyor_of(self.ranking, p, crowded=look.is_crowded)
 
     def _first(self, p: int, scope: int) -> int:
         """The number of the first block of a scope, for the reader of part p."""
@@ -226,7 +244,7 @@ class LargeScopes:
 
     def _sample(self, scope: int) -> np.ndarray:
         """Some keys of a scope."""
-        everything, found = (np.uint64(0), np.uint64((1 << self.ranking.width) - 1)), []
+        everything, found = _Look(0, (1 << self.ranking.width) - 1, 0), []
         for p, (part, step) in enumerate(zip(self.ranking.parts, self.sample_steps, strict=True)):
             first = self._first(p, scope)
             if p in self.lasting:  # keys in a row, of which it takes no longer to read one here and there
@@ -235,28 +253,28 @@ class LargeScopes:
                 continue
             keys = np.empty(-(-part.blocks // step) * SAMPLE_RUN + SLACK, dtype=self.ranking.key)
             stored = strips.survey(
-                *self.looks[p], self.places[p], first, *_one_piece(part.blocks), step, SAMPLE_RUN, *everything, keys, 0,
-                _counts_of_one(), self.works[0],
+                *self._looks_at(p, everything), self.places[p], first, *_one_piece(part.blocks), step, SAMPLE_RUN,
+                *everything.limits, keys, 0, _counts_of_one(), self.works[0],
             )  # fmt: skip
             found.append(keys[:stored])
         return np.concatenate(found)
 
-    def _survey(self, scope: int, low: int, high: int) -> _Survey:
-        """Count the keys of every piece above and inside [low, high], and collect the latter."""
-        ends = [0] * self.workers
-        limits = np.uint64(low), np.uint64(high)
+    def _survey(self, scope: int, look: _Look) -> _Survey:
+        """Count the keys of every piece above, inside and beside a look, and collect those inside."""
+        ends, self.look = [0] * self.workers, look
+        looks = [self._looks_at(p, look) for p in range(len(self.ranking.parts))]
 
         def use(slot: int, i: int) -> None:
             p0, p1 = self.bundles[i]
             p, self.stores[i] = self.pieces[p0].part, (slot, ends[slot])
             ends[slot] = strips.survey(
-                *self.looks[p], self.places[p], self._first(p, scope), self.bounds, p0, p1, self.strips[p],
-                self.strips[p], *limits, self.found[slot], ends[slot], self.counts, self.works[slot],
+                *looks[p], self.places[p], self._first(p, scope), self.bounds, p0, p1, self.strips[p],
+                self.strips[p], *look.limits, self.found[slot], ends[slot], self.counts, self.works[slot],
             )  # fmt: skip
 
         self._each(len(self.bundles), use)
-        above, inside, _ = self.counts.sum(axis=1).tolist()
-        return _Survey(above, inside, [keys[:end] for keys, end in zip(self.found, ends, strict=True)])
+        above, inside, _, equal = self.counts.sum(axis=1).tolist()
+        return _Survey(above, inside, equal, [keys[:end] for keys, end in zip(self.found, ends, strict=True)])
 
     def _collected(self) -> list[np.ndarray]:
         """The keys that the last survey collected, by piece."""
@@ -273,30 +291,35 @@ class LargeScopes:
 
     def _equal(self, key: int) -> np.ndarray:
         """How many keys of each piece equal the k-th, after `nth`."""
-        if self.counts[2].any():
+        if self.look.low <= key <= self.look.high and self.counts[2].any():
             return np.asarray([np.count_nonzero(keys == key) for keys in self._collected()])
-        inside: np.ndarray = self.counts[1]  # the last survey was of that key alone
-        return inside
+        equal: np.ndarray = self.counts[1 if key == self.look.low else 3]  # that key was looked at alone, or as a crowd
+        return equal
 
-    def _narrow(self, k: int, count: int, sample: np.ndarray, survey: Callable[[int, int], _Survey]) -> _Nth:
+    def _narrow(self, k: int, count: int, sample: np.ndarray, survey: Callable[[_Look], _Survey]) -> _Nth:
         """`nth` of `count` keys, from a sample of them and what looks at all."""
         bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, count)
-        crowded = False
+        overflowed = False
         for guesses in range(MAX_GUESSES + 2 * self.ranking.width):
-            low, high = _ends(sample, bracket, k, crowded, halve=guesses >= MAX_GUESSES)
-            above, inside, found = survey(low, high)
-            crowded = False
-            if k <= above:
-                bracket = _Bracket(high + 1, bracket.high, bracket.above, above - bracket.above)
-            elif k > above + inside:
-                below = bracket.above + bracket.inside - above - inside
-                bracket = _Bracket(bracket.low, low - 1, above + inside, below)
+            look = _next_look(sample, bracket, k, overflowed, halve=guesses >= MAX_GUESSES)
+            low, high, crowd = look
+            above, inside, equal, found = survey(look)
+            # Of keys looked at, the first ones may be the crowd, or the last ones.
+            first, end = above - (equal if crowd > high else 0), above + inside + (equal if crowd < low else 0)
+            overflowed = False
+            if k <= first:
+                bracket = _Bracket(max(high, crowd) + 1, bracket.high, bracket.above, first - bracket.above)
+            elif k > end:
+                below = bracket.above + bracket.inside - end
+                bracket = _Bracket(bracket.low, min(low, crowd) - 1, end, below)
+            elif k <= above or k > above + inside:
+                return _Nth(crowd, k - (first if crowd > high else above + inside), equal)
             elif low == high:
                 return _Nth(low, k - above, inside)
             elif sum([keys.size for keys in found]) == inside:
                 return self._nth_of(found, k - above)
             else:
-                bracket, crowded = _Bracket(low, high, above, inside), True
+                bracket, overflowed = _Bracket(low, high, above, inside), True
                 sample = _sample_of(found, sample.size)
         raise AssertionError("a bracket narrows with every pass")
 
@@ -308,17 +331,22 @@ class LargeScopes:
             limit = keys[count - k]
             return _Nth(int(limit), k - int(np.count_nonzero(keys > limit)), int(np.count_nonzero(keys == limit)))
         narrower = np.empty(count // 2 + SLACK, dtype=self.ranking.key)
+        unit = self.ranking.parts[0].leaves[0].place.unit if self.looks_alike else self.ranking.key
 
-        def survey(low: int, high: int) -> _Survey:
-            limits = np.uint64(low), np.uint64(high)
-            above, inside, end, counts = 0, 0, 0, _counts_of_one()
+        def survey(look: _Look) -> _Survey:
+            end, counts, total = 0, _counts_of_one(), np.zeros(4, dtype=np.int64)
+            if self.looks_alike:
+                address, _ = self._looks_at(0, look)
+            else:
+                address = strips.dense_surveyor(self.ranking.key, crowded=look.is_crowded)
             for keys in pieces:
                 end = strips.survey(
-                    self.dense_look, 0, dense(keys.view(self.dense_unit)), 0, *_one_piece(keys.size), STRIP_ELEMENTS,
-                    STRIP_ELEMENTS, *limits, narrower, end, counts, self.works[0],
+                    address, 0, dense(keys.view(unit)), 0, *_one_piece(keys.size), STRIP_ELEMENTS,
+                    STRIP_ELEMENTS, *look.limits, narrower, end, counts, self.works[0],
                 )  # fmt: skip
-                above, inside = above + int(counts[0, 0]), inside + int(counts[1, 0])
-            return _Survey(above, inside, [narrower[:end]])
+                total += counts[:, 0]
+            above, inside, _, equal = total.tolist()
+            return _Survey(above, inside, equal, [narrower[:end]])
 
         return self._narrow(k, count, _sample_of(pieces, FEW_KEYS // 4), survey)
 
@@ -503,7 +531,7 @@ def _one_piece(blocks: int) -> tuple[np.ndarray, int, int]:
 
 
 def _counts_of_one() -> np.ndarray:
-    return np.zeros((3, 1), dtype=np.int64)
+    return np.zeros((4, 1), dtype=np.int64)
 
 
 def _sample_of(pieces: list[np.ndarray], size: int) -> np.ndarray:
@@ -512,20 +540,20 @@ def _sample_of(pieces: list[np.ndarray], size: int) -> np.ndarray:
     return np.concatenate([keys[::step] for keys in pieces])
 
 
-def _ends(sample: np.ndarray, bracket: _Bracket, k: int, crowded: bool, *, halve: bool) -> tuple[int, int]:
-    """Two keys of the bracket that should enclose the k-th, from a sample; one twice where many are equal.
+def _next_look(sample: np.ndarray, bracket: _Bracket, k: int, overflowed: bool, *, halve: bool) -> _Look:
+    """Keys of the bracket that should be the k-th, from a sample; one alone where the last look `overflowed`.
 
-    A key that many are equal to is never the end of a longer range, which the equal ones would crowd: it is
-    looked at by itself, when the count says that the k-th is not beside it. In an array that has been
-    pruned before, zero is such a key, and often the next below the k-th.
+    A key that many are equal to is never collected, as the equal ones would take all the room: it is counted, alone or
+    as the crowd beside a range. In an array that has been pruned before, zero is such a key, and often the k-th or the
+    next below it.
     """
     key_of = sample.dtype.type  # NumPy would look for a Python integer among uint64 by way of float64
     if halve:
         middle = bracket.low + (bracket.high - bracket.low) // 2
-        return middle, middle if crowded else bracket.high
+        return _Look(middle, middle if overflowed else bracket.high, middle)
     inside = sample[(sample >= key_of(bracket.low)) & (sample <= key_of(bracket.high))]
     if not inside.size:
-        return bracket.low, bracket.high
+        return _Look(bracket.low, bracket.high, bracket.low)
     share = (k - bracket.above) / bracket.inside
     place = (1 - share) * inside.size
     margin = MARGIN * (inside.size * share * (1 - share)) ** 0.5 + 2
@@ -536,8 +564,19 @@ def _ends(sample: np.ndarray, bracket: _Bracket, k: int, crowded: bool, *, halve
         return bool(np.count_nonzero(inside == key_of(key)) > margin)
 
     key = int(inside[middle])
-    if crowded or is_frequent(key):
-        return key, key
+    if overflowed:
+        return _Look(key, key, key)
     low = int(inside[first]) if first >= 0 else bracket.low
     high = int(inside[last]) if last < inside.size else bracket.high
-    return low + is_frequent(low), high - is_frequent(high)
+    crowd = next((key for key in (key, low, high) if is_frequent(key)), None)
+    if crowd is None:
+        return _Look(low, high, low)
+    if crowd == key:
+        # Of its two ends, the one nearer to the wanted place is where the k-th may be on the other side.
+        start = int(np.count_nonzero(inside < key_of(key)))
+        stop = start + int(np.count_nonzero(inside == key_of(key)))
+        if min(place - start, stop - place) > margin:
+            return _Look(key, key, key)
+        low, high = (key, high) if stop - place < place - start else (low, key)
+    low, high = low + is_frequent(low), high - is_frequent(high)
+    return _Look(low, high, crowd) if low <= high else _Look(crowd, crowd, crowd)

@@ -276,18 +276,18 @@ def cutter_of(ranking: Ranking, p: int, written: Operand | None) -> int | None:
     return strips.cutter_address(cut, ranking.parts[p].leaves[0].place.unit, written.place.unit)
 
 
-def line_surveyor_of(ranking: Ranking, p: int) -> int | None:
-    """How the keys of adjacent elements are looked at."""
+def line_surveyor_of(ranking: Ranking, p: int, *, crowded: bool) -> int | None:
+    """How the keys of adjacent elements are looked at; `crowded` as for a `line_surveyor`."""
     form = ranking.adjacent_form(p)
     if form is None:
         return None
     unit = ranking.parts[p].leaves[0].place.unit
-    return strips.surveyor_address(strips.line_surveyor(form, ranking.ord is None), unit, ranking.key)
+    return strips.surveyor_address(strips.line_surveyor(form, ranking.ord is None, crowded), unit, ranking.key)
 
 
-def surveyor_of(ranking: Ranking, p: int) -> tuple[int, int]:
+def surveyor_of(ranking: Ranking, p: int, *, crowded: bool) -> tuple[int, int]:
     """How the keys of a part that kernels read by themselves are looked at, and the reader that this takes or 0."""
-    look, source = line_surveyor_of(ranking, p), ranking.sources[p]
+    look, source = line_surveyor_of(ranking, p, crowded=crowded), ranking.sources[p]
     if look is not None or source is None:  # without a source, what has been kept is looked at
         return look or 0, 0
     unit = ranking.parts[p].leaves[0].place.unit
@@ -312,9 +312,9 @@ def search_of(ranking: Ranking) -> tuple[int, int]:
     if ranking.blocks < strips.WIDE_SCOPE or ranking.scopes * ranking.blocks < strips.WIDE_ELEMENTS:
         return 0, 0
     if source is not None and source.turner is not None:
-        unit, look = ranking.key, strips.dense_surveyor(ranking.key)
+        unit, look = ranking.key, strips.dense_surveyor(ranking.key, crowded=False)
     else:
-        found = line_surveyor_of(ranking, 0)
+        found = line_surveyor_of(ranking, 0, crowded=False)
         if found is None:
             return 0, 0
         look = found

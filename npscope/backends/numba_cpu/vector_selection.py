@@ -401,21 +401,23 @@ def read_keys(form: Format, lanes: int, signed: bool) -> Any:
 
 
 @cache
-def survey_keys(form: Format, lanes: int, signed: bool) -> Any:
-    """``(source, i, found, j, low, high)``: append the keys of `lanes` numbers that are in [low, high].
+def survey_keys(form: Format, lanes: int, signed: bool, crowded: bool) -> Any:
+    """``(source, i, found, j, low, high, crowd)``: append the keys of `lanes` numbers that are in [low, high].
 
-    Returns how many those are, plus 2 ** 32 for each key above.
+    Returns how many those are, plus 2 ** 32 for each above, and 2 ** 16 for each that equals `crowd`, if `crowded`.
     """
+    word = ir.IntType(64)
 
-    def emit(b: Builder, source: Value, found: Value, low: Value, high: Value) -> Value:
+    def emit(b: Builder, source: Value, found: Value, low: Value, high: Value, crowd: Value) -> Value:
         keys = all_keys_of(b, _load_ahead(b, source, form, lanes), form, signed)
-        least, most = (narrow(b, end, keys.type) for end in (low, high))
+        least, most, same = (narrow(b, key, keys.type) for key in (low, high, crowd))
         above = b.icmp_unsigned(">", keys, most)
         inside = b.and_(b.icmp_unsigned(">=", keys, least), b.not_(above))
         _append(b, keys, inside, found)
-        return b.add(_count(b, inside), b.shl(_count(b, above), ir.Constant(ir.IntType(64), 32)))
+        counts = b.add(_count(b, inside), b.shl(_count(b, above), word(32)))
+        return b.add(counts, b.shl(_count(b, b.icmp_unsigned("==", keys, same)), word(16))) if crowded else counts
 
-    return step(emit, 6, types.int64)
+    return step(emit, 7, types.int64)
 
 
 @cache
