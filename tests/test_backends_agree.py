@@ -113,6 +113,22 @@ def test_larger_problems_of_other_dtypes(name, kind):
             assert same_bits(npscope.keep_largest(x, nnz, block, scope), expected)
 
 
+@pytest.mark.parametrize("scope", [(-1, -1), (1, -1), (1, 16), (-1, 1)])
+@pytest.mark.parametrize("name", ["complex64", "complex128"])
+def test_a_complex_number_has_one_norm(name, scope):
+    """However it is read: the k-th largest is one of the norms, and is not below itself as a threshold."""
+    x = hostile("normal", (300, 512), name, 21)
+    norms = npscope.block_norms(x, (1, 1))
+    assert same_bits(norms, npscope.block_norms(np.repeat(x, 2, axis=1)[:, ::2], (1, 1)))
+    for array in (x, np.asfortranarray(x), np.repeat(x, 2, axis=1)[:, ::2], x.astype(x.dtype.newbyteorder())):
+        spec = npscope.ScopeSpec(npscope.BlockSpec(array, (1, 1)), scope)
+        kth = np.asarray(spec.kth_largest(nnz=7))
+        assert np.isin(kth, norms).all()
+        spec.hard_threshold(thresholds=kth)
+        assert np.count_nonzero(array) >= 7 * kth.size
+        assert np.abs(array[array != 0]).min() >= 0.999 * kth.min()
+
+
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", ["complex64", "complex128"])
 @pytest.mark.parametrize("kind", ["normal", "nan_payloads"])

@@ -285,6 +285,15 @@ def test_odd_shapes(xp, shape):
     assert xp.call(npscope.hard_threshold, x, 3.0, block).sum() == 0
 
 
+def test_complex_arrays_of_as_many_axes_as_there_are(backend):
+    x = np.full((1500,) + (1,) * 63, 3 + 4j, dtype=np.complex64)
+    one, whole = (1,) * 64, (-1,) * 64
+    assert (npscope.block_norms(x, one) == 5).all()
+    assert np.count_nonzero(npscope.keep_largest(x, 700, one, whole)) == 700
+    assert (npscope.soft_threshold(x, 5, one) == 0).all()
+    assert (npscope.hard_threshold(x, 6, one) == 0).all()
+
+
 @pytest.mark.sampled(2)
 def test_results_are_plain_arrays_in_native_order_where_new(backend, any_dtype):
     x = hostile("normal", (4, 6), any_dtype.name, 2)
@@ -420,6 +429,23 @@ def test_foreign_memory_is_not_copied_whole(rng):
         finally:
             tracemalloc.stop()
     assert peak < 6 << 20
+
+
+@pytest.mark.parametrize("name", ["complex64", "complex128", "float64"])
+def test_large_scopes_keep_nothing_of_single_elements(monkeypatch, name):
+    """Wherever these lie: but for the work arrays of a thread, and those are small here."""
+    monkeypatch.setattr(pytest.importorskip("npscope.backends.numba_cpu.large_scopes"), "FOUND_BYTES", 1 << 19)
+    x = np.random.default_rng(3).standard_normal((1024, 4096)).astype(name)[:, ::2]
+    with npscope.use_backend("numba"), npscope.config(threads=2):
+        npscope.keep_largest(x[:200], 20, (1, 1), (-1, -1))
+        tracemalloc.start()
+        try:
+            npscope.keep_largest(x, x.size // 2, (1, 1), (-1, -1), out=x)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert np.count_nonzero(x) == x.size // 2
+    assert peak < 4 << 20
 
 
 # --- backends and namespaces ---------------------------------------------------------------------

@@ -99,16 +99,13 @@ def _select(
     if quick is not None:
         quick()
         return
-    reals = ranked_in_reals(source, ord)
-    if reals is not source:
-        target, source, ord = in_reals(target, 2), reals, 2.0
     target, source, keep = in_memory_order(target, source, keep)
 
     def select(written: Parts, ranking: Ranking, positions: Sequence[Positions] | None = None) -> bool:
-        targets = [Written([Operand(leaf) for leaf in part]) for part in written]
+        targets = [Written([Operand(leaf) for leaf in part]) for part in in_reals(written, 2, in_planes=True)[0]]
         return select_blocks(ranking, keep, targets, ready, shielded=shielded, positions=positions)
 
-    ranking = Ranking(source, ord)
+    ranking = Ranking(*ranked_in_reals(source, ord))
     orders = [] if ranking.fits_a_piece else [blocks_in_memory_order(part[0], scopes=False) for part in target]
     if any(in_order is not as_it_is for in_order in orders):
         ordered, read = (
@@ -116,22 +113,21 @@ def _select(
             for parts in (target, source)
         )
         positions = [Positions(part[0].cut, plain[0].cut) for part, plain in zip(ordered, target, strict=True)]
-        if select(ordered, Ranking(read, ord), positions):
+        if select(ordered, Ranking(*ranked_in_reals(read, ord)), positions):
             return
     select(target, ranking)
 
 
 def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None) -> Sequence[np.ndarray]:
     """Zero the blocks of `target` whose norm in `source` is below their threshold."""
-    reals = in_reals(source, ord)
-    if reals is not source:
-        source, ord = reals, 2.0
 
     def job(read: Part, part: Part) -> Callable[[], None]:
         in_order = blocks_in_memory_order(part[0])
-        measured, written = (Competitors(tuple(map(in_order, leaves))) for leaves in (read, part))
-        over = in_order(thresholds)
-        quick = strips_of_thresholds(measured, written, over, float(ord or 2))
+        (source_part,), ord_ = in_reals((tuple(map(in_order, read)),), ord)
+        (target_part,), _ = in_reals((tuple(map(in_order, part)),), 2)
+        measured, written, over = Competitors(source_part), Competitors(target_part), in_order(thresholds)
+        by = float(ord_ or 2)
+        quick = strips_of_thresholds(measured, written, over, by)
         if quick is not None:
             return quick
 
@@ -146,9 +142,9 @@ def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None)
 
             return use
 
-        return norm_ranges(measured, float(ord or 2), make_use, shielded=written.spans_leaves)
+        return norm_ranges(measured, by, make_use, shielded=written.spans_leaves)
 
-    jobs = [job(read, part) for read, part in zip(source, in_reals(target, 2), strict=True)]
+    jobs = [job(read, part) for read, part in zip(source, target, strict=True)]
     fill(target)
     for run in jobs:
         run()

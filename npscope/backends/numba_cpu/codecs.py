@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu.jit import inner, merged
-from npscope.backends.numba_cpu.scalars import bits_of, float_of
+from npscope.backends.numba_cpu.scalars import SAFE_LEAST, bits_of, float_of
 from npscope.dtypes import Kind
 
 Function = Callable[..., Any]
@@ -382,18 +382,51 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
     return Codec(unit, magnitude, value, key32, key64, signed_key, width, keep, scale, soften, exact_key, width)
 
 
+# Magnitudes of complex numbers are the same as norms of the two real ones that they are made of, bit by bit: they are
+# measured as these where they lie line by line.
+
+
+@inner
+def _length(re: Real, im: Real) -> Real:
+    """The root of ``re ** 2 + im ** 2``, of float64 magnitudes: as `lines` measures a block of two, NaN if one is."""
+    total = re * re + im * im
+    if SAFE_LEAST <= total < np.inf:
+        return np.sqrt(total)
+    top = re if re > im else im
+    if np.isnan(total) or top == 0.0 or np.isinf(top):
+        return total
+    re, im = re / top, im / top
+    return top * np.sqrt(re * re + im * im)
+
+
+@inner
+def _length_for_float32(re: Real, im: Real) -> Real:
+    """A float64 that is rounded to float32 as the root of ``re ** 2 + im ** 2`` is, of float32 magnitudes.
+
+    Their squares are exact, and the rounded sum and its root are on the same side of the middle between two float32 as
+    the numbers that they stand for, or on that middle.
+    """
+    total = re * re + im * im
+    root = np.sqrt(total)
+    other = 2.0 * root - np.float64(np.float32(root))  # the other neighbour, where the root is in the middle
+    if np.float64(np.float32(other)) == other and other != root:
+        more = re * re if re > im else im * im
+        less = im * im if re > im else re * re
+        left = (total - root * root) + (less - (total - more))  # all of it is exact
+        if left != 0.0:
+            return root * (1.0 + (2.0**-52 if left > 0.0 else -(2.0**-52)))
+    return root
+
+
 def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, kind: Kind) -> Codec:
     scalar = np.dtype(_COMPLEX[kind.name]).type
     zero = scalar(0)
     number = np.float32 if kind.norm == "float32" else np.float64
-    narrow = kind.norm == "float32"
+    length = _length_for_float32 if kind.norm == "float32" else _length
 
     @inner
     def magnitude(buffer: Any, i: int) -> Real:
-        re, im = np.float64(fetch(buffer, i)), np.float64(fetch(buffer, i + step))
-        if np.isnan(re) or np.isnan(im):
-            return np.nan  # the hypotenuse of (inf, NaN) would be inf
-        return np.sqrt(re * re + im * im) if narrow else np.hypot(re, im)
+        return length(abs(np.float64(fetch(buffer, i))), abs(np.float64(fetch(buffer, i + step))))
 
     @inner
     def key32(buffer: Any, i: int) -> Bits:

@@ -185,9 +185,6 @@ def norm_ranges(
 
 def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.ndarray:
     """Norm of every block: ``(S, n)`` in the norm's dtype, in `out` if given."""
-    reals = in_reals(parts, float(ord or 2))
-    if reals is not parts:
-        parts, ord = reals, 2.0
     measured = competitors(parts)
     blocks = [part.blocks for part in measured]
     result = out
@@ -196,7 +193,7 @@ def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.
     # To slice all columns of a table takes a twentieth of the time of a small call.
     columns = [result] if len(blocks) == 1 else columns_of(result, blocks)
     for part, plain, place in zip(parts, measured, columns, strict=True):
-        norms_into(part, plain, float(ord or 2), place)
+        norms_into(part, plain, ord, place)
     return result
 
 
@@ -217,14 +214,15 @@ def walk(cut: Cut, strides: tuple[int, ...] | None) -> tuple[Cut, Cut]:
     return (cut if order == sorted(order) else Cut.of([loops[i] for i in order], (), cut.element)), table
 
 
-def norms_into(part: Part, plain: Competitors, ord: float, columns: np.ndarray) -> None:
+def norms_into(part: Part, plain: Competitors, ord: float | None, columns: np.ndarray) -> None:
     """The norms of a part into its columns of a table. The blocks are walked in the order of memory."""
     array = part[0].array
     cut, places = walk(plain.cut, array.strides if len(part) == 1 else None)
     # Parts may have norms of another precision than the table.
     in_order = cut is plain.cut and columns.flags.c_contiguous and columns.dtype == plain.norm
-    walked = plain if cut is plain.cut else Competitors((Leaf(array, cut),))
-    make_norms, piece = norms_of(walked, ord)
+    (leaves,), by = in_reals((part if cut is plain.cut else (Leaf(array, cut),),), ord)
+    walked = plain if leaves is part else Competitors(leaves)
+    make_norms, piece = norms_of(walked, float(by or 2))
     if in_order and piece == STRIPS_ELEMENTS and is_one_piece(walked.total, walked.elements, piece):
         make_norms(0).fill_into(0, walked.total, columns.reshape(-1))  # a job of it would be a tenth of a small call
         return

@@ -20,7 +20,7 @@ from npscope.backends.numba_cpu.vectors import (
 )
 from npscope.dtypes import Kind, common_norm, kind_of
 from npscope.options import thread_count, thread_limit
-from npscope.tiling import Cut, Dim, Leaf, Part, Parts
+from npscope.tiling import MAX_NDIM, Cut, Dim, Leaf, Part, Parts
 
 PIECE_ELEMENTS = 1 << 18
 """Elements of a piece: 1 MiB of float32, so that it stays in a core's cache between its passes."""
@@ -378,27 +378,38 @@ def as_it_is(leaf: Leaf) -> Leaf:
 COMPLEX = ("complex64", "complex128")
 
 
-def in_reals(parts: Parts, ord: float | None, dtypes: Sequence[str] = COMPLEX) -> Parts:
-    """The same elements, complex numbers of these dtypes as two real ones, if norms of order 2 of these are the same.
+def in_reals(
+    parts: Parts, ord: float | None, dtypes: Sequence[str] = COMPLEX, *, in_planes: bool = False
+) -> tuple[Parts, float | None]:
+    """The same elements, complex numbers of these dtypes as two real ones where these lie line by line; and their ord.
 
-    They are for ord 2, and where all blocks are single elements, whose norm is their magnitude whatever the order. What
-    reads blocks of real numbers is written for vectors: single complex numbers took five times as long.
+    Or, of complex64, do so block by block, where they may be taken `in_planes`.
+    If norms of order 2 of these are the same: for ord 2, and where all blocks are single elements, whose norm is their
+    magnitude whatever the order. What reads lines of real numbers is written for vectors: single complex numbers took
+    five times as long.
     """
     if ord is None or not any(leaf.array.dtype.kind == "c" for part in parts for leaf in part):
-        return parts  # asked by its kind: to form a name takes a tenth of a small call
+        return parts, ord  # asked by its kind: to form a name takes a tenth of a small call
     if ord != 2 and any(len(part) > 1 or part[0].cut.elements > 1 for part in parts):
-        return parts
-    return tuple(tuple(_in_reals(leaf) if leaf.array.dtype.name in dtypes else leaf for leaf in part) for part in parts)
+        return parts, ord
+    return tuple(tuple(_in_reals(leaf, dtypes, in_planes) for leaf in part) for part in parts), 2.0
 
 
-def _in_reals(leaf: Leaf) -> Leaf:
+def _in_reals(leaf: Leaf, dtypes: Sequence[str], in_planes: bool) -> Leaf:
+    array, cut = leaf.array, leaf.cut
+    if array.dtype.name not in dtypes or array.ndim == MAX_NDIM:  # pairs have an axis more
+        return leaf
+
     def pairs(array: np.ndarray) -> np.ndarray:
         real = array.real
         return np.lib.stride_tricks.as_strided(real, (*real.shape, 2), (*real.strides, real.itemsize))
 
-    array, cut = leaf.array, leaf.cut
     origin = None if leaf.origin is None else pairs(leaf.origin)
-    return Leaf(pairs(array), Cut.of(cut.scope, cut.block, (*cut.element, Dim(array.ndim, 2, 1))), origin)
+    found = Leaf(pairs(array), Cut.of(cut.scope, cut.block, (*cut.element, Dim(array.ndim, 2, 1))), origin)
+    operand = Operand(found)
+    if in_planes and array.dtype.itemsize == 8 and operand.place.side_by_side:
+        operand = operand.block_by_block()
+    return leaf if operand.layout is None else found
 
 
 def competitors(parts: Sequence[Part]) -> list[Competitors]:

@@ -17,6 +17,9 @@ from npscope.backends.numba_cpu.jit import intrinsic_of
 from npscope.backends.numba_cpu.vectors import INT32, all_keys_of, format_of, vector_of
 from npscope.dtypes import kind_of
 
+SAFE_LEAST = 1e-280
+"""A sum of squares of float64 from here to infinity lost nothing to under- or overflow."""
+
 _FLOAT_OF = {types.uint32: types.float32, types.uint64: types.float64}
 _BITS_OF = {number: bits for bits, number in _FLOAT_OF.items()}
 _LLVM = {

@@ -305,14 +305,11 @@ def strips_of_thresholds(
 
 def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
     """The k-th largest rank value of every scope: ``(S,)``."""
-    reals = ranked_in_reals(parts, ord)
-    if reals is not parts:
-        parts, ord = reals, 2.0
     parts, k, as_before = scopes_in_memory_order(parts, k)
-    ranking = Ranking(parts, ord, values=True)
+    ranking = Ranking(*ranked_in_reals(parts, ord), values=True)
     if not ranking.fits_a_piece:
         parts = tuple(tuple(map(blocks_in_memory_order(part[0], scopes=False), part)) for part in parts)
-        ranking = Ranking(parts, ord, values=True)
+        ranking = Ranking(*ranked_in_reals(parts, ord), values=True)
     found = np.empty(ranking.scopes, dtype=ranking.key)
     if ranking.scopes and ranking.fits_a_piece:
         _kth_job(ranking, Operand(k), found)()

@@ -36,7 +36,7 @@ def shrink(
         in_order = blocks_in_memory_order(part[0])
         ordered = tuple(map(in_order, part))
         if metric is None:
-            (ordered,) = in_reals((ordered,), 2)
+            (ordered,), _ = in_reals((ordered,), 2)
         # Norms are read where the elements are now, which for a target with an origin is there.
         source = Competitors(tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in ordered))
         h = None if metric is None else Metric(tuple(map(in_order, metric)))

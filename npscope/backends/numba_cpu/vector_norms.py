@@ -12,6 +12,7 @@ from numba import types
 from numba.core import cgutils
 
 from npscope.backends.numba_cpu import exact, nests
+from npscope.backends.numba_cpu.scalars import SAFE_LEAST
 from npscope.backends.numba_cpu.vectors import (
     CHUNK,
     INT32,
@@ -53,10 +54,6 @@ EXACT_SPAN = 2.0**29
 That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the sum is below 2 ** (e + 30):
 53 bits hold it and every sum on the way.
 """
-
-
-SAFE_LEAST = 1e-280
-"""A sum of squares of float64 from here to infinity lost nothing to under- or overflow."""
 
 STRIP_BLOCKS = 1 << 11
 """Blocks that `measure_rows` takes at once, at most."""

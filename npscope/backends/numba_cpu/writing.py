@@ -38,6 +38,9 @@ def writer_of(written: Operand, *, across: bool = False) -> int:
     return strips.marker() if codec is None else strips.dropper(written)
 
 
+_NOT_KEPT = np.zeros(1, dtype=np.bool_)
+
+
 class Written:
     """The blocks of a part that is written, in one leaf or several: elements to zero, or bools."""
 
@@ -50,6 +53,11 @@ class Written:
         """Write what the mask of blocks [i0, i1) says."""
         for leaf in self.leaves:
             strips.write_blocks(writer_of(leaf), leaf.where, i0, i1, mask)
+
+    def drop_each(self, blocks: np.ndarray) -> None:
+        """Write that these blocks are not kept."""
+        for leaf in self.leaves:
+            strips.write_each(writer_of(leaf), leaf.where, blocks, _NOT_KEPT)
 
 
 def drop(part: Competitors, i0: int, i1: int, mask: np.ndarray) -> None:
@@ -89,7 +97,7 @@ def with_numbers(
 
     def job(leaves: Part) -> Callable[[], None]:
         in_order = blocks_in_memory_order(leaves[0])
-        (ordered,), over = in_reals((tuple(map(in_order, leaves)),), 2), in_order(numbers)
+        ((ordered,), _), over = in_reals((tuple(map(in_order, leaves)),), 2), in_order(numbers)
         part = Competitors(ordered)
 
         def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
