@@ -250,6 +250,28 @@ def test_large_scopes_of_arrays_in_another_order_of_memory(rng, values, block):
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(("turns", "late"), [(1 << 17, 1 << 17), (1, 1 << 17), (1 << 17, 5)])
+def test_ties_in_arrays_whose_first_axis_lies_within(rng, monkeypatch, turns, late):
+    """Of many equal elements the first stay, up to the end of a turn of that axis or inside one, however counted."""
+    large_scopes = pytest.importorskip("npscope.backends.numba_cpu.large_scopes")
+    monkeypatch.setattr(large_scopes, "MOST_TURNS", turns)
+    monkeypatch.setattr(large_scopes, "MOST_LATE", late)
+    for x in (np.ones((150, 24, 40), np.float32), rng.integers(1, 3, (150, 24, 40)).astype(np.int8)):
+        array = x.transpose(1, 0, 2)
+        largest = int(np.count_nonzero(array == array.max()))
+        for nnz in (6000, 12 * 6000, 12 * 6000 + 1, largest - 1, largest):
+            expected = of_reference(ns.keep_largest, array, nnz, (1, 1, 1), (-1, -1, -1))
+            assert np.array_equal(ns.keep_largest(array, nnz, (1, 1, 1), (-1, -1, -1)), expected)
+    results = []
+    for backend in ("reference", "numba"):
+        with ns.use_backend(backend):
+            parts = [np.ones((90, 24, 40), np.float32).transpose(1, 0, 2), np.ones((24, 90, 40), np.float32)]
+            scope = ns.ScopeCoupling([ns.ScopeSpec(ns.BlockSpec(a, (1, 1, 1)), (-1, -1, -1)) for a in parts])
+            scope.hard_threshold(nnz=100_001)
+            results.append(parts)
+    assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("block", [(1, 1, 1), (2, 1, 3), pytest.param((1, 4, 1), marks=pytest.mark.slow)])
 def test_blocks_of_arrays_in_another_order_of_memory(rng, block):
     """What is done block by block is done as they lie; thresholds and metrics are theirs, whatever their own order."""

@@ -457,6 +457,24 @@ def test_passes_over_large_scopes(monkeypatch, data):
                 assert 1 <= len(passes) <= 2, (elements, nnz, passes)
 
 
+def test_large_scopes_of_signed_beside_unsigned_integers(monkeypatch):
+    """Magnitudes above 2 ** 63 are what unsigned ones alone can have, and are not taken for negative numbers."""
+    monkeypatch.setattr(pytest.importorskip("npscope.backends.numba_cpu.large_scopes"), "FEW_KEYS", 64)
+    results, rng = [], np.random.default_rng(8)
+    signed, unsigned = (
+        rng.integers(*ends, 100_000, dtype=name)
+        for ends, name in (((-9, 2**63 - 1), "int64"), ((0, 2**64 - 1), "uint64"))
+    )
+    for backend in ("reference", "numba"):
+        with npscope.use_backend(backend):
+            parts = signed.copy(), unsigned.copy()
+            scope = npscope.ScopeCoupling([npscope.ScopeSpec(npscope.BlockSpec(a, (1,)), (-1,)) for a in parts])
+            scope.hard_threshold(nnz=25_000)
+            results.append(parts)
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    assert sum(map(np.count_nonzero, results[1])) == 25_000
+
+
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["float32", "float64", "float16", "int8", "int64"])
 @pytest.mark.parametrize("data", CROWDED)

@@ -50,8 +50,15 @@ FEW_KEYS = 1 << 15
 MOST_TIES, LOOK_KEYS = 1 << 12, 1 << 16
 """Equal blocks that are looked for one by one, at most, and keys that are looked at together."""
 
-MOST_TURNS = 1 << 17
-"""Turns of a loop by which more equal elements are counted: a MiB of counters for a thread."""
+MOST_TURNS, MOST_LATE = 1 << 17, 1 << 17
+"""Turns of a loop by which more equal elements are counted, a MiB of counters for a thread; and those of the last turn
+that are written one by one: a MiB of their numbers.
+"""
+
+LEAST_CYCLE = 16
+"""Blocks after which the first turn comes again, at least: to write shorter ones takes longer than in the order of
+positions.
+"""
 
 MOST_READ_AGAIN = 4
 """Elements of a block whose norm is formed again in every pass: to keep those of 1x4 took a quarter longer."""
@@ -121,8 +128,8 @@ class _Ties(NamedTuple):
     split: np.ndarray
     """Pieces where some stay and others do not."""
     turn: _Turn | None
-    late: list[tuple[int, int]]
-    """(piece, block) of those that do not stay although they would."""
+    late: dict[int, np.ndarray]
+    """By piece, the blocks of those that do not stay although they would."""
 
 
 class _Survey(NamedTuple):
@@ -358,16 +365,16 @@ class LargeScopes:
 
     def _last_turn(
         self, scope: int, nth: _Nth, positions: Sequence[Positions]
-    ) -> tuple[_Turn, list[tuple[int, int]]] | None:
-        """The turn with the last of the equal elements that stay, and (piece, block) of those in it that do not.
+    ) -> tuple[_Turn, dict[int, np.ndarray]] | None:
+        """The turn with the last of the equal elements that stay, and by piece the blocks of those in it that do not.
 
-        None if turns are too many to count by them.
+        None if turns are too many to count by them, or those blocks, or turns too short.
         """
         counts, parts = self._equal(nth.key), np.asarray([piece.part for piece in self.pieces])
         of_parts = np.bincount(parts, counts, len(positions)).astype(np.int64)
         p = int(np.searchsorted(np.cumsum(of_parts), nth.ties, side="right"))
         ties, inner, turns = nth.ties - int(of_parts[:p].sum()), positions[p].inner, positions[p].turns
-        if turns > MOST_TURNS:
+        if turns > MOST_TURNS or inner * turns < LEAST_CYCLE:
             return None
         found = np.zeros((self.workers, turns), dtype=np.int64)
         read, where, first, limit = self._reader(p), self.places[p], self._first(p, scope), np.uint64(nth.key)
@@ -381,17 +388,25 @@ class LargeScopes:
 
         self._each(len(places), count)
         each = found.sum(axis=0)
-        turn = int(np.searchsorted(np.cumsum(each), ties, side="right"))
+        turn = int(np.searchsorted(np.cumsum(each), ties))
+        last, staying = _Turn(p, (inner, turns), turn), ties - int(each[:turn].sum())
+        if staying == each[turn]:
+            return last, {}
+        if each[turn] > MOST_LATE:
+            return None
         blocks = np.empty(int(each[turn]), dtype=np.int64)
         whole = self.ranking.parts[p].blocks
         strips.find_ties(read, where, first, whole, limit, inner, turns, turn, blocks, self.works[0])
-        late = blocks[np.argsort(positions[p].of(blocks))[ties - int(each[:turn].sum()) :]]
-        starts = [piece.b0 for piece in self.pieces if piece.part == p]
-        at = int(np.flatnonzero(parts == p)[0]) + np.searchsorted(starts, late, side="right") - 1
-        return _Turn(p, (inner, turns), turn), list(zip(at.tolist(), late.tolist(), strict=True))
+        late = np.sort(blocks[np.argsort(positions[p].of(blocks))[staying:]])
+        first_piece, starts = int(np.flatnonzero(parts == p)[0]), [piece.b0 for piece in self.pieces if piece.part == p]
+        return last, {
+            first_piece + i: late[start:stop]
+            for i, (start, stop) in enumerate(pairwise([*np.searchsorted(late, starts).tolist(), late.size]))
+            if start < stop
+        }
 
-    def _late_ties(self, scope: int, nth: _Nth, positions: Sequence[Positions]) -> list[tuple[int, int]] | None:
-        """(piece, block) of those equal to the k-th that are not among the k first, after `nth`; None if many are.
+    def _late_ties(self, scope: int, nth: _Nth, positions: Sequence[Positions]) -> dict[int, np.ndarray] | None:
+        """By piece, the blocks equal to the k-th that are not among the k first, after `nth`; None if many are equal.
 
         First is what has the smaller of `positions`, which are not the numbers of blocks.
         """
@@ -409,7 +424,10 @@ class LargeScopes:
                 blocks = b0 + np.flatnonzero(here == here.dtype.type(nth.key))
                 at = positions[p].of(blocks)
                 found += [(p, *pair, place) for pair in zip(at.tolist(), blocks.tolist(), strict=True)]
-        return [(place, block) for _, _, block, place in sorted(found)[nth.ties :]]
+        late: dict[int, list[int]] = {}
+        for _, _, block, place in sorted(found)[nth.ties :]:
+            late.setdefault(place, []).append(block)
+        return {place: np.asarray(blocks) for place, blocks in late.items()}
 
     def _ties_of(self, scope: int, nth: _Nth, positions: Sequence[Positions] | None, *, by_turns: bool) -> _Ties | None:
         """Which blocks stay that equal the k-th, after `nth`; None where too many are to be told apart by `positions`.
@@ -419,12 +437,12 @@ class LargeScopes:
         pieces = len(self.pieces)
         nowhere = np.zeros(pieces, dtype=np.bool_)
         if nth.ties == nth.equal:
-            return _Ties(np.full(pieces, nth.equal), nowhere, None, [])
+            return _Ties(np.full(pieces, nth.equal), nowhere, None, {})
         if positions is None:
             # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
             counts = self._equal(nth.key)
             quotas = np.maximum(nth.ties - np.cumsum(counts) + counts, 0)
-            return _Ties(quotas, (quotas > 0) & (quotas < counts), None, [])
+            return _Ties(quotas, (quotas > 0) & (quotas < counts), None, {})
         quotas, late = np.full(pieces, nth.equal), self._late_ties(scope, nth, positions)
         if late is not None:
             return _Ties(quotas, nowhere, None, late)
@@ -452,8 +470,7 @@ class LargeScopes:
         cuts = [cutter_of(ranking, p, target.only) for p, target in enumerate(targets)]
         limits = np.empty(ranking.scopes, dtype=np.uint64)
         ties: list[_Ties] = []
-        late: dict[int, list[int]] = {}
-        none_kept = np.zeros(1, dtype=np.bool_)
+        late: dict[int, np.ndarray] = {}
         for scope, k in enumerate(keeps):
             nth = self._limit(scope, k)
             limits[scope] = nth.key
@@ -461,10 +478,10 @@ class LargeScopes:
             if shared is None:
                 return None
             ties.append(shared)
-            for place, block in shared.late:
+            for place, blocks in shared.late.items():
                 p = self.pieces[place].part
-                targets[p].put(0, 0, none_kept[:0])  # compiles what puts
-                late.setdefault(scope * pieces + place, []).append(scope * ranking.parts[p].blocks + block)
+                targets[p].drop_each(blocks[:0])  # so that it is compiled
+                late[scope * pieces + place] = scope * ranking.parts[p].blocks + blocks
         # Keys are read to be compared one by one, but where all elements of a piece can be cut by their limit.
         compared = {p for p, cut in enumerate(cuts) if cut is None}
         compared |= {self.pieces[place].part for shared in ties for place in np.flatnonzero(shared.split).tolist()}
@@ -519,8 +536,8 @@ class LargeScopes:
                 compare_piece(slot, scope, place)
             else:
                 cut_piece(cut, slot, scope, place)
-            for block in late.get(i, ()):
-                targets[p].put(block, block + 1, none_kept)
+            if i in late:
+                targets[p].drop_each(late[i])
 
         return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)
 

@@ -311,6 +311,13 @@ def write_blocks(write: int, target: Any, i0: int, i1: int, mask: Any) -> None:
     _call_writer(write, target, i0, i1, mask)
 
 
+@kernel
+def write_each(write: int, target: Any, blocks: Any, mask: Any) -> None:
+    """Write to each of these blocks the one entry of a mask."""
+    for block in blocks:
+        _call_writer(write, target, block, block + 1, mask)
+
+
 # --- scopes that fit in cache ----------------------------------------------------------------------
 
 
