@@ -31,15 +31,15 @@ from npscope.backends.numba_cpu.writing import Written, writer_of
 FOUND_BYTES = 6 << 20
 """Work array of a thread for the keys between two limits; 3 % of a scope lies there as a rule."""
 
-SAMPLE_RUNS, SAMPLE_RUN = 1 << 13, 4
-"""Places of a scope that are sampled, and keys read at each, which mostly lie in one cache line.
+SAMPLE, MOST_SAMPLED = 1 << 15, 1 << 18
+"""Keys that are sampled, and at most, where more would lie between the limits than can be kept.
 
-Their bracket holds 3 % of a scope. To look up one key among these 3 % of 64 Mi takes half a millisecond more than
-among 2 %.
+The bracket of so many holds 3 % of a scope. To look up one key among these 3 % of 64 Mi takes half a millisecond more
+than among 2 %.
 """
 
-MOST_RUNS = 1 << 16
-"""Places that are sampled at most, where more keys would lie between the limits than can be kept."""
+SAMPLE_RUN, MEASURED_RUN = 4, 16
+"""Keys that are sampled at a place: elements, which mostly lie in one line of a cache; and blocks that are measured."""
 
 MARGIN = 5.0
 """Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
@@ -183,10 +183,15 @@ class LargeScopes:
         self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key, measured).all for _ in range(self.workers)]
         # So many that the bracket, 2 * MARGIN standard deviations of a share, holds two thirds of what can be kept: of
         # all of it, every other one would hold more, and take another pass.
-        runs = round((1.5 * MARGIN * ranking.blocks / (room * self.workers)) ** 2 / SAMPLE_RUN)
-        runs = max(1, min(max(runs, SAMPLE_RUNS), MOST_RUNS, ranking.blocks // 256 // SAMPLE_RUN))
-        # By part: the blocks of every how many are sampled. Odd, or rows of a power of two would be sampled in columns.
-        self.sample_steps = [part.blocks // -(-runs * part.blocks // ranking.blocks) | 1 for part in ranking.parts]
+        sampled = round((1.5 * MARGIN * ranking.blocks / (room * self.workers)) ** 2)
+        sampled = max(1, min(max(sampled, SAMPLE), MOST_SAMPLED, ranking.blocks // 256))
+        # By part: of every how many blocks how many are sampled. Odd, or rows of a power of two would be sampled in
+        # columns; of keys in a row, of which it takes no longer to read one here and there, single ones.
+        self.sample_steps = []
+        for p, part in enumerate(ranking.parts):
+            run = 1 if p in self.lasting else SAMPLE_RUN if part.elements == 1 else MEASURED_RUN
+            places = -(-sampled * part.blocks // (ranking.blocks * run))
+            self.sample_steps.append((part.blocks // places | 1, run))
         # Keys of magnitudes are magnitudes: what looks at the elements of a single part looks at them as well.
         self.looks_alike = len(ranking.parts) == 1 and ranking.ord is not None and ranking.adjacent_form(0) is not None
         # Pieces are surveyed several at a time: to look at one whose keys are in cache takes as long as to call for it.
@@ -198,6 +203,9 @@ class LargeScopes:
             for start in range(first, stop, several)
         ]
         self.bounds = np.asarray([[piece.b0 for piece in self.pieces], [piece.b1 for piece in self.pieces]])
+        # Where the first place of each piece is that is sampled: from the first block of its part on, step by step.
+        steps = np.asarray([self.sample_steps[piece.part][0] for piece in self.pieces])
+        self.sample_bounds = np.stack([-(-self.bounds[0] // steps) * steps, self.bounds[1]])
         # What was looked at last, and by piece: keys above it, inside, those inside that were stored, and its crowd.
         self.look = _Look(0, 0, 0)
         self.counts = np.zeros((4, len(self.pieces)), dtype=np.int64)
@@ -251,23 +259,15 @@ class LargeScopes:
 
     def _sample(self, scope: int) -> np.ndarray:
         """Some keys of a scope."""
-        everything, found = _Look(0, (1 << self.ranking.width) - 1, 0), []
-        for p, (part, step) in enumerate(zip(self.ranking.parts, self.sample_steps, strict=True)):
-            first = self._first(p, scope)
-            if p in self.lasting:  # keys in a row, of which it takes no longer to read one here and there
-                start = first + self.ranking.columns[p].start
-                found.append(self.norm_keys[start : start + part.blocks : (step // SAMPLE_RUN) | 1])  # odd, as `step`
-                continue
-            keys = np.empty(-(-part.blocks // step) * SAMPLE_RUN + SLACK, dtype=self.ranking.key)
-            stored = strips.survey(
-                *self._looks_at(p, everything), self.places[p], first, *_one_piece(part.blocks), step, SAMPLE_RUN,
-                *everything.limits, keys, 0, _counts_of_one(), self.works[0],
-            )  # fmt: skip
-            found.append(keys[:stored])
-        return np.concatenate(found)
+        everything = _Look(0, (1 << self.ranking.width) - 1, 0)
+        return np.concatenate(self._look_over(scope, everything, self.sample_bounds, self.sample_steps).found)
 
     def _survey(self, scope: int, look: _Look) -> _Survey:
         """Count the keys of every piece above, inside and beside a look, and collect those inside."""
+        return self._look_over(scope, look, self.bounds, [(strip, strip) for strip in self.strips])
+
+    def _look_over(self, scope: int, look: _Look, bounds: np.ndarray, steps: Sequence[tuple[int, int]]) -> _Survey:
+        """`_survey` of blocks between `bounds`; `steps` says by part of every how many how many are taken."""
         ends, self.look = [0] * self.workers, look
         looks = [self._looks_at(p, look) for p in range(len(self.ranking.parts))]
 
@@ -275,8 +275,8 @@ class LargeScopes:
             p0, p1 = self.bundles[i]
             p, self.stores[i] = self.pieces[p0].part, (slot, ends[slot])
             ends[slot] = strips.survey(
-                *looks[p], self.places[p], self._first(p, scope), self.bounds, p0, p1, self.strips[p],
-                self.strips[p], *look.limits, self.found[slot], ends[slot], self.counts, self.works[slot],
+                *looks[p], self.places[p], self._first(p, scope), bounds, p0, p1, *steps[p], *look.limits,
+                self.found[slot], ends[slot], self.counts, self.works[slot],
             )  # fmt: skip
 
         self._each(len(self.bundles), use)
