@@ -438,15 +438,31 @@ def test_scores_rank_and_the_array_is_kept(monkeypatch, shape, scope, name, elem
                 assert same_bits(npscope.keep_largest(source, nnz, (1, 1), scope, scores=scores, out=out), expected)
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """The passes over large scopes so far: each reads everything."""
+    large_scopes = pytest.importorskip("npscope.backends.numba_cpu.large_scopes").LargeScopes
+    found, survey = [], large_scopes._survey
+    monkeypatch.setattr(large_scopes, "_survey", lambda self, *look: found.append(look) or survey(self, *look))
+    return found
+
+
+def test_passes_over_smooth_arrays(passes):
+    """Neighbours that are alike, and lines of a regular array, do not mislead a sample."""
+    rows, columns = np.sin(np.arange(2048) / 120), np.cos(np.arange(1024) / 75)
+    for x in (np.add.outer(rows, columns), np.add.outer(rows, columns).T, np.multiply.outer(rows, columns)):
+        for block in ((1, 1), (1, 4)):
+            spec = npscope.ScopeSpec(npscope.BlockSpec(x.astype(np.float32), block), (-1, -1))
+            with npscope.use_backend("numba"):
+                for share in (0.01, 0.1, 0.37, 0.5, 0.75, 0.9):
+                    passes.clear()
+                    spec.kth_largest(nnz=int(share * spec.numblk_per_scope()))
+                    assert len(passes) <= 2, (block, share, passes)
+
+
 @pytest.mark.parametrize("data", CROWDED)
-def test_passes_over_large_scopes(monkeypatch, data):
-    """Each pass reads everything: three find the key, where many are equal and on pruned arrays, too."""
-    large_scopes = pytest.importorskip("npscope.backends.numba_cpu.large_scopes")
-    passes = []
-    survey = large_scopes.LargeScopes._survey
-    monkeypatch.setattr(
-        large_scopes.LargeScopes, "_survey", lambda self, *limits: passes.append(limits) or survey(self, *limits)
-    )
+def test_passes_over_large_scopes(passes, data):
+    """Two find the key, where many are equal and on pruned arrays, too."""
     for elements in (200_000, 300_000, 400_000):
         x = np.abs(CROWDED[data](np.random.default_rng(5).standard_normal(elements))).astype(np.float32)
         ascending = np.sort(x)

@@ -38,14 +38,14 @@ The bracket of so many holds 3 % of a scope. To look up one key among these 3 % 
 than among 2 %.
 """
 
-SAMPLE_RUN, MEASURED_RUN = 4, 16
-"""Keys that are sampled at a place: elements, which mostly lie in one line of a cache; and blocks that are measured."""
+SAMPLE_RUN = 16
+"""Keys that are sampled at a place, adjacent ones: to go there takes as long as to read them."""
 
 MARGIN = 5.0
 """Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
 
 FEW_KEYS = 1 << 15
-"""Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms, of many equal ones 60."""
+"""Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms."""
 
 MOST_TIES, LOOK_KEYS = 1 << 12, 1 << 16
 """Equal blocks that are looked for one by one, at most, and keys that are looked at together."""
@@ -62,6 +62,9 @@ positions.
 
 MOST_READ_AGAIN = 4
 """Elements of a block whose norm is formed again in every pass: to keep those of 1x4 took a quarter longer."""
+
+FEW_PLACES = 64
+"""Places that tell nothing of how alike neighbours are; of fewer blocks a sample is a few hundred keys."""
 
 MAX_GUESSES = 8
 """Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
@@ -101,6 +104,26 @@ class _Look(NamedTuple):
     def limits(self) -> tuple[np.uint64, np.uint64, np.uint64]:
         """As kernels take it."""
         return np.uint64(self.low), np.uint64(self.high), np.uint64(self.crowd)
+
+
+class _Sample(NamedTuple):
+    """Some keys of a scope, so many adjacent ones from each place."""
+
+    keys: np.ndarray
+    run: int
+
+    def effect(self, border: int) -> float:
+        """By what a share of keys from a border on varies more than if they were drawn one by one.
+
+        That is the design effect of a sample in clusters (Kish 1965): 1, or up to `run` where neighbours are alike.
+        """
+        places = self.keys.size // self.run
+        if self.run == 1 or places < FEW_PLACES:
+            return 1.0
+        inside = (self.keys[: places * self.run] >= self.keys.dtype.type(border)).reshape(places, self.run)
+        share = float(inside.mean())
+        alone = share * (1 - share) / self.run
+        return min(max(1.0, float(inside.mean(axis=1).var()) / alone), float(self.run)) if alone > 0 else 1.0
 
 
 class _Nth(NamedTuple):
@@ -185,13 +208,11 @@ class LargeScopes:
         # all of it, every other one would hold more, and take another pass.
         sampled = round((1.5 * MARGIN * ranking.blocks / (room * self.workers)) ** 2)
         sampled = max(1, min(max(sampled, SAMPLE), MOST_SAMPLED, ranking.blocks // 256))
-        # By part: of every how many blocks how many are sampled. Odd, or rows of a power of two would be sampled in
-        # columns; of keys in a row, of which it takes no longer to read one here and there, single ones.
-        self.sample_steps = []
-        for p, part in enumerate(ranking.parts):
-            run = 1 if p in self.lasting else SAMPLE_RUN if part.elements == 1 else MEASURED_RUN
-            places = -(-sampled * part.blocks // (ranking.blocks * run))
-            self.sample_steps.append((part.blocks // places | 1, run))
+        # By part: of every how many blocks how many are sampled.
+        self.sample_steps = [
+            (part.blocks // -(-sampled * part.blocks // (ranking.blocks * SAMPLE_RUN)), SAMPLE_RUN)
+            for part in ranking.parts
+        ]
         # Keys of magnitudes are magnitudes: what looks at the elements of a single part looks at them as well.
         self.looks_alike = len(ranking.parts) == 1 and ranking.ord is not None and ranking.adjacent_form(0) is not None
         # Pieces are surveyed several at a time: to look at one whose keys are in cache takes as long as to call for it.
@@ -257,10 +278,11 @@ class LargeScopes:
             piece = PIECE_ELEMENTS if ranking.sources[p] is None else STRIPS_ELEMENTS
             ranges(part.total, part.elements, make_work, piece=piece)()
 
-    def _sample(self, scope: int) -> np.ndarray:
+    def _sample(self, scope: int) -> _Sample:
         """Some keys of a scope."""
         everything = _Look(0, (1 << self.ranking.width) - 1, 0)
-        return np.concatenate(self._look_over(scope, everything, self.sample_bounds, self.sample_steps).found)
+        found = self._look_over(scope, everything, self.sample_bounds, self.sample_steps).found
+        return _Sample(np.concatenate(found), SAMPLE_RUN)
 
     def _survey(self, scope: int, look: _Look) -> _Survey:
         """Count the keys of every piece above, inside and beside a look, and collect those inside."""
@@ -303,7 +325,7 @@ class LargeScopes:
         equal: np.ndarray = self.counts[1 if key == self.look.low else 3]  # that key was looked at alone, or as a crowd
         return equal
 
-    def _narrow(self, k: int, count: int, sample: np.ndarray, survey: Callable[[_Look], _Survey]) -> _Nth:
+    def _narrow(self, k: int, count: int, sample: _Sample, survey: Callable[[_Look], _Survey]) -> _Nth:
         """`nth` of `count` keys, from a sample of them and what looks at all."""
         bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, count)
         overflowed = False
@@ -327,14 +349,14 @@ class LargeScopes:
                 return self._nth_of(found, k - above)
             else:
                 bracket, overflowed = _Bracket(low, high, above, inside), True
-                sample = _sample_of(found, sample.size)
+                sample = _sample_of(found, sample.keys.size)
         raise AssertionError("a bracket narrows with every pass")
 
     def _nth_of(self, pieces: list[np.ndarray], k: int) -> _Nth:
         """`nth` among some keys, by passes over them while they are many."""
         count = sum([keys.size for keys in pieces])
         if count <= FEW_KEYS:
-            keys = np.partition(np.concatenate(pieces), count - k)
+            keys = _partitioned(np.concatenate(pieces), [count - k])
             limit = keys[count - k]
             return _Nth(int(limit), k - int(np.count_nonzero(keys > limit)), int(np.count_nonzero(keys == limit)))
         narrower = np.empty(count // 2 + SLACK, dtype=self.ranking.key)
@@ -551,38 +573,49 @@ def _counts_of_one() -> np.ndarray:
     return np.zeros((4, 1), dtype=np.int64)
 
 
-def _sample_of(pieces: list[np.ndarray], size: int) -> np.ndarray:
+def _sample_of(pieces: list[np.ndarray], size: int) -> _Sample:
     """About `size` of some keys, or all of them."""
     step = max(1, sum([keys.size for keys in pieces]) // max(1, size))
-    return np.concatenate([keys[::step] for keys in pieces])
+    return _Sample(np.concatenate([keys[::step] for keys in pieces]), 1)
 
 
-def _next_look(sample: np.ndarray, bracket: _Bracket, k: int, overflowed: bool, *, halve: bool) -> _Look:
+def _partitioned(keys: np.ndarray, places: list[int]) -> np.ndarray:
+    """Keys in an order in which those at `places` stand where they would if sorted; places beyond the ends are ignored.
+
+    At one place alone NumPy is three times as slow as at two, and twenty times where half of the keys are equal.
+    """
+    inside = [place for place in places if 0 <= place < keys.size]
+    return np.partition(keys, [*inside, *inside[:1]]) if inside else keys
+
+
+def _next_look(sample: _Sample, bracket: _Bracket, k: int, overflowed: bool, *, halve: bool) -> _Look:
     """Keys of the bracket that should be the k-th, from a sample; one alone where the last look `overflowed`.
 
     A key that many are equal to is never collected, as the equal ones would take all the room: it is counted, alone or
     as the crowd beside a range. In an array that has been pruned before, zero is such a key, and often the k-th or the
     next below it.
     """
-    key_of = sample.dtype.type  # NumPy would look for a Python integer among uint64 by way of float64
+    keys, key_of = sample.keys, sample.keys.dtype.type  # of a Python integer and uint64 NumPy would make float64
     if halve:
         middle = bracket.low + (bracket.high - bracket.low) // 2
         return _Look(middle, middle if overflowed else bracket.high, middle)
-    inside = sample[(sample >= key_of(bracket.low)) & (sample <= key_of(bracket.high))]
+    inside = keys[(keys >= key_of(bracket.low)) & (keys <= key_of(bracket.high))]
     if not inside.size:
         return _Look(bracket.low, bracket.high, bracket.low)
     share = (k - bracket.above) / bracket.inside
     place = (1 - share) * inside.size
-    margin = MARGIN * (inside.size * share * (1 - share)) ** 0.5 + 2
-    first, middle, last = int(place - margin), min(int(place), inside.size - 1), int(place + margin) + 1
-    inside = np.partition(inside, [i for i in (first, middle, last) if 0 <= i < inside.size])
+    middle = min(int(place), inside.size - 1)
+    inside = _partitioned(inside, [middle])
+    key = int(inside[middle])
+    if overflowed:
+        return _Look(key, key, key)
+    margin = MARGIN * (inside.size * share * (1 - share) * sample.effect(key)) ** 0.5 + 2
+    first, last = int(place - margin), int(place + margin) + 1
+    inside = _partitioned(inside, [first, last])
 
     def is_frequent(key: int) -> bool:
         return bool(np.count_nonzero(inside == key_of(key)) > margin)
 
-    key = int(inside[middle])
-    if overflowed:
-        return _Look(key, key, key)
     low = int(inside[first]) if first >= 0 else bracket.low
     high = int(inside[last]) if last < inside.size else bracket.high
     crowd = next((key for key in (key, low, high) if is_frequent(key)), None)

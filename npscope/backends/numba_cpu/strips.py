@@ -695,6 +695,10 @@ def line_surveyor(form: vectors.Format, signed: bool, crowded: bool) -> Function
     return look
 
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2 ** 64 over the golden ratio: high bits of its multiples are spread evenly."""
+
+
 @kernel
 def survey(
     look: int, read: int, source: Any, first: int, bounds: Any, p0: int, p1: int, step: int, run: int, low: Any,
@@ -702,15 +706,19 @@ def survey(
 ) -> int:  # fmt: skip
     """Count the keys of pieces [p0, p1) above `high`, and count and collect those in [low, high].
 
-    Pieces lie between two rows of `bounds`, counted from block `first` on; of every `step` blocks the first `run` are
-    taken, up to `STRIP_ELEMENTS`. Rows of `counts` tell how many keys of a piece are above, inside, and stored from
-    `end` on in `found`, which are fewer where they do not fit; and how many equal `crowd`, if that is not inside.
-    Returns where the stored ones end.
+    Pieces lie between two rows of `bounds`, counted from block `first` on; of every `step` blocks a run of `run` is
+    taken, up to `STRIP_ELEMENTS`, somewhere among them: in rows of a regular array, places at regular distances
+    would be a few lines. Rows of `counts` tell how many keys of a piece are above, inside, and stored from `end` on in
+    `found`, which are fewer where they do not fit; and how many equal `crowd`, if that is not inside. Returns where the
+    stored ones end.
     """
     for p in range(p0, p1):
         above, inside, equal, start, i1 = 0, 0, 0, end, first + bounds[1, p]
-        for i in range(first + bounds[0, p], i1, step):
+        for at in range(first + bounds[0, p], i1, step):
+            i = at + np.int64((np.uint64(at) * _GOLDEN >> np.uint64(32)) % np.uint64(step - run + 1))
             stop = least(i1, i + run)
+            if i >= stop:
+                break
             stores = low != high and end + stop - i + SLACK <= found.size
             over, within, same = _call_surveyor(
                 look, read, source, i, stop, low, high, crowd, found, end, stores, scratch
