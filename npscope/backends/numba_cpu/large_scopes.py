@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +38,10 @@ The bracket of so many holds 3 % of a scope. To look up one key among these 3 % 
 than among 2 %.
 """
 
-SAMPLE_RUN = 16
-"""Keys that are sampled at a place, adjacent ones: to go there takes as long as to read them."""
+SAMPLE_RUN, SAMPLE_PLACES = 32, 256
+"""Keys that are sampled at a place, adjacent ones, as to go there takes as long as to read them: fewer than that where
+there would be fewer places than this.
+"""
 
 MARGIN = 5.0
 """Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
@@ -62,9 +64,6 @@ positions.
 
 MOST_READ_AGAIN = 4
 """Elements of a block whose norm is formed again in every pass: to keep those of 1x4 took a quarter longer."""
-
-FEW_PLACES = 64
-"""Places that tell nothing of how alike neighbours are; of fewer blocks a sample is a few hundred keys."""
 
 MAX_GUESSES = 8
 """Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
@@ -118,7 +117,7 @@ class _Sample(NamedTuple):
         That is the design effect of a sample in clusters (Kish 1965): 1, or up to `run` where neighbours are alike.
         """
         places = self.keys.size // self.run
-        if self.run == 1 or places < FEW_PLACES:
+        if self.run == 1 or places == 0:
             return 1.0
         inside = (self.keys[: places * self.run] >= self.keys.dtype.type(border)).reshape(places, self.run)
         share = float(inside.mean())
@@ -183,10 +182,10 @@ class LargeScopes:
         ]
         self.lasting = [i for i, direct in enumerate(read_blocks) if not direct]
         self.norm_keys = np.empty(ranking.scopes * ranking.blocks if self.lasting else 0, dtype=ranking.key)
+        lengths = [max(STRIP_ELEMENTS, STRIPS_ELEMENTS // part.elements) for part in ranking.parts]
         self.pieces = [
             _Piece(p, b0, min(part.blocks, b0 + length))
-            for p, part in enumerate(ranking.parts)
-            for length in [max(STRIP_ELEMENTS, STRIPS_ELEMENTS // part.elements)]
+            for p, (part, length) in enumerate(zip(ranking.parts, lengths, strict=True))
             for b0 in range(0, part.blocks, length)
         ]
         # Where the keys of a part are: kept in `norm_keys`, or in the array.
@@ -207,26 +206,18 @@ class LargeScopes:
         # So many that the bracket, 2 * MARGIN standard deviations of a share, holds two thirds of what can be kept: of
         # all of it, every other one would hold more, and take another pass.
         sampled = round((1.5 * MARGIN * ranking.blocks / (room * self.workers)) ** 2)
-        sampled = max(1, min(max(sampled, SAMPLE), MOST_SAMPLED, ranking.blocks // 256))
-        # By part: of every how many blocks how many are sampled.
-        self.sample_steps = [
-            (part.blocks // -(-sampled * part.blocks // (ranking.blocks * SAMPLE_RUN)), SAMPLE_RUN)
-            for part in ranking.parts
-        ]
+        self.sampled = max(1, min(max(sampled, SAMPLE), MOST_SAMPLED, ranking.blocks // 256))
         # Keys of magnitudes are magnitudes: what looks at the elements of a single part looks at them as well.
         self.looks_alike = len(ranking.parts) == 1 and ranking.ord is not None and ranking.adjacent_form(0) is not None
         # Pieces are surveyed several at a time: to look at one whose keys are in cache takes as long as to call for it.
         several = max(1, len(self.pieces) // (self.workers * PIECES_PER_THREAD))
-        ends = np.flatnonzero(np.diff([piece.part for piece in self.pieces])) + 1
+        counts = [-(-part.blocks // length) for part, length in zip(ranking.parts, lengths, strict=True)]
         self.bundles = [
             (start, min(stop, start + several))
-            for first, stop in pairwise([0, *ends.tolist(), len(self.pieces)])
+            for first, stop in pairwise(accumulate(counts, initial=0))
             for start in range(first, stop, several)
         ]
         self.bounds = np.asarray([[piece.b0 for piece in self.pieces], [piece.b1 for piece in self.pieces]])
-        # Where the first place of each piece is that is sampled: from the first block of its part on, step by step.
-        steps = np.asarray([self.sample_steps[piece.part][0] for piece in self.pieces])
-        self.sample_bounds = np.stack([-(-self.bounds[0] // steps) * steps, self.bounds[1]])
         # What was looked at last, and by piece: keys above it, inside, those inside that were stored, and its crowd.
         self.look = _Look(0, 0, 0)
         self.counts = np.zeros((4, len(self.pieces)), dtype=np.int64)
@@ -280,16 +271,22 @@ class LargeScopes:
 
     def _sample(self, scope: int) -> _Sample:
         """Some keys of a scope."""
-        everything = _Look(0, (1 << self.ranking.width) - 1, 0)
-        found = self._look_over(scope, everything, self.sample_bounds, self.sample_steps).found
-        return _Sample(np.concatenate(found), SAMPLE_RUN)
+        everything, found = _Look(0, (1 << self.ranking.width) - 1, 0), []
+        most = max(1, min(SAMPLE_RUN, self.sampled // SAMPLE_PLACES))
+        for p, part in enumerate(self.ranking.parts):
+            places = max(1, self.sampled * part.blocks // (self.ranking.blocks * most))
+            step = max(1, part.blocks // places)
+            run = min(step, most)
+            keys = np.empty(-(-part.blocks // step) * run + SLACK, dtype=self.ranking.key)
+            stored = strips.survey(
+                *self._looks_at(p, everything), self.places[p], self._first(p, scope), *_one_piece(part.blocks), step,
+                run, *everything.limits, keys, 0, _counts_of_one(), self.works[0],
+            )  # fmt: skip
+            found.append(keys[:stored])
+        return _Sample(np.concatenate(found), most)
 
     def _survey(self, scope: int, look: _Look) -> _Survey:
         """Count the keys of every piece above, inside and beside a look, and collect those inside."""
-        return self._look_over(scope, look, self.bounds, [(strip, strip) for strip in self.strips])
-
-    def _look_over(self, scope: int, look: _Look, bounds: np.ndarray, steps: Sequence[tuple[int, int]]) -> _Survey:
-        """`_survey` of blocks between `bounds`; `steps` says by part of every how many how many are taken."""
         ends, self.look = [0] * self.workers, look
         looks = [self._looks_at(p, look) for p in range(len(self.ranking.parts))]
 
@@ -297,8 +294,8 @@ class LargeScopes:
             p0, p1 = self.bundles[i]
             p, self.stores[i] = self.pieces[p0].part, (slot, ends[slot])
             ends[slot] = strips.survey(
-                *looks[p], self.places[p], self._first(p, scope), bounds, p0, p1, *steps[p], *look.limits,
-                self.found[slot], ends[slot], self.counts, self.works[slot],
+                *looks[p], self.places[p], self._first(p, scope), self.bounds, p0, p1, self.strips[p], self.strips[p],
+                *look.limits, self.found[slot], ends[slot], self.counts, self.works[slot],
             )  # fmt: skip
 
         self._each(len(self.bundles), use)
@@ -330,7 +327,7 @@ class LargeScopes:
         bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, count)
         overflowed = False
         for guesses in range(MAX_GUESSES + 2 * self.ranking.width):
-            look = _next_look(sample, bracket, k, overflowed, halve=guesses >= MAX_GUESSES)
+            look = _next_look(sample, bracket, k, overflowed, halves=guesses >= MAX_GUESSES)
             low, high, crowd = look
             above, inside, equal, found = survey(look)
             # Of keys looked at, the first ones may be the crowd, or the last ones.
@@ -588,15 +585,15 @@ def _partitioned(keys: np.ndarray, places: list[int]) -> np.ndarray:
     return np.partition(keys, [*inside, *inside[:1]]) if inside else keys
 
 
-def _next_look(sample: _Sample, bracket: _Bracket, k: int, overflowed: bool, *, halve: bool) -> _Look:
-    """Keys of the bracket that should be the k-th, from a sample; one alone where the last look `overflowed`.
+def _next_look(sample: _Sample, bracket: _Bracket, k: int, overflowed: bool, *, halves: bool) -> _Look:
+    """Keys of the bracket that should be the k-th, from a sample; or if it `halves` that one side of its middle.
 
     A key that many are equal to is never collected, as the equal ones would take all the room: it is counted, alone or
     as the crowd beside a range. In an array that has been pruned before, zero is such a key, and often the k-th or the
     next below it.
     """
     keys, key_of = sample.keys, sample.keys.dtype.type  # of a Python integer and uint64 NumPy would make float64
-    if halve:
+    if halves:
         middle = bracket.low + (bracket.high - bracket.low) // 2
         return _Look(middle, middle if overflowed else bracket.high, middle)
     inside = keys[(keys >= key_of(bracket.low)) & (keys <= key_of(bracket.high))]
@@ -607,8 +604,6 @@ def _next_look(sample: _Sample, bracket: _Bracket, k: int, overflowed: bool, *, 
     middle = min(int(place), inside.size - 1)
     inside = _partitioned(inside, [middle])
     key = int(inside[middle])
-    if overflowed:
-        return _Look(key, key, key)
     margin = MARGIN * (inside.size * share * (1 - share) * sample.effect(key)) ** 0.5 + 2
     first, last = int(place - margin), int(place + margin) + 1
     inside = _partitioned(inside, [first, last])

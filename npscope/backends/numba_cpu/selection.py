@@ -159,6 +159,8 @@ def select_blocks(
 
 def _numbers_of(counts: Operand) -> list[int]:
     """The numbers over scopes, in the order of these."""
+    if counts.is_one_number:
+        return [int(counts.buffer[counts.origin])] * counts.cut.scopes
     places = np.asarray([counts.origin])
     for size, step in counts.grid.T:
         places = np.add.outer(places, step * np.arange(size)).reshape(-1)
