@@ -119,10 +119,11 @@ class _Sample(NamedTuple):
         places = self.keys.size // self.run
         if self.run == 1 or places == 0:
             return 1.0
-        inside = (self.keys[: places * self.run] >= self.keys.dtype.type(border)).reshape(places, self.run)
-        share = float(inside.mean())
-        alone = share * (1 - share) / self.run
-        return min(max(1.0, float(inside.mean(axis=1).var()) / alone), float(self.run)) if alone > 0 else 1.0
+        inside = self.keys[: places * self.run] >= self.keys.dtype.type(border)
+        counts = inside.reshape(places, self.run).sum(axis=1)
+        share = float(counts.mean()) / self.run
+        alone = share * (1 - share) * self.run
+        return min(max(1.0, float(counts.var()) / alone), float(self.run)) if alone > 0 else 1.0
 
 
 class _Nth(NamedTuple):
@@ -601,16 +602,17 @@ def _next_look(sample: _Sample, bracket: _Bracket, k: int, overflowed: bool, *, 
         return _Look(bracket.low, bracket.high, bracket.low)
     share = (k - bracket.above) / bracket.inside
     place = (1 - share) * inside.size
-    middle = min(int(place), inside.size - 1)
-    inside = _partitioned(inside, [middle])
-    key = int(inside[middle])
-    margin = MARGIN * (inside.size * share * (1 - share) * sample.effect(key)) ** 0.5 + 2
-    first, last = int(place - margin), int(place + margin) + 1
-    inside = _partitioned(inside, [first, last])
+    few = inside[:: sample.run]
+    about = min(int((1 - share) * few.size), few.size - 1)
+    effect = sample.effect(int(_partitioned(few, [about])[about]))
+    margin = MARGIN * (inside.size * share * (1 - share) * effect) ** 0.5 + 2
+    first, middle, last = int(place - margin), min(int(place), inside.size - 1), int(place + margin) + 1
+    inside = _partitioned(inside, [first, middle, last])
 
     def is_frequent(key: int) -> bool:
         return bool(np.count_nonzero(inside == key_of(key)) > margin)
 
+    key = int(inside[middle])
     low = int(inside[first]) if first >= 0 else bracket.low
     high = int(inside[last]) if last < inside.size else bracket.high
     crowd = next((key for key in (key, low, high) if is_frequent(key)), None)
