@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -248,6 +249,36 @@ def test_large_scopes_of_arrays_in_another_order_of_memory(rng, values, block):
             scope.hard_threshold(scope.numblk_per_scope() // 3 | 1)
             results.append(parts)
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("block", "scope", "dtype"),
+    [
+        ((1, 1), (2, 2), "float32"),
+        ((1, 1), (4, 8), "float32"),
+        ((4, 1), (2, 3), "float32"),
+        ((1, 2), (3, 2), "bfloat16"),
+        ((1, 1), (5, 16), "int8"),
+        pytest.param((2, 2), (2, 2), "complex64", marks=pytest.mark.slow),
+        pytest.param((1, 1), (24, 7), "float64", marks=pytest.mark.slow),
+    ],
+)
+def test_scopes_that_are_tiles(rng, block, scope, dtype):
+    """Rows of scopes are read row by row of their blocks, whichever axis is the first in memory."""
+    tile = [b * s for b, s in zip(block, scope, strict=True)]
+    kind = strategies.dtype(dtype)
+    x = np.round(3 * rng.standard_normal((3 * tile[0], 37 * tile[1]))).astype(kind)
+    y = np.round(3 * rng.standard_normal((37 * tile[0], 3 * tile[1]))).astype(kind)
+    nnz = rng.integers(0, scope[0] * scope[1] + 1, (3, 37))
+    for array, keep in ((x, nnz), (y.T.copy().T, nnz.reshape(37, 3)), (x[:, ::-1], nnz), (y[::-1].T.copy().T, 1)):
+        for call in (ns.keep_largest, ns.block_mask):
+            expected = of_reference(call, array, keep, block, scope)
+            assert np.array_equal(call(array, keep, block, scope), expected)
+        scores = np.asfortranarray(np.round(array.real.astype(np.float32)))
+        expected = of_reference(ns.keep_largest, array, keep, block, scope, scores=scores)
+        assert np.array_equal(ns.keep_largest(array, keep, block, scope, scores=scores), expected)
+        spec = ns.ScopeSpec(ns.BlockSpec(array, block), scope)
+        assert np.array_equal(spec.kth_largest(nnz=2), of_reference(spec.kth_largest, nnz=2))
 
 
 @pytest.mark.parametrize(("turns", "late"), [(1 << 17, 1 << 17), (1, 1 << 17), (1 << 17, 5)])

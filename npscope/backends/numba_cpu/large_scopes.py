@@ -63,7 +63,8 @@ positions.
 """
 
 MOST_READ_AGAIN = 8
-"""Elements of a block whose norm is formed again in every pass: to keep those of 8x1 took a quarter longer, 3x3 less."""
+"""Elements of a block whose norm is formed again in every pass: to keep it took a quarter longer of 8x1, less of 3x3.
+"""
 
 MAX_GUESSES = 8
 """Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""

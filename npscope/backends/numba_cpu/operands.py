@@ -46,6 +46,9 @@ SHAPED_ELEMENTS = 1 << 10
 ACROSS = 16
 """Scopes that must lie side by side to be read across: fewer do not fill a line."""
 
+TILE_RUN = 16
+"""Blocks in a row from which on a scope is read row by row: shorter ones are read with those of other scopes beside."""
+
 PIECES_PER_THREAD = 4
 """Pieces that each thread gets at least, so that all finish together."""
 
@@ -148,12 +151,26 @@ class Placement:
         self.few = cut.scopes * cut.blocks * cut.elements < SHAPED_ELEMENTS
         self.measured = None if self.kind is None else _measure((self.kind,))
         self.nests = _nest(cut.scope, self.steps), _nest(cut.block, self.steps)
+        # Loops over blocks that lie inside of the innermost one over scopes, if others lie outside.
+        self.inner = self._inner()
         self.side_by_side = self._side_by_side()
+        self.in_tiles = bool(self.inner) and not self._fills_lines()
         self.across = self.side_by_side and cut.elements == 1
         self.layout = self._layout()
         # Whether blocks are single elements, adjacent in each line; or of scopes side by side, adjacent in each row.
         self.is_line_by_line = cut.elements == 1 and (self.width == 1 or int(self.grid[1, -1]) == 1)
         self.lies_in_columns = self.across and int(self.nests[0][1, -1]) == 1
+
+    def _inner(self) -> tuple[int, ...]:
+        if self.cut.blocks == 1 or self.few or not self.cut.scope:
+            return ()
+        scope, *loops = (abs(dim.step * self.steps[dim.axis]) for dim in (self.cut.scope[-1], *self.cut.block))
+        inner = tuple(i for i, stride in enumerate(loops) if stride < scope)
+        return inner if len(inner) < len(loops) and self.cut.scope[-1].size >= ACROSS else ()
+
+    def _fills_lines(self) -> bool:
+        """Whether blocks that follow each other in a scope are many in a row."""
+        return len(self.cut.block) - 1 in self.inner and self.cut.block[-1].size >= TILE_RUN
 
     def _side_by_side(self) -> bool:
         """Whether scopes lie next to each other, and the blocks of each apart."""
@@ -226,10 +243,25 @@ class Operand:
                 self._buffer = np.asarray(_Memory(array, address + place.low, place.length, place.unit))
         return self._buffer
 
+    def _loops(self) -> tuple[list[Dim], list[Dim]]:
+        """Loops over blocks outside of those over scopes, and inside."""
+        block = self.cut.block
+        inner = [block[i] for i in self.place.inner]
+        return [dim for i, dim in enumerate(block) if i not in self.place.inner], inner
+
     def block_by_block(self) -> Operand:
-        """The same, its blocks numbered in another order: the first of all scopes, then the second of all, ..."""
-        cut = self.cut
-        return Operand(Leaf(self.array, Cut.of((*cut.block, *cut.scope), (), cut.element)))
+        """The same, its blocks numbered in another order: the first of all scopes, then the second of all, ...
+
+        Where some lie inside of scopes, those that do are one after another.
+        """
+        outer, inner = self._loops()
+        return Operand(Leaf(self.array, Cut.of((*outer, *self.cut.scope, *inner), (), self.cut.element)))
+
+    def order_block_by_block(self) -> tuple[np.ndarray, int]:
+        """The blocks of a scope in the order of `block_by_block`, and how many of them lie inside of scopes."""
+        outer, inner = self._loops()
+        order = Positions(Cut.of((), (*outer, *inner), ()), Cut.of((), self.cut.block, ()))
+        return order.of(np.arange(self.cut.blocks)), math.prod(dim.size for dim in inner)
 
     def lines_hold(self, n: int) -> bool:
         """Whether blocks are single elements that lie line by line, and whole groups of n of them in each line."""

@@ -107,6 +107,16 @@ class Source:
         return self.make_reader()
 
 
+class Planes(NamedTuple):
+    """How kernels read the blocks of scopes that lie side by side: block by block, those inside of scopes together."""
+
+    source: Source
+    order: np.ndarray
+    """The blocks of a scope, as they are read."""
+    within: int
+    """How many of them lie inside of scopes."""
+
+
 def source_of(
     part: Competitors,
     ord: float | None,
@@ -186,11 +196,18 @@ class Ranking:
         # Scopes that lie side by side are read block by block where nothing else reads them, or they are small.
         self.planes = [self._planes(p) for p in range(len(self.parts))]
 
-    def _planes(self, p: int) -> Source | None:
+    def _planes(self, p: int) -> Planes | None:
         part, source = self.parts[p], self.sources[p]
-        if not self.fits_a_piece or not part.leaves[0].place.side_by_side or not (self.group > 0 or source is None):
+        place = part.leaves[0].place
+        if not self.fits_a_piece or not (place.in_tiles or (place.side_by_side and (self.group > 0 or source is None))):
             return None
-        return source_of(part, self.ord, self.width, self.exact_integers, in_planes=True)
+        by_block = source_of(part, self.ord, self.width, self.exact_integers, in_planes=True)
+        return None if by_block is None else Planes(by_block, *part.leaves[0].order_block_by_block())
+
+    @property
+    def reads_by_itself(self) -> bool:
+        """Whether there is one part, and kernels had better read its scopes one after another."""
+        return len(self.parts) == 1 and not (self.planes[0] is not None and self.parts[0].leaves[0].place.in_tiles)
 
     def adjacent_form(self, p: int) -> Format | None:
         """The format of a part's elements if they are adjacent and their bits alone make their keys."""
@@ -202,13 +219,13 @@ class Ranking:
         by_norm = layout.form.is_integer and self.ord is not None and not self.exact_integers
         return None if by_norm else layout.form
 
-    def rows_of_planes(self, p: int, source: Source) -> int:
+    def rows_of_planes(self, p: int, planes: Planes) -> int:
         """Whole scopes of a part that make a strip of planes."""
         part = self.parts[p]
         rows = (ACROSS_ELEMENTS if self.group > 0 else PLANES_ELEMENTS) // (part.blocks * part.elements)
         twice = 2 * self.key.itemsize  # in planes, and in rows
-        rows = min(source.strip, max(rows, min(ACROSS, _most_rows(part.blocks, twice))))
-        return whole_lanes(rows)
+        rows = max(rows, min(ACROSS, _most_rows(part.blocks, twice)))
+        return whole_lanes(max(1, min(planes.source.strip // planes.within, rows)))
 
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
@@ -232,7 +249,7 @@ class KeyWork:
         self.norms = None if reads else norms_of(part, float(ranking.ord or 2))[0](length)
         if planes is not None:
             self.rows = ranking.rows_of_planes(p, planes)
-            self.scratch = Loan(Scratch, self.rows * part.blocks, 0, ranking.key, self.rows)
+            self.scratch = Loan(Scratch, self.rows * part.blocks, 0, ranking.key, self.rows * planes.within)
         elif source is not None:
             self.strip = source.strip
             if ranking.fits_a_piece:  # whole scopes, which may lie side by side
@@ -245,10 +262,11 @@ class KeyWork:
         if self.norms is not None:
             nk.keys_of_norms(self.norms.fill(i0, i1)[0], keys)
         elif self.planes is not None:
-            planes, n, scopes = self.planes, self.part.blocks, self.part.cut.scopes
+            (source, order, within), n, scopes = self.planes, self.part.blocks, self.part.cut.scopes
             strips.read_in_planes(
-                planes.read, planes.where, i0 // n, i1 // n, n, scopes, self.rows, keys, self.scratch.work.all
-            )
+                source.read, source.where, i0 // n, i1 // n, order, within, scopes, self.rows, keys,
+                self.scratch.work.all,
+            )  # fmt: skip
         elif self.source is not None:
             strips.read_blocks(self.source.read, self.source.where, i0, i1, self.strip, keys, self.scratch.work.all)
 

@@ -23,6 +23,7 @@ from npscope.backends.numba_cpu.operands import (
 )
 from npscope.backends.numba_cpu.ranking import (
     KeyWork,
+    Planes,
     Ranking,
     Source,
     columns_cutter_of,
@@ -219,28 +220,30 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
 class _Turned:
     """Work arrays of one thread for keys in rows, and for the masks of a plane."""
 
-    def __init__(self, rows: int, n: int, key: np.dtype) -> None:
-        self.keys, self.plane = np.empty(rows * n + SLACK, dtype=key), np.empty(rows + SLACK, dtype=np.bool_)
+    def __init__(self, rows: int, n: int, within: int, key: np.dtype) -> None:
+        self.keys, self.plane = np.empty(rows * n + SLACK, dtype=key), np.empty(rows * within + SLACK, dtype=np.bool_)
         self.nbytes = self.keys.nbytes + self.plane.nbytes
 
 
-def _planes_job(ranking: Ranking, counts: Operand, source: Source, written: Operand) -> Callable[[], None]:
+def _planes_job(ranking: Ranking, counts: Operand, planes: Planes, written: Operand) -> Callable[[], None]:
     """The job in which one kernel reads scopes that lie side by side block by block, and writes them so if they do."""
-    rows, limits = ranking.rows_of_planes(0, source), nk.numbers_over(counts, 1, np.dtype(np.int64))
-    in_planes = written.place.side_by_side
+    rows, limits = ranking.rows_of_planes(0, planes), nk.numbers_over(counts, 1, np.dtype(np.int64))
+    (source, order, within), place = planes, written.place
+    in_planes = (place.side_by_side or place.in_tiles) and place.inner == ranking.parts[0].leaves[0].place.inner
     target = written.block_by_block() if in_planes else written
-    as_they_lie, measured = ranking.group != 0 and in_planes, 0 if ranking.parts[0].elements == 1 else rows
+    as_they_lie = ranking.group != 0 and in_planes and within == 1
+    measured = 0 if ranking.parts[0].elements == 1 else rows * within
     selector_address = strips.plane_selector_address if as_they_lie else strips.selector_address
     select = selector_address(ranking.group, ranking.key, ranking.signed)
     steps = source.read, select, writer_of(target)
 
     def make_kernel() -> Callable[[int, int], None]:
         loan = _scratch(ranking, rows, limits, measured=measured)
-        turned = Loan(_Turned, 0 if as_they_lie else rows, ranking.blocks, ranking.key)
+        turned = Loan(_Turned, 0 if as_they_lie else rows, ranking.blocks, within, ranking.key)
 
         def run(s0: int, s1: int) -> None:
             strips.keep_in_planes(
-                *steps, source.where, target.where, in_planes, as_they_lie, limits, s0, s1, ranking.blocks,
+                *steps, source.where, target.where, in_planes, as_they_lie, limits, s0, s1, order, within,
                 ranking.scopes, rows, turned.work.keys, turned.work.plane, loan.work.all,
             )  # fmt: skip
 
@@ -327,7 +330,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
     if ranking.group == IN_LANES:
         return _kth_in_lanes_job(ranking, counts, found)
     kernel = strips.kth_kernel(ranking.signed)
-    if len(ranking.parts) == 1 and source is not None:
+    if ranking.reads_by_itself and source is not None:
         rows, seek = ranking.scopes_of_a_strip(source.strip), search_of(ranking)
         turn = 0 if source.turner is None or seek[0] == 0 else source.turner.make()
         past = ranking.parts[0].leaves[0].past_line if turn else 0
@@ -366,7 +369,7 @@ def _kth_in_lanes_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> C
     """`_kth_job` of scopes that are searched several at a time."""
     source, limits = ranking.sources[0], nk.numbers_over(counts, 1, np.dtype(np.int64))
     find = strips.finder_address(ranking.key, ranking.signed)
-    if len(ranking.parts) == 1 and source is not None:
+    if ranking.reads_by_itself and source is not None:
         rows, read = ranking.scopes_of_a_strip(source.strip), source.read
 
         def make_kernel() -> Callable[[int, int], None]:

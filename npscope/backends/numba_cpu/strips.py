@@ -338,65 +338,74 @@ def keep_in_scopes(
 
 
 @merged
-def _read_planes(read: int, source: Any, s: int, stop: int, n: int, scopes: int, scratch: Any) -> None:
-    """Read the keys of scopes [s, stop), numbered block by block of all `scopes`: the first ones, the second, ...
+def _read_planes(
+    read: int, source: Any, s: int, stop: int, planes: int, within: int, scopes: int, scratch: Any
+) -> None:  # fmt: skip
+    """Read the keys of scopes [s, stop) plane by plane: `within` blocks of the first scope, as many of the second, ...
 
-    In this order, because a reader may write beyond the end of what it reads.
+    So blocks are numbered, over all `scopes`. They are read in this order, because a reader may write beyond the end of
+    what it reads.
     """
     keys, _mask, _keep, sums, norms, making = scratch
-    for j in range(n):
-        plane = keys[j * (stop - s) :]
-        _call_reader(read, source, j * scopes + s, j * scopes + stop, plane, sums, norms, making)
+    for j in range(planes):
+        plane, at = keys[j * (stop - s) * within :], j * scopes
+        _call_reader(read, source, (at + s) * within, (at + stop) * within, plane, sums, norms, making)
 
 
 @merged
-def _deal(rows: Any, count: int, n: int, planes: Any, at: int) -> None:
-    """Numbers of `count` scopes, n of each, from planes into rows, from an entry on."""
-    for j in range(n):
+def _deal(rows: Any, count: int, order: Any, within: int, planes: Any, at: int) -> None:
+    """Numbers of `count` scopes from planes into rows, from an entry on; `order` says which entry comes when."""
+    n = order.size
+    for j in range(0, n, within):
         for r in range(count):
-            rows[np.uintp(at + r * n + j)] = planes[np.uintp(j * count + r)]
+            row, start = at + r * n, j * count + r * within
+            for i in range(within):
+                rows[np.uintp(row + order[np.uintp(j + i)])] = planes[np.uintp(start + i)]
 
 
 @kernel
 def read_in_planes(
-    read: int, source: Any, s0: int, s1: int, n: int, scopes: int, rows: int, out: Any, scratch: Any
+    read: int, source: Any, s0: int, s1: int, order: Any, within: int, scopes: int, rows: int, out: Any, scratch: Any
 ) -> None:  # fmt: skip
-    """As `read_blocks`, of scopes that lie side by side, whose blocks are numbered block by block of all `scopes`."""
+    """As `read_blocks`, of scopes that lie side by side, whose blocks are numbered as for `_read_planes`."""
+    n = order.size
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
-        _read_planes(read, source, s, stop, n, scopes, scratch)
-        _deal(out, stop - s, n, scratch[0], (s - s0) * n)
+        _read_planes(read, source, s, stop, n // within, within, scopes, scratch)
+        _deal(out, stop - s, order, within, scratch[0], (s - s0) * n)
 
 
 @kernel
 def keep_in_planes(
     read: int, select: int, write: int, source: Any, target: Any, in_planes: bool, as_they_lie: bool, counts: Numbers,
-    s0: int, s1: int, n: int, scopes: int, rows: int, turned: Any, plane: Any, scratch: Any,
+    s0: int, s1: int, order: Any, within: int, scopes: int, rows: int, turned: Any, plane: Any, scratch: Any,
 ) -> None:  # fmt: skip
-    """As `keep_in_scopes`, for scopes that lie side by side: their blocks are numbered block by block of all `scopes`.
+    """As `keep_in_scopes`, for scopes that lie side by side, whose blocks are numbered as for `_read_planes`.
 
     Those of `target` too if it is written `in_planes`. Then they may be ranked `as_they_lie`, by a `plane_selector`.
     """
     keys, mask, keep, _sums, _norms, _making = scratch
     guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+    n = order.size
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
         count = stop - s
         load_numbers(*counts, s, stop, keep)
-        _read_planes(read, source, s, stop, n, scopes, scratch)
+        _read_planes(read, source, s, stop, n // within, within, scopes, scratch)
         if as_they_lie:
             guess, spacing = _call_selector(select, keys, count, n, keep, mask, guess, spacing)
         else:
-            _deal(turned, count, n, keys, 0)
+            _deal(turned, count, order, within, keys, 0)
             guess, spacing = _call_selector(select, turned, count, n, keep, mask, guess, spacing)
-        for j in range(n if in_planes else 0):
+        for j in range(n // within if in_planes else 0):
             if as_they_lie:
                 kept = mask[j * count :]
             else:
                 kept = plane
                 for r in range(count):
-                    kept[np.uintp(r)] = mask[np.uintp(r * n + j)]
-            _call_writer(write, target, j * scopes + s, j * scopes + stop, kept)
+                    for i in range(within):
+                        kept[np.uintp(r * within + i)] = mask[np.uintp(r * n + order[np.uintp(j * within + i)])]
+            _call_writer(write, target, (j * scopes + s) * within, (j * scopes + stop) * within, kept)
         if not in_planes:
             _call_writer(write, target, s * n, stop * n, mask)
 
