@@ -347,3 +347,22 @@ def test_sums_of_squares_do_not_depend_on_the_threads(rng):
         with npscope.config(threads=threads):
             found |= {sum_squares(x) for _ in range(3)}
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("block", [(1, 4), (3, 5), (1, 20), (40, 1), (16, 32), (1, 600)])
+def test_zero_and_tiny_blocks_of_float64(block):
+    """A block whose squares are zero is measured again, and one that is zero is not taken for it."""
+    x = np.random.default_rng(2).standard_normal((40 * block[0], 30 * block[1]))
+    blocks = x.reshape(40, block[0], 30, block[1])
+    blocks[3::2, :, ::3] = 0
+    for tiny in (None, 3e-200, 5e-324):
+        if tiny is not None:
+            blocks[5::7, -1, ::3, -1] = tiny
+            blocks[6, 0, 4, 0] = -tiny
+        norms = npscope.block_norms(x, block)
+        expected = np.sqrt(np.einsum("arbc->ab", (blocks * 1e150) ** 2)) / 1e150 if tiny != 5e-324 else None
+        if expected is not None:
+            np.testing.assert_allclose(norms, expected, rtol=1e-14)
+        largest = np.abs(blocks).max(axis=(1, 3))
+        assert ((norms == 0) == (largest == 0)).all()
+        assert (norms >= largest).all()

@@ -390,10 +390,11 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
 def _length(re: Real, im: Real) -> Real:
     """The root of ``re ** 2 + im ** 2``, of float64 magnitudes: as `lines` measures a block of two, NaN if one is."""
     total = re * re + im * im
-    if SAFE_LEAST <= total < np.inf:
+    # Zeros pass this test by arithmetic: a processor cannot foretell a branch for them.
+    if SAFE_LEAST <= total + np.float64(re + im == 0.0) < np.inf:
         return np.sqrt(total)
     top = re if re > im else im
-    if np.isnan(total) or top == 0.0 or np.isinf(top):
+    if np.isnan(total) or np.isinf(top):
         return total
     re, im = re / top, im / top
     return top * np.sqrt(re * re + im * im)

@@ -213,7 +213,7 @@ def dropper(layout: Layout) -> Any:
 @cache
 def scaler(layout: Layout, shrinks: bool) -> Any:
     """``scale(target, i, stop, factors)``: multiply the blocks of a strip by factors; `shrinks` as in `scale_rows`."""
-    vectors = layout.form.name == "float32" and not layout.is_long
+    vectors = layout.form.name in ("float32", "float64") and not layout.is_long
     scale_rows = vector_selection.scale_rows(layout.form, layout.run, shrinks) if vectors else None
     return _row_writer(layout, scale_rows, layout.codec.scale, 1.0)
 

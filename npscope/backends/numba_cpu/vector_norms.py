@@ -55,11 +55,14 @@ That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the su
 53 bits hold it and every sum on the way.
 """
 
+SQUARED_LEAST = (1023 - 500) << 52
+"""The bits of a float64 from which on squares are not zero, with room to spare."""
+
 STRIP_BLOCKS = 1 << 11
 """Blocks that `measure_rows` takes at once, at most."""
 
 LEAST = -(-exact.EXACT_WORDS // 8) * 8
-DOUBTS = LEAST + LANES // 2
+DOUBTS = LEAST + LANES
 PARTS = DOUBTS + STRIP_BLOCKS // LANES
 """Where least magnitudes, doubts and partial sums stand in work arrays, on lines of their own, behind an exact sum."""
 
@@ -166,24 +169,42 @@ def _joined(b: Builder, code: int, x: Sequence[Value], y: Sequence[Value]) -> li
     return [total, lost]
 
 
-class _Span:
+class _Least:
+    """The least magnitude of a strip that is not zero."""
+
+    def __init__(self, b: Builder, place: Value, go_on: Value, width: int) -> None:
+        """Of numbers of so many bits. At `place`, `LANES` of them stay from row to row."""
+        self.b, self.type = b, vector_of(width, LANES)
+        self.place = b.bitcast(place, self.type.as_pointer())
+        # As the largest of their negated bits.
+        self.least = cgutils.alloca_once_value(b, _if(b, go_on, b.load(self.place, align=4)))
+
+    def take(self, bits: Value) -> None:
+        if bits.type.count < LANES:
+            bits = shuffle(self.b, bits, [min(i, bits.type.count) for i in range(LANES)], splat(bits.type, 0))
+        self.b.store(_larger(self.b, self.b.load(self.least), self.b.neg(bits)), self.least)
+
+    def leave(self) -> None:
+        self.b.store(self.b.load(self.least), self.place, align=4)
+
+    def largest_of(self, place: Value) -> Value:
+        name = f"llvm.vector.reduce.umax.v{LANES}i{self.type.element.width}"
+        return call(self.b, name, self.type.element, [self.b.load(place)])
+
+    def bits(self) -> Value:
+        """Its bits, 0 if there is none."""
+        return self.b.neg(self.largest_of(self.least))
+
+
+class _Span(_Least):
     """Whether all float64 sums of a strip of float32 magnitudes are exact, by the least of these and the largest sum.
 
     Then nothing is to be asked about roundings: measured, that was a quarter of the time of blocks of four.
     """
 
     def __init__(self, b: Builder, place: Value, go_on: Value) -> None:
-        """At `place`, `LANES` numbers stay from row to row."""
-        self.b = b
-        self.place = b.bitcast(place, vector_of(32, LANES).as_pointer())
-        # The least that is not zero, as the largest of their negated bits.
-        self.least = cgutils.alloca_once_value(b, _if(b, go_on, b.load(self.place, align=4)))
-        self.largest = cgutils.alloca_once_value(b, splat(vector_of(32, LANES), 0))
-
-    def take(self, bits: Value) -> None:
-        if bits.type.count < LANES:
-            bits = shuffle(self.b, bits, [min(i, bits.type.count) for i in range(LANES)], splat(bits.type, 0))
-        self.b.store(_larger(self.b, self.b.load(self.least), self.b.neg(bits)), self.least)
+        super().__init__(b, place, go_on, 32)
+        self.largest = cgutils.alloca_once_value(b, splat(self.type, 0))
 
     def take_rounded(self, sums: Value, left: Value = None) -> None:
         """Take in rounded sums, or only the first ones, of blocks that are `left`."""
@@ -194,17 +215,11 @@ class _Span:
             bits = self.b.select(inside, bits, splat(bits.type, 0))
         self.b.store(_larger(self.b, self.b.load(self.largest), bits), self.largest)
 
-    def leave(self) -> None:
-        self.b.store(self.b.load(self.least), self.place, align=4)
-
     def ends(self) -> tuple[Value, Value]:
         """(the largest sum that is exact for sure, a number above all sums, or NaN)."""
         b = self.b
-        least, largest = (
-            call(b, f"llvm.vector.reduce.umax.v{LANES}i32", INT32, [b.load(place)])
-            for place in (self.least, self.largest)
-        )
-        exact, most = (b.fpext(b.bitcast(bits, ir.FloatType()), ir.DoubleType()) for bits in (b.neg(least), largest))
+        both = self.bits(), self.largest_of(self.largest)
+        exact, most = (b.fpext(b.bitcast(bits, ir.FloatType()), ir.DoubleType()) for bits in both)
         return b.fmul(exact, exact.type(EXACT_SPAN)), b.fmul(most, most.type(1 + 2.0**-23))
 
 
@@ -240,7 +255,9 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
         go_on = b.icmp_signed("!=", row, ir.Constant(row.type, 0))
         doubts, found = b.gep(making, [word(DOUBTS)]), cgutils.alloca_once_value(b, word(0))
         totals = b.gep(making, [INT32(PARTS)]) if not many else norms if code == INF else sums
-        span = _Span(b, b.gep(making, [INT32(LEAST)]), go_on) if code == ONE and form.bits <= 32 else None
+        kept = b.gep(making, [INT32(LEAST)])
+        span = _Span(b, kept, go_on) if code == ONE and form.bits <= 32 else None
+        least = _Least(b, kept, go_on, 64) if code == TWO and form.bits == 64 else span
 
         def number(n: int) -> Value:
             return ir.Constant(size.type, n)
@@ -263,8 +280,8 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
         def take(totals: Sequence[_Total], vectors: Sequence[Value]) -> None:
             for i, bits in enumerate(vectors):
                 totals[i % len(totals)].take(bits)
-                if span is not None:
-                    span.take(bits)
+                if least is not None:
+                    least.take(bits)
 
         def places_of(total: _Total, block: Value) -> list[Value]:
             entry = block if many else b.mul(block, number(parts_of(form)))
@@ -387,8 +404,8 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
         with cgutils.for_range_slice(b, number(0), count, number(LANES if many else 1)) as (block, _):
             at = b.gep(source, [b.mul(block, size)])
             add(at, block)
-        if span is not None:
-            span.leave()
+        if least is not None:
+            least.leave()
         if many and code == INF:
             return word(0)
         with b.if_then(last):
@@ -396,11 +413,16 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
                 with cgutils.for_range_slice(b, number(0), count, number(LANES)) as (block, _):
                     parts = b.add(b.mul(block, number(parts_of(form))), number(PARTS))
                     close(block, _folded(b, form, code, b.gep(making, [parts])))
+            groups = b.udiv(b.add(count, number(LANES - 1)), number(LANES))
             if span is not None:
                 exact, most = span.ends()
                 with b.if_then(b.not_(b.fcmp_ordered("<=", most, exact)), likely=False):
-                    groups = b.udiv(b.add(count, number(LANES - 1)), number(LANES))
                     b.store(_doubts_of_sums(b, groups, sums, doubts, exact, doubt), found)
+            elif least is not None:
+                bits = least.bits()
+                tiny = b.icmp_unsigned("<", b.sub(bits, word(1)), word(SQUARED_LEAST - 1))
+                with b.if_then(tiny, likely=False):
+                    b.store(b.or_(b.load(found), _doubts_of_zeros(b, groups, sums, doubts)), found)
         return b.load(found)
 
     return step(emit, 16, types.int64)
@@ -462,10 +484,10 @@ def _wide(b: Builder, form: Format, code: int, totals: Sequence[Value]) -> tuple
         # What was lost of an infinite sum is NaN.
         finite = b.fcmp_ordered("<", wide, splat(double, math.inf))
         if code == TWO:
-            lost = b.or_(
-                b.fcmp_ordered("<", wide, splat(double, SAFE_LEAST)),
-                b.fcmp_ordered("==", wide, splat(double, math.inf)),
-            )
+            # Zero is what blocks have that were dropped before: it is in doubt only where something is tiny.
+            small = b.fcmp_ordered("<", wide, splat(double, SAFE_LEAST))
+            small = b.and_(small, b.fcmp_ordered("!=", wide, splat(double, 0.0)))
+            lost = b.or_(small, b.fcmp_ordered("==", wide, splat(double, math.inf)))
         wide = b.select(finite, b.fadd(wide, totals[1]), wide)
     return call(b, f"llvm.sqrt.v{LANES}f64", double, [wide]) if code == TWO else wide, lost
 
@@ -508,6 +530,20 @@ def _doubts_of_sums(b: Builder, groups: Value, sums: Value, doubts: Value, exact
         flags = b.and_(inexact, _in_doubt(b, wide, b.fptrunc(wide, ir.VectorType(ir.FloatType(), LANES)), doubt))
         bits = b.zext(b.bitcast(flags, ir.IntType(LANES)), word)
         b.store(bits, b.gep(doubts, [loop.index]))
+        b.store(b.or_(b.load(found), bits), found)
+    return b.load(found)
+
+
+def _doubts_of_zeros(b: Builder, groups: Value, sums: Value, doubts: Value) -> Value:
+    """Note that norms which are zero may be of numbers whose squares are; all of these notes in one word."""
+    word, double = ir.IntType(64), ir.VectorType(ir.DoubleType(), LANES)
+    found = cgutils.alloca_once_value(b, word(0))
+    with cgutils.for_range(b, groups) as loop:
+        here = b.gep(sums, [b.mul(loop.index, word(LANES))])
+        norms = b.load(b.bitcast(here, double.as_pointer()), align=8)
+        flags = b.fcmp_ordered("==", norms, splat(double, 0.0))
+        bits, place = b.zext(b.bitcast(flags, ir.IntType(LANES)), word), b.gep(doubts, [loop.index])
+        b.store(b.or_(b.load(place), bits), place)
         b.store(b.or_(b.load(found), bits), found)
     return b.load(found)
 

@@ -512,15 +512,16 @@ def drop_rows(form: Format, run: int) -> Any:
 
 @cache
 def scale_rows(form: Format, run: int, shrinks: bool) -> Any:
-    """``(target, i, count, rows, step, factors, j, jump)``: multiply float32 by a float64 for each block.
+    """``(target, i, count, rows, step, factors, j, jump)``: multiply float32 or float64 by a float64 for each block.
 
-    0 writes +0.0, 1 keeps the bits; else within 1 ulp of the product, of which 1 in 2 ** 20 is not the nearest number,
-    and more below 2 ** -100 if it `shrinks`: a factor then is 0 or from 2 ** -60 to 1. All else as for `drop_rows`.
+    0 writes +0.0, 1 keeps the bits; else float32 is within 1 ulp of the product, of which 1 in 2 ** 20 is not the
+    nearest number, and more below 2 ** -100 if it `shrinks`: a factor then is 0 or from 2 ** -60 to 1. All else as for
+    `drop_rows`.
     """
     together = LINES * form.lanes // run if form.lanes % run == 0 else 1
     length = run * together
     few, single = ir.VectorType(ir.DoubleType(), together), ir.VectorType(ir.FloatType(), together)
-    words, lanes = vector_of(32, length), [i // run for i in range(length)]
+    words, lanes = vector_of(form.bits, length), [i // run for i in range(length)]
 
     def without_strange(b: Builder, factor: Value, replaced: Value, high: Value, low: Value) -> tuple[Value, Value]:
         """What is replaced must not look unusual when it is multiplied, and strange factors must."""
@@ -546,10 +547,24 @@ def scale_rows(form: Format, run: int, shrinks: bool) -> Any:
     def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, factors: Value, jump: Value) -> None:
         def scaling(place: Value) -> Callable[[Value], None]:
             factor = b.load(b.bitcast(place, few.as_pointer()), align=8)
+            same, zero = (b.fcmp_ordered("==", factor, splat(few, number)) for number in (1.0, 0.0))
+
+            def replace(at: Value, bits: Value, product: Value, same: Value, zero: Value) -> None:
+                scaled = b.select(same, bits, b.bitcast(product, words))
+                store(b, b.select(zero, splat(words, 0), scaled), at)
+
+            if form.bits == 64:
+                factor, same, zero = (shuffle(b, v, lanes) for v in (factor, same, zero))
+
+                def multiply(at: Value) -> None:
+                    bits = load(b, at, words)
+                    replace(at, bits, b.fmul(b.bitcast(bits, factor.type), factor), same, zero)
+
+                return multiply
+
             # As two float32: products are right to 2 ** -47 before they are rounded, at a third of the cost.
             high = b.fptrunc(factor, single)
             low = b.fptrunc(b.fsub(factor, b.fpext(high, few)), single)
-            same, zero = (b.fcmp_ordered("==", factor, splat(few, number)) for number in (1.0, 0.0))
             if not shrinks:
                 high, low = without_strange(b, factor, b.or_(same, zero), high, low)
             high, low, same, zero = (shuffle(b, v, lanes) for v in (high, low, same, zero))
@@ -559,8 +574,7 @@ def scale_rows(form: Format, run: int, shrinks: bool) -> Any:
                 x = b.bitcast(bits, high.type)
                 product = fma(b, x, high, b.fmul(x, low))
                 found = on_floats(b, "copysign", product, x) if shrinks else settled(b, product, x, factor)
-                scaled = b.select(same, bits, b.bitcast(found, words))
-                store(b, b.select(zero, splat(words, 0), scaled), at)
+                replace(at, bits, found, same, zero)
 
             return scale
 
