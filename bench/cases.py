@@ -120,7 +120,14 @@ WARM: list[Case] = [
     Case("1x1, global half, bfloat16", "other dtypes", "keep_largest", reads=1, passes=0.5, bar=0.4, dtype="bfloat16"),
     Case("2:4, float16", "other dtypes", "keep_largest", scope=(1, 4), passes=1, dtype="float16"),
     Case("2:4, float64", "other dtypes", "keep_largest", scope=(1, 4), passes=1, dtype="float64"),
+    Case("2:4, complex64", "other dtypes", "keep_largest", scope=(1, 4), passes=1, dtype="complex64"),
     Case("4x4 norms, complex64", "other dtypes", "block_norms", (4, 4), reads=1, passes=1 / 32, dtype="complex64"),
+    Case("4x4 elements, half", "other scopes", "keep_largest", (1, 1), (4, 4), passes=1),
+    Case(
+        "4x4 elements, half, transposed view", "other scopes", "keep_largest",
+        (1, 1), (4, 4), passes=1, transposed=True,
+    ),
+    Case("2x2 of 4x4 blocks, half", "other scopes", "keep_largest", (4, 4), (2, 2), passes=1),
     Case("2:4, transposed view", "other layouts", "keep_largest", scope=(1, 4), passes=1, transposed=True),
     Case(
         "4x4 tiles, global half, transposed view", "other layouts", "keep_largest",

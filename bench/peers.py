@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from npscope.bench import Case, Setup, conditioner_of, split
+from npscope.bench import Case, Setup, by_scope, conditioner_of, split
 from npscope.clock import Call
 from npscope.options import thread_count
 
@@ -48,7 +48,7 @@ def torch_norms(case: Case, x: np.ndarray) -> Call:
 def torch_keep_largest(case: Case, x: np.ndarray) -> Call:
     """topk and scatter along an axis; the k-th value where all blocks compete."""
     t, norms, n, kept = tensor(x), torch_norms(case, x), case.blocks_per_scope(x), case.nnz(x)
-    if math.prod(case.block) == 1 and case.scope != (-1, -1):
+    if math.prod(case.block) == 1 and case.scope != (-1, -1) and set(case.scope[:-1]) == {1}:
         few = (*[1] * (x.ndim - 1), n)
 
         def by_index() -> None:
@@ -60,8 +60,10 @@ def torch_keep_largest(case: Case, x: np.ndarray) -> Call:
     per_block = [size for g in tiles.shape[::2] for size in (g, 1)]
 
     def by_kth() -> None:
-        table = norms().reshape(-1, n)
-        dropped = table < table.kthvalue(n - kept + 1, dim=1, keepdim=True).values
+        table = split(norms(), case.scope)
+        order, inside = by_scope(table)
+        limits = table.permute(order).reshape(*table.shape[::2], n).kthvalue(n - kept + 1, dim=-1).values
+        dropped = table < limits.reshape([1 if axis in inside else size for axis, size in enumerate(table.shape)])
         tiles.masked_fill_(dropped.reshape(per_block), 0)
 
     return by_kth

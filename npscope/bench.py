@@ -128,10 +128,16 @@ def numpy_norms(case: Case, x: np.ndarray) -> Call:
     return lambda: np.sqrt(np.einsum(tiles, letters, tiles, letters, letters[::2]))
 
 
+def by_scope(table: Any) -> tuple[list[int], tuple[int, ...]]:
+    """For a `split` grid: its axes with those inside of scopes last, and these."""
+    inside = tuple(range(1, table.ndim, 2))
+    return [*range(0, table.ndim, 2), *inside], inside
+
+
 def numpy_keep_largest(case: Case, x: np.ndarray) -> Call:
-    """Small scopes of elements drop by index; others compare with the k-th norm (and may keep more on ties)."""
+    """Small groups of elements drop by index; others compare with the k-th norm (and may keep more on ties)."""
     n, kept, norms = case.blocks_per_scope(x), case.nnz(x), numpy_norms(case, x)
-    if n <= 16 and math.prod(case.block) == 1:
+    if n <= 16 and math.prod(case.block) == 1 and case.scope[-1] == n:
         few = (*[1] * (x.ndim - 1), n)
 
         def by_index() -> None:
@@ -143,8 +149,10 @@ def numpy_keep_largest(case: Case, x: np.ndarray) -> Call:
     per_block = [size for g in tiles.shape[::2] for size in (g, 1)]
 
     def by_kth() -> None:
-        table = norms().reshape(-1, n)
-        dropped = table < np.partition(table, n - kept, axis=1)[:, n - kept, None]
+        table = split(norms(), case.scope)
+        order, inside = by_scope(table)
+        ranked = table.transpose(order).reshape(*table.shape[::2], n)
+        dropped = table < np.expand_dims(np.partition(ranked, n - kept, axis=-1)[..., n - kept], inside)
         np.copyto(tiles, tiles.dtype.type(0), where=dropped.reshape(per_block))
 
     return by_kth
