@@ -39,9 +39,7 @@ than among 2 %.
 """
 
 SAMPLE_RUN, SAMPLE_PLACES = 32, 256
-"""Keys that are sampled at a place, adjacent ones, as to go there takes as long as to read them: fewer than that where
-there would be fewer places than this.
-"""
+"""Adjacent keys that are sampled at a place, where to go takes as long as to read them; fewer if places were fewer."""
 
 MARGIN = 5.0
 """Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
@@ -63,8 +61,7 @@ positions.
 """
 
 MOST_READ_AGAIN = 8
-"""Elements of a block whose norm is formed again in every pass: to keep it took a quarter longer of 8x1, less of 3x3.
-"""
+"""Elements of a block whose norm is formed again in every pass: to keep those of 8x1 takes longer, of 3x3 less."""
 
 MAX_GUESSES = 8
 """Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
