@@ -99,7 +99,7 @@ def test_larger_problems_at_any_thread_count(kind, shape, block, scope, nnz):
                 assert same_bits(npscope.keep_largest(array, nnz, block, scope), expected)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "name", ["float16", "bfloat16", "float8_e5m2", "float8_e4m3fn", "int8", "int16", "int64", "uint64"]
 )
@@ -113,6 +113,7 @@ def test_larger_problems_of_other_dtypes(name, kind):
             assert same_bits(npscope.keep_largest(x, nnz, block, scope), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scope", [(-1, -1), (1, -1), (1, 16), (-1, 1)])
 @pytest.mark.parametrize("name", ["complex64", "complex128"])
 def test_a_complex_number_has_one_norm(name, scope):
@@ -129,7 +130,7 @@ def test_a_complex_number_has_one_norm(name, scope):
         assert np.abs(array[array != 0]).min() >= 0.999 * kth.min()
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", ["complex64", "complex128"])
 @pytest.mark.parametrize("kind", ["normal", "nan_payloads"])
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_complex_numbers_in_scopes_of_every_size(kind, name, scope, nnz):
             assert same_bits(cut.astype(x.dtype), expected[4])
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 @pytest.mark.parametrize("name", [f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("", "u")])
 @pytest.mark.parametrize(
     ("scope", "nnz"),
@@ -268,7 +269,7 @@ GROUPS = {(n, name) for n in range(2, 18) for name in ("float32", "bfloat16", "f
 FEW_GROUPS = {(n, "float32") for n in (2, 3, 8, 16, 17)} | {(4, "bfloat16"), (5, "float64"), (7, "int8")}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["normal", "two_valued"])
 @pytest.mark.parametrize(
     ("n", "name"),

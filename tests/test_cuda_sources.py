@@ -212,6 +212,7 @@ def objections(compiler: Compiler, file: str, macros: tuple[tuple[str, object], 
     return compiler(modules().source_of(file) + conditions, options).strip()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("file", "macros"),
     [pytest.param(*v, marks=() if v in FEW else pytest.mark.slow) for v in VARIANTS],

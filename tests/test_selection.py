@@ -379,6 +379,7 @@ SCALES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name",
