@@ -65,7 +65,7 @@ def compare(seed: int, count: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_numba_equals_reference(seed):
-    compare(seed, 500)
+    compare(seed, 250)
 
 
 @pytest.mark.slow
