@@ -48,7 +48,7 @@ def torch_norms(case: Case, x: np.ndarray) -> Call:
 def torch_keep_largest(case: Case, x: np.ndarray) -> Call:
     """topk and scatter along an axis; the k-th value where all blocks compete."""
     t, norms, n, kept = tensor(x), torch_norms(case, x), case.blocks_per_scope(x), case.nnz(x)
-    if math.prod(case.block) == 1 and case.scope != (-1, -1) and set(case.scope[:-1]) == {1}:
+    if math.prod(case.block) == 1 and set(case.scope[:-1]) == {1}:
         few = (*[1] * (x.ndim - 1), n)
 
         def by_index() -> None:

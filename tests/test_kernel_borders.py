@@ -293,14 +293,15 @@ def test_ties_in_arrays_whose_first_axis_lies_within(rng, monkeypatch, turns, la
         for nnz in (6000, 12 * 6000, 12 * 6000 + 1, largest - 1, largest):
             expected = of_reference(ns.keep_largest, array, nnz, (1, 1, 1), (-1, -1, -1))
             assert np.array_equal(ns.keep_largest(array, nnz, (1, 1, 1), (-1, -1, -1)), expected)
-    results = []
-    for backend in ("reference", "numba"):
-        with ns.use_backend(backend):
-            parts = [np.ones((90, 24, 40), np.float32).transpose(1, 0, 2), np.ones((24, 90, 40), np.float32)]
-            scope = ns.ScopeCoupling([ns.ScopeSpec(ns.BlockSpec(a, (1, 1, 1)), (-1, -1, -1)) for a in parts])
-            scope.hard_threshold(nnz=100_001)
-            results.append(parts)
-    assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+    for nnz in (100_001, 24 * 90 * 40):  # all of the first part
+        results = []
+        for backend in ("reference", "numba"):
+            with ns.use_backend(backend):
+                parts = [np.ones((90, 24, 40), np.float32).transpose(1, 0, 2), np.ones((24, 90, 40), np.float32)]
+                scope = ns.ScopeCoupling([ns.ScopeSpec(ns.BlockSpec(a, (1, 1, 1)), (-1, -1, -1)) for a in parts])
+                scope.hard_threshold(nnz=nnz)
+                results.append(parts)
+        assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("block", [(1, 1, 1), (2, 1, 3), pytest.param((1, 4, 1), marks=pytest.mark.slow)])

@@ -139,6 +139,7 @@ class _Turn(NamedTuple):
     loop: tuple[int, int]
     """Blocks of a turn, and turns until the first comes again."""
     number: int
+    """-1 where none of that part stays."""
 
 
 class _Ties(NamedTuple):
@@ -168,7 +169,8 @@ class LargeScopes:
     A sample gives two keys that probably enclose the k-th. One pass counts the keys above them and
     collects those between, among which the k-th is then looked up. Where the sample misled, or too many
     lie between, the counts give a narrower bracket for another pass. Keys of 1-element blocks are read
-    from the array in every pass, and norms of small ones formed; those of larger blocks are kept, which is O(blocks).
+    from the array in every pass, and norms of small ones formed; those of larger blocks are kept, and of what no
+    kernel measures by itself, which is O(blocks).
     All counts are integers, and nothing depends on which thread took which piece.
     """
 
@@ -405,14 +407,15 @@ class LargeScopes:
             )
 
         self._each(len(places), count)
-        each = found.sum(axis=0)
-        turn = int(np.searchsorted(np.cumsum(each), ties))
-        last, staying = _Turn(p, (inner, turns), turn), ties - int(each[:turn].sum())
-        if staying == each[turn]:
+        before = np.concatenate([[0], found.sum(axis=0).cumsum()])  # the turns
+        turn = int(np.searchsorted(before, ties)) - 1
+        last = _Turn(p, (inner, turns), turn)
+        if before[turn + 1] == ties:
             return last, {}
-        if each[turn] > MOST_LATE:
+        each, staying = int(before[turn + 1] - before[turn]), ties - int(before[turn])
+        if each > MOST_LATE:
             return None
-        blocks = np.empty(int(each[turn]), dtype=np.int64)
+        blocks = np.empty(each, dtype=np.int64)
         whole = self.ranking.parts[p].blocks
         strips.find_ties(read, where, first, whole, limit, inner, turns, turn, blocks, self.works[0])
         late = np.sort(blocks[np.argsort(positions[p].of(blocks))[staying:]])

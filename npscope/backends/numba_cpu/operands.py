@@ -415,10 +415,9 @@ def in_reals(
 ) -> tuple[Parts, float | None]:
     """The same elements, complex numbers of these dtypes as two real ones where these lie line by line; and their ord.
 
-    Or, of complex64, do so block by block, where they may be taken `in_planes`.
-    If norms of order 2 of these are the same: for ord 2, and where all blocks are single elements, whose norm is their
-    magnitude whatever the order. What reads lines of real numbers is written for vectors: single complex numbers took
-    five times as long.
+    Only if norms of order 2 of these are the same: for ord 2, and where all blocks are single elements, whose norm is
+    their magnitude whatever the order. What reads lines of real numbers is written for vectors: single complex numbers
+    took five times as long. `in_planes`: complex64 also where the pairs lie so block by block.
     """
     if ord is None or not any(leaf.array.dtype.kind == "c" for part in parts for leaf in part):
         return parts, ord  # asked by its kind: to form a name takes a tenth of a small call
