@@ -32,8 +32,11 @@ def _between(upper: Array, lower: Array, weight: float) -> Array:
     xp, kind = array_namespace(upper), kind_of(upper.dtype)
     a, b = (xp.astype(v, xp.float64) for v in (upper, lower))
     with np.errstate(over="ignore", invalid="ignore"):
-        point = a / (1 + weight) + b * (weight / (1 + weight))
-        point = xp.where((a == b) | (weight == 0), a, point)
+        if weight > 0:
+            point = a / (1 + weight) + b * (weight / (1 + weight))
+        else:  # beyond a: by halves, for what is added to b may be twice the largest number
+            point = 2 * (b / 2 + (a / 2 - b / 2) / (1 + weight))
+        point = xp.where((a == b) | (weight == 0) | ((weight < 0) & xp.isinf(a)), a, point)
         point = xp.astype(point, getattr(xp, kind.norm))
         return point if kind.is_integer else xp.astype(point, upper.dtype)
 

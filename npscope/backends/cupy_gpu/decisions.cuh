@@ -52,5 +52,7 @@ __device__ inline double value_of(const Cutoff& cutoff, int dtype, int kind) {
 // The point between two values; equal ends give that end.
 __device__ inline double point_between(const Cutoff& upper, const Cutoff& lower, double weight, int dtype, int kind) {
     double a = value_of(upper, dtype, kind), b = value_of(lower, dtype, kind);
-    return a == b || weight == 0.0 ? a : a / (1.0 + weight) + b * (weight / (1.0 + weight));
+    if (a == b || weight == 0.0 || (weight < 0.0 && isinf(a))) return a;
+    if (weight > 0.0) return a / (1.0 + weight) + b * (weight / (1.0 + weight));
+    return 2.0 * (b / 2.0 + (a / 2.0 - b / 2.0) / (1.0 + weight));  // what is added to b may be twice the largest number
 }
