@@ -409,6 +409,26 @@ def test_kth_mid(backend, data, weight):
         assert float(got[index]) == pytest.approx(exact, rel=2.0**-22, abs=2.0**-149)
 
 
+@pytest.mark.parametrize(
+    ("upper", "lower", "weight"),
+    [
+        (1.7e308, 1.69e308, -0.5),
+        (1e308, 0.99e308, -0.9),
+        (-0.5e308, -1.7e308, -0.5),
+        (1.7e308, -1.7e308, -0.01),
+        (1.7e308, -1.7e308, 1.0),
+        (5e-324, 0.0, -0.5),
+        (math.inf, -1.0, -0.5),
+        (math.inf, -math.inf, -0.5),
+    ],
+)
+def test_mid_kth_largest_near_overflow(xp, upper, lower, weight):
+    """Nothing on the way is larger than what comes out."""
+    got = xp.call(npscope.mid_kth_largest, np.asarray([lower, upper]), 1, k_weight=weight)
+    expected = math.inf if math.isinf(upper) else o.between(upper, lower, weight, "float64")
+    assert float(got.reshape(())) == pytest.approx(expected, rel=2.0**-50)
+
+
 def draw_counts(data, parts):
     n, grid = o.blocks_per_scope(parts), o.scope_grid(parts)
     if data.draw(st.booleans()):
@@ -438,6 +458,22 @@ def test_hard_threshold_by_level(backend, data):
     built = build(parts)
     built.scope.hard_threshold(thresholds=row)
     assert_bits(built, o.hard_threshold(parts, row))
+
+
+@pytest.mark.parametrize("narrow", ["float32", "float16"])
+@pytest.mark.parametrize("wide", ["float64", "int32"])
+@pytest.mark.parametrize("columns", [2, 5000])
+def test_thresholds_of_parts_of_two_precisions(backend, rng, narrow, wide, columns):
+    """Are float64, and no number of float32 stands for one that lies between two."""
+    x = (rng.integers(1, 100, (4, columns)) / 10).astype(narrow)
+    y = rng.integers(-9, 9, (4, columns)).astype(wide)
+    near = x[:, :1].astype(np.float64)
+    for thresholds in (near, near * (1 + 2.0**-40), near * (1 - 2.0**-40), np.full((4, 1), 1e300), np.zeros((4, 1))):
+        a, b = x.copy(), y.copy()
+        ScopeCoupling([ScopeSpec(BlockSpec(m, (1, 1)), (1, -1)) for m in (a, b)]).hard_threshold(thresholds)
+        for got, given_ in ((a, x), (b, y)):
+            kept = np.abs(given_.astype(np.float64)) >= thresholds
+            assert same_bits(got, np.where(kept, given_, np.zeros_like(given_)))
 
 
 @given(data=st.data())

@@ -848,13 +848,20 @@ def tie_border_in(read: int, source: Any, i0: int, i1: int, limit: Any, ties: in
 # --- thresholds ------------------------------------------------------------------------------------
 
 
+@merged
+def _key_not_below(limit: float) -> Any:
+    """The key of the least float32 that is not below a limit > 0: a float64, where another part of a scope is one."""
+    near = np.float32(limit)
+    return np.uint32(key_of_float32(near) + np.uint32(np.float64(near) < np.float64(limit)))
+
+
 @cache
 def threshold_kernel(wide: bool) -> Any:
     """The kernel that keeps the blocks [i0, i1) whose norm is not below their threshold.
 
     Nothing is below a threshold of 0 or less.
     """
-    key = key_of_float64 if wide else key_of_float32
+    key: Any = key_of_float64 if wide else _key_not_below
 
     @kernel
     def keep_not_below(
