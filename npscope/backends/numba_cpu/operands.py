@@ -93,11 +93,12 @@ class Layout:
 
     @property
     def compiled(self) -> Layout:
-        """The layout whose kernels serve this one: one for all long runs that end alike.
+        """The layout whose kernels serve this one: one for all that have rows, and for all long runs that end alike.
 
         Rows of 4096 and of 14336 elements take half a second to compile only once.
         """
-        return layout_of(self.form, self.codec, 2 * CHUNK + self.run % LANES, 1) if self.is_long else self
+        run, rows = (2 * CHUNK + self.run % LANES, 1) if self.is_long else (self.run, min(self.rows, 2))
+        return layout_of(self.form, self.codec, run, rows)
 
 
 layout_of = cache(Layout)
