@@ -311,6 +311,25 @@ def test_single_elements_move_in_one_rounding(xp, rng, name, conditioned):
     assert same_bits(got, expected)
 
 
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_single_elements_of_few_bits_move_in_one_rounding(xp, rng, name, conditioned):
+    """Differences as near to the midpoint of two numbers as thresholds of float32 allow: not rounded to it before."""
+    xp.require(name)
+    x = (rng.integers(1, 2**7, 500) * 2.0 ** rng.integers(-8, 3, 500)).astype(dtype(name))
+    wide = x.astype(np.float64)
+    bits = 11 if name == "float16" else 8
+    below = wide * (1 - rng.integers(1, 2**5, 500) / 2.0**6)
+    unit = 2.0 ** (np.frexp(below)[1] - bits)
+    midpoint = (np.floor(below / unit) + 0.5) * unit
+    t = (wide - midpoint).astype(np.float32)
+    for limit in (t, np.nextafter(t, np.float32(0)), np.nextafter(t, np.float32(np.inf))):
+        h = {"conditioner": np.ones(x.shape)} if conditioned else {}
+        got = xp.call(npscope.soft_threshold, x, limit, (1,), **h)
+        expected = [o.rounded(Fraction(a) - Fraction(b), name) for a, b in zip(wide, limit.astype(float), strict=True)]
+        assert got.astype(np.float64).tolist() == expected
+
+
 @pytest.mark.parametrize("block", [(4, 4), (1, 16), (1, 1), (3, 5)])
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_thresholds_over_scopes_are_those_of_their_blocks(backend, rng, block, conditioned):

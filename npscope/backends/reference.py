@@ -384,6 +384,18 @@ def _times(x: Array, factor: Array) -> Array:
     return xp.where(factor == 1, x, xp.where(factor == 0, xp.zeros_like(x), product))
 
 
+def _rounded(x: Array, dtype: Any) -> Array:
+    """Float64 in a dtype, rounded once: libraries may go by way of float32, which then can be half-way between two."""
+    xp = _namespace_of(x)
+    near = xp.astype(x, dtype)
+    if kind_of(dtype).name not in ("float16", "bfloat16"):
+        return near
+    other = 2 * _float64(xp, xp.astype(x, xp.float32)) - _float64(xp, near)
+    beyond = xp.astype(other, dtype)
+    is_nearer = (_float64(xp, beyond) == other) & (xp.abs(other - x) < xp.abs(_float64(xp, near) - x))
+    return xp.where(is_nearer, beyond, near)
+
+
 # --- shrinkage -----------------------------------------------------------------------------------
 
 
@@ -440,7 +452,7 @@ def _softened(part: Part, thresholds: Leaf, metric: Part) -> Array:
     t = _float64(xp, _rows(thresholds, x))[:, :, None]
     h = _float64(xp, unfold(metric[0])) if metric else xp.ones_like(wide)
     with np.errstate(all="ignore"):
-        moved = xp.astype(xp.where(wide > 0, wide - t / h, wide + t / h), x.dtype)
+        moved = _rounded(xp.where(wide > 0, wide - t / h, wide + t / h), x.dtype)
         norm = _float64(xp, xp.astype(h * xp.abs(wide), getattr(xp, common_norm(_kinds(part)))))
     same = xp.isnan(wide) | (t == 0)
     return fold(xp.where(same, x, xp.where(norm <= t, xp.zeros_like(x), moved)), part[0])

@@ -171,8 +171,16 @@ __device__ inline u16 bfloat_of(u32 bits) {
 }
 
 // float64 to 16 bits goes through float32, as everywhere in npscope.
-__device__ inline u16 half_of_double(double x) { return half_of(narrowed(x)); }
-__device__ inline u16 bfloat_of_double(double x) { return bfloat_of(narrowed(x)); }
+// A float beside x, its last bit set where x is none: rounded once more, to fewer bits, it gives what x would.
+__device__ inline u32 narrowed_to_odd(double x) {
+    u32 near = narrowed(x);
+    double size = fabs(widened(near));
+    if ((near & 1) != 0 || !(size != fabs(x)) || x != x) return near;
+    return size < fabs(x) ? near + 1 : near - 1;
+}
+
+__device__ inline u16 half_of_double(double x) { return half_of(narrowed_to_odd(x)); }
+__device__ inline u16 bfloat_of_double(double x) { return bfloat_of(narrowed_to_odd(x)); }
 
 // --- numbers ------------------------------------------------------------------------------------
 

@@ -178,7 +178,15 @@ __device__ inline u32 difference(u32 a, u32 b) {
 #endif
 }
 
-// As soften_at with h = 1, in float32, where a difference has the one rounding that it would have from float64.
+// a - b as float32 bits, for a > b >= 0, of which a format of few bits is made by one more rounding: the last bit is
+// set where the difference is inexact, so that this gives what it would give of the exact one.
+__device__ inline u32 difference_to_odd(u32 a, u32 b) {
+    u32 near = difference(a, b), lost = difference(difference(a, near), b), size = lost & 0x7FFFFFFF;
+    if ((near & 1) != 0 || size == 0 || size > 0x7F800000) return near;
+    return lost >> 31 ? near - 1 : near + 1;
+}
+
+// As soften_at with h = 1, in float32.
 __device__ inline Stored softened(Stored x, u32 limit, bool spoils) {
     u32 bits = float_bits_at((const char*)&x, ELEMENT), size = bits & 0x7FFFFFFF;
     if (spoils) {
@@ -187,13 +195,13 @@ __device__ inline Stored softened(Stored x, u32 limit, bool spoils) {
     }
     if (size > 0x7F800000 || limit == 0) return x;
     if (size <= limit) return 0;
-    bits = difference(size, limit) | (bits & 0x80000000);
+    u32 sign = bits & 0x80000000;
 #if ELEMENT == FLOAT16
-    return half_of(bits);
+    return half_of(difference_to_odd(size, limit) | sign);
 #elif ELEMENT == BFLOAT16
-    return bfloat_of(bits);
+    return bfloat_of(difference_to_odd(size, limit) | sign);
 #else
-    return bits;
+    return difference(size, limit) | sign;
 #endif
 }
 

@@ -183,6 +183,23 @@ _DECODE = {
 _ENCODE = {"float16": _float32_to_half, "bfloat16": _float32_to_bfloat}
 
 
+@inner
+def _difference(a: Real, b: Real) -> Real:
+    return a - b
+
+
+@inner
+def _odd_difference(a: Real, b: Real) -> Real:
+    """A float32 beside ``a - b``, for a > b >= 0, its last bit set where that is inexact.
+
+    Rounded once more, to fewer bits, it gives what the exact difference would. What is lost is exact (Dekker 1971).
+    """
+    near = np.float32(a - b)
+    lost = (a - near) - b
+    below = bits_of(near) - np.uint32(lost < 0)
+    return float_of(np.uint32(below | np.uint32((lost < 0) | (lost > 0))))
+
+
 # --- storage -------------------------------------------------------------------------------------
 
 
@@ -284,6 +301,7 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
 
     encode = _ENCODE.get(kind.name, np.float64 if kind.name == "float64" else np.float32)
     number = np.float32 if narrow else np.float64
+    difference: Any = _odd_difference if kind.name in _ENCODE else _difference
 
     # Both choose by select and never branch, so that LLVM makes vectors of them.
 
@@ -298,8 +316,8 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     def soften(buffer: Any, i: int, t: Real, h: Real) -> None:
         raw = fetch(buffer, i)
         x, limit = number(decode(raw)), number(t)
-        shift = limit / h
-        moved = encode(number(x - shift if x > number(0) else x + shift))
+        size = difference(abs(x), limit / h)
+        moved = encode(number(size if x > number(0) else -size))
         moved = zero if number(h * abs(x)) <= limit else moved
         place(buffer, i, raw if (x != x) | (limit == number(0)) else moved)
 
