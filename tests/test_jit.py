@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import signal
+import threading
+import time
 import warnings
 from fractions import Fraction
 
@@ -138,6 +141,29 @@ def test_a_child_forked_while_a_function_is_compiled_collects_garbage(collection
     assert compiled(3.0) == 3.0
     os.waitpid(children[0], 0)
     assert os.read(read, 1) == b"1"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_while_another_thread_compiles_can_compile():
+    """It waits until the other is done: a lock that it held in the child would never be free."""
+    compiling = threading.Event()
+
+    def take_long():
+        compiling.set()
+        time.sleep(0.2)
+
+    same = watched(take_long)
+    other = threading.Thread(target=kernel(lambda x: same(x)), args=(3.0,))
+    other.start()
+    compiling.wait()
+    with warnings.catch_warnings():  # from Python 3.12 on there is one where other threads are
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if kernel(lambda x: x + 1)(2.0) == 3.0 else 1)
+    other.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_caller_calls_what_is_at_the_address():

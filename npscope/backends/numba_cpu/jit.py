@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import from_dtype, njit, types
 from numba.core import cgutils
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 Compiled = TypeVar("Compiled", bound=Callable[..., Any])
@@ -59,6 +60,12 @@ class _Collection:
 _collection = _Collection()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_collection.resume_in_child)
+    # A child has none of the parent's threads: the lock of one that compiles would be taken there for ever.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 def _jitted(function: Callable[..., Any], **options: Any) -> Any:
