@@ -1,4 +1,4 @@
-"""A file system that fails: the Nth call that the weight files make of it goes wrong."""
+"""Faults put in: the Nth call of the file system goes wrong, or an interrupt comes before the Nth instruction."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -98,3 +99,32 @@ def faults(how: How, first: int, last: float | None = None) -> Iterator[Faults]:
             kinds |= {wrapped[name] for name in CALLS if getattr(os, name) in kinds}
         with mock.patch.multiple(os, **wrapped, **supports):
             yield found
+
+
+def interrupted(call: Callable[[], None], at: int) -> bool:
+    """Whether `call` was interrupted at instruction number `at` of ours and of contextlib, or had fewer.
+
+    Between any two instructions of Python a signal can raise.
+    """
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        if not frame.f_globals["__name__"].startswith(("npscope", "contextlib")):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count += 1
+            if count == at:
+                raise KeyboardInterrupt  # which also ends the tracing
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False

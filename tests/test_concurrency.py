@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from faults import interrupted
 from strategies import same_bits
 
 import npscope
@@ -283,29 +284,25 @@ def test_case96_an_interrupt_is_prompt(shape, call):
     assert float(done.stdout or "inf") < 0.6, done.stderr
 
 
-def test_an_interrupt_inside_the_pool_does_not_block_later_calls(monkeypatch):
-    """Its locks are Python's, which an interrupt between taking and using one leaves locked."""
-    done = []
+@pytest.mark.parametrize("shielded", [False, True])
+def test_an_interrupt_between_any_two_instructions_blocks_nothing(shielded):
+    """Nor leaves anything that still runs: no later call, no thread of the pool, and not the end of the process."""
+    running = []
 
     def work(slot, piece):
-        time.sleep(0.001)
-        done.append(piece)
+        running.append(piece)
+        time.sleep(0.0005)
+        running.remove(piece)
 
-    threads.run(4, work, 2)
-    pool = threads._pool
-    lock = pool._idle_semaphore._cond
-
-    def interrupted(job):
-        lock.acquire()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pool, "submit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        threads.run(4, work, 2)
-    done.clear()
-    threads.run(4, work, 2)
-    assert sorted(done) == [0, 1, 2, 3]
-    lock.release()
+    at, is_interrupted = 0, True
+    while is_interrupted:
+        at += 1
+        is_interrupted = interrupted(lambda: threads.run(4, work, 3, shielded=shielded), at)
+        assert not running, at
+        done = []
+        threads.run(3, lambda slot, piece, done=done: done.append(piece), 3, shielded=shielded)
+        assert sorted(done) == [0, 1, 2]
+    assert at > 50
 
 
 @pytest.mark.parametrize(
@@ -315,7 +312,7 @@ def test_an_interrupt_inside_the_pool_does_not_block_later_calls(monkeypatch):
 def test_case79_threads_that_do_not_start(refused):
     """The system refuses the n-th thread: the others do the work, and nothing still runs or runs later."""
     code = f"""
-        import itertools, threading, time, numpy as np, npscope
+        import _thread, itertools, time, numpy as np, npscope
         from npscope.backends import threads
         from npscope import BlockCoupling, BlockSpec, ScopeSpec
         fresh = np.random.default_rng(0).standard_normal((2, 1024, 2048), dtype='f4')
@@ -323,14 +320,13 @@ def test_case79_threads_that_do_not_start(refused):
             lambda a: npscope.keep_largest(a, 2, (1, 1, 1), (1, 1, 4), out=a),
             lambda a: ScopeSpec(BlockCoupling([BlockSpec(w, (1, 2)) for w in a]), ()).hard_threshold(nnz=1000),
         ]
-        start, attempts = threading.Thread.start, itertools.count()
-        def limited(self):
-            if self.name.startswith('npscope'):
-                n = next(attempts)
-                if {refused}:
-                    raise RuntimeError("can't start new thread")
-            start(self)
-        threading.Thread.start = limited
+        start, attempts = _thread.start_new_thread, itertools.count()
+        def limited(*arguments):
+            n = next(attempts)
+            if {refused}:
+                raise RuntimeError("can't start new thread")
+            return start(*arguments)
+        _thread.start_new_thread = limited
         entered, left = [], []
         def work(slot, piece):
             entered.append((slot, piece))
@@ -349,7 +345,7 @@ def test_case79_threads_that_do_not_start(refused):
             results = [x.copy() for x in arrays]
             for x in arrays:
                 x[...] = fresh
-            threading.Thread.start = start
+            _thread.start_new_thread = start
             for count in (4, 1):
                 for call, result in zip(calls, results):
                     y = fresh.copy()

@@ -20,12 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import pytest
-from faults import Faults, How, done_and_error, error, faults, interrupt, kill
+from faults import Faults, How, done_and_error, error, faults, interrupt, interrupted, kill
 from files import DATA, contents, refused, run, save_onnx, save_sharded, small
 from safetensors.numpy import load_file, save_file
 
@@ -213,35 +211,6 @@ def test_case83_a_signal_in_any_call(scene: Scene) -> None:
     for found, code in every_call(scene, interrupt):
         assert code == 143, found.met
         scene.check(strays=False)
-
-
-def interrupted(call: Callable[[], None], at: int) -> bool:
-    """Whether `call` was interrupted at instruction number `at` of ours and of contextlib, or had fewer.
-
-    Between any two instructions of Python a signal can raise.
-    """
-    count = 0
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal count
-        if not frame.f_globals["__name__"].startswith(("npscope", "contextlib")):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            count += 1
-            if count == at:
-                raise KeyboardInterrupt  # which also ends the tracing
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
 
 
 @pytest.mark.parametrize("leftover", [False, True])

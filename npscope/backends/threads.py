@@ -4,128 +4,134 @@ Kernels release the GIL, so plain threads run them side by side. Own threads and
 numba threading layer, because those abort, hang or get killed when two Python threads
 enter or a process forks. The caller works too, so a pool that is busy, shut down or
 refused by the system only costs speed; a call from inside a piece runs in its own thread.
+
+Python delivers signals to the main thread, between any two of its instructions, also those of
+`threading.Condition` and of executors, whose locks then stay taken for ever. So what the caller
+shares with the pool are primitives of C, each of whose calls is done or not: queues, lists, and threads without
+a handshake.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 
 Work = Callable[[int, int], None]
 """``work(slot, piece)``: `slot` numbers the threads of one call, for their workspaces."""
 
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
 _inside = threading.local()
 
 
+class _Pool:
+    """Threads that wait for what is put into one queue, and end with the process."""
+
+    def __init__(self) -> None:
+        self.tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.size = 0
+
+    def submit(self, task: Callable[[], None], size: int) -> bool:
+        """Have `task` called by one of up to `size` threads; False where the system refuses the first of them."""
+        try:
+            while self.size < size:
+                _thread.start_new_thread(self._serve, ())
+                self.size += 1
+        except RuntimeError:  # no more threads, or the interpreter shuts down
+            if self.size == 0:
+                return False
+        self.tasks.put(task)
+        return True
+
+    def _serve(self) -> None:
+        while True:
+            self.tasks.get()()
+
+
+_pool = _Pool()
+
+
 def _forget_pool() -> None:
-    """A forked child has none of the parent's threads, and maybe its lock in the locked state."""
-    global _lock, _pool, _pool_size, _inside
-    _lock, _pool, _pool_size, _inside = threading.Lock(), None, 0, threading.local()
+    """A forked child has none of the parent's threads."""
+    global _pool, _inside
+    _pool, _inside = _Pool(), threading.local()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _submit(work: Callable[[], None], size: int) -> bool:
-    """Give `work` to the pool, grown to `size` threads; False where no thread can be had (it may still run later)."""
-    global _pool, _pool_size
-    try:
-        from concurrent.futures import ThreadPoolExecutor  # not before it is needed: it would slow `import npscope`
-
-        with _lock:
-            if _pool is None or _pool_size < size:
-                if _pool is not None:
-                    _pool.shutdown(wait=False)
-                _pool, _pool_size = ThreadPoolExecutor(size, thread_name_prefix="npscope"), size
-            _pool.submit(work)
-    except (RuntimeError, ImportError):  # interpreter shutdown, or the system refuses another thread
-        return False
-    except BaseException:  # an interrupt may have left a lock of the pool locked for ever: nobody may use it again
-        _pool, _pool_size = None, 0
-        raise
-    return True
-
-
 PATIENCE = 1.0
-"""Seconds after which a caller that waits asks whether anybody works: once a pool had lost what was given to it."""
+"""Seconds after which a caller that waits for threads looks whether there are any."""
+
+
+def _next(numbers: deque[int]) -> int | None:
+    try:
+        return numbers.popleft()
+    except IndexError:
+        return None
 
 
 class _Job:
-    """The pieces of one call, taken one by one by the threads that have entered it."""
+    """The pieces of one call, taken one by one by the caller, in slot 0 or not at all, and by threads of the pool."""
 
-    def __init__(self, pieces: int, work: Work, threads: int) -> None:
-        self.pieces, self.work, self.threads = pieces, work, threads
-        self.taken = 0
-        self.slots = 0
-        self.active = 0
+    def __init__(self, pieces: int, work: Work, slots: range) -> None:
+        self.work = work
+        self.pieces, self.slots = deque(range(pieces)), deque(slots)
         self.closed = False
         self.failure: BaseException | None = None
-        self.changed = threading.Condition()
+        self.entered: list[int] = []
+        self.left: list[int] = []
+        self.changed: SimpleQueue[None] = SimpleQueue()
 
-    def enter(self) -> None:
-        """Work off pieces until none is left, in a thread of the pool or the caller's."""
-        with self.changed:
-            if self.closed or self.slots == self.threads:  # a thread that comes late finds nothing to do
-                return
-            slot = self.slots
-            self.slots += 1
-            self.active += 1
+    @property
+    def active(self) -> int:
+        """How many threads of the pool are inside. Who has left is counted first: who comes meanwhile counts."""
+        return -len(self.left) + len(self.entered)
+
+    def help(self) -> None:
+        """Work off pieces until none is left, in a thread of the pool: it enters first, then looks if it may."""
+        self.entered.append(0)
+        slot = None if self.closed else _next(self.slots)
+        if slot is not None:  # a thread that comes late finds nothing to do
+            self.work_off(slot)
+        self.left.append(0)
+        self.changed.put(None)
+
+    def work_off(self, slot: int) -> None:
+        """Work off pieces until none is left. Nothing is raised here, but by an interrupt."""
         _inside.active = True
         try:
-            while (piece := self._next()) is not None:
+            while self.failure is None and (piece := _next(self.pieces)) is not None:
                 self.work(slot, piece)
         except BaseException as error:  # handed to the caller, who raises it
-            self.fail(error)
+            self.failure = self.failure or error
         finally:
             _inside.active = False
-            with self.changed:
-                self.active -= 1
-                self.changed.notify_all()
-
-    def _next(self) -> int | None:
-        with self.changed:
-            if self.failure is not None or self.taken >= self.pieces:
-                return None
-            self.taken += 1
-            return self.taken - 1
-
-    def fail(self, error: BaseException) -> None:
-        """Stop every thread at its next piece."""
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
-            error = error.__context__  # it came while a condition had let go of its lock, whose release then fails
-        self.failure = self.failure or error
-
-    def close(self) -> None:
-        """Let no more threads in, and wait until those inside have left, whatever interrupts the waiting."""
-        while True:
-            try:
-                with self.changed:
-                    self.closed = True
-                    self.changed.wait_for(lambda: self.active == 0)
-                    return
-            except BaseException as error:  # Ctrl-C while waiting: stop the others, then report it
-                self.fail(error)
 
     def wait_done(self) -> None:
         """Wait until the pieces are done, by threads other than the caller's."""
-        try:
-            with self.changed:
-                while not self.changed.wait_for(
-                    lambda: self.active == 0 and (self.failure or self.taken >= self.pieces), PATIENCE
-                ):
-                    if self.active == 0:
-                        threading.Thread(target=self.enter, daemon=True).start()
-        except BaseException as error:
-            self.fail(error)
+        while (self.pieces and self.failure is None) or self.active:
+            try:
+                self.changed.get(timeout=PATIENCE)
+            except Empty:
+                if not self.active:  # the pool is busy with other calls
+                    _thread.start_new_thread(self.help, ())
+
+    def close(self) -> None:
+        """Let no more threads in, and wait until those inside have left, whatever interrupts the waiting."""
+        while not self.closed or self.active:
+            try:
+                _inside.active = False
+                self.closed = True
+                if self.active:
+                    self.changed.get(timeout=PATIENCE)
+            except Empty:
+                pass
+            except BaseException as error:  # Ctrl-C while waiting: stop the others, then report it
+                self.failure = self.failure or error
 
 
 def run(pieces: int, work: Work, workers: int, *, shielded: bool = False) -> None:
@@ -140,17 +146,21 @@ def run(pieces: int, work: Work, workers: int, *, shielded: bool = False) -> Non
         for piece in range(pieces):
             work(0, piece)
         return
-    job = _Job(pieces, work, min(workers, pieces))
-    helpers = job.threads - (0 if shielded else 1)
+    workers = min(workers, pieces)
+    helpers = workers if shielded else workers - 1
+    job = _Job(pieces, work, range(workers - helpers, workers))
     try:
-        started = [_submit(job.enter, helpers) for _ in range(helpers)]
-        if shielded and all(started):
-            job.wait_done()
-        else:
-            job.enter()
-    except BaseException as error:
-        job.fail(error)
-    finally:
+        try:
+            started = [_pool.submit(job.help, helpers) for _ in range(helpers)]
+            if shielded and any(started):
+                job.wait_done()
+            else:
+                job.work_off(0)
+        except BaseException as error:
+            job.failure = job.failure or error
+        finally:
+            job.close()
+    finally:  # once more, for an interrupt can come before the first instruction of a call
         job.close()
     if job.failure is not None:
         raise job.failure
