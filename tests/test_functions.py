@@ -341,6 +341,19 @@ def test_the_workspace_of_single_elements_is_fixed(case):
     assert (x == (1.0 if case == "hard" else 0.5)).all()
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_large_arrays_are_copied_by_several_threads(order):
+    """Into the new array that is then cut, whatever the order of memory of either."""
+    x = np.asarray(np.random.default_rng(0).standard_normal((3, 1500, 600), dtype=np.float32), order=order)
+    with npscope.use_backend("reference"):
+        expected = npscope.keep_largest(x, 5000, (1, 4, 4), ())
+    with npscope.use_backend("numba"), npscope.config(threads=3):
+        assert same_bits(npscope.keep_largest(x, 5000, (1, 4, 4), ()), expected)
+        for out in (np.empty_like(x, order="C"), np.empty_like(x, order="F")):
+            npscope.keep_largest(x, 5000, (1, 4, 4), (), out=out)
+            assert same_bits(out, expected)
+
+
 @pytest.mark.parametrize(
     ("name", "n"),
     [

@@ -9,7 +9,14 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, side_by_side, strips
-from npscope.backends.numba_cpu.operands import Competitors, Operand, blocks_in_memory_order, in_reals, ranges
+from npscope.backends.numba_cpu.operands import (
+    STRIPS_ELEMENTS,
+    Competitors,
+    Operand,
+    blocks_in_memory_order,
+    in_reals,
+    ranges,
+)
 from npscope.tiling import Leaf, Part, Parts
 
 
@@ -18,7 +25,21 @@ def fill(target: Parts) -> None:
     for part in target:
         for leaf in part:
             if leaf.origin is not None:
-                np.copyto(leaf.array, leaf.origin)
+                _copy(leaf.array, leaf.origin)
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Copy by ranges of the axis that is outermost in memory: the first touch of new memory takes most of the time."""
+    if target.size <= STRIPS_ELEMENTS:
+        np.copyto(target, source)
+        return
+    axis = max(range(target.ndim), key=lambda i: abs(target.strides[i]) if target.shape[i] > 1 else 0)
+    to, from_ = np.moveaxis(target, axis, 0), np.moveaxis(source, axis, 0)
+
+    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+        return lambda slot, i0, i1: np.copyto(to[i0:i1], from_[i0:i1])
+
+    ranges(len(to), to[0].size, make_work, workspace=0, piece=STRIPS_ELEMENTS)()
 
 
 def arrays(target: Parts) -> list[np.ndarray]:
