@@ -17,6 +17,7 @@ pytest.importorskip("numba")
 from npscope.backends.numba_cpu import strips
 from npscope.backends.numba_cpu.jit import kernel
 from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
+from npscope.tiling import Leaf, array_cut
 
 
 def of_reference(call, *arguments, **named):
@@ -279,6 +280,15 @@ def test_scopes_that_are_tiles(rng, block, scope, dtype):
         assert np.array_equal(ns.keep_largest(array, keep, block, scope, scores=scores), expected)
         spec = ns.ScopeSpec(ns.BlockSpec(array, block), scope)
         assert np.array_equal(spec.kth_largest(nnz=2), of_reference(spec.kth_largest, nnz=2))
+
+
+def test_large_blocks_of_large_scopes_are_written_by_all_threads():
+    """Piece by piece: one call for a GiB could not be interrupted."""
+    large_scopes = pytest.importorskip("npscope.backends.numba_cpu.large_scopes")
+    ranking = pytest.importorskip("npscope.backends.numba_cpu.ranking")
+    part = (Leaf(np.zeros((64, 1 << 17), dtype=np.float32), array_cut((64, 1 << 17), (1, 1 << 17))[0]),)
+    pieces = large_scopes.LargeScopes(ranking.Ranking((part,), 2.0)).pieces
+    assert [piece.b1 - piece.b0 for piece in pieces] == [8] * 8
 
 
 @pytest.mark.parametrize(("turns", "late"), [(1 << 17, 1 << 17), (1, 1 << 17), (1 << 17, 5)])

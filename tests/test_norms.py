@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from fractions import Fraction
@@ -240,6 +241,30 @@ def test_long_blocks(backend, rng, length, ord):
     x[1] = 0
     x[1, [0, length // 2, -1]] = [1.0, 2.0**-24, 2.0**-149]
     assert same_bits(npscope.block_norms(x, (1, -1), ord=ord), o.block_norms(x, (1, -1), ord))
+
+
+@pytest.mark.parametrize("name", [">f4", ">f8"])
+@pytest.mark.parametrize("ord", [1, 2, math.inf, 3.0])
+def test_blocks_larger_than_a_piece(monkeypatch, rng, name, ord):
+    """Are cut at the same elements whatever the number of threads, and their sums joined."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(importlib.import_module("npscope.backends.numba_cpu.norms"), "PIECE_ELEMENTS", 1 << 10)
+    x = rng.standard_normal((2, 1 << 20)).astype(name)
+    x[0, 5] = 2.0**40
+    found = []
+    for threads in (1, 2, 3):
+        with npscope.use_backend("numba"), npscope.config(threads=threads):
+            found.append(npscope.block_norms(x, (1, -1), ord=ord))
+    assert same_bits(found[0], found[1])
+    assert same_bits(found[0], found[2])
+    size = np.abs(x.astype(np.longdouble))
+    expected = size.max(axis=1) if ord == math.inf else (size**ord).sum(axis=1) ** (1 / np.longdouble(ord))
+    np.testing.assert_allclose(
+        found[0][:, 0].astype(np.longdouble), expected, rtol=2.0 ** (-24 if name == ">f4" else -50)
+    )
+    x[1, -1] = np.nan
+    with npscope.use_backend("numba"):
+        assert np.isnan(npscope.block_norms(x, (1, -1), ord=ord)[:, 0]).tolist() == [False, True]
 
 
 # --- range, dtypes, exact cases -------------------------------------------------------------------

@@ -92,6 +92,18 @@ def finish_exact(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
 
 
 @kernel
+def join(more: Any, more_lo: Any, largest: bool, hi: Any, lo: Any) -> None:
+    """Add sums more + more_lo of other elements to those of hi + lo, or take the `largest` of two maxima."""
+    for i in range(hi.size):
+        if largest:
+            if more[i] > hi[i] or np.isnan(more[i]):
+                hi[i] = more[i]
+        else:
+            hi[i], error = two_sum(hi[i], more[i])
+            lo[i] += error + more_lo[i]
+
+
+@kernel
 def finish_unsure(sums: Any, unsure: Any, count: int, square: bool, norm: Any) -> None:
     """Round the listed norms by their exact sums."""
     for row in range(count):

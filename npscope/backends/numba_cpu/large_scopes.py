@@ -183,7 +183,7 @@ class LargeScopes:
         ]
         self.lasting = [i for i, direct in enumerate(read_blocks) if not direct]
         self.norm_keys = np.empty(ranking.scopes * ranking.blocks if self.lasting else 0, dtype=ranking.key)
-        lengths = [max(STRIP_ELEMENTS, STRIPS_ELEMENTS // part.elements) for part in ranking.parts]
+        lengths = [max(1, STRIPS_ELEMENTS // part.elements) for part in ranking.parts]
         self.pieces = [
             _Piece(p, b0, min(part.blocks, b0 + length))
             for p, (part, length) in enumerate(zip(ranking.parts, lengths, strict=True))

@@ -81,7 +81,7 @@ def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
         return False
     if layout.form.is_integer and layout.form.bits > 16:  # float32 does not hold them
         return False
-    return layout.form.bits == 64 or _additions(layout.run, layout.rows) <= MOST_DOUBT
+    return code == INF or layout.form.bits == 64 or _additions(layout.run, layout.rows) <= MOST_DOUBT
 
 
 def _additions(run: int, rows: int) -> int:

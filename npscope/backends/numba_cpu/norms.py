@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from npscope.backends import threads
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.exact import EXACT_WORDS
@@ -26,6 +27,7 @@ from npscope.backends.numba_cpu.operands import (
     is_one_piece,
     ranges,
     table_cut,
+    workers_for,
 )
 from npscope.tiling import Cut, Leaf, Part, Parts
 
@@ -114,10 +116,8 @@ class PassNorms:
     def _sums(self, code: int, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray) -> None:
         hi[:], lo[:] = 0.0, 0.0
         for leaf in self.part.leaves:
-            accumulate = nk.kernels(leaf.codec).accumulate
-            for e0 in range(0, leaf.size, PIECE_ELEMENTS):  # so that Ctrl-C is noticed inside a huge block
-                e1 = min(leaf.size, e0 + PIECE_ELEMENTS)
-                accumulate(*leaf.where, i0, i1, e0, e1, code, self.chunk, hi, lo)
+            add = nk.kernels(leaf.codec).accumulate
+            _add_by_pieces(add, leaf, i0, i1, (code, self.chunk), hi, lo, largest=code == nk.INF)
 
     def _scaled(self, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray, top: np.ndarray, norm: np.ndarray) -> None:
         """Norms by sums of powers of |x| / max |x|, which neither over- nor underflow."""
@@ -125,7 +125,7 @@ class PassNorms:
         hi[:], lo[:] = 0.0, 0.0
         for leaf in self.part.leaves:
             add = nk.kernels(leaf.codec).accumulate_scaled
-            add(*leaf.where, i0, i1, 0, leaf.size, top, self.p, self.precise, hi, lo)
+            _add_by_pieces(add, leaf, i0, i1, (top, self.p, self.precise), hi, lo, largest=False)
         nk.finish_scaled(hi, lo, top, self.p, norm)
 
     def _decide(self, i0: int, chosen: np.ndarray, norm: np.ndarray) -> None:
@@ -137,6 +137,29 @@ class PassNorms:
                 *leaf.where, i0, chosen, chosen.size, leaf.size, square, self.sums
             )
         nk.finish_unsure(self.sums, chosen, chosen.size, square, norm)
+
+
+def _add_by_pieces(
+    add: Callable[..., None], leaf: Operand, i0: int, i1: int, how: tuple[Any, ...], hi: np.ndarray, lo: np.ndarray,
+    *, largest: bool,
+) -> None:  # fmt: skip
+    """Add the elements of blocks [i0, i1) to their sums; of blocks larger than a piece, piece by piece on the pool.
+
+    Pieces end at the same elements, and are joined in order, whatever the number of threads.
+    """
+    pieces = -(-leaf.size // PIECE_ELEMENTS)
+    if pieces <= 1:
+        add(*leaf.where, i0, i1, 0, leaf.size, *how, hi, lo)
+        return
+    sums = np.zeros((pieces, 2, i1 - i0))
+
+    def use(slot: int, piece: int) -> None:
+        e0 = piece * PIECE_ELEMENTS
+        add(*leaf.where, i0, i1, e0, min(leaf.size, e0 + PIECE_ELEMENTS), *how, *sums[piece])
+
+    threads.run(pieces, use, workers_for(leaf.size * (i1 - i0)))
+    for more in sums:
+        nk.join(*more, largest, hi, lo)
 
 
 @lru_cache(maxsize=2048)
