@@ -232,6 +232,24 @@ def test_large_scopes(backend, size, kind, name):
         assert same_bits(npscope.block_mask(x, nnz, (), (1, -1)), expected)
 
 
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "uint8"])
+@pytest.mark.parametrize("kind", ["normal", "two_valued", "nan_payloads", "sorted"])
+def test_rows_larger_than_a_piece_are_searched_one_by_one(monkeypatch, kind, name):
+    """As by all threads together, and in little memory."""
+    ranking = pytest.importorskip("npscope.backends.numba_cpu.ranking")
+    x = hostile("normal" if kind == "nan_payloads" and name == "uint8" else kind, (3, 150_000), name, 4)
+    nnz, results = np.asarray([[70_000], [1], [149_999]]), []
+    with npscope.use_backend("numba"), npscope.config(threads=2):
+        for room in (0, ranking.SCOPE_BYTES):
+            monkeypatch.setattr(ranking, "SCOPE_BYTES", room)
+            kept, mask = (f(x, nnz, (1, 1), (1, -1)) for f in (npscope.keep_largest, npscope.block_mask))
+            results.append((kept, mask, npscope.kth_largest(x, 70_000)))
+    for one, other in zip(*results, strict=True):
+        assert same_bits(one, other)
+    assert results[0][1].sum(axis=1).tolist() == nnz[:, 0].tolist()
+
+
 # --- signed values -------------------------------------------------------------------------------
 
 REAL = tuple(n for n in ALL_DTYPES if n not in COMPLEX)

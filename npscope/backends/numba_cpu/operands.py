@@ -34,6 +34,9 @@ BLOCK_WORKSPACE = 48
 SCOPE_BLOCKS, SCOPE_ELEMENTS = 1 << 17, 1 << 22
 """A scope up to this size is decided in one piece, which takes a few milliseconds; larger ones are spread."""
 
+SCOPE_BYTES = 3 << 20
+"""Bytes of keys and masks of a scope up to which it is decided in one piece where no more is kept of its blocks."""
+
 STRIPS_ELEMENTS = 1 << 20
 """Elements of a piece that one kernel works off strip by strip: 0.1 ms and more, so that pieces cost little."""
 

@@ -20,11 +20,13 @@ from npscope.backends.numba_cpu.operands import (
     ACROSS,
     COMPLEX,
     SCOPE_BLOCKS,
+    SCOPE_BYTES,
     SCOPE_ELEMENTS,
     Competitors,
     Operand,
     competitors,
     in_reals,
+    workers_for,
 )
 from npscope.backends.numba_cpu.search import IN_LANES, group_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
@@ -203,6 +205,17 @@ class Ranking:
             return None
         by_block = source_of(part, self.ord, self.width, self.exact_integers, in_planes=True)
         return None if by_block is None else Planes(by_block, *part.leaves[0].order_block_by_block())
+
+    @property
+    def is_searched_one_by_one(self) -> bool:
+        """Whether scopes of elements line by line had better be searched one by one, as small ones are, in each thread.
+
+        They may be larger than other scopes that fit a piece, as only keys and a mask are kept of them.
+        """
+        part, is_read = self.parts[0], self.sources[0] is not None
+        alone = len(self.parts) == 1 and part.elements == 1 and is_read and part.leaves[0].place.is_line_by_line
+        few_bytes = self.blocks * (self.key.itemsize + 1) <= SCOPE_BYTES
+        return alone and few_bytes and self.scopes >= max(2, workers_for(self.scopes * self.elements))
 
     @property
     def reads_by_itself(self) -> bool:

@@ -135,7 +135,9 @@ def select_blocks(
     if ranking.scopes * ranking.blocks == 0:
         return True
     counts = Operand(keep)
-    if not ranking.fits_a_piece:
+    written = targets[0].only if len(targets) == 1 else None
+    one_by_one = positions is None and written is not None and ranking.is_searched_one_by_one
+    if not ranking.fits_a_piece and not one_by_one:
         large = LargeScopes(ranking)
         cut = large.cut_job(_numbers_of(counts), targets, shielded=shielded, positions=positions)
         if cut is None:
@@ -143,7 +145,6 @@ def select_blocks(
         ready()
         cut()
         return True
-    written = targets[0].only if len(targets) == 1 else None
     job = None if written is None else _direct_job(ranking, counts, written)
     if job is None:
 
@@ -312,11 +313,12 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
     """The k-th largest rank value of every scope: ``(S,)``."""
     parts, k, as_before = scopes_in_memory_order(parts, k)
     ranking = Ranking(*ranked_in_reals(parts, ord), values=True)
-    if not ranking.fits_a_piece:
+    one_by_one = ranking.fits_a_piece or ranking.is_searched_one_by_one
+    if not one_by_one:
         parts = tuple(tuple(map(blocks_in_memory_order(part[0], scopes=False), part)) for part in parts)
         ranking = Ranking(*ranked_in_reals(parts, ord), values=True)
     found = np.empty(ranking.scopes, dtype=ranking.key)
-    if ranking.scopes and ranking.fits_a_piece:
+    if ranking.scopes and one_by_one:
         _kth_job(ranking, Operand(k), found)()
     elif ranking.scopes:
         selection = LargeScopes(ranking)
