@@ -49,6 +49,23 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+COMPILING = ("backends_agree", "functions", "kernel_borders", "limits", "norms", "selection", "shrinkage")
+"""Tests of these compile the same kernels for the same dtypes: half of the time of a run. So one process takes them."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One file after another to the processes of pytest-xdist, those of `COMPILING` together."""
+    scheduler = importlib.import_module("xdist.scheduler").LoadFileScheduling
+
+    class OneProcessCompiles(scheduler):  # type: ignore[misc, valid-type]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "compiling" if file in {f"tests/test_{name}.py" for name in COMPILING} else file
+
+    return OneProcessCompiles(config, log)
+
+
 def mark_all_but_a_sample(items: list[pytest.Item]) -> None:
     """Mark slow all but one of n cases of every test marked ``sampled(n)``, whose names have the smallest checksums."""
     cases: dict[str, list[tuple[int, pytest.Item]]] = {}
