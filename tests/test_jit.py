@@ -313,5 +313,7 @@ def test_leaves_have_the_types_for_which_the_code_is_that_they_are_given_to(layo
     both = Competitors(part)
     for operands in (both.leaves, shrinkage._weights(both, metric)):
         for some in (operands, operands[:1]):
-            leaves, readings = shrinkage._chain(some)
+            _, readings = shrinkage._chain(some)
+            leaves = conditioned.chained([(*x.where, x.size) for x in some])
             assert numba.typeof(leaves) == conditioned.type_of_chain(readings)
+            assert [x.raw[0].ctypes.data for x in some] == [x.buffer.ctypes.data for x in some]

@@ -67,7 +67,7 @@ def _columns_job(read: Operand, written: Operand, form: Format, n: int, k: int) 
         apart = np.indices(blocks[0]).reshape(len(blocks[0]), n).T @ blocks[1]
         operands += [x.buffer, x.origin, scopes, apart]
     marks = written.codec is None
-    kernel, past = lines.columns_kernel(form, n, marks), (read if marks else written).past_line
+    kernel, past = lines.columns_kernel(form, n, marks), (read if marks else written).line[0]
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         return lambda slot, s0, s1: kernel(*operands, past, s0, s1, k)

@@ -151,8 +151,9 @@ def array_of(dtype: Any, dimensions: int = 1) -> Any:
 def caller(count: int, result: Any = types.void, *, optional: bool = False) -> Any:
     """``call(address, *arguments)`` for compiled functions: a kernel that is told what to call serves all of its kind.
 
-    The address is that of a function for the same types, with this result; nothing checks it. If it is `optional`, and
-    without a result, at 0 nothing is called.
+    The address is that of a function for the same types, with this result; nothing checks it. But its arrays may be
+    given as bytes: to the machine an array is an address, whatever it is of. If it is `optional`, and without a result,
+    at 0 nothing is called.
     """
 
     def typed(typing_context: Any, *args: Any) -> tuple[Any, Callable[..., Any]]:

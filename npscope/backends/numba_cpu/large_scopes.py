@@ -521,7 +521,7 @@ class LargeScopes:
 
         def cut_piece(cut: int, slot: int, scope: int, place: int) -> None:
             p, start, stop = self.pieces[place]
-            here, there, read_first = self.places[p], targets[p].leaves[0].where, self._first(p, scope)
+            here, there, read_first = self.places[p], targets[p].leaves[0].raw, self._first(p, scope)
             first, limit, (quotas, split, turn, _) = scope * ranking.parts[p].blocks, limits[scope], ties[scope]
             if turn is not None and p == turn.part:
                 strips.cut_by_turns(
@@ -541,7 +541,7 @@ class LargeScopes:
             left = int(ties[scope].quotas[place])
             for b0 in range(start, stop, steps[p]):
                 b1 = min(stop, b0 + steps[p])
-                target = written.only.where if written.only else dense(masks[slot], -first - b0)
+                target = written.only.raw if written.only else dense(masks[slot], -first - b0)
                 left = strips.keep_above(
                     reads[p], writes[p], self.places[p], read_first + b0, target, first + b0, first + b1,
                     self.strips[p], limits[scope], left, self.works[slot],

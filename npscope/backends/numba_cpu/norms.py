@@ -179,7 +179,7 @@ def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms |
     if found is None:
         return lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS
     measure, strip = found
-    source = measure, *leaf.where
+    source = measure, *leaf.raw
     return lambda length: LineNorms(part, source, strip, code, length), STRIPS_ELEMENTS
 
 

@@ -206,8 +206,8 @@ class Operand:
     """
 
     __slots__ = (
-        "_buffer", "across", "array", "bytewise", "codec", "cut", "elements", "few", "grid", "is_one_number", "kind",
-        "layout", "order", "origin", "place", "size", "steps",
+        "_buffer", "_raw", "across", "array", "bytewise", "codec", "cut", "elements", "few", "grid", "is_one_number",
+        "kind", "layout", "order", "origin", "place", "size", "steps",
     )  # fmt: skip
 
     def __init__(self, leaf: Leaf, like: Operand | None = None) -> None:
@@ -216,6 +216,7 @@ class Operand:
         place = placement(leaf.cut, array.shape, array.strides, array.dtype, array.flags.aligned, order)
         self.array, self.place = array, place
         self._buffer: np.ndarray | None = None
+        self._raw: np.ndarray | None = None
         self.kind, self.bytewise, self.codec = place.kind, place.bytewise, place.codec
         self.cut, self.size, self.steps = place.cut, place.cut.elements, place.steps
         self.origin, self.grid, self.elements = place.origin, place.grid, place.elements
@@ -277,15 +278,29 @@ class Operand:
         return self.buffer, self.origin, self.grid, self.elements
 
     @property
-    def past_line(self) -> int:
-        """How many units of the buffer its first element lies past the start of a line of a cache."""
+    def line(self) -> tuple[int, int]:
+        """Units of the buffer that its first element lies past the start of a line of a cache, and that fill a line."""
         address: int = self.buffer.__array_interface__["data"][0]
-        return (address // self.buffer.itemsize + self.origin) % (LINE // self.buffer.itemsize)
+        units = LINE // self.buffer.itemsize
+        return (address // self.buffer.itemsize + self.origin) % units, units
 
     @property
-    def where_across(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
-        """As `where`, of elements in scopes that lie side by side: loops over scopes, and over the blocks of one."""
-        return self.buffer, self.origin, *self.place.nests
+    def raw(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+        """As `where`, for kernels that only hand it on to code at an address, which knows the dtype: in bytes.
+
+        So one kernel serves all dtypes. The other numbers count in units of the buffer.
+        """
+        return self._bytes(), self.origin, self.grid, self.elements
+
+    @property
+    def raw_across(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+        """As `raw`, of elements in scopes that lie side by side: loops over scopes, and over the blocks of one."""
+        return self._bytes(), self.origin, *self.place.nests
+
+    def _bytes(self) -> np.ndarray:
+        if self._raw is None:
+            self._raw = self.buffer.view(np.uint8)
+        return self._raw
 
 
 class Competitors:

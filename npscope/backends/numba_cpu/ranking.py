@@ -145,20 +145,20 @@ def source_of(
         if across and leaf.across:
             turned = turned_form(leaf, part.blocks, width)
             if turned is None:
-                return Source(address(side_by_side.across_reader(key)), leaf.where_across, ACROSS_ELEMENTS)
+                return Source(address(side_by_side.across_reader(key)), leaf.raw_across, ACROSS_ELEMENTS)
             read, turn = (
                 make(turned, ord is None, key) for make in (side_by_side.tiles_reader, side_by_side.columns_turner)
             )
             turner = Turner(turned, partial(side_by_side.turner_address, turn, unit, key_dtype))
-            return Source(address(read), leaf.where_across, TILES_ELEMENTS, turner)
+            return Source(address(read), leaf.raw_across, TILES_ELEMENTS, turner)
         form = None if leaf.layout is None else leaf.layout.form
         adjacent = form is not None and form.bits == width
         read = strips.line_reader(form, ord is None) if adjacent else strips.element_reader(key)
-        return Source(address(read), leaf.where, STRIP_ELEMENTS)
+        return Source(address(read), leaf.raw, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
         read = strips.norm_reader(leaf.layout.compiled, code)
-        return Source(address(read), leaf.where, lines.strip_blocks(leaf.layout))
+        return Source(address(read), leaf.raw, lines.strip_blocks(leaf.layout))
     return None
 
 
@@ -291,8 +291,8 @@ _LINE = np.asarray([[1 << 62], [1]], dtype=np.int64)
 
 
 def dense(array: np.ndarray, origin: int = 0) -> Where:
-    """A flat array whose entry 0 is block `-origin`, as kernels take an operand."""
-    return array, origin, _LINE, _FLAT
+    """A flat array whose entry 0 is block `-origin`, as kernels take an operand that they hand on (`Operand.raw`)."""
+    return array.view(np.uint8), origin, _LINE, _FLAT
 
 
 def cutter_of(ranking: Ranking, p: int, written: Operand | None) -> int | None:

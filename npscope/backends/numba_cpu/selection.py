@@ -199,11 +199,11 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
     kernel: Any
     steps: tuple[int, ...]
     if cut is not None:
-        kernel, steps, where = strips.cut_in_scopes, (*search_of(ranking), source.read, cut), written.where
+        kernel, steps, where = strips.cut_in_scopes, (*search_of(ranking), source.read, cut), written.raw
     else:
         select = strips.selector_address(ranking.group, ranking.key, ranking.signed)
         kernel, steps = strips.keep_in_scopes, (source.read, select, writer_of(written, across=written.across))
-        where = written.where_across if written.across else written.where
+        where = written.raw_across if written.across else written.raw
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
     measured = _measured(ranking, rows)
 
@@ -244,7 +244,7 @@ def _planes_job(ranking: Ranking, counts: Operand, planes: Planes, written: Oper
 
         def run(s0: int, s1: int) -> None:
             strips.keep_in_planes(
-                *steps, source.where, target.where, in_planes, as_they_lie, limits, s0, s1, order, within,
+                *steps, source.where, target.raw, in_planes, as_they_lie, limits, s0, s1, order, within,
                 ranking.scopes, rows, turned.work.keys, turned.work.plane, loan.work.all,
             )  # fmt: skip
 
@@ -260,8 +260,8 @@ def _columns_job(
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
     limit_rows = strips.limiter_address(ranking.key, ranking.signed) if ranking.group == IN_LANES else 0
     steps = limit_rows, *search_of(ranking), strips.dense_reader(ranking.key)
-    target = written.where_across
-    past = ranking.parts[0].leaves[0].past_line
+    target = written.raw_across
+    line = ranking.parts[0].leaves[0].line
 
     def make_kernel() -> Callable[[int, int], None]:
         loan = _scratch(ranking, rows, limits, one_by_one=True)
@@ -270,8 +270,8 @@ def _columns_job(
 
         def run(s0: int, s1: int) -> None:
             strips.cut_in_columns(
-                turn, source.where, past, *steps, keys, columns.work.pitch, cut, target, *ends, limits, s0, s1,
-                ranking.blocks, rows, loan.work.all,
+                turn, source.where, *line, *steps, columns.work.keys, keys, columns.work.pitch, cut, target, *ends,
+                limits, s0, s1, ranking.blocks, rows, loan.work.all,
             )  # fmt: skip
 
         return run
@@ -299,7 +299,7 @@ def strips_of_thresholds(
         ]
 
         def work(slot: int, i0: int, i1: int) -> None:
-            kernel(read, write, source.where, target.where, limits, i0, i1, source.strip, *works[slot])
+            kernel(read, write, source.where, target.raw, limits, i0, i1, source.strip, *works[slot])
 
         return work
 
@@ -335,7 +335,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
     if ranking.reads_by_itself and source is not None:
         rows, seek = ranking.scopes_of_a_strip(source.strip), search_of(ranking)
         turn = 0 if source.turner is None or seek[0] == 0 else source.turner.make()
-        past = ranking.parts[0].leaves[0].past_line if turn else 0
+        line = ranking.parts[0].leaves[0].line if turn else (0, 1)
         read = strips.dense_reader(ranking.key) if turn else source.read
 
         def make_kernel() -> Callable[[int, int], None]:
@@ -345,8 +345,8 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
 
             def run(s0: int, s1: int) -> None:
                 kernel(
-                    turn, source.where, past, *seek, read, searched, pitch, limits, s0, s1, ranking.blocks, rows, found,
-                    loan.work.all,
+                    turn, source.where, *line, *seek, read, columns.work.keys, searched, pitch, limits, s0, s1,
+                    ranking.blocks, rows, found, loan.work.all,
                 )  # fmt: skip
 
             return run
@@ -360,7 +360,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
 
         def work(slot: int, s0: int, s1: int) -> None:
             keys, scratch, n = works[slot].load(s0, s1), works[slot].scratch.work.all, ranking.blocks
-            kernel(0, keys, 0, 0, 0, read, keys, n, limits, s0, s1, n, works[slot].rows, found, scratch)
+            kernel(0, keys, 0, 1, 0, 0, read, found, keys, n, limits, s0, s1, n, works[slot].rows, found, scratch)
 
         return work
 

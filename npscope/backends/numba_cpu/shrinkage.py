@@ -142,7 +142,7 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
     if x.layout is not None and not source.spans_leaves and source.exact and lines.can_sum(x.layout, nk.TWO):
         layout, unit = x.layout.compiled, x.place.unit
         measure = lines.measurer_address(layout, nk.TWO, unit, source.norm)
-        head: tuple[Any, ...] = (measure, lines.scaler_address(layout, unit, True), *x.where)
+        head: tuple[Any, ...] = (measure, lines.scaler_address(layout, unit, True), *x.raw)
         strip, t = lines.strip_blocks(x.layout), _thresholds(thresholds, written)
         return in_place(
             written,
@@ -195,7 +195,7 @@ def _weights(part: Competitors, metric: Metric) -> list[Operand]:
 
 def _chain(leaves: Sequence[Operand]) -> tuple[Any, tuple[conditioned.Reading, ...]]:
     """Leaves as kernels take them, and how their elements are read."""
-    return conditioned.chained([(*x.where, x.size) for x in leaves]), tuple([(x.codec, x.float_layout) for x in leaves])
+    return conditioned.chained([(*x.raw, x.size) for x in leaves]), tuple([(x.codec, x.float_layout) for x in leaves])
 
 
 def _work() -> np.ndarray:

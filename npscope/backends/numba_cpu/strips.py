@@ -38,7 +38,7 @@ STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
-"""Buffer, origin, grid and elements of an operand."""
+"""Buffer, origin, grid and elements of an operand, the buffer in bytes where a kernel only hands it on."""
 
 
 class Scratch:
@@ -533,24 +533,23 @@ def strip_end(s: int, s1: int, rows: int, past: int, line: int) -> Any:
 
 @kernel
 def cut_in_columns(
-    turn: int, array: Any, past: int, limit_rows: int, seek: int, look: int, read: int, source: Any, pitch: int,
-    cut: int, target: Any, limits: Any, borders: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int,
-    scratch: Any,
+    turn: int, array: Any, past: int, line: int, limit_rows: int, seek: int, look: int, read: int, turned: Any,
+    source: Any, pitch: int, cut: int, target: Any, limits: Any, borders: Any, counts: Numbers, s0: int, s1: int,
+    n: int, rows: int, scratch: Any,
 ) -> None:  # fmt: skip
     """As `cut_in_scopes`, for scopes of adjacent elements side by side: strip by strip, `turn` reads their keys.
 
     By a `search.limiter` at the address `limit_rows`, if it is not 0.
 
-    These are the buffer of `source`, scope by scope `pitch` apart, where they are searched. The first element lies
-    `past` the start of a line of a cache: tiles that straddle lines take a sixth longer, so that strips end where lines
-    do, of the first row of scopes and those that are whole lines from it.
+    These are `turned`, scope by scope `pitch` apart, and searched as those of `source`, which is the same. The first
+    element lies `past` the start of a line of a cache, of `line` elements: tiles that straddle lines take a sixth
+    longer, so that strips end where lines do, of the first row of scopes and those that are whole lines from it.
     """
     _keys, _mask, keep, _sums, _norms, _making = scratch
-    turned = source[0]
     guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
     s = s0
     while s < s1:
-        stop = strip_end(s, s1, rows, past, vectors.LINE // array[0].itemsize)
+        stop = strip_end(s, s1, rows, past, line)
         load_numbers(*counts, s, stop, keep)
         _call_turner(turn, array, s * n, stop * n, turned, pitch)
         if limit_rows != 0:
@@ -589,23 +588,23 @@ def kth_in_lanes(
 def kth_kernel(signed: bool) -> Any:
     """The kernel that finds the k-th largest key of scopes [s0, s1); `signed`: keys of signed floats.
 
-    If `turn` is not 0, it reads the keys of an `array` strip by strip, as for `cut_in_columns`.
+    If `turn` is not 0, it reads the keys of an `array` strip by strip, as for `cut_in_columns`; else `line` is 1.
     """
     separate = search.separator(signed)
 
     @kernel
     def kth_of_scopes(
-        turn: int, array: Any, past: int, seek: int, look: int, read: int, source: Any, pitch: int, counts: Numbers,
-        s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any,
+        turn: int, array: Any, past: int, line: int, seek: int, look: int, read: int, turned: Any, source: Any,
+        pitch: int, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any,
     ) -> None:  # fmt: skip
         keys, _mask, keep, sums, norms, making = scratch
         guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
         s = s0
         while s < s1:
-            stop, start = strip_end(s, s1, rows, past, vectors.LINE // array[0].itemsize if turn else 1), s
+            stop, start = strip_end(s, s1, rows, past, line), s
             load_numbers(*counts, s, stop, keep)
             if turn != 0:
-                _call_turner(turn, array, s * n, stop * n, source[0], pitch)
+                _call_turner(turn, array, s * n, stop * n, turned, pitch)
                 start = 0
             elif seek == 0:
                 _call_reader(read, source, s * n, stop * n, keys, sums, norms, making)

@@ -73,12 +73,12 @@ class Written:
     def put(self, i0: int, i1: int, mask: np.ndarray) -> None:
         """Write what the mask of blocks [i0, i1) says."""
         for leaf in self.leaves:
-            strips.write_blocks(writer_of(leaf), leaf.where, i0, i1, mask)
+            strips.write_blocks(writer_of(leaf), leaf.raw, i0, i1, mask)
 
     def drop_each(self, blocks: np.ndarray) -> None:
         """Write that these blocks are not kept."""
         for leaf in self.leaves:
-            strips.write_each(writer_of(leaf), leaf.where, blocks, _NOT_KEPT)
+            strips.write_each(writer_of(leaf), leaf.raw, blocks, _NOT_KEPT)
 
 
 def drop(part: Competitors, i0: int, i1: int, mask: np.ndarray) -> None:
@@ -91,7 +91,7 @@ def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray, *, shrinks
     for leaf in part.leaves:
         if leaf.layout is not None:
             scale = lines.scaler_address(leaf.layout.compiled, leaf.place.unit, shrinks)
-            lines.scale_blocks(scale, *leaf.where, i0, i1, factors)
+            lines.scale_blocks(scale, *leaf.raw, i0, i1, factors)
         else:
             nk.kernels(leaf.codec).rescale(*leaf.where, i0, i1, leaf.size, factors)
 
