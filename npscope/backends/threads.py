@@ -7,8 +7,8 @@ refused by the system only costs speed; a call from inside a piece runs in its o
 
 Python delivers signals to the main thread, between any two of its instructions, also those of
 `threading.Condition` and of executors, whose locks then stay taken for ever. So what the caller
-shares with the pool are primitives of C, each of whose calls is done or not: queues, lists, and threads without
-a handshake.
+shares with the pool are primitives of C, each of whose calls is done or not: queues, lists, a
+lock that only wakes, and threads without a handshake.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from queue import SimpleQueue
 
 Work = Callable[[int, int], None]
 """``work(slot, piece)``: `slot` numbers the threads of one call, for their workspaces."""
@@ -30,6 +34,8 @@ class _Pool:
     """Threads that wait for what is put into one queue, and end with the process."""
 
     def __init__(self) -> None:
+        from queue import SimpleQueue  # not before it is needed: it would slow `import npscope`
+
         self.tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.size = 0
 
@@ -50,13 +56,20 @@ class _Pool:
             self.tasks.get()()
 
 
-_pool = _Pool()
+_pool: _Pool | None = None
+
+
+def _submit(task: Callable[[], None], size: int) -> bool:
+    """`_Pool.submit` of the only pool."""
+    global _pool
+    _pool = _pool or _Pool()
+    return _pool.submit(task, size)
 
 
 def _forget_pool() -> None:
     """A forked child has none of the parent's threads."""
     global _pool, _inside
-    _pool, _inside = _Pool(), threading.local()
+    _pool, _inside = None, threading.local()
 
 
 if hasattr(os, "register_at_fork"):
@@ -84,7 +97,8 @@ class _Job:
         self.failure: BaseException | None = None
         self.entered: list[int] = []
         self.left: list[int] = []
-        self.changed: SimpleQueue[None] = SimpleQueue()
+        self.changed = threading.Lock()  # taken until a thread has left
+        self.changed.acquire()
 
     @property
     def active(self) -> int:
@@ -98,7 +112,8 @@ class _Job:
         if slot is not None:  # a thread that comes late finds nothing to do
             self.work_off(slot)
         self.left.append(0)
-        self.changed.put(None)
+        with suppress(RuntimeError):  # it is free since another left
+            self.changed.release()
 
     def work_off(self, slot: int) -> None:
         """Work off pieces until none is left. Nothing is raised here, but by an interrupt."""
@@ -114,11 +129,8 @@ class _Job:
     def wait_done(self) -> None:
         """Wait until the pieces are done, by threads other than the caller's."""
         while (self.pieces and self.failure is None) or self.active:
-            try:
-                self.changed.get(timeout=PATIENCE)
-            except Empty:
-                if not self.active:  # the pool is busy with other calls
-                    _thread.start_new_thread(self.help, ())
+            if not self.changed.acquire(timeout=PATIENCE) and not self.active:  # the pool is busy with other calls
+                _thread.start_new_thread(self.help, ())
 
     def close(self) -> None:
         """Let no more threads in, and wait until those inside have left, whatever interrupts the waiting."""
@@ -127,9 +139,7 @@ class _Job:
                 _inside.active = False
                 self.closed = True
                 if self.active:
-                    self.changed.get(timeout=PATIENCE)
-            except Empty:
-                pass
+                    self.changed.acquire(timeout=PATIENCE)
             except BaseException as error:  # Ctrl-C while waiting: stop the others, then report it
                 self.failure = self.failure or error
 
@@ -151,7 +161,7 @@ def run(pieces: int, work: Work, workers: int, *, shielded: bool = False) -> Non
     job = _Job(pieces, work, range(workers - helpers, workers))
     try:
         try:
-            started = [_pool.submit(job.help, helpers) for _ in range(helpers)]
+            started = [_submit(job.help, helpers) for _ in range(helpers)]
             if shielded and any(started):
                 job.wait_done()
             else:
