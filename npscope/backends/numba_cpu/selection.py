@@ -328,75 +328,76 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
 
 
 def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
-    source, limits = ranking.sources[0], nk.numbers_over(counts, 1, np.dtype(np.int64))
+    """The job that finds the k-th largest key of every scope."""
+    source = ranking.sources[0] if ranking.reads_by_itself else None
+    limits = nk.numbers_over(counts, 1, np.dtype(np.int64))
+    if source is not None and source.turner is not None and ranking.group != IN_LANES and search_of(ranking)[0] != 0:
+        return _kth_in_columns_job(ranking, source, source.turner.make(), limits, found)
+    find = _kth_finder(ranking, limits, found, (0, 0) if source is None else search_of(ranking))
+    if source is None:
+
+        def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
+            works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
+            read = strips.dense_reader(ranking.key)
+
+            def work(slot: int, s0: int, s1: int) -> None:
+                own = works[slot]
+                find(read, own.load(s0, s1), s0, s1, own.rows, own.scratch.work.all)
+
+            return work
+
+        return ranges(ranking.scopes, ranking.elements, make_work, workspace=BLOCK_WORKSPACE * ranking.blocks)
+
+    rows, read, where = ranking.scopes_of_a_strip(source.strip), source.read, source.where
+
+    def make_kernel() -> Callable[[int, int], None]:
+        loan = _scratch(ranking, rows, limits, measured=_measured(ranking, rows))
+        return lambda s0, s1: find(read, where, s0, s1, rows, loan.work.all)
+
+    return _by_strips(ranking, make_kernel)
+
+
+def _kth_finder(
+    ranking: Ranking, limits: nk.Numbers, found: np.ndarray, seek: tuple[int, int]
+) -> Callable[[int, Where, int, int, int, Any], None]:
+    """``find(read, where, s0, s1, rows, scratch)``: the k-th largest keys of scopes [s0, s1), in strips of `rows`."""
+    n = ranking.blocks
     if ranking.group == IN_LANES:
-        return _kth_in_lanes_job(ranking, counts, found)
+        lanes = strips.finder_address(ranking.key, ranking.signed)
+
+        def find_in_lanes(read: int, where: Where, s0: int, s1: int, rows: int, scratch: Any) -> None:
+            strips.kth_in_lanes(read, lanes, where, limits, s0, s1, n, rows, found, scratch)
+
+        return find_in_lanes
     kernel = strips.kth_kernel(ranking.signed)
-    if ranking.reads_by_itself and source is not None:
-        rows, seek = ranking.scopes_of_a_strip(source.strip), search_of(ranking)
-        turn = 0 if source.turner is None or seek[0] == 0 else source.turner.make()
-        line = ranking.parts[0].leaves[0].line if turn else (0, 1)
-        read = strips.dense_reader(ranking.key) if turn else source.read
 
-        def make_kernel() -> Callable[[int, int], None]:
-            loan = _scratch(ranking, rows, limits, measured=_measured(ranking, rows), one_by_one=turn != 0)
-            columns = Loan(_Columns, rows if turn else 0, ranking.blocks, ranking.key)
-            searched, pitch = (dense(columns.work.keys), columns.work.pitch) if turn else (source.where, ranking.blocks)
+    def find(read: int, where: Where, s0: int, s1: int, rows: int, scratch: Any) -> None:
+        kernel(0, where, 0, 1, *seek, read, found, where, n, limits, s0, s1, n, rows, found, scratch)
 
-            def run(s0: int, s1: int) -> None:
-                kernel(
-                    turn, source.where, *line, *seek, read, columns.work.keys, searched, pitch, limits, s0, s1,
-                    ranking.blocks, rows, found, loan.work.all,
-                )  # fmt: skip
-
-            return run
-
-        return _by_strips(ranking, make_kernel)
-
-    read = strips.dense_reader(ranking.key)
-
-    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
-
-        def work(slot: int, s0: int, s1: int) -> None:
-            keys, scratch, n = works[slot].load(s0, s1), works[slot].scratch.work.all, ranking.blocks
-            kernel(0, keys, 0, 1, 0, 0, read, found, keys, n, limits, s0, s1, n, works[slot].rows, found, scratch)
-
-        return work
-
-    return ranges(ranking.scopes, ranking.elements, make_work, workspace=BLOCK_WORKSPACE * ranking.blocks)
+    return find
 
 
-def _kth_in_lanes_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[], None]:
-    """`_kth_job` of scopes that are searched several at a time."""
-    source, limits = ranking.sources[0], nk.numbers_over(counts, 1, np.dtype(np.int64))
-    find = strips.finder_address(ranking.key, ranking.signed)
-    if ranking.reads_by_itself and source is not None:
-        rows, read = ranking.scopes_of_a_strip(source.strip), source.read
+def _kth_in_columns_job(
+    ranking: Ranking, source: Source, turn: int, limits: nk.Numbers, found: np.ndarray
+) -> Callable[[], None]:
+    """`_kth_job` of elements of scopes that lie side by side, and are turned when they are read."""
+    kernel, rows, seek = strips.kth_kernel(ranking.signed), ranking.scopes_of_a_strip(source.strip), search_of(ranking)
+    line, read = ranking.parts[0].leaves[0].line, strips.dense_reader(ranking.key)
 
-        def make_kernel() -> Callable[[int, int], None]:
-            loan = _scratch(ranking, rows, limits, measured=_measured(ranking, rows))
+    def make_kernel() -> Callable[[int, int], None]:
+        loan = _scratch(ranking, rows, limits, one_by_one=True)
+        columns = Loan(_Columns, rows, ranking.blocks, ranking.key)
 
-            def run(s0: int, s1: int) -> None:
-                strips.kth_in_lanes(
-                    read, find, source.where, limits, s0, s1, ranking.blocks, rows, found, loan.work.all
-                )
+        def run(s0: int, s1: int) -> None:
+            keys, pitch = columns.work.keys, columns.work.pitch
+            kernel(
+                turn, source.where, *line, *seek, read, keys, dense(keys), pitch, limits, s0, s1, ranking.blocks, rows,
+                found, loan.work.all,
+            )  # fmt: skip
 
-            return run
+        return run
 
-        return _by_strips(ranking, make_kernel)
-
-    def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
-        read = strips.dense_reader(ranking.key)
-
-        def work(slot: int, s0: int, s1: int) -> None:
-            keys, own, n = works[slot].load(s0, s1), works[slot], ranking.blocks
-            strips.kth_in_lanes(read, find, keys, limits, s0, s1, n, own.rows, found, own.scratch.work.all)
-
-        return work
-
-    return ranges(ranking.scopes, ranking.elements, make_work, workspace=BLOCK_WORKSPACE * ranking.blocks)
+    return _by_strips(ranking, make_kernel)
 
 
 def _values_of_keys(keys: np.ndarray, parts: Parts, ord: float | None, integers: np.dtype | None) -> np.ndarray:
