@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -171,16 +171,27 @@ def _by_lines(placed: Placement, code: int, norm: np.dtype) -> tuple[int, int] |
     return lines.measurer_address(layout.compiled, code, placed.unit, norm), lines.strip_blocks(layout)
 
 
-def norms_of(part: Competitors, ord: float) -> tuple[Callable[[int], LineNorms | PassNorms], int]:
-    """What measures up to so many blocks of a part, and the elements of a piece that suit it."""
+class Measuring(NamedTuple):
+    """How blocks of a part are measured."""
+
+    make: Callable[[int], LineNorms | PassNorms]
+    """What measures up to so many of them at a time."""
+    piece: int
+    """Elements of a piece that suit it."""
+    fills_any: bool
+    """Whether `fill_into` needs no arrays of its own."""
+
+
+def norms_of(part: Competitors, ord: float) -> Measuring:
+    """How blocks of a part are measured."""
     leaf = part.leaves[0]
     code = code_of(ord, part.elements)
     found = None if part.spans_leaves else _by_lines(leaf.place, code, part.norm)
     if found is None:
-        return lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS
+        return Measuring(lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS, False)
     measure, strip = found
     source = measure, *leaf.raw
-    return lambda length: LineNorms(part, source, strip, code, length), STRIPS_ELEMENTS
+    return Measuring(lambda length: LineNorms(part, source, strip, code, length), STRIPS_ELEMENTS, True)
 
 
 def workspace_of(part: Competitors) -> int:
@@ -196,10 +207,10 @@ def norm_ranges(
     shielded: bool = False,
 ) -> Callable[[], None]:
     """A job that hands ``use(slot, i0, i1, norm, wide)`` the norms of all blocks of a part, piece by piece."""
-    make_norms, _ = norms_of(part, ord)
+    measuring = norms_of(part, ord)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [make_norms(length) for _ in range(slots)]
+        works = [measuring.make(length) for _ in range(slots)]
         use = make_use(slots, length)
         return lambda slot, i0, i1: use(slot, i0, i1, *works[slot].fill(i0, i1))
 
@@ -245,13 +256,13 @@ def norms_into(part: Part, plain: Competitors, ord: float | None, columns: np.nd
     in_order = cut is plain.cut and columns.flags.c_contiguous and columns.dtype == plain.norm
     (leaves,), by = in_reals((part if cut is plain.cut else (Leaf(array, cut),),), ord)
     walked = plain if leaves is part else Competitors(leaves)
-    make_norms, piece = norms_of(walked, float(by or 2))
-    if in_order and piece == STRIPS_ELEMENTS and is_one_piece(walked.total, walked.elements, piece):
-        make_norms(0).fill_into(0, walked.total, columns.reshape(-1))  # a job of it would be a tenth of a small call
+    make, piece, fills_any = norms_of(walked, float(by or 2))
+    if in_order and fills_any and is_one_piece(walked.total, walked.elements, piece):
+        make(0).fill_into(0, walked.total, columns.reshape(-1))  # a job of it would be a tenth of a small call
         return
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [make_norms(0 if in_order and piece == STRIPS_ELEMENTS else length) for _ in range(slots)]
+        works = [make(0 if in_order and fills_any else length) for _ in range(slots)]
         if in_order:
             dense = columns.reshape(-1)
             return lambda slot, i0, i1: works[slot].fill_into(i0, i1, dense[i0:i1])

@@ -259,7 +259,7 @@ class KeyWork:
         part, source, planes = ranking.parts[p], ranking.sources[p], ranking.planes[p]
         self.source, self.planes, self.part = source, planes, part
         reads = source is not None or planes is not None
-        self.norms = None if reads else norms_of(part, float(ranking.ord or 2))[0](length)
+        self.norms = None if reads else norms_of(part, float(ranking.ord or 2)).make(length)
         if planes is not None:
             self.rows = ranking.rows_of_planes(p, planes)
             self.scratch = Loan(Scratch, self.rows * part.blocks, 0, ranking.key, self.rows * planes.within)
