@@ -43,7 +43,7 @@ def meets_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
 
 
 def neighbours(written: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
-    """Indices (i, j) of all ``written[i]`` and ``read[j]`` whose byte ranges overlap; linear for separate arrays."""
+    """Indices (i, j) of all ``written[i]`` and ``read[j]`` whose byte ranges overlap; a sort, where none do."""
     events = []
     for which, arrays in enumerate((written, read)):
         for i, array in enumerate(arrays):

@@ -5,6 +5,17 @@ for one piece. Per piece the norms or keys of the blocks come into dense work ar
 decision is made there, and the decision is written back. The work arrays are allocated
 before the first write; for 1-element blocks nothing else is, because the passes over a
 large scope (counting, ties, writing) read the array again.
+
+To read it in order:
+
+- how operands lie: `operands` (buffers, loops, layouts, pieces), `nests`, `loans` (work arrays);
+- how code is made: `jit`, `scalars`, `vectors` and `lanes` (LLVM vectors), `codecs` (elements);
+- norms: `lines` and `vector_norms` (blocks in rows), `kernels`, `exact`, `arithmetic` (any block), `norms`;
+- who is kept: `ranking` (keys, and what reads them), `search`, `vector_search` and `lane_search` (the k-th key of a
+  scope), `strips` (the kernels over whole scopes), `planes` and `side_by_side` (scopes that lie side by side),
+  `groups` (n:m), `large_scopes`, `selection` (which of these);
+- writing: `vector_selection`, `writing`;
+- the proximal step: `proximal`, `vector_shrinkage`, `secular` and `conditioned` (in a metric), `shrinkage`.
 """
 
 from __future__ import annotations
@@ -168,7 +179,7 @@ def count_nonzero(parts: Parts, eps: float) -> int:
 
 def _count_nonzero(part: Competitors, eps: float) -> int:
     def count(leaf: Operand, i0: int, i1: int) -> int:
-        return nk.count_outside(leaf, -eps, eps)(i0, i1)
+        return nk.count_above(leaf, eps)(i0, i1)
 
     return int(_total(part, count))
 

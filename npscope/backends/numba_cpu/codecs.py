@@ -203,20 +203,18 @@ def _odd_difference(a: Real, b: Real) -> Real:
 # --- storage -------------------------------------------------------------------------------------
 
 
-@cache
-def _native(scalar: str) -> tuple[Function, Function]:
-    """(fetch, place) of a scalar in an aligned buffer of native byte order."""
-    # Signed indices may count from the end, and that test keeps LLVM from making vectors of a loop.
+# In aligned buffers of native byte order. Signed indices may count from the end, and that test keeps LLVM from making
+# vectors of a loop.
 
-    @merged
-    def fetch(buffer: Any, i: int) -> Any:
-        return buffer[np.uintp(i)]
 
-    @merged
-    def place(buffer: Any, i: int, x: Any) -> None:
-        buffer[np.uintp(i)] = x
+@merged
+def _fetch(buffer: Any, i: int) -> Any:
+    return buffer[np.uintp(i)]
 
-    return fetch, place
+
+@merged
+def _place(buffer: Any, i: int, x: Any) -> None:
+    buffer[np.uintp(i)] = x
 
 
 @cache
@@ -253,7 +251,7 @@ def _bytewise(scalar: str, swapped: bool) -> tuple[Function, Function]:
 def codec(kind: Kind, bytewise: bool, swapped: bool) -> Codec:
     """The codec of a dtype, for aligned native memory or for single bytes (`swapped`: foreign order)."""
     scalar = _STORAGE.get(kind.name) or _COMPLEX.get(kind.name) or np.dtype(kind.name).str[1:]
-    fetch, place = _bytewise(scalar, swapped) if bytewise else _native(scalar)
+    fetch, place = _bytewise(scalar, swapped) if bytewise else (_fetch, _place)
     unit = np.dtype("u1") if bytewise else np.dtype(scalar)
     step = np.dtype(scalar).itemsize if bytewise else 1
     if kind.is_complex:

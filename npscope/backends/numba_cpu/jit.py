@@ -99,7 +99,7 @@ def inner(function: Compiled) -> Compiled:
 
 
 def merged(function: Compiled) -> Compiled:
-    """Compile as part of its one caller: an `inner` function is optimised alone, and again wherever it goes."""
+    """Compile as part of each caller: an `inner` function is optimised alone, and again wherever it goes."""
     compiled: Compiled = _jitted(function, inline="always", **_INNER)
     return compiled
 

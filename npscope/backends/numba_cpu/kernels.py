@@ -43,7 +43,7 @@ from npscope.backends.numba_cpu.jit import (
 )
 from npscope.backends.numba_cpu.nests import NEST, place
 from npscope.backends.numba_cpu.operands import Operand
-from npscope.backends.numba_cpu.scalars import least
+from npscope.backends.numba_cpu.scalars import SAFE_LEAST, least
 from npscope.backends.numba_cpu.vector_norms import (
     INF as INF,
 )
@@ -116,7 +116,7 @@ def finish_wide(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
     """Sums to norms in float64; lists the blocks whose squares over- or underflowed."""
     count = 0
     for i in range(norm.size):
-        risky = square and not (1e-280 < hi[i] < np.inf) and not np.isnan(hi[i])
+        risky = square and not (SAFE_LEAST < hi[i] < np.inf) and not np.isnan(hi[i])
         total = hi[i] + lo[i] if np.isfinite(hi[i]) else hi[i]
         wide = math.sqrt(total) if square else total
         hi[i] = wide
@@ -405,37 +405,34 @@ def kernels(codec: Codec) -> SimpleNamespace:
 
 @cache
 def _counter(codec: Codec, form: Format | None) -> Any:
-    """``count(buffer, origin, grid, elements, i0, i1, total, low, high, mask)``: elements that are not in [low, high].
+    """``count(buffer, origin, grid, elements, i0, i1, total, most)``: elements whose magnitude is not `most` or less.
 
-    Of adjacent ones, of a `form`, the bits in the mask are compared, and the ends are integers.
+    Of adjacent ones, of a `form`, the bits of magnitudes are compared, and `most` is an integer.
     """
     if form is None:
-        value = codec.value
+        magnitude = codec.magnitude
 
         @inner
-        def outside(buffer: Any, at: int, run: int, step: int, low: Any, high: Any, mask: int) -> int:
+        def above(buffer: Any, at: int, run: int, step: int, most: Any) -> int:
             found = 0
             for r in range(run):
-                x = value(buffer, at + r * step)
-                found += 0 if (low <= x) & (x <= high) else 1
+                found += 0 if magnitude(buffer, at + r * step) <= most else 1
             return found
     else:
         lanes = form.lanes
-        many, one = (vector_selection.count_bits_outside(form, n) for n in (lanes, 1))
+        many, one = (vector_selection.count_magnitudes_above(form, n) for n in (lanes, 1))
 
         @merged
-        def outside(buffer: Any, at: int, run: int, step: int, low: Any, high: Any, mask: int) -> int:
+        def above(buffer: Any, at: int, run: int, step: int, most: Any) -> int:
             found, whole = 0, run - run % lanes
             for r in range(0, whole, lanes):
-                found += many(buffer, at + r, mask, low, high)
+                found += many(buffer, at + r, most)
             for r in range(whole, run):
-                found += one(buffer, at + r, mask, low, high)
+                found += one(buffer, at + r, most)
             return found
 
     @kernel
-    def count(
-        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, low: Any, high: Any, mask: int
-    ) -> int:  # fmt: skip
+    def count(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, most: Any) -> int:
         make_small()
         found = 0
         width, step = grid[0, -1], grid[1, -1]
@@ -444,28 +441,26 @@ def _counter(codec: Codec, form: Format | None) -> Any:
             i = i0
             while i < i1:
                 run = least(i1 - i, width - i % width)
-                found += outside(buffer, start + place(i, grid), run, step, low, high, mask)
+                found += above(buffer, start + place(i, grid), run, step, most)
                 i += run
         return found
 
     return count
 
 
-def count_outside(leaf: Operand, low: float, high: float) -> Callable[[int, int], int]:
-    """What counts the elements of blocks [i0, i1) that are not in [low, high], with low = -high or 0 < low <= high."""
+def count_above(leaf: Operand, eps: float) -> Callable[[int, int], int]:
+    """What counts the elements of blocks [i0, i1) of which |x| is not `eps` or less."""
     form = leaf.float_layout.form if leaf.float_layout is not None and leaf.float_layout.run == 1 else None
     count = _counter(leaf.codec, form)
-    limits = (low, high, 0) if form is None else _bits_between(low, high, leaf.array.dtype, form)
-    return lambda i0, i1: int(count(*leaf.where, i0, i1, leaf.size, *limits))
+    most = eps if form is None else _bits_up_to(eps, leaf.array.dtype, form)
+    return lambda i0, i1: int(count(*leaf.where, i0, i1, leaf.size, most))
 
 
-def _bits_between(low: float, high: float, dtype: np.dtype, form: Format) -> tuple[int, int, int]:
-    """Bits of the least and of the largest number in [low, high], and the mask under which numbers have them."""
+def _bits_up_to(eps: float, dtype: np.dtype, form: Format) -> int:
+    """The bits of the largest number of a dtype that is not above `eps`."""
     with np.errstate(over="ignore"):
-        numbers = np.asarray([low if low > 0 else 0.0, high]).astype(dtype)
-    first, last = (min(int(bits), form.inf) for bits in numbers.view(f"u{dtype.itemsize}"))
-    magnitudes = (1 << (form.bits - 1)) - 1
-    return first + (float(numbers[0]) < low), last - (float(numbers[1]) > high), magnitudes if low <= 0 else -1
+        near = np.asarray([eps]).astype(dtype)
+    return min(int(near.view(f"u{dtype.itemsize}")[0]), form.inf) - (float(near[0]) > eps)
 
 
 @cache

@@ -421,15 +421,15 @@ def survey_keys(form: Format, lanes: int, signed: bool, crowded: bool) -> Any:
 
 
 @cache
-def count_bits_outside(form: Format, lanes: int) -> Any:
-    """``(source, i, mask, low, high)``: of how many of `lanes` numbers the bits of a mask are not in [low, high]."""
+def count_magnitudes_above(form: Format, lanes: int) -> Any:
+    """``(source, i, most)``: how many of `lanes` numbers have a magnitude whose bits are above `most`, as NaN has."""
 
-    def emit(b: Builder, source: Value, mask: Value, low: Value, high: Value) -> Value:
+    def emit(b: Builder, source: Value, most: Value) -> Value:
         bits = _load_ahead(b, source, form, lanes)
-        offset = b.sub(b.and_(bits, narrow(b, mask, bits.type)), narrow(b, low, bits.type))
-        return _count(b, b.icmp_unsigned(">", offset, narrow(b, b.sub(high, low), bits.type)))
+        magnitudes = b.and_(bits, splat(bits.type, (1 << (form.bits - 1)) - 1))
+        return _count(b, b.icmp_unsigned(">", magnitudes, narrow(b, most, bits.type)))
 
-    return step(emit, 5, types.int64)
+    return step(emit, 3, types.int64)
 
 
 def _over_rows(
