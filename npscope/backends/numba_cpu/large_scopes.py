@@ -550,6 +550,7 @@ class LargeScopes:
                     written.put(first + b0, first + b1, masks[slot, : b1 - b0])
 
         def use(slot: int, i: int) -> None:
+            i = ranking.scopes * pieces - 1 - i  # from the end, of which a cache still has what was read last
             scope, place = divmod(i, pieces)
             p = self.pieces[place].part
             cut = cuts[p]
