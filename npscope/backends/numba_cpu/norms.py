@@ -85,6 +85,8 @@ class PassNorms:
         self.again = np.empty(length if rescales else 0, dtype=part.norm)
         self.wide = np.empty(length if rescales else 0)
         self.unsure = np.empty(length if self.code in (nk.ONE, nk.TWO) else 0, dtype=np.int64)
+        pieces = max(-(-leaf.size // PIECE_ELEMENTS) for leaf in part.leaves)
+        self.parts = np.empty((pieces if pieces > 1 else 0, 2, length))
         self.sums = np.empty(min(length, UNSURE_BLOCKS) * EXACT_WORDS if part.exact else 0, dtype=np.int64)
 
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +119,7 @@ class PassNorms:
         hi[:], lo[:] = 0.0, 0.0
         for leaf in self.part.leaves:
             add = nk.kernels(leaf.codec).accumulate
-            _add_by_pieces(add, leaf, i0, i1, (code, self.chunk), hi, lo, largest=code == nk.INF)
+            self._add(add, leaf, i0, i1, (code, self.chunk), hi, lo, largest=code == nk.INF)
 
     def _scaled(self, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray, top: np.ndarray, norm: np.ndarray) -> None:
         """Norms by sums of powers of |x| / max |x|, which neither over- nor underflow."""
@@ -125,8 +127,31 @@ class PassNorms:
         hi[:], lo[:] = 0.0, 0.0
         for leaf in self.part.leaves:
             add = nk.kernels(leaf.codec).accumulate_scaled
-            _add_by_pieces(add, leaf, i0, i1, (top, self.p, self.precise), hi, lo, largest=False)
+            self._add(add, leaf, i0, i1, (top, self.p, self.precise), hi, lo, largest=False)
         nk.finish_scaled(hi, lo, top, self.p, norm)
+
+    def _add(
+        self, add: Callable[..., None], leaf: Operand, i0: int, i1: int, how: tuple[Any, ...], hi: np.ndarray,
+        lo: np.ndarray, *, largest: bool,
+    ) -> None:  # fmt: skip
+        """Add the elements of blocks [i0, i1) to their sums; of blocks larger than a piece, piece by piece on the pool.
+
+        Pieces end at the same elements, and are joined in order, whatever the number of threads.
+        """
+        pieces = -(-leaf.size // PIECE_ELEMENTS)
+        if pieces <= 1:
+            add(*leaf.where, i0, i1, 0, leaf.size, *how, hi, lo)
+            return
+        sums = self.parts[:pieces, :, : i1 - i0]
+        sums[:] = 0.0
+
+        def use(slot: int, piece: int) -> None:
+            e0 = piece * PIECE_ELEMENTS
+            add(*leaf.where, i0, i1, e0, min(leaf.size, e0 + PIECE_ELEMENTS), *how, *sums[piece])
+
+        threads.run(pieces, use, workers_for(leaf.size * (i1 - i0)))
+        for more in sums:
+            nk.join(*more, largest, hi, lo)
 
     def _decide(self, i0: int, chosen: np.ndarray, norm: np.ndarray) -> None:
         """The norms of the `chosen` blocks, rounded by their exact sums."""
@@ -137,29 +162,6 @@ class PassNorms:
                 *leaf.where, i0, chosen, chosen.size, leaf.size, square, self.sums
             )
         nk.finish_unsure(self.sums, chosen, chosen.size, square, norm)
-
-
-def _add_by_pieces(
-    add: Callable[..., None], leaf: Operand, i0: int, i1: int, how: tuple[Any, ...], hi: np.ndarray, lo: np.ndarray,
-    *, largest: bool,
-) -> None:  # fmt: skip
-    """Add the elements of blocks [i0, i1) to their sums; of blocks larger than a piece, piece by piece on the pool.
-
-    Pieces end at the same elements, and are joined in order, whatever the number of threads.
-    """
-    pieces = -(-leaf.size // PIECE_ELEMENTS)
-    if pieces <= 1:
-        add(*leaf.where, i0, i1, 0, leaf.size, *how, hi, lo)
-        return
-    sums = np.zeros((pieces, 2, i1 - i0))
-
-    def use(slot: int, piece: int) -> None:
-        e0 = piece * PIECE_ELEMENTS
-        add(*leaf.where, i0, i1, e0, min(leaf.size, e0 + PIECE_ELEMENTS), *how, *sums[piece])
-
-    threads.run(pieces, use, workers_for(leaf.size * (i1 - i0)))
-    for more in sums:
-        nk.join(*more, largest, hi, lo)
 
 
 @lru_cache(maxsize=2048)
