@@ -35,8 +35,8 @@ def _between(upper: Array, lower: Array, weight: float) -> Array:
         if weight > 0:
             point = a / (1 + weight) + b * (weight / (1 + weight))
         else:  # beyond a: by halves, for what is added to b may be twice the largest number
-            point = 2 * (b / 2 + (a / 2 - b / 2) / (1 + weight))
-        point = xp.where((a == b) | (weight == 0) | ((weight < 0) & xp.isinf(a)), a, point)
+            point = xp.where(xp.isinf(a), a, 2 * (b / 2 + (a / 2 - b / 2) / (1 + weight)))
+        point = xp.where((a == b) | (weight == 0), a, point)
         point = xp.astype(point, getattr(xp, kind.norm))
         return point if kind.is_integer else xp.astype(point, upper.dtype)
 

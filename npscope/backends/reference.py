@@ -384,18 +384,6 @@ def _times(x: Array, factor: Array) -> Array:
     return xp.where(factor == 1, x, xp.where(factor == 0, xp.zeros_like(x), product))
 
 
-def _rounded(x: Array, dtype: Any) -> Array:
-    """Float64 in a dtype, rounded once: libraries may go by way of float32, which then can be half-way between two."""
-    xp = _namespace_of(x)
-    near = xp.astype(x, dtype)
-    if kind_of(dtype).name not in ("float16", "bfloat16"):
-        return near
-    other = 2 * _float64(xp, xp.astype(x, xp.float32)) - _float64(xp, near)
-    beyond = xp.astype(other, dtype)
-    is_nearer = (_float64(xp, beyond) == other) & (xp.abs(other - x) < xp.abs(_float64(xp, near) - x))
-    return xp.where(is_nearer, beyond, near)
-
-
 # --- shrinkage -----------------------------------------------------------------------------------
 
 
@@ -443,6 +431,18 @@ def _require_conditioner(h: Array) -> None:
 def _is_single(part: Part) -> bool:
     """Whether the blocks are single real numbers."""
     return len(part) == 1 and part[0].cut.elements == 1 and not _kinds(part)[0].is_complex
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    """Float64 in a dtype, rounded once: libraries may go by way of float32, which then can be half-way between two."""
+    xp = _namespace_of(x)
+    near = xp.astype(x, dtype)
+    if kind_of(dtype).name not in ("float16", "bfloat16"):
+        return near
+    other = 2 * _float64(xp, xp.astype(x, xp.float32)) - _float64(xp, near)
+    beyond = xp.astype(other, dtype)
+    is_nearer = (_float64(xp, beyond) == other) & (xp.abs(other - x) < xp.abs(_float64(xp, near) - x))
+    return xp.where(is_nearer, beyond, near)
 
 
 def _softened(part: Part, thresholds: Leaf, metric: Part) -> Array:

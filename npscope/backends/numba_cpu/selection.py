@@ -313,12 +313,12 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
     """The k-th largest rank value of every scope: ``(S,)``."""
     parts, k, as_before = scopes_in_memory_order(parts, k)
     ranking = Ranking(*ranked_in_reals(parts, ord), values=True)
-    one_by_one = ranking.fits_a_piece or ranking.is_searched_one_by_one
-    if not one_by_one:
+    by_pieces = ranking.fits_a_piece or ranking.is_searched_one_by_one
+    if not by_pieces:
         parts = tuple(tuple(map(blocks_in_memory_order(part[0], scopes=False), part)) for part in parts)
         ranking = Ranking(*ranked_in_reals(parts, ord), values=True)
     found = np.empty(ranking.scopes, dtype=ranking.key)
-    if ranking.scopes and one_by_one:
+    if ranking.scopes and by_pieces:
         _kth_job(ranking, Operand(k), found)()
     elif ranking.scopes:
         selection = LargeScopes(ranking)
