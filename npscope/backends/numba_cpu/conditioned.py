@@ -15,45 +15,16 @@ import numpy as np
 from numba import types
 
 from npscope.backends.numba_cpu import planes, secular, vector_shrinkage
-from npscope.backends.numba_cpu.codecs import Codec, Function
+from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.nests import NEST, place
 from npscope.backends.numba_cpu.operands import Layout
-from npscope.backends.numba_cpu.scalars import bits_of, greatest, least
+from npscope.backends.numba_cpu.scalars import greatest, least
 from npscope.backends.numba_cpu.secular import PAIRS, RATE, WIDTH
 from npscope.backends.numba_cpu.vectors import LANES, Format, copy_numbers
 
 # --- looking at the metric ----------------------------------------------------------
-
-
-@cache
-def ends_kernel(codec: Codec, form: Format | None) -> Any:
-    """The kernel that finds the least and the largest of elements [i0, i1), each a block: ``ends`` becomes their bits.
-
-    Those of adjacent elements of a `form`, else of float64, as unsigned integers, which order like positive numbers;
-    NaN and negative ones come behind all others.
-    """
-    value = codec.value
-    ends_of_line = None if form is None else vector_shrinkage.ends(form)
-
-    @kernel
-    def find_ends(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, ends: Any) -> None:
-        make_small()
-        width, step = grid[0, -1], grid[1, -1]
-        i = i0
-        while i < i1:
-            stop = least(i1, i + width - i % width)
-            at = origin + place(i, grid)
-            if ends_of_line is not None:
-                ends_of_line(buffer, at, stop - i, ends, 0)
-            else:
-                for j in range(stop - i):
-                    bits = bits_of(np.float64(value(buffer, at + j * step)))
-                    ends[0], ends[1] = least(ends[0], bits), greatest(ends[1], bits)
-            i = stop
-
-    return find_ends
 
 
 # --- dealing ------------------------------------------------------------------------

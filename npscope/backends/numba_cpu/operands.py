@@ -331,6 +331,11 @@ def _with_scopes(leaf: Leaf, order: list[int]) -> Leaf:
     return Leaf(leaf.array, Cut.of([cut.scope[d] for d in order], cut.block, cut.element), leaf.origin)
 
 
+def outermost_axis(array: np.ndarray) -> int:
+    """The axis of the longest steps in memory, of an array that has axes."""
+    return max(range(array.ndim), key=lambda i: abs(array.strides[i]) if array.shape[i] > 1 else 0)
+
+
 def in_memory_order(target: Parts, source: Parts, numbers: Leaf) -> tuple[Parts, Parts, Leaf]:
     """The same problem, its scopes taken in the order in which the first written array lies in memory."""
     first = target[0][0]

@@ -11,7 +11,7 @@ from npscope.backends import CONDITIONER_RANGE, conditioner_error
 from npscope.backends.numba_cpu import conditioned, lines, proximal, secular
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.loans import Loan
-from npscope.backends.numba_cpu.norms import norm_ranges, walk
+from npscope.backends.numba_cpu.norms import norm_ranges
 from npscope.backends.numba_cpu.operands import (
     SOLVE_ELEMENTS,
     STRIPS_ELEMENTS,
@@ -19,12 +19,13 @@ from npscope.backends.numba_cpu.operands import (
     Operand,
     blocks_in_memory_order,
     in_reals,
+    outermost_axis,
     ranges,
 )
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
 from npscope.dtypes import kind_of
 from npscope.errors import ConvergenceError
-from npscope.tiling import Leaf, Part, Parts, axis_cut
+from npscope.tiling import Leaf, Part, Parts
 
 
 def shrink(
@@ -80,23 +81,28 @@ class Metric:
 
 
 def _ends(h: np.ndarray) -> tuple[float, float]:
-    """The least and the largest entry of a conditioner, or SpecError; of an empty one 1 and 1."""
+    """The least and the largest entry of a conditioner, or SpecError; of an empty one 1 and 1.
+
+    By NumPy, piece by piece, the second time from a cache: to compile what reads once takes an eighth of a second.
+    """
     if h.size == 0:
         return 1.0, 1.0
-    in_order, _ = walk(axis_cut(h.shape, None), h.strides)
-    numbers = Operand(Leaf(h, in_order))
-    form = None if numbers.float_layout is None else numbers.float_layout.form
-    find = conditioned.ends_kernel(numbers.codec, form)
-    found: list[np.ndarray] = []
+    rows = h.ravel("K") if h.flags.forc else np.moveaxis(h, outermost_axis(h), 0)
+    # Positive floats order like their bits; NaN and negative ones come behind. NumPy is quick at integers of any width.
+    by_bits = h.dtype.isnative and not kind_of(h.dtype).is_integer
+    numbers = rows.view(f"u{h.itemsize}") if by_bits else rows
+    found: list[tuple[Any, Any]] = []
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        found[:] = [np.asarray([np.iinfo(np.uint64).max, 0], dtype=np.uint64) for _ in range(slots)]
-        return lambda slot, i0, i1: find(*numbers.where, i0, i1, found[slot])
+        def work(slot: int, i0: int, i1: int) -> None:
+            with np.errstate(invalid="ignore"):
+                found.append((numbers[i0:i1].min(), numbers[i0:i1].max()))
 
-    ranges(h.size, 1, make_work, workspace=0, piece=STRIPS_ELEMENTS)()
-    bits = np.asarray([min(least for least, _ in found), max(most for _, most in found)])
-    ends = bits.view(np.float64) if form is None else bits.astype(f"u{h.itemsize}").view(h.dtype)
-    least, most = map(float, ends)
+        return work
+
+    ranges(len(rows), h.size // len(rows), make_work, workspace=0)()
+    ends = np.asarray([np.min([least for least, _ in found]), np.max([most for _, most in found])], numbers.dtype)
+    least, most = map(float, ends.view(h.dtype) if by_bits else ends)
     if not CONDITIONER_RANGE[0] <= least <= most <= CONDITIONER_RANGE[1]:
         with np.errstate(invalid="ignore"):
             raise conditioner_error(float(h.min()), float(h.max()))

@@ -7,16 +7,13 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils
 
 from npscope.backends.numba_cpu.vectors import (
-    INT32,
     LANES,
     LINE,
     Builder,
     Format,
     Value,
-    call,
     first_lanes,
     fma,
     load,
@@ -118,35 +115,3 @@ def weigh(form: Format, metric: Format, run: int, partial: bool, paired: bool) -
             store(b, found, array)
 
     return step(emit, 7)
-
-
-@cache
-def ends(form: Format) -> Any:
-    """``ends(array, i, count, found, j)``: the least and the largest of `count` bit patterns, with two found before.
-
-    As unsigned integers.
-    """
-    bits, word = vector_of(form.bits, form.lanes), ir.IntType(64)
-    suffix, extremes = f"v{form.lanes}i{form.bits}", {"umin": splat(bits, -1), "umax": splat(bits, 0)}
-
-    def emit(b: Builder, array: Value, count: Value, found: Value) -> None:
-        so_far = {name: cgutils.alloca_once_value(b, neutral) for name, neutral in extremes.items()}
-
-        def take(name: str, numbers: Value) -> None:
-            b.store(call(b, f"llvm.{name}.{suffix}", bits, [b.load(so_far[name]), numbers]), so_far[name])
-
-        whole = b.and_(count, count.type(-form.lanes))
-        with cgutils.for_range_slice(b, whole.type(0), whole, whole.type(form.lanes)) as (i, _):
-            line = b.gep(array, [i])
-            prefetch(b, line, LINE)
-            for name in extremes:
-                take(name, load(b, line, bits))
-        mask = first_lanes(b, b.sub(count, whole), form.lanes)
-        rest = load_masked(b, b.gep(array, [whole]), bits, mask)
-        for slot, (name, neutral) in enumerate(extremes.items()):
-            take(name, b.select(mask, rest, neutral))
-            extreme = call(b, f"llvm.vector.reduce.{name}.{suffix}", bits.element, [b.load(so_far[name])])
-            place = b.gep(found, [INT32(slot)])
-            b.store(call(b, f"llvm.{name}.i64", word, [b.load(place), b.zext(extreme, word)]), place)
-
-    return step(emit, 5)

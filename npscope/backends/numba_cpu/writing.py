@@ -15,6 +15,7 @@ from npscope.backends.numba_cpu.operands import (
     Operand,
     blocks_in_memory_order,
     in_reals,
+    outermost_axis,
     ranges,
 )
 from npscope.tiling import Leaf, Part, Parts
@@ -33,7 +34,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
     if target.size <= STRIPS_ELEMENTS:
         np.copyto(target, source)
         return
-    axis = max(range(target.ndim), key=lambda i: abs(target.strides[i]) if target.shape[i] > 1 else 0)
+    axis = outermost_axis(target)
     to, from_ = np.moveaxis(target, axis, 0), np.moveaxis(source, axis, 0)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
