@@ -12,7 +12,7 @@ import numpy as np
 
 from npscope.backends import threads
 from npscope.backends.numba_cpu import strips
-from npscope.backends.numba_cpu.norms import put
+from npscope.backends.numba_cpu.norms import put, workspace_of
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
     PIECE_ELEMENTS,
@@ -268,7 +268,7 @@ class LargeScopes:
                 return work
 
             piece = PIECE_ELEMENTS if ranking.sources[p] is None else STRIPS_ELEMENTS
-            ranges(part.total, part.elements, make_work, piece=piece)()
+            ranges(part.total, part.elements, make_work, workspace=workspace_of(part), piece=piece)()
 
     def _sample(self, scope: int) -> _Sample:
         """Some keys of a scope."""

@@ -15,7 +15,7 @@ from npscope.backends.numba_cpu import lines, side_by_side, strips
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.lane_search import LANES
 from npscope.backends.numba_cpu.loans import Loan
-from npscope.backends.numba_cpu.norms import code_of, norms_of
+from npscope.backends.numba_cpu.norms import code_of, norms_of, workspace_of
 from npscope.backends.numba_cpu.operands import (
     ACROSS,
     COMPLEX,
@@ -205,6 +205,11 @@ class Ranking:
             return None
         by_block = source_of(part, self.ord, self.width, self.exact_integers, in_planes=True)
         return None if by_block is None else Planes(by_block, *part.leaves[0].order_block_by_block())
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of work arrays for the norms of a scope's blocks, and to decide on them."""
+        return sum(workspace_of(part) * part.blocks for part in self.parts)
 
     @property
     def is_searched_one_by_one(self) -> bool:

@@ -12,7 +12,6 @@ from npscope.backends.numba_cpu import strips
 from npscope.backends.numba_cpu.large_scopes import LargeScopes
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
-    BLOCK_WORKSPACE,
     STRIPS_ELEMENTS,
     Competitors,
     Operand,
@@ -152,8 +151,7 @@ def select_blocks(
             works = [ScopeWork(ranking, counts, length) for _ in range(slots)]
             return lambda slot, s0, s1: works[slot].decide(s0, s1, targets)
 
-        workspace = BLOCK_WORKSPACE * ranking.blocks
-        job = ranges(ranking.scopes, ranking.elements, make_work, workspace=workspace, shielded=shielded)
+        job = ranges(ranking.scopes, ranking.elements, make_work, workspace=ranking.workspace, shielded=shielded)
     ready()
     job()
     return True
@@ -346,7 +344,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
 
             return work
 
-        return ranges(ranking.scopes, ranking.elements, make_work, workspace=BLOCK_WORKSPACE * ranking.blocks)
+        return ranges(ranking.scopes, ranking.elements, make_work, workspace=ranking.workspace)
 
     rows, read, where = ranking.scopes_of_a_strip(source.strip), source.read, source.where
 
