@@ -119,9 +119,10 @@ class _Sample(NamedTuple):
             return 1.0
         inside = self.keys[: places * self.run] >= self.keys.dtype.type(border)
         counts = inside.reshape(places, self.run).sum(axis=1)
-        share = float(counts.mean()) / self.run
-        alone = share * (1 - share) * self.run
-        return min(max(1.0, float(counts.var()) / alone), float(self.run)) if alone > 0 else 1.0
+        total = int(counts.sum())
+        # The variance of the counts, and what it would be, both times the square of their number.
+        spread, alone = places * int(counts @ counts) - total**2, total * (inside.size - total) / self.run
+        return min(max(1.0, spread / alone), float(self.run)) if alone > 0 else 1.0
 
 
 class _Nth(NamedTuple):
