@@ -366,7 +366,7 @@ def test_large_arrays_are_copied_by_several_threads(order):
 )
 def test_long_columns_take_little_memory_whatever_is_done(monkeypatch, name, n):
     """Keys and masks of 16 of them side by side, which fill a line, would be up to 18 MiB."""
-    monkeypatch.setattr("npscope.backends.numba_cpu.strips.WIDE_ELEMENTS", 0)
+    monkeypatch.setattr("npscope.backends.numba_cpu.scope_strips.WIDE_ELEMENTS", 0)
     x = np.random.default_rng(0).permutation(n * 19).reshape(n, 19).astype(np.float64)
     x = (x % 251 if name == "float8_e5m2" else x).astype(dtype(name))
     out = np.empty_like(x, order="F")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import npscope as ns
 
 pytest.importorskip("numba")
-from npscope.backends.numba_cpu import strips
+from npscope.backends.numba_cpu import scope_strips
 from npscope.backends.numba_cpu.jit import kernel
 from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
 from npscope.tiling import Leaf, array_cut
@@ -204,7 +204,7 @@ def test_looks_at_keys_are_those_of_loops(data, bits):
 
 @kernel
 def strip_ends(s, s1, rows, past, line):
-    return strips.strip_end(s, s1, rows, past, line)
+    return scope_strips.strip_end(s, s1, rows, past, line)
 
 
 def test_strips_end_at_lines_and_always_go_on():

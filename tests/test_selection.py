@@ -412,8 +412,8 @@ SCALES = {
 @pytest.mark.parametrize("data", CROWDED)
 def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data, scale, name):
     """Large arrays are searched near the limits of the rows before: small ones, too, here, and rows side by side."""
-    strips = pytest.importorskip("npscope.backends.numba_cpu.strips")
-    monkeypatch.setattr(strips, "WIDE_ELEMENTS", 0)
+    scope_strips = pytest.importorskip("npscope.backends.numba_cpu.scope_strips")
+    monkeypatch.setattr(scope_strips, "WIDE_ELEMENTS", 0)
     n, rows, rng = 700, 24, np.random.default_rng(6)
     monkeypatch.setattr("npscope.backends.numba_cpu.ranking.TILES_ELEMENTS", 16 * n)  # so that there are several strips
     with np.errstate(all="ignore"):
@@ -444,7 +444,7 @@ def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data
                                               ((8, 640), (1, -1)), ((512, 300), (-1, -1))])  # fmt: skip
 def test_scores_rank_and_the_array_is_kept(monkeypatch, shape, scope, name, elements):
     """Scopes of every size, where other numbers decide: what is kept are the array's own bits."""
-    monkeypatch.setattr(pytest.importorskip("npscope.backends.numba_cpu.strips"), "WIDE_ELEMENTS", elements)
+    monkeypatch.setattr(pytest.importorskip("npscope.backends.numba_cpu.scope_strips"), "WIDE_ELEMENTS", elements)
     x, scores = hostile("normal", shape, name, 1), hostile("normal", shape, name, 2)
     count = math.prod(n if s == -1 else s for n, s in zip(shape, scope, strict=True))
     for nnz in (1, count // 2, count - 1):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npscope.backends import threads
-from npscope.backends.numba_cpu import strips
+from npscope.backends.numba_cpu import scope_passes, strips
 from npscope.backends.numba_cpu.norms import put, workspace_of
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
@@ -280,7 +280,7 @@ class LargeScopes:
             step = max(1, part.blocks // places)
             run = min(step, most)
             keys = np.empty(-(-part.blocks // step) * run + SLACK, dtype=self.ranking.key)
-            stored = strips.survey(
+            stored = scope_passes.survey(
                 *self._looks_at(p, everything), self.places[p], self._first(p, scope), *_one_piece(part.blocks), step,
                 run, *everything.limits, keys, 0, _counts_of_one(), self.works[0],
             )  # fmt: skip
@@ -295,7 +295,7 @@ class LargeScopes:
         def use(slot: int, i: int) -> None:
             p0, p1 = self.bundles[i]
             p, self.stores[i] = self.pieces[p0].part, (slot, ends[slot])
-            ends[slot] = strips.survey(
+            ends[slot] = scope_passes.survey(
                 *looks[p], self.places[p], self._first(p, scope), self.bounds, p0, p1, self.strips[p], self.strips[p],
                 *look.limits, self.found[slot], ends[slot], self.counts, self.works[slot],
             )  # fmt: skip
@@ -368,7 +368,7 @@ class LargeScopes:
             else:
                 address = strips.dense_surveyor(self.ranking.key, crowded=look.is_crowded)
             for keys in pieces:
-                end = strips.survey(
+                end = scope_passes.survey(
                     address, 0, dense(keys.view(unit)), 0, *_one_piece(keys.size), STRIP_ELEMENTS,
                     STRIP_ELEMENTS, *look.limits, narrower, end, counts, self.works[0],
                 )  # fmt: skip
@@ -403,7 +403,7 @@ class LargeScopes:
 
         def count(slot: int, i: int) -> None:
             _, start, stop = self.pieces[places[i]]
-            strips.count_ties(
+            scope_passes.count_ties(
                 read, where, first, first + start, first + stop, limit, inner, turns, found[slot], self.works[slot]
             )
 
@@ -418,7 +418,7 @@ class LargeScopes:
             return None
         blocks = np.empty(each, dtype=np.int64)
         whole = self.ranking.parts[p].blocks
-        strips.find_ties(read, where, first, whole, limit, inner, turns, turn, blocks, self.works[0])
+        scope_passes.find_ties(read, where, first, whole, limit, inner, turns, turn, blocks, self.works[0])
         late = np.sort(blocks[np.argsort(positions[p].of(blocks))[staying:]])
         first_piece, starts = int(np.flatnonzero(parts == p)[0]), [piece.b0 for piece in self.pieces if piece.part == p]
         return last, {
@@ -525,7 +525,7 @@ class LargeScopes:
             here, there, read_first = self.places[p], targets[p].leaves[0].raw, self._first(p, scope)
             first, limit, (quotas, split, turn, _) = scope * ranking.parts[p].blocks, limits[scope], ties[scope]
             if turn is not None and p == turn.part:
-                strips.cut_by_turns(
+                scope_passes.cut_by_turns(
                     cut, here, there, first, first + start, first + stop, limit, *turn.loop, turn.number
                 )
                 return
@@ -533,8 +533,8 @@ class LargeScopes:
             border = stop if left > 0 else start
             if split[place]:
                 at = read_first + start, read_first + stop
-                border = strips.tie_border_in(reads[p], here, *at, limit, left, self.works[slot]) - read_first
-            strips.cut_elements(cut, here, there, first + start, first + border, first + stop, limit)
+                border = scope_passes.tie_border_in(reads[p], here, *at, limit, left, self.works[slot]) - read_first
+            scope_passes.cut_elements(cut, here, there, first + start, first + border, first + stop, limit)
 
         def compare_piece(slot: int, scope: int, place: int) -> None:
             p, start, stop = self.pieces[place]
@@ -543,7 +543,7 @@ class LargeScopes:
             for b0 in range(start, stop, steps[p]):
                 b1 = min(stop, b0 + steps[p])
                 target = written.only.raw if written.only else dense(masks[slot], -first - b0)
-                left = strips.keep_above(
+                left = scope_passes.keep_above(
                     reads[p], writes[p], self.places[p], read_first + b0, target, first + b0, first + b1,
                     self.strips[p], limits[scope], left, self.works[slot],
                 )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu import lines, side_by_side, strips
+from npscope.backends.numba_cpu import lines, scope_strips, side_by_side, strips
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.lane_search import LANES
 from npscope.backends.numba_cpu.loans import Loan
@@ -281,7 +281,7 @@ class KeyWork:
             nk.keys_of_norms(self.norms.fill(i0, i1)[0], keys)
         elif self.planes is not None:
             (source, order, within), n, scopes = self.planes, self.part.blocks, self.part.cut.scopes
-            strips.read_in_planes(
+            scope_strips.read_in_planes(
                 source.read, source.where, i0 // n, i1 // n, order, within, scopes, self.rows, keys,
                 self.scratch.work.all,
             )  # fmt: skip
@@ -345,7 +345,7 @@ def columns_cutter_of(ranking: Ranking, turner: Turner, written: Operand) -> int
 def search_of(ranking: Ranking) -> tuple[int, int]:
     """Addresses of what searches whole scopes, and of how it looks at them; zeros where that does not pay."""
     source, unit = ranking.sources[0], ranking.parts[0].leaves[0].place.unit
-    if ranking.blocks < strips.WIDE_SCOPE or ranking.scopes * ranking.blocks < strips.WIDE_ELEMENTS:
+    if ranking.blocks < scope_strips.WIDE_SCOPE or ranking.scopes * ranking.blocks < scope_strips.WIDE_ELEMENTS:
         return 0, 0
     if source is not None and source.turner is not None:
         unit, look = ranking.key, strips.dense_surveyor(ranking.key, crowded=False)
@@ -354,4 +354,4 @@ def search_of(ranking: Ranking) -> tuple[int, int]:
         if found is None:
             return 0, 0
         look = found
-    return strips.searcher_address(ranking.signed, unit, ranking.key), look
+    return scope_strips.searcher_address(ranking.signed, unit, ranking.key), look

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
-from npscope.backends.numba_cpu import strips
+from npscope.backends.numba_cpu import scope_strips, strips
 from npscope.backends.numba_cpu.large_scopes import LargeScopes
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
@@ -89,7 +89,7 @@ class ScopeWork:
         self.scratch = _scratch(ranking, self.rows, self.counts)
         self.steps = (
             strips.dense_reader(ranking.key),
-            strips.selector_address(ranking.group, ranking.key, ranking.signed),
+            scope_strips.selector_address(ranking.group, ranking.key, ranking.signed),
             strips.marker(),
         )
 
@@ -108,7 +108,7 @@ class ScopeWork:
         rows, n = s1 - s0, self.ranking.blocks
         decided = dense(self.mask.reshape(-1), -s0 * n)
         keys, scratch = self.load(s0, s1), self.scratch.work.all
-        strips.keep_in_scopes(*self.steps, keys, decided, self.counts, s0, s1, n, self.rows, scratch)
+        scope_strips.keep_in_scopes(*self.steps, keys, decided, self.counts, s0, s1, n, self.rows, scratch)
         for target, columns in zip(targets, self.ranking.columns, strict=True):
             width = columns.stop - columns.start
             mask = self.columns[: rows * width]
@@ -197,10 +197,10 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
     kernel: Any
     steps: tuple[int, ...]
     if cut is not None:
-        kernel, steps, where = strips.cut_in_scopes, (*search_of(ranking), source.read, cut), written.raw
+        kernel, steps, where = scope_strips.cut_in_scopes, (*search_of(ranking), source.read, cut), written.raw
     else:
-        select = strips.selector_address(ranking.group, ranking.key, ranking.signed)
-        kernel, steps = strips.keep_in_scopes, (source.read, select, writer_of(written, across=written.across))
+        select = scope_strips.selector_address(ranking.group, ranking.key, ranking.signed)
+        kernel, steps = scope_strips.keep_in_scopes, (source.read, select, writer_of(written, across=written.across))
         where = written.raw_across if written.across else written.raw
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
     measured = _measured(ranking, rows)
@@ -232,7 +232,7 @@ def _planes_job(ranking: Ranking, counts: Operand, planes: Planes, written: Oper
     target = written.block_by_block() if in_planes else written
     as_they_lie = ranking.group != 0 and in_planes and within == 1
     measured = 0 if ranking.parts[0].elements == 1 else rows * within
-    selector_address = strips.plane_selector_address if as_they_lie else strips.selector_address
+    selector_address = scope_strips.plane_selector_address if as_they_lie else scope_strips.selector_address
     select = selector_address(ranking.group, ranking.key, ranking.signed)
     steps = source.read, select, writer_of(target)
 
@@ -241,7 +241,7 @@ def _planes_job(ranking: Ranking, counts: Operand, planes: Planes, written: Oper
         turned = Loan(_Turned, 0 if as_they_lie else rows, ranking.blocks, within, ranking.key)
 
         def run(s0: int, s1: int) -> None:
-            strips.keep_in_planes(
+            scope_strips.keep_in_planes(
                 *steps, source.where, target.raw, in_planes, as_they_lie, limits, s0, s1, order, within,
                 ranking.scopes, rows, turned.work.keys, turned.work.plane, loan.work.all,
             )  # fmt: skip
@@ -256,7 +256,7 @@ def _columns_job(
 ) -> Callable[[], None]:
     """The job in which one kernel cuts elements of scopes that lie side by side."""
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
-    limit_rows = strips.limiter_address(ranking.key, ranking.signed) if ranking.group == IN_LANES else 0
+    limit_rows = scope_strips.limiter_address(ranking.key, ranking.signed) if ranking.group == IN_LANES else 0
     steps = limit_rows, *search_of(ranking), strips.dense_reader(ranking.key)
     target = written.raw_across
     line = ranking.parts[0].leaves[0].line
@@ -267,7 +267,7 @@ def _columns_job(
         keys, ends = dense(columns.work.keys), (columns.work.limits, columns.work.borders)
 
         def run(s0: int, s1: int) -> None:
-            strips.cut_in_columns(
+            scope_strips.cut_in_columns(
                 turn, source.where, *line, *steps, columns.work.keys, keys, columns.work.pitch, cut, target, *ends,
                 limits, s0, s1, ranking.blocks, rows, loan.work.all,
             )  # fmt: skip
@@ -361,13 +361,13 @@ def _kth_finder(
     """``find(read, where, s0, s1, rows, scratch)``: the k-th largest keys of scopes [s0, s1), in strips of `rows`."""
     n = ranking.blocks
     if ranking.group == IN_LANES:
-        lanes = strips.finder_address(ranking.key, ranking.signed)
+        lanes = scope_strips.finder_address(ranking.key, ranking.signed)
 
         def find_in_lanes(read: int, where: Where, s0: int, s1: int, rows: int, scratch: Any) -> None:
-            strips.kth_in_lanes(read, lanes, where, limits, s0, s1, n, rows, found, scratch)
+            scope_strips.kth_in_lanes(read, lanes, where, limits, s0, s1, n, rows, found, scratch)
 
         return find_in_lanes
-    kernel = strips.kth_kernel(ranking.signed)
+    kernel = scope_strips.kth_kernel(ranking.signed)
 
     def find(read: int, where: Where, s0: int, s1: int, rows: int, scratch: Any) -> None:
         kernel(0, where, 0, 1, *seek, read, found, where, n, limits, s0, s1, n, rows, found, scratch)
@@ -379,7 +379,8 @@ def _kth_in_columns_job(
     ranking: Ranking, source: Source, turn: int, limits: nk.Numbers, found: np.ndarray
 ) -> Callable[[], None]:
     """`_kth_job` of elements of scopes that lie side by side, and are turned when they are read."""
-    kernel, rows, seek = strips.kth_kernel(ranking.signed), ranking.scopes_of_a_strip(source.strip), search_of(ranking)
+    kernel, seek = scope_strips.kth_kernel(ranking.signed), search_of(ranking)
+    rows = ranking.scopes_of_a_strip(source.strip)
     line, read = ranking.parts[0].leaves[0].line, strips.dense_reader(ranking.key)
 
     def make_kernel() -> Callable[[int, int], None]:

@@ -1,7 +1,7 @@
 """How elements of scopes that lie side by side are read and written: whole lines of them at a time.
 
 In the place of the grid and the elements of an operand stand the loops over scopes and those over the blocks of a
-scope (`Operand.raw_across`). Functions that kernels of `strips` call at their addresses, as readers, writers, and
+scope (`Operand.raw_across`). Functions that kernels of `scope_strips` call at their addresses, as readers, writers, and
 
 turn(source, i, stop, keys, pitch)
     blocks [i, stop) of whole scopes as ordered integers, in rows of scopes so far apart;
