@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 
 from npscope.backends import threads
 from npscope.backends.numba_cpu import scope_passes, strips
+from npscope.backends.numba_cpu.brackets import MARGIN, Look, Nth, Sample, Survey, narrow, partitioned, sample_of
 from npscope.backends.numba_cpu.norms import put, workspace_of
 from npscope.backends.numba_cpu.operands import (
     BLOCK_WORKSPACE,
@@ -41,9 +41,6 @@ than among 2 %.
 SAMPLE_RUN, SAMPLE_PLACES = 32, 256
 """Adjacent keys that are sampled at a place, where to go takes as long as to read them; fewer if places were fewer."""
 
-MARGIN = 5.0
-"""Standard deviations between the wanted rank and the ends of a bracket: a miss costs another pass."""
-
 FEW_KEYS = 1 << 15
 """Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms."""
 
@@ -63,9 +60,6 @@ positions.
 MOST_READ_AGAIN = 8
 """Elements of a block whose norm is formed again in every pass: to keep those of 8x1 takes longer, of 3x3 less."""
 
-MAX_GUESSES = 8
-"""Brackets taken from samples before the range of keys is halved instead, which ends: a key has so many bits."""
-
 
 class _Piece(NamedTuple):
     """Blocks [b0, b1) of a scope of part `part`."""
@@ -73,64 +67,6 @@ class _Piece(NamedTuple):
     part: int
     b0: int
     b1: int
-
-
-@dataclass
-class _Bracket:
-    """The wanted key lies in [low, high]: `above` keys of the scope lie above, `inside` within."""
-
-    low: int
-    high: int
-    above: int
-    inside: int
-
-
-class _Look(NamedTuple):
-    """Keys in [low, high] are collected, and those that equal `crowd` beside them counted; `low` if there is none."""
-
-    low: int
-    high: int
-    crowd: int
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether there is a crowd."""
-        return not self.low <= self.crowd <= self.high
-
-    @property
-    def limits(self) -> tuple[np.uint64, np.uint64, np.uint64]:
-        """As kernels take it."""
-        return np.uint64(self.low), np.uint64(self.high), np.uint64(self.crowd)
-
-
-class _Sample(NamedTuple):
-    """Some keys of a scope, so many adjacent ones from each place."""
-
-    keys: np.ndarray
-    run: int
-
-    def effect(self, border: int) -> float:
-        """By what a share of keys from a border on varies more than if they were drawn one by one.
-
-        That is the design effect of a sample in clusters (Kish 1965): 1, or up to `run` where neighbours are alike.
-        """
-        places = self.keys.size // self.run
-        if self.run == 1 or places == 0:
-            return 1.0
-        inside = self.keys[: places * self.run] >= self.keys.dtype.type(border)
-        counts = inside.reshape(places, self.run).sum(axis=1)
-        total = int(counts.sum())
-        # The variance of the counts, and what it would be, both times the square of their number.
-        spread, alone = places * int(counts @ counts) - total**2, total * (inside.size - total) / self.run
-        return min(max(1.0, spread / alone), float(self.run)) if alone > 0 else 1.0
-
-
-class _Nth(NamedTuple):
-    """The k-th largest key, how many keys equal to it are among the k largest, and how many in all."""
-
-    key: int
-    ties: int
-    equal: int
 
 
 class _Turn(NamedTuple):
@@ -153,15 +89,6 @@ class _Ties(NamedTuple):
     turn: _Turn | None
     late: dict[int, np.ndarray]
     """By piece, the blocks of those that do not stay although they would."""
-
-
-class _Survey(NamedTuple):
-    """Keys above the range of a look, inside it, and in its crowd; and those inside, if there was room for all."""
-
-    above: int
-    inside: int
-    equal: int
-    found: list[np.ndarray]
 
 
 class LargeScopes:
@@ -221,7 +148,7 @@ class LargeScopes:
         ]
         self.bounds = np.asarray([[piece.b0 for piece in self.pieces], [piece.b1 for piece in self.pieces]])
         # What was looked at last, and by piece: keys above it, inside, those inside that were stored, and its crowd.
-        self.look = _Look(0, 0, 0)
+        self.look = Look(0, 0, 0)
         self.counts = np.zeros((4, len(self.pieces)), dtype=np.int64)
         # By bundle: the work array where keys were stored, and from where on.
         self.stores = [(0, 0)] * len(self.bundles)
@@ -230,7 +157,7 @@ class LargeScopes:
     def _each(self, pieces: int, use: Callable[[int, int], None], *, shielded: bool = False) -> None:
         threads.run(pieces, use, self.workers, shielded=shielded)
 
-    def _looks_at(self, p: int, look: _Look) -> tuple[int, int]:
+    def _looks_at(self, p: int, look: Look) -> tuple[int, int]:
         """How a kernel looks at the keys of part p, and the reader that this takes or 0."""
         if p in self.lasting:
             return strips.dense_surveyor(self.ranking.key, crowded=look.is_crowded), 0
@@ -271,9 +198,9 @@ class LargeScopes:
             piece = PIECE_ELEMENTS if ranking.sources[p] is None else STRIPS_ELEMENTS
             ranges(part.total, part.elements, make_work, workspace=workspace_of(part), piece=piece)()
 
-    def _sample(self, scope: int) -> _Sample:
+    def _sample(self, scope: int) -> Sample:
         """Some keys of a scope."""
-        everything, found = _Look(0, (1 << self.ranking.width) - 1, 0), []
+        everything, found = Look(0, (1 << self.ranking.width) - 1, 0), []
         most = max(1, min(SAMPLE_RUN, self.sampled // SAMPLE_PLACES))
         for p, part in enumerate(self.ranking.parts):
             places = max(1, self.sampled * part.blocks // (self.ranking.blocks * most))
@@ -285,9 +212,9 @@ class LargeScopes:
                 run, *everything.limits, keys, 0, _counts_of_one(), self.works[0],
             )  # fmt: skip
             found.append(keys[:stored])
-        return _Sample(np.concatenate(found), most)
+        return Sample(np.concatenate(found), most)
 
-    def _survey(self, scope: int, look: _Look) -> _Survey:
+    def _survey(self, scope: int, look: Look) -> Survey:
         """Count the keys of every piece above, inside and beside a look, and collect those inside."""
         ends, self.look = [0] * self.workers, look
         looks = [self._looks_at(p, look) for p in range(len(self.ranking.parts))]
@@ -302,7 +229,7 @@ class LargeScopes:
 
         self._each(len(self.bundles), use)
         above, inside, _, equal = self.counts.sum(axis=1).tolist()
-        return _Survey(above, inside, equal, [keys[:end] for keys, end in zip(self.found, ends, strict=True)])
+        return Survey(above, inside, equal, [keys[:end] for keys, end in zip(self.found, ends, strict=True)])
 
     def _collected(self) -> list[np.ndarray]:
         """The keys that the last survey collected, by piece."""
@@ -313,9 +240,10 @@ class LargeScopes:
                 start += stored
         return found
 
-    def nth(self, scope: int, k: int) -> _Nth:
+    def nth(self, scope: int, k: int) -> Nth:
         """The k-th largest key of a scope."""
-        return self._narrow(k, self.ranking.blocks, self._sample(scope), partial(self._survey, scope))
+        blocks, width = self.ranking.blocks, self.ranking.width
+        return narrow(k, blocks, width, self._sample(scope), partial(self._survey, scope), self._nth_of)
 
     def _equal(self, key: int) -> np.ndarray:
         """How many keys of each piece equal the k-th, after `nth`."""
@@ -324,44 +252,17 @@ class LargeScopes:
         equal: np.ndarray = self.counts[1 if key == self.look.low else 3]  # that key was looked at alone, or as a crowd
         return equal
 
-    def _narrow(self, k: int, count: int, sample: _Sample, survey: Callable[[_Look], _Survey]) -> _Nth:
-        """`nth` of `count` keys, from a sample of them and what looks at all."""
-        bracket = _Bracket(0, (1 << self.ranking.width) - 1, 0, count)
-        overflowed = False
-        for guesses in range(MAX_GUESSES + 2 * self.ranking.width):
-            look = _next_look(sample, bracket, k, overflowed, halves=guesses >= MAX_GUESSES)
-            low, high, crowd = look
-            above, inside, equal, found = survey(look)
-            # Of keys looked at, the first ones may be the crowd, or the last ones.
-            first, end = above - (equal if crowd > high else 0), above + inside + (equal if crowd < low else 0)
-            overflowed = False
-            if k <= first:
-                bracket = _Bracket(max(high, crowd) + 1, bracket.high, bracket.above, first - bracket.above)
-            elif k > end:
-                below = bracket.above + bracket.inside - end
-                bracket = _Bracket(bracket.low, min(low, crowd) - 1, end, below)
-            elif k <= above or k > above + inside:
-                return _Nth(crowd, k - (first if crowd > high else above + inside), equal)
-            elif low == high:
-                return _Nth(low, k - above, inside)
-            elif sum([keys.size for keys in found]) == inside:
-                return self._nth_of(found, k - above)
-            else:
-                bracket, overflowed = _Bracket(low, high, above, inside), True
-                sample = _sample_of(found, sample.keys.size)
-        raise AssertionError("a bracket narrows with every pass")
-
-    def _nth_of(self, pieces: list[np.ndarray], k: int) -> _Nth:
+    def _nth_of(self, pieces: list[np.ndarray], k: int) -> Nth:
         """`nth` among some keys, by passes over them while they are many."""
         count = sum([keys.size for keys in pieces])
         if count <= FEW_KEYS:
-            keys = _partitioned(np.concatenate(pieces), [count - k])
+            keys = partitioned(np.concatenate(pieces), [count - k])
             limit = keys[count - k]
-            return _Nth(int(limit), k - int(np.count_nonzero(keys > limit)), int(np.count_nonzero(keys == limit)))
+            return Nth(int(limit), k - int(np.count_nonzero(keys > limit)), int(np.count_nonzero(keys == limit)))
         narrower = np.empty(count // 2 + SLACK, dtype=self.ranking.key)
         unit = self.ranking.parts[0].leaves[0].place.unit if self.looks_alike else self.ranking.key
 
-        def survey(look: _Look) -> _Survey:
+        def survey(look: Look) -> Survey:
             end, counts, total = 0, _counts_of_one(), np.zeros(4, dtype=np.int64)
             if self.looks_alike:
                 address, _ = self._looks_at(0, look)
@@ -374,18 +275,18 @@ class LargeScopes:
                 )  # fmt: skip
                 total += counts[:, 0]
             above, inside, _, equal = total.tolist()
-            return _Survey(above, inside, equal, [narrower[:end]])
+            return Survey(above, inside, equal, [narrower[:end]])
 
-        return self._narrow(k, count, _sample_of(pieces, FEW_KEYS // 4), survey)
+        return narrow(k, count, self.ranking.width, sample_of(pieces, FEW_KEYS // 4), survey, self._nth_of)
 
-    def _limit(self, scope: int, k: int) -> _Nth:
+    def _limit(self, scope: int, k: int) -> Nth:
         """`nth`, for any k; 0 blocks are above the largest key, and all above key 0 or equal to it."""
         if 0 < k < self.ranking.blocks:
             return self.nth(scope, k)
-        return _Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else _Nth((1 << self.ranking.width) - 1, 0, 0)
+        return Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else Nth((1 << self.ranking.width) - 1, 0, 0)
 
     def _last_turn(
-        self, scope: int, nth: _Nth, positions: Sequence[Positions]
+        self, scope: int, nth: Nth, positions: Sequence[Positions]
     ) -> tuple[_Turn, dict[int, np.ndarray]] | None:
         """The turn with the last of the equal elements that stay, and by piece the blocks of those in it that do not.
 
@@ -427,7 +328,7 @@ class LargeScopes:
             if start < stop
         }
 
-    def _late_ties(self, scope: int, nth: _Nth, positions: Sequence[Positions]) -> dict[int, np.ndarray] | None:
+    def _late_ties(self, scope: int, nth: Nth, positions: Sequence[Positions]) -> dict[int, np.ndarray] | None:
         """By piece, the blocks equal to the k-th that are not among the k first, after `nth`; None if many are equal.
 
         First is what has the smaller of `positions`, which are not the numbers of blocks.
@@ -451,7 +352,7 @@ class LargeScopes:
             late.setdefault(place, []).append(block)
         return {place: np.asarray(blocks) for place, blocks in late.items()}
 
-    def _ties_of(self, scope: int, nth: _Nth, positions: Sequence[Positions] | None, *, by_turns: bool) -> _Ties | None:
+    def _ties_of(self, scope: int, nth: Nth, positions: Sequence[Positions] | None, *, by_turns: bool) -> _Ties | None:
         """Which blocks stay that equal the k-th, after `nth`; None where too many are to be told apart by `positions`.
 
         `by_turns`: more of them can be than `MOST_TIES`.
@@ -572,61 +473,3 @@ def _one_piece(blocks: int) -> tuple[np.ndarray, int, int]:
 
 def _counts_of_one() -> np.ndarray:
     return np.zeros((4, 1), dtype=np.int64)
-
-
-def _sample_of(pieces: list[np.ndarray], size: int) -> _Sample:
-    """About `size` of some keys, or all of them."""
-    step = max(1, sum([keys.size for keys in pieces]) // max(1, size))
-    return _Sample(np.concatenate([keys[::step] for keys in pieces]), 1)
-
-
-def _partitioned(keys: np.ndarray, places: list[int]) -> np.ndarray:
-    """Keys in an order in which those at `places` stand where they would if sorted; places beyond the ends are ignored.
-
-    At one place alone NumPy is three times as slow as at two, and twenty times where half of the keys are equal.
-    """
-    inside = [place for place in places if 0 <= place < keys.size]
-    return np.partition(keys, [*inside, *inside[:1]]) if inside else keys
-
-
-def _next_look(sample: _Sample, bracket: _Bracket, k: int, overflowed: bool, *, halves: bool) -> _Look:
-    """Keys of the bracket that should be the k-th, from a sample; or if it `halves` that one side of its middle.
-
-    A key that many are equal to is never collected, as the equal ones would take all the room: it is counted, alone or
-    as the crowd beside a range. In an array that has been pruned before, zero is such a key, and often the k-th or the
-    next below it.
-    """
-    keys, key_of = sample.keys, sample.keys.dtype.type  # of a Python integer and uint64 NumPy would make float64
-    if halves:
-        middle = bracket.low + (bracket.high - bracket.low) // 2
-        return _Look(middle, middle if overflowed else bracket.high, middle)
-    inside = keys[(keys >= key_of(bracket.low)) & (keys <= key_of(bracket.high))]
-    if not inside.size:
-        return _Look(bracket.low, bracket.high, bracket.low)
-    share = (k - bracket.above) / bracket.inside
-    place = (1 - share) * inside.size
-    few = inside[:: sample.run]
-    about = min(int((1 - share) * few.size), few.size - 1)
-    effect = sample.effect(int(_partitioned(few, [about])[about]))
-    margin = MARGIN * (inside.size * share * (1 - share) * effect) ** 0.5 + 2
-    first, middle, last = int(place - margin), min(int(place), inside.size - 1), int(place + margin) + 1
-    inside = _partitioned(inside, [first, middle, last])
-
-    def is_frequent(key: int) -> bool:
-        return bool(np.count_nonzero(inside == key_of(key)) > margin)
-
-    key = int(inside[middle])
-    low = int(inside[first]) if first >= 0 else bracket.low
-    high = int(inside[last]) if last < inside.size else bracket.high
-    crowd = next((key for key in (key, low, high) if is_frequent(key)), None)
-    if crowd is None:
-        return _Look(low, high, low)
-    if crowd == key:
-        # Of its two ends, the one nearer to the wanted place is where the k-th may be on the other side.
-        start = int(np.count_nonzero(inside < key_of(key)))
-        stop = start + int(np.count_nonzero(inside == key_of(key)))
-        if min(place - start, stop - place) > margin:
-            return _Look(key, key, key)
-        low, high = (key, high) if stop - place < place - start else (low, key)
-    low, high = low + is_frequent(low), high - is_frequent(high)
-    return _Look(low, high, crowd) if low <= high else _Look(crowd, crowd, crowd)
