@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -52,6 +53,25 @@ def test_norms_of_parts_of_several_precisions(rng, dtypes, ord):
     scope = ns.ScopeCoupling([ns.ScopeSpec(ns.BlockSpec(a, (4, 4)), (-1, -1)) for a in arrays])
     each = [ns.block_norms(a, (4, 4), ord=ord).ravel() for a in arrays]
     assert np.array_equal(scope.block_norms(ord=ord).ravel(), np.concatenate(each))
+
+
+@pytest.mark.parametrize("ord", [1, 2, np.inf])
+@pytest.mark.parametrize(("run", "dtype"), [(16, "f4"), (17, "f4"), (16, "f2"), (16, "f8")])
+def test_blocks_of_one_row_whatever_lies_behind(rng, run, dtype, ord):
+    """Sixteen are measured at a time, and in another place those that do not fill a vector."""
+    x = (30 * rng.standard_normal((70, 41 * run))).astype(dtype)
+    x[:9, ::run] = rng.choice([np.nan, np.inf, 0.0], (9, 41))
+    x[9:18] = 0
+    for count in (40, 17, 16, 15, 1):
+        here = x[:, : count * run]
+        x[:, count * run :] = np.nan
+        got, expected = (
+            norms(here, (1, run), ord=ord) for norms in (ns.block_norms, partial(of_reference, ns.block_norms))
+        )
+        if dtype == "f8":
+            np.testing.assert_array_max_ulp(got, expected, maxulp=4)
+        else:
+            assert np.array_equal(got, expected, equal_nan=True)
 
 
 FACTORS = [2.0, 0.5, -3.0, 1e40, 1e-50, 2e-45, 1e-40, np.inf, 0.0, 1.0]

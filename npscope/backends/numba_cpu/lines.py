@@ -118,7 +118,7 @@ def measurer(layout: Layout, code: int) -> Any:
 def _measure_runs(form: Format, codec: Codec, run: int, long: bool, flat: bool, code: int) -> Any:
     """`measurer` for runs of `run` elements, which `long` ones end with after whole vectors; `flat`: of one row."""
     many = vector_norms.takes_many(run) and not long
-    add = vector_norms.measure_rows(form, run, long, many and flat, code)
+    add = vector_norms.measure_rows(form, run, long, flat and not long and run <= vector_norms.MOST_FLAT, code)
     most_blocks = STRIP_BLOCKS if many else PART_BLOCKS  # what `making` has room for
     lossy, settle, rescale = form.bits == 64, vector_norms.settle(form, code), _rescale(codec)
     square, (inner, most_together) = code == TWO, _rows_in(run, long)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -76,6 +76,13 @@ INF, ONE, TWO = 0, 1, 2
 def takes_many(run: int) -> bool:
     """Whether blocks with `run` adjacent elements are summed side by side, a lane for each."""
     return run < LANES
+
+
+MOST_FLAT = LANES
+"""Elements of a block in one row, at most, that are summed and folded without keeping sums.
+
+In cache that takes two thirds of the time for 16 elements. Longer blocks gain little, and lost a tenth in memory.
+"""
 
 
 def _larger(b: Builder, x: Value, y: Value) -> Value:
@@ -234,8 +241,8 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
 
     A run of each of `count` adjacent blocks in each of `rows` rows `step` apart, up to `TOGETHER` of them, read side by
     side; what is read next lies `jump` further on. Runs have `size` elements; they are `long`, with `run` elements that
-    do not fill a vector, or `size` is the constant `run`. `flat` promises a single row: `rows` is 1, `row` 0, and it is
-    the `last`. Sums in float64, or maxima as bits (NaN the largest), are
+    do not fill a vector, or `size` is the constant `run`. `flat` promises a single row, of up to `MOST_FLAT` elements:
+    `rows` is 1, `row` 0, and it is the `last`. Sums in float64, or maxima as bits (NaN the largest), are
     overwritten by the rows from number 0 on. Where `takes_many(run)` they are in `sums` and `norms`, a number for each
     block, sums of float64 with what was lost in `norms`; else in `making`, `parts_of(form)` for each. There, too, are
     the `LANES` least magnitudes of float32 that are summed.
@@ -246,6 +253,7 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
     float64. Returns all words joined by or; bits of blocks beyond `count` mean nothing.
     """
     many = takes_many(run) and not long
+    together = many or flat  # `LANES` blocks are measured at a time
     word = ir.IntType(64)
 
     def emit(
@@ -353,6 +361,16 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
                 with otherwise:
                     put(values, places)
 
+        def add_flat(at: Value, block: Value) -> None:
+            place, _ = whole_vectors(at, block)
+
+            def total_of(i: int) -> list[Value]:
+                total = _Total(b, form, code, 0)
+                take([total], read(b.gep(place, [INT32(i * run)]), run))
+                return total.values
+
+            close(block, _folded(b, code, form, total_of))
+
         def add_one(at: Value, block: Value) -> None:
             total = _Total(b, form, code, 0)
             places = places_of(total, block)
@@ -392,27 +410,27 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
                 rounded = b.fptrunc(wide, ir.VectorType(ir.FloatType(), LANES))
                 store(b, rounded, place)
                 if span is not None:
-                    # Where runs are side by side, what is not there is zero; parts are what was there before.
-                    span.take_rounded(rounded, None if many else b.sub(count, block))
+                    # Of blocks that are measured together, those beyond are zero; parts are what was there before.
+                    span.take_rounded(rounded, None if together else b.sub(count, block))
                     return
                 lost = _in_doubt(b, wide, rounded, doubt)
             bits = b.zext(b.bitcast(lost, ir.IntType(LANES)), word)
             b.store(bits, b.gep(doubts, [b.udiv(block, number(LANES))]))
             b.store(b.or_(b.load(found), bits), found)
 
-        add = add_many if many else add_one
-        with cgutils.for_range_slice(b, number(0), count, number(LANES if many else 1)) as (block, _):
+        add = add_many if many else add_flat if flat else add_one
+        with cgutils.for_range_slice(b, number(0), count, number(LANES if together else 1)) as (block, _):
             at = b.gep(source, [b.mul(block, size)])
             add(at, block)
         if least is not None:
             least.leave()
-        if many and code == INF:
+        if together and code == INF:
             return word(0)
         with b.if_then(last):
-            if not many:
+            if not together:
                 with cgutils.for_range_slice(b, number(0), count, number(LANES)) as (block, _):
                     parts = b.add(b.mul(block, number(parts_of(form))), number(PARTS))
-                    close(block, _folded(b, form, code, b.gep(making, [parts])))
+                    close(block, _folded(b, code, form, _kept_totals(b, form, code, b.gep(making, [parts]))))
             groups = b.udiv(b.add(count, number(LANES - 1)), number(LANES))
             if span is not None:
                 exact, most = span.ends()
@@ -441,20 +459,20 @@ def _dealt_out(b: Builder, code: int, parts: list[list[Value]]) -> list[Value]:
     return parts[0]
 
 
-def _folded(b: Builder, form: Format, code: int, source: Value) -> list[Value]:
-    """The totals of `LANES` blocks that are in many lanes each, a lane for each: a tree of cheap shuffles."""
+def _kept_totals(b: Builder, form: Format, code: int, source: Value) -> Callable[[int], list[Value]]:
+    """The totals of `LANES` blocks that were kept, from an address on."""
     total = _Total(b, form, code, 0)
     words = b.bitcast(source, ir.DoubleType().as_pointer())
-    blocks = [
-        [
-            b.load(b.bitcast(b.gep(words, [INT32(i * parts_of(form) + k * PARTIAL)]), total.type.as_pointer()), align=4)
-            for k in range(len(total.places))
-        ]
-        for i in range(LANES)
-    ]
-    if code == INF:
-        low, high = range(PARTIAL), range(PARTIAL, 2 * PARTIAL)
-        blocks = [[_larger(b, shuffle(b, v, low), shuffle(b, v, high))] for (v,) in blocks]
+
+    def total_of(i: int) -> list[Value]:
+        places = [b.gep(words, [INT32(i * parts_of(form) + k * PARTIAL)]) for k in range(len(total.places))]
+        return [b.load(b.bitcast(place, total.type.as_pointer()), align=4) for place in places]
+
+    return total_of
+
+
+def _folded(b: Builder, code: int, form: Format, total_of: Callable[[int], list[Value]]) -> list[Value]:
+    """The totals of `LANES` blocks that are in many lanes each, a lane for each: a tree of cheap shuffles."""
     # Inside the parts of 16 bytes of which vectors are made, then whole parts: the order comes out right.
     if code == INF and form.bits <= 32:
         orders = [[0, 2, 8, 10, 4, 6, 12, 14]] * 2 + [[0, 1, 2, 3, 8, 9, 10, 11]]
@@ -462,18 +480,25 @@ def _folded(b: Builder, form: Format, code: int, source: Value) -> list[Value]:
     else:
         orders = [[0, 8, 2, 10, 4, 12, 6, 14]] + [[0, 1, 4, 5, 8, 9, 12, 13]] * 2
         strides = [1, 2, 2]
-    for order, stride in zip(orders, strides, strict=True):
-        further = [i + stride for i in order]
-        blocks = [
-            _joined(
-                b,
-                code,
-                [shuffle(b, p, order, q) for p, q in zip(x, y, strict=True)],
-                [shuffle(b, p, further, q) for p, q in zip(x, y, strict=True)],
-            )
-            for x, y in zip(blocks[::2], blocks[1::2], strict=True)
-        ]
-    return [shuffle(b, p, range(LANES), q) for p, q in zip(*blocks, strict=True)]
+
+    def folded(first: int, level: int) -> list[Value]:
+        """Of 2 ** level blocks: joined as soon as they are there, so that few are kept in registers."""
+        if level == 0:
+            total = total_of(first)
+            if code == INF:
+                low, high = range(PARTIAL), range(PARTIAL, 2 * PARTIAL)
+                total = [_larger(b, shuffle(b, total[0], low), shuffle(b, total[0], high))]
+            return total
+        order, stride = orders[level - 1], strides[level - 1]
+        x, y = folded(first, level - 1), folded(first + (1 << (level - 1)), level - 1)
+        near, far = (
+            [shuffle(b, p, [i + distance for i in order], q) for p, q in zip(x, y, strict=True)]
+            for distance in (0, stride)
+        )
+        return _joined(b, code, near, far)
+
+    halves = [folded(first, len(orders)) for first in range(0, LANES, LANES // 2)]
+    return [shuffle(b, p, range(LANES), q) for p, q in zip(*halves, strict=True)]
 
 
 def _wide(b: Builder, form: Format, code: int, totals: Sequence[Value]) -> tuple[Value, Value]:
