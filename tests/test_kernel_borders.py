@@ -314,9 +314,9 @@ def test_large_blocks_of_large_scopes_are_written_by_all_threads():
 @pytest.mark.parametrize(("turns", "late"), [(1 << 17, 1 << 17), (1, 1 << 17), (1 << 17, 5)])
 def test_ties_in_arrays_whose_first_axis_lies_within(rng, monkeypatch, turns, late):
     """Of many equal elements the first stay, up to the end of a turn of that axis or inside one, however counted."""
-    large_scopes = pytest.importorskip("npscope.backends.numba_cpu.large_scopes")
-    monkeypatch.setattr(large_scopes, "MOST_TURNS", turns)
-    monkeypatch.setattr(large_scopes, "MOST_LATE", late)
+    large_cuts = pytest.importorskip("npscope.backends.numba_cpu.large_cuts")
+    monkeypatch.setattr(large_cuts, "MOST_TURNS", turns)
+    monkeypatch.setattr(large_cuts, "MOST_LATE", late)
     for x in (np.ones((150, 24, 40), np.float32), rng.integers(1, 3, (150, 24, 40)).astype(np.int8)):
         array = x.transpose(1, 0, 2)
         largest = int(np.count_nonzero(array == array.max()))

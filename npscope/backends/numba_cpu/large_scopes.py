@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -14,19 +14,15 @@ from npscope.backends.numba_cpu import scope_passes, strips
 from npscope.backends.numba_cpu.brackets import MARGIN, Look, Nth, Sample, Survey, narrow, partitioned, sample_of
 from npscope.backends.numba_cpu.norms import put, workspace_of
 from npscope.backends.numba_cpu.operands import (
-    BLOCK_WORKSPACE,
     PIECE_ELEMENTS,
     PIECES_PER_THREAD,
     STRIPS_ELEMENTS,
-    Positions,
-    piece_length,
     ranges,
     workers_for,
 )
-from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, cutter_of, dense, surveyor_of
+from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, dense, surveyor_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch
 from npscope.backends.numba_cpu.vector_search import SLACK
-from npscope.backends.numba_cpu.writing import Written, writer_of
 
 FOUND_BYTES = 6 << 20
 """Work array of a thread for the keys between two limits; 3 % of a scope lies there as a rule."""
@@ -44,19 +40,6 @@ SAMPLE_RUN, SAMPLE_PLACES = 32, 256
 FEW_KEYS = 1 << 15
 """Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms."""
 
-MOST_TIES, LOOK_KEYS = 1 << 12, 1 << 16
-"""Equal blocks that are looked for one by one, at most, and keys that are looked at together."""
-
-MOST_TURNS, MOST_LATE = 1 << 17, 1 << 17
-"""Turns of a loop by which more equal elements are counted, a MiB of counters for a thread; and those of the last turn
-that are written one by one: a MiB of their numbers.
-"""
-
-LEAST_CYCLE = 16
-"""Blocks after which the first turn comes again, at least: to write shorter ones takes longer than in the order of
-positions.
-"""
-
 MOST_READ_AGAIN = 8
 """Elements of a block whose norm is formed again in every pass: to keep those of 8x1 takes longer, of 3x3 less."""
 
@@ -67,28 +50,6 @@ class _Piece(NamedTuple):
     part: int
     b0: int
     b1: int
-
-
-class _Turn(NamedTuple):
-    """Where those of equal blocks end that stay: in a part, in a turn of its positions."""
-
-    part: int
-    loop: tuple[int, int]
-    """Blocks of a turn, and turns until the first comes again."""
-    number: int
-    """-1 where none of that part stays."""
-
-
-class _Ties(NamedTuple):
-    """Which of the blocks of a scope that equal the k-th stay."""
-
-    quotas: np.ndarray
-    """So many of each piece, the first ones, or more where all stay."""
-    split: np.ndarray
-    """Pieces where some stay and others do not."""
-    turn: _Turn | None
-    late: dict[int, np.ndarray]
-    """By piece, the blocks of those that do not stay although they would."""
 
 
 class LargeScopes:
@@ -154,7 +115,8 @@ class LargeScopes:
         self.stores = [(0, 0)] * len(self.bundles)
         self._keep_norms()
 
-    def _each(self, pieces: int, use: Callable[[int, int], None], *, shielded: bool = False) -> None:
+    def each(self, pieces: int, use: Callable[[int, int], None], *, shielded: bool = False) -> None:
+        """``use(slot, piece)`` for so many, on the pool."""
         threads.run(pieces, use, self.workers, shielded=shielded)
 
     def _looks_at(self, p: int, look: Look) -> tuple[int, int]:
@@ -163,11 +125,11 @@ class LargeScopes:
             return strips.dense_surveyor(self.ranking.key, crowded=look.is_crowded), 0
         return surveyor_of(self.ranking, p, crowded=look.is_crowded)
 
-    def _first(self, p: int, scope: int) -> int:
+    def first_of(self, p: int, scope: int) -> int:
         """The number of the first block of a scope, for the reader of part p."""
         return scope * (self.ranking.blocks if p in self.lasting else self.ranking.parts[p].blocks)
 
-    def _reader(self, p: int) -> int:
+    def reader_of(self, p: int) -> int:
         """How a kernel reads the keys of part p, where `places` says they are."""
         source = self.ranking.sources[p]
         return strips.dense_reader(self.ranking.key) if p in self.lasting or source is None else source.read
@@ -208,7 +170,7 @@ class LargeScopes:
             run = min(step, most)
             keys = np.empty(-(-part.blocks // step) * run + SLACK, dtype=self.ranking.key)
             stored = scope_passes.survey(
-                *self._looks_at(p, everything), self.places[p], self._first(p, scope), *_one_piece(part.blocks), step,
+                *self._looks_at(p, everything), self.places[p], self.first_of(p, scope), *_one_piece(part.blocks), step,
                 run, *everything.limits, keys, 0, _counts_of_one(), self.works[0],
             )  # fmt: skip
             found.append(keys[:stored])
@@ -223,11 +185,11 @@ class LargeScopes:
             p0, p1 = self.bundles[i]
             p, self.stores[i] = self.pieces[p0].part, (slot, ends[slot])
             ends[slot] = scope_passes.survey(
-                *looks[p], self.places[p], self._first(p, scope), self.bounds, p0, p1, self.strips[p], self.strips[p],
+                *looks[p], self.places[p], self.first_of(p, scope), self.bounds, p0, p1, self.strips[p], self.strips[p],
                 *look.limits, self.found[slot], ends[slot], self.counts, self.works[slot],
             )  # fmt: skip
 
-        self._each(len(self.bundles), use)
+        self.each(len(self.bundles), use)
         above, inside, _, equal = self.counts.sum(axis=1).tolist()
         return Survey(above, inside, equal, [keys[:end] for keys, end in zip(self.found, ends, strict=True)])
 
@@ -245,7 +207,7 @@ class LargeScopes:
         blocks, width = self.ranking.blocks, self.ranking.width
         return narrow(k, blocks, width, self._sample(scope), partial(self._survey, scope), self._nth_of)
 
-    def _equal(self, key: int) -> np.ndarray:
+    def equal_by_piece(self, key: int) -> np.ndarray:
         """How many keys of each piece equal the k-th, after `nth`."""
         if self.look.low <= key <= self.look.high and self.counts[2].any():
             return np.asarray([np.count_nonzero(keys == key) for keys in self._collected()])
@@ -279,191 +241,11 @@ class LargeScopes:
 
         return narrow(k, count, self.ranking.width, sample_of(pieces, FEW_KEYS // 4), survey, self._nth_of)
 
-    def _limit(self, scope: int, k: int) -> Nth:
+    def limit_of(self, scope: int, k: int) -> Nth:
         """`nth`, for any k; 0 blocks are above the largest key, and all above key 0 or equal to it."""
         if 0 < k < self.ranking.blocks:
             return self.nth(scope, k)
         return Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else Nth((1 << self.ranking.width) - 1, 0, 0)
-
-    def _last_turn(
-        self, scope: int, nth: Nth, positions: Sequence[Positions]
-    ) -> tuple[_Turn, dict[int, np.ndarray]] | None:
-        """The turn with the last of the equal elements that stay, and by piece the blocks of those in it that do not.
-
-        None if turns are too many to count by them, or those blocks, or turns too short.
-        """
-        counts, parts = self._equal(nth.key), np.asarray([piece.part for piece in self.pieces])
-        of_parts = np.bincount(parts, counts, len(positions)).astype(np.int64)
-        p = int(np.searchsorted(np.cumsum(of_parts), nth.ties, side="right"))
-        ties, inner, turns = nth.ties - int(of_parts[:p].sum()), positions[p].inner, positions[p].turns
-        if turns > MOST_TURNS or inner * turns < LEAST_CYCLE:
-            return None
-        found = np.zeros((self.workers, turns), dtype=np.int64)
-        read, where, first, limit = self._reader(p), self.places[p], self._first(p, scope), np.uint64(nth.key)
-        places = np.flatnonzero((parts == p) & (counts > 0)).tolist()
-
-        def count(slot: int, i: int) -> None:
-            _, start, stop = self.pieces[places[i]]
-            scope_passes.count_ties(
-                read, where, first, first + start, first + stop, limit, inner, turns, found[slot], self.works[slot]
-            )
-
-        self._each(len(places), count)
-        before = np.concatenate([[0], found.sum(axis=0).cumsum()])  # the turns
-        turn = int(np.searchsorted(before, ties)) - 1
-        last = _Turn(p, (inner, turns), turn)
-        if before[turn + 1] == ties:
-            return last, {}
-        each, staying = int(before[turn + 1] - before[turn]), ties - int(before[turn])
-        if each > MOST_LATE:
-            return None
-        blocks = np.empty(each, dtype=np.int64)
-        whole = self.ranking.parts[p].blocks
-        scope_passes.find_ties(read, where, first, whole, limit, inner, turns, turn, blocks, self.works[0])
-        late = np.sort(blocks[np.argsort(positions[p].of(blocks))[staying:]])
-        first_piece, starts = int(np.flatnonzero(parts == p)[0]), [piece.b0 for piece in self.pieces if piece.part == p]
-        return last, {
-            first_piece + i: late[start:stop]
-            for i, (start, stop) in enumerate(pairwise([*np.searchsorted(late, starts).tolist(), late.size]))
-            if start < stop
-        }
-
-    def _late_ties(self, scope: int, nth: Nth, positions: Sequence[Positions]) -> dict[int, np.ndarray] | None:
-        """By piece, the blocks equal to the k-th that are not among the k first, after `nth`; None if many are equal.
-
-        First is what has the smaller of `positions`, which are not the numbers of blocks.
-        """
-        if nth.equal > MOST_TIES:
-            return None
-        found: list[tuple[int, int, int, int]] = []
-        keys = np.empty(LOOK_KEYS, dtype=self.ranking.key)
-        for place in np.flatnonzero(self._equal(nth.key)).tolist():
-            p, start, stop = self.pieces[place]
-            read, first = self._reader(p), self._first(p, scope)
-            for b0 in range(start, stop, LOOK_KEYS):
-                b1 = min(stop, b0 + LOOK_KEYS)
-                here = keys[: b1 - b0]
-                strips.read_blocks(read, self.places[p], first + b0, first + b1, self.strips[p], here, self.works[0])
-                blocks = b0 + np.flatnonzero(here == here.dtype.type(nth.key))
-                at = positions[p].of(blocks)
-                found += [(p, *pair, place) for pair in zip(at.tolist(), blocks.tolist(), strict=True)]
-        late: dict[int, list[int]] = {}
-        for _, _, block, place in sorted(found)[nth.ties :]:
-            late.setdefault(place, []).append(block)
-        return {place: np.asarray(blocks) for place, blocks in late.items()}
-
-    def _ties_of(self, scope: int, nth: Nth, positions: Sequence[Positions] | None, *, by_turns: bool) -> _Ties | None:
-        """Which blocks stay that equal the k-th, after `nth`; None where too many are to be told apart by `positions`.
-
-        `by_turns`: more of them can be than `MOST_TIES`.
-        """
-        pieces = len(self.pieces)
-        nowhere = np.zeros(pieces, dtype=np.bool_)
-        if nth.ties == nth.equal:
-            return _Ties(np.full(pieces, nth.equal), nowhere, None, {})
-        if positions is None:
-            # Ties go to the earlier blocks: each piece may keep what the pieces before it left.
-            counts = self._equal(nth.key)
-            quotas = np.maximum(nth.ties - np.cumsum(counts) + counts, 0)
-            return _Ties(quotas, (quotas > 0) & (quotas < counts), None, {})
-        quotas, late = np.full(pieces, nth.equal), self._late_ties(scope, nth, positions)
-        if late is not None:
-            return _Ties(quotas, nowhere, None, late)
-        found = self._last_turn(scope, nth, positions) if by_turns else None
-        if found is None:
-            return None
-        turn, late = found
-        quotas[[piece.part > turn.part for piece in self.pieces]] = 0
-        return _Ties(quotas, nowhere, turn, late)
-
-    def cut_job(
-        self,
-        keeps: Sequence[int],
-        targets: Sequence[Written],
-        *,
-        shielded: bool,
-        positions: Sequence[Positions] | None = None,
-    ) -> Callable[[], None] | None:
-        """The job that writes to the target of each part which of its blocks are kept, decided and allocated now.
-
-        Of equal blocks the first are kept: by their numbers, or where blocks are numbered in another order by their
-        `positions`. None if too many would have to be told apart by these.
-        """
-        pieces, ranking = len(self.pieces), self.ranking
-        cuts = [cutter_of(ranking, p, target.only) for p, target in enumerate(targets)]
-        limits = np.empty(ranking.scopes, dtype=np.uint64)
-        ties: list[_Ties] = []
-        late: dict[int, np.ndarray] = {}
-        for scope, k in enumerate(keeps):
-            nth = self._limit(scope, k)
-            limits[scope] = nth.key
-            shared = self._ties_of(scope, nth, positions, by_turns=None not in cuts)
-            if shared is None:
-                return None
-            ties.append(shared)
-            for place, blocks in shared.late.items():
-                p = self.pieces[place].part
-                targets[p].drop_each(blocks[:0])  # so that it is compiled
-                late[scope * pieces + place] = scope * ranking.parts[p].blocks + blocks
-        # Keys are read to be compared one by one, but where all elements of a piece can be cut by their limit.
-        compared = {p for p, cut in enumerate(cuts) if cut is None}
-        compared |= {self.pieces[place].part for shared in ties for place in np.flatnonzero(shared.split).tolist()}
-        reads = [self._reader(p) if p in compared else 0 for p in range(len(targets))]
-        writes = [
-            0 if cut is not None else strips.marker() if target.only is None else writer_of(target.only)
-            for cut, target in zip(cuts, targets, strict=True)
-        ]
-        # What a kernel cannot write by itself goes through a mask, as much of it as other work arrays take.
-        steps = [
-            STRIPS_ELEMENTS if target.only else piece_length(part.blocks, part.elements, 1, BLOCK_WORKSPACE)
-            for part, target in zip(ranking.parts, targets, strict=True)
-        ]
-        length = max((step for step, target in zip(steps, targets, strict=True) if not target.only), default=0)
-        masks = np.empty((self.workers, length), dtype=np.bool_)
-
-        def cut_piece(cut: int, slot: int, scope: int, place: int) -> None:
-            p, start, stop = self.pieces[place]
-            here, there, read_first = self.places[p], targets[p].leaves[0].raw, self._first(p, scope)
-            first, limit, (quotas, split, turn, _) = scope * ranking.parts[p].blocks, limits[scope], ties[scope]
-            if turn is not None and p == turn.part:
-                scope_passes.cut_by_turns(
-                    cut, here, there, first, first + start, first + stop, limit, *turn.loop, turn.number
-                )
-                return
-            left = quotas[place]
-            border = stop if left > 0 else start
-            if split[place]:
-                at = read_first + start, read_first + stop
-                border = scope_passes.tie_border_in(reads[p], here, *at, limit, left, self.works[slot]) - read_first
-            scope_passes.cut_elements(cut, here, there, first + start, first + border, first + stop, limit)
-
-        def compare_piece(slot: int, scope: int, place: int) -> None:
-            p, start, stop = self.pieces[place]
-            written, first, read_first = targets[p], scope * ranking.parts[p].blocks, self._first(p, scope)
-            left = int(ties[scope].quotas[place])
-            for b0 in range(start, stop, steps[p]):
-                b1 = min(stop, b0 + steps[p])
-                target = written.only.raw if written.only else dense(masks[slot], -first - b0)
-                left = scope_passes.keep_above(
-                    reads[p], writes[p], self.places[p], read_first + b0, target, first + b0, first + b1,
-                    self.strips[p], limits[scope], left, self.works[slot],
-                )  # fmt: skip
-                if not written.only:
-                    written.put(first + b0, first + b1, masks[slot, : b1 - b0])
-
-        def use(slot: int, i: int) -> None:
-            i = ranking.scopes * pieces - 1 - i  # from the end, of which a cache still has what was read last
-            scope, place = divmod(i, pieces)
-            p = self.pieces[place].part
-            cut = cuts[p]
-            if cut is None:
-                compare_piece(slot, scope, place)
-            else:
-                cut_piece(cut, slot, scope, place)
-            if i in late:
-                targets[p].drop_each(late[i])
-
-        return lambda: self._each(ranking.scopes * pieces, use, shielded=shielded)
 
 
 def _one_piece(blocks: int) -> tuple[np.ndarray, int, int]:

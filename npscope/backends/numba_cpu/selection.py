@@ -9,6 +9,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import scope_strips, strips
+from npscope.backends.numba_cpu.large_cuts import cut_job
 from npscope.backends.numba_cpu.large_scopes import LargeScopes
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.operands import (
@@ -137,8 +138,7 @@ def select_blocks(
     written = targets[0].only if len(targets) == 1 else None
     one_by_one = positions is None and written is not None and ranking.is_searched_one_by_one
     if not ranking.fits_a_piece and not one_by_one:
-        large = LargeScopes(ranking)
-        cut = large.cut_job(_numbers_of(counts), targets, shielded=shielded, positions=positions)
+        cut = cut_job(LargeScopes(ranking), _numbers_of(counts), targets, shielded=shielded, positions=positions)
         if cut is None:
             return False
         ready()
