@@ -11,11 +11,7 @@ from npscope.bench import Case, Plan, contenders, fresh
 from npscope.clock import Row, Timed, significant, summary
 from npscope.options import thread_count
 
-WARM_UP, BURST = 20, 100
-"""Calls of a burst that are not counted, and that are. The first one after others had their turn takes 90 us where
-later ones take 14: of bursts counted whole it made 16.
-"""
-
+BURST = 100
 CALL_MS = 0.015
 OBJECT_MS = 0.010
 
@@ -42,8 +38,6 @@ def _measure(case: Case, plan: Plan) -> list[Row]:
     firsts = {name: entry.run() for name, entry in timed.items()}
     for _ in range(plan.rounds):
         for entry in timed.values():
-            for _ in range(WARM_UP):
-                entry.run()
             entry.seconds.append(math.fsum(entry.run() for _ in range(BURST)) / BURST)
     return [
         Row(
