@@ -160,14 +160,8 @@ class _Cut:
         self, large: LargeScopes, targets: Sequence[Written], cuts: Sequence[int | None], limits: np.ndarray,
         ties: Sequence[_Ties], late: dict[int, np.ndarray],
     ) -> None:  # fmt: skip
-        self.large, self.targets, self.cuts, self.limits, self.ties, self.late = (
-            large,
-            targets,
-            cuts,
-            limits,
-            ties,
-            late,
-        )
+        self.large, self.targets, self.cuts = large, targets, cuts
+        self.limits, self.ties, self.late = limits, ties, late
         # Keys are read to be compared one by one, but where all elements of a piece can be cut by their limit.
         compared = {p for p, cut in enumerate(cuts) if cut is None}
         compared |= {large.pieces[place].part for shared in ties for place in np.flatnonzero(shared.split).tolist()}
