@@ -85,6 +85,8 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
     when the shapes do not broadcast. Never copies to the full shape. Counts in device memory stay
     there: their backend clamps them, and only ``config(check=True)`` reads them.
     """
+    if type(value) is int:  # what most are; to look for arrays first takes longer than all else
+        return _everywhere(_as_count(value, low, high, what), shape)
     if is_cupy(value):
         return _on_device(value, shape, low, high, what)
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__") and getattr(value, "ndim", 0) > 0:

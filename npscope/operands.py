@@ -19,7 +19,7 @@ from npscope.dtypes import dtype_name, kind_of
 from npscope.errors import KindError, SpecError, about
 from npscope.memory import meets_itself, neighbours, same_window, share_an_element
 from npscope.options import checks_devices
-from npscope.tiling import Cut, Leaf, as_int, grid_cut
+from npscope.tiling import Cut, Leaf, as_int, block_grid_cut, scope_grid_cut
 
 Array = Any
 
@@ -192,8 +192,9 @@ def _lie_apart(a: Any, b: Any) -> bool:
 
 def as_destination(out: Any, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """`out` checked as the place for a result read from `x`."""
-    require_array(out, "out")
-    require_alike(x, out, "x", "out")
+    if out is not x:
+        require_array(out, "out")
+        require_alike(x, out, "x", "out")
     if tuple(out.shape) != shape:
         raise SpecError(f"out has shape {tuple(out.shape)}, the result {shape}")
     if out.dtype != dtype:
@@ -382,9 +383,9 @@ def require_shrinkable(array: Array, what: str) -> None:
 
 def scope_leaf(grid: Array) -> Leaf:
     """Numbers over a scope grid, one for each scope."""
-    return Leaf(grid, grid_cut(tuple(grid.shape), per_scope=True))
+    return Leaf(grid, scope_grid_cut(tuple(grid.shape)))
 
 
 def block_leaf(grid: Array) -> Leaf:
     """Numbers over a block grid, one for each block of the one scope that spans it."""
-    return Leaf(grid, grid_cut(tuple(grid.shape), per_scope=False))
+    return Leaf(grid, block_grid_cut(tuple(grid.shape)))

@@ -203,9 +203,15 @@ def array_cut(
 
 
 @lru_cache(maxsize=4096)
-def grid_cut(shape: tuple[int, ...], *, per_scope: bool) -> Cut:
-    """The cut of a bare grid of numbers: each entry a scope (`per_scope`), or all of them one scope's blocks."""
-    return array_cut(shape, (), (1,) * len(shape) if per_scope else ())[0]
+def scope_grid_cut(shape: tuple[int, ...]) -> Cut:
+    """The cut of a bare grid of numbers, each entry a scope."""
+    return array_cut(shape, (), (1,) * len(shape))[0]
+
+
+@lru_cache(maxsize=4096)
+def block_grid_cut(shape: tuple[int, ...]) -> Cut:
+    """The cut of a bare grid of numbers, all of them the blocks of one scope."""
+    return array_cut(shape, ())[0]
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from strategies import KINDS, hostile, same_bits
 
 import npscope
 from npscope import BlockCoupling, BlockSpec, KindError, ScopeCoupling, ScopeSpec, SpecError, View
-from npscope.tiling import Leaf, grid_cut
+from npscope.tiling import Leaf, block_grid_cut
 
 FAST = ("float32", "float16", "bfloat16")
 
@@ -312,7 +312,7 @@ def test_leaves_of_which_only_some_were_elsewhere(cupy_arrays, rng):
         new = cupy_arrays.asarray(np.full_like(x, np.nan))
         leaves = (Leaf(new, geometry, a), Leaf(b, geometry)) if first else (Leaf(b, geometry), Leaf(new, geometry, a))
         mask = np.arange(8).reshape(8, 1) % 2 == 0
-        small.apply_mask((leaves,), Leaf(mask, grid_cut((8, 1), per_scope=False)))
+        small.apply_mask((leaves,), Leaf(mask, block_grid_cut((8, 1))))
         assert same_bits(cupy_arrays.to_numpy(new), np.where(mask, x, np.float32(0)))
         assert same_bits(cupy_arrays.to_numpy(b), np.where(mask, y, np.float32(0)))
 

@@ -310,7 +310,7 @@ def test_leaves_have_the_types_for_which_the_code_is_that_they_are_given_to(layo
     changed = LAYOUTS[layout]
     part = tuple(Leaf(changed(leaf) if layout != "read-only" else leaf, cut) for leaf in x)
     metric = shrinkage.Metric(tuple(Leaf(changed(h), cut) for _ in part))
-    both = Competitors(part)
+    both = Competitors.of(part)
     for operands in (both.leaves, shrinkage._weights(both, metric)):
         for some in (operands, operands[:1]):
             _, readings = shrinkage._chain(some)

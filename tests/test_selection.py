@@ -25,7 +25,7 @@ from strategies import (
 
 import npscope
 from npscope.backends import derived
-from npscope.tiling import Leaf, grid_cut
+from npscope.tiling import Leaf, scope_grid_cut
 
 RANKED_EXACTLY = (*EXACT_DTYPES, "int32", "uint32")
 
@@ -358,7 +358,7 @@ def test_nnz_from_sparsity_means_the_decimal_it_shows(n):
 
 def test_one_place_for_many_scopes_is_not_written_out():
     """The first search takes the places as they are; the next places stand for as many scopes as these."""
-    cut = grid_cut((300, 500), per_scope=True)
+    cut = scope_grid_cut((300, 500))
     taken = []
 
     def kth(parts, k, ord):

@@ -114,7 +114,7 @@ def _select(
     target, source, keep = in_memory_order(target, source, keep)
 
     def select(written: Parts, ranking: Ranking, positions: Sequence[Positions] | None = None) -> bool:
-        targets = [Written([Operand(leaf) for leaf in part]) for part in in_reals(written, 2, in_planes=True)[0]]
+        targets = [Written([Operand.of(leaf) for leaf in part]) for part in in_reals(written, 2, in_planes=True)[0]]
         return select_blocks(ranking, keep, targets, ready, shielded=shielded, positions=positions)
 
     ranking = Ranking(*ranked_in_reals(source, ord))
@@ -137,7 +137,7 @@ def threshold(target: Parts, source: Parts, thresholds: Leaf, ord: float | None)
         in_order = blocks_in_memory_order(part[0])
         (source_part,), ord_ = in_reals((tuple(map(in_order, read)),), ord)
         (target_part,), _ = in_reals((tuple(map(in_order, part)),), 2)
-        measured, written, over = Competitors(source_part), Competitors(target_part), in_order(thresholds)
+        measured, written, over = Competitors.of(source_part), Competitors.of(target_part), in_order(thresholds)
         by = float(ord_ or 2)
         quick = strips_of_thresholds(measured, written, over, by)
         if quick is not None:
@@ -197,7 +197,7 @@ def sum_squares(parts: Parts) -> float:
 
 def _walked(parts: Parts) -> list[Competitors]:
     """The parts, their blocks in the order of memory."""
-    return [Competitors(tuple(map(blocks_in_memory_order(part[0]), part))) for part in parts]
+    return [Competitors.of(tuple(map(blocks_in_memory_order(part[0]), part))) for part in parts]
 
 
 def _total(part: Competitors, measure: Callable[[Operand, int, int], float]) -> float:

@@ -24,10 +24,10 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
     n = origin.cut.blocks
     if origin.cut.elements > 1 or leaf.cut.elements > 1 or not 1 < n <= MAX_GROUP:
         return None
-    counts, written = keep.array, Operand(leaf)
-    read = written if origin.array is leaf.array else Operand(origin)
+    counts, written = keep.array, Operand.of(leaf)
+    read = written if origin.array is leaf.array else Operand.of(origin)
     form = None if read.kind is None else format_of(read.kind)
-    if form is None or read.few or (any(counts.strides) and counts.size > 1):
+    if form is None or read.place.few or (any(counts.strides) and counts.size > 1):
         return None
     if written.codec is not None and origin.array is not (leaf.array if leaf.origin is None else leaf.origin):
         return None
@@ -35,7 +35,7 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
     if read.lines_hold(n) and written.lines_hold(n):
         return _adjacent_job(read, written, form, n, k)
     target, source, _ = in_memory_order(target, source, keep)
-    return _columns_job(Operand(source[0][0]), Operand(target[0][0]), form, n, k)
+    return _columns_job(Operand.of(source[0][0]), Operand.of(target[0][0]), form, n, k)
 
 
 def _adjacent_job(read: Operand, written: Operand, form: Format, n: int, k: int) -> Callable[[], None]:
@@ -62,7 +62,7 @@ def _columns_job(read: Operand, written: Operand, form: Format, n: int, k: int) 
     operands = []
     for x in (read, written):
         scopes, blocks = x.place.nests
-        if x.bytewise or not x.across or scopes[1, -1] != 1:
+        if x.bytewise or not x.place.across or scopes[1, -1] != 1:
             return None
         apart = np.indices(blocks[0]).reshape(len(blocks[0]), n).T @ blocks[1]
         operands += [x.buffer, x.origin, scopes, apart]

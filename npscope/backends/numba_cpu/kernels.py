@@ -238,7 +238,7 @@ load_numbers = caller(7, optional=True)
 def numbers_over(leaf: Operand, repeat: int, dtype: np.dtype) -> Numbers:
     """Numbers over blocks, to be read into work arrays of `dtype`."""
     buffer = leaf.buffer
-    read = FILLED if leaf.is_one_number else _numbers_reader(buffer.dtype, dtype)
+    read = FILLED if leaf.place.is_one_number else _numbers_reader(buffer.dtype, dtype)
     return read, buffer, leaf.origin, leaf.grid, repeat
 
 

@@ -61,16 +61,16 @@ _MAKING_WORDS = PARTS + max(2 * PARTIAL * (PART_BLOCKS + LANES), TOGETHER * LANE
 
 
 class NormBuffers:
-    """Work arrays of one thread for the norms, of this dtype, of a strip of up to `blocks` blocks."""
+    """Work arrays of one thread for the norms, floats of so many bytes, of a strip of up to `blocks` blocks."""
 
-    def __init__(self, blocks: int, dtype: np.dtype) -> None:
+    def __init__(self, blocks: int, norm_bytes: int) -> None:
         size = _whole_lines(8 * (blocks + LANES))
         raw = np.empty(2 * size + 8 * _MAKING_WORDS + LINE, dtype=np.uint8)
         self.nbytes = raw.nbytes
         # Each starts where a line starts: vectors that straddle two cost twice.
         start = -raw.__array_interface__["data"][0] % LINE
         self.sums = np.ndarray(size // 8, np.float64, raw, start)
-        self.norms = np.ndarray(size // dtype.itemsize, dtype, raw, start + size)
+        self.norms = np.ndarray(size // norm_bytes, f"f{norm_bytes}", raw, start + size)
         self.making = np.ndarray(_MAKING_WORDS, np.int64, raw, start + 2 * size)
         self.all = self.sums, self.norms, self.making  # the arguments of a kernel
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -22,9 +22,9 @@ from npscope.backends.numba_cpu.operands import (
     Competitors,
     Operand,
     Placement,
-    competitors,
-    in_reals,
     is_one_piece,
+    measure_of,
+    place_of,
     ranges,
     table_cut,
     workers_for,
@@ -46,13 +46,20 @@ def code_of(ord: float, elements: int) -> int:
 
 
 class LineNorms:
-    """The norms of up to `length` blocks of a part that one kernel measures line by line, told its `source`."""
+    """The norms of up to `length` blocks of a part that one kernel measures line by line, at the address `measure`.
 
-    def __init__(self, part: Competitors, source: tuple[Any, ...], strip: int, code: int, length: int) -> None:
-        self.source, self.strip, self.largest = source, strip, code == nk.INF
-        self.loan = Loan(lines.NormBuffers, lines.STRIP_BLOCKS, part.norm)
+    In strips of so many blocks; `largest`: they are maxima.
+    """
+
+    __slots__ = ("buffers", "largest", "loan", "norm", "source", "strip", "wide")
+
+    def __init__(
+        self, measure: int, strip: int, largest: bool, norm: np.dtype, leaves: Sequence[Operand], length: int
+    ) -> None:
+        self.source, self.strip, self.largest = (measure, *leaves[0].raw), strip, largest
+        self.loan = Loan(lines.NormBuffers, lines.STRIP_BLOCKS, norm.itemsize)
         self.buffers = self.loan.work.all
-        self.norm = np.empty(length, dtype=part.norm) if length else _NONE
+        self.norm = np.empty(length, dtype=norm) if length else _NONE
         self.wide = np.empty(length) if length else _NONE
 
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,22 +79,23 @@ class LineNorms:
 class PassNorms:
     """As `LineNorms`, for any layout, dtype and order: by passes over elements that leave sums for all blocks."""
 
-    def __init__(self, part: Competitors, ord: float, length: int) -> None:
-        self.part = part
-        self.p = ord
-        self.precise = ord < 1 and part.norm.itemsize == 8
-        self.code = code_of(ord, part.elements)
-        self.chunk = nk.EXACT_CHUNK if part.exact else nk.WIDE_CHUNK
+    def __init__(
+        self, ord: float, code: int, norm: np.dtype, exact: bool, leaves: Sequence[Operand], length: int
+    ) -> None:
+        self.leaves, self.exact = leaves, exact
+        self.p, self.code = ord, code
+        self.precise = ord < 1 and norm.itemsize == 8
+        self.chunk = nk.EXACT_CHUNK if exact else nk.WIDE_CHUNK
         self.hi, self.lo = np.empty(length), np.empty(length)
-        self.norm = np.empty(length, dtype=part.norm)
-        rescales = self.code == nk.TWO and not part.exact
+        self.norm = np.empty(length, dtype=norm)
+        rescales = self.code == nk.TWO and not exact
         self.top = np.empty(length if self.code == nk.POWER or rescales else 0)
-        self.again = np.empty(length if rescales else 0, dtype=part.norm)
+        self.again = np.empty(length if rescales else 0, dtype=norm)
         self.wide = np.empty(length if rescales else 0)
         self.unsure = np.empty(length if self.code in (nk.ONE, nk.TWO) else 0, dtype=np.int64)
-        pieces = max(-(-leaf.size // PIECE_ELEMENTS) for leaf in part.leaves)
+        pieces = max(-(-leaf.size // PIECE_ELEMENTS) for leaf in leaves)
         self.parts = np.empty((pieces if pieces > 1 else 0, 2, length))
-        self.sums = np.empty(min(length, UNSURE_BLOCKS) * EXACT_WORDS if part.exact else 0, dtype=np.int64)
+        self.sums = np.empty(min(length, UNSURE_BLOCKS) * EXACT_WORDS if exact else 0, dtype=np.int64)
 
     def fill(self, i0: int, i1: int) -> tuple[np.ndarray, np.ndarray]:
         """(norms, the same in float64) of blocks [i0, i1); views that the next call overwrites."""
@@ -99,7 +107,7 @@ class PassNorms:
         self._sums(self.code, i0, i1, hi, lo)
         if self.code == nk.INF:
             nk.finish_largest(hi, norm)
-        elif self.part.exact:
+        elif self.exact:
             unsure = nk.finish_exact(hi, lo, self.code == nk.TWO, norm, self.unsure)
             for start in range(0, unsure, UNSURE_BLOCKS):
                 self._decide(i0, self.unsure[start : min(unsure, start + UNSURE_BLOCKS)], norm)
@@ -117,7 +125,7 @@ class PassNorms:
 
     def _sums(self, code: int, i0: int, i1: int, hi: np.ndarray, lo: np.ndarray) -> None:
         hi[:], lo[:] = 0.0, 0.0
-        for leaf in self.part.leaves:
+        for leaf in self.leaves:
             add = nk.kernels(leaf.codec).accumulate
             self._add(add, leaf, i0, i1, (code, self.chunk), hi, lo, largest=code == nk.INF)
 
@@ -125,7 +133,7 @@ class PassNorms:
         """Norms by sums of powers of |x| / max |x|, which neither over- nor underflow."""
         self._sums(nk.INF, i0, i1, top, lo)
         hi[:], lo[:] = 0.0, 0.0
-        for leaf in self.part.leaves:
+        for leaf in self.leaves:
             add = nk.kernels(leaf.codec).accumulate_scaled
             self._add(add, leaf, i0, i1, (top, self.p, self.precise), hi, lo, largest=False)
         nk.finish_scaled(hi, lo, top, self.p, norm)
@@ -157,48 +165,41 @@ class PassNorms:
         """The norms of the `chosen` blocks, rounded by their exact sums."""
         self.sums[: chosen.size * EXACT_WORDS] = 0
         square = self.code == nk.TWO
-        for leaf in self.part.leaves:
+        for leaf in self.leaves:
             nk.kernels(leaf.codec).accumulate_exactly(
                 *leaf.where, i0, chosen, chosen.size, leaf.size, square, self.sums
             )
         nk.finish_unsure(self.sums, chosen, chosen.size, square, norm)
 
 
-@lru_cache(maxsize=2048)
-def _by_lines(placed: Placement, code: int, norm: np.dtype) -> tuple[int, int] | None:
-    """How a kernel measures blocks line by line, if they can be, and its strip."""
-    layout = placed.layout
-    if layout is None or not lines.can_sum(layout, code, wide=True):
-        return None
-    return lines.measurer_address(layout.compiled, code, placed.unit, norm), lines.strip_blocks(layout)
+def workspace_of(elements: int, exact: bool) -> int:
+    """Bytes of work arrays for the norm of a block of so many elements, and what a caller adds to decide on it."""
+    return BLOCK_WORKSPACE if elements == 1 or exact else 2 * BLOCK_WORKSPACE
 
 
 class Measuring(NamedTuple):
-    """How blocks of a part are measured."""
+    """How blocks of a part are measured, whatever its memory."""
 
-    make: Callable[[int], LineNorms | PassNorms]
-    """What measures up to so many of them at a time."""
+    make: Callable[[Sequence[Operand], int], LineNorms | PassNorms]
+    """What measures up to so many blocks of these leaves at a time."""
+    workspace: int
+    """Bytes of work arrays that a block takes then."""
     piece: int
     """Elements of a piece that suit it."""
     fills_any: bool
     """Whether `fill_into` needs no arrays of its own."""
 
 
-def norms_of(part: Competitors, ord: float) -> Measuring:
-    """How blocks of a part are measured."""
-    leaf = part.leaves[0]
-    code = code_of(ord, part.elements)
-    found = None if part.spans_leaves else _by_lines(leaf.place, code, part.norm)
-    if found is None:
-        return Measuring(lambda length: PassNorms(part, ord, length), PIECE_ELEMENTS, False)
-    measure, strip = found
-    source = measure, *leaf.raw
-    return Measuring(lambda length: LineNorms(part, source, strip, code, length), STRIPS_ELEMENTS, True)
-
-
-def workspace_of(part: Competitors) -> int:
-    """Bytes of work arrays for the norm of a block, and what a caller adds to decide on it."""
-    return BLOCK_WORKSPACE if part.elements == 1 or part.exact else 2 * BLOCK_WORKSPACE
+@lru_cache(maxsize=2048)
+def measuring_of(places: tuple[Placement, ...], ord: float) -> Measuring:
+    """How blocks are measured whose leaves are placed so."""
+    elements, (norm, exact, _) = sum(place.cut.elements for place in places), measure_of(places)
+    code, layout, workspace = code_of(ord, elements), places[0].layout, workspace_of(elements, exact)
+    if len(places) > 1 or layout is None or not lines.can_sum(layout, code, wide=True):
+        return Measuring(partial(PassNorms, ord, code, norm, exact), workspace, PIECE_ELEMENTS, False)
+    measure, strip = lines.measurer_address(layout.compiled, code, places[0].unit, norm), lines.strip_blocks(layout)
+    make = partial(LineNorms, measure, strip, code == nk.INF, norm)
+    return Measuring(make, workspace, STRIPS_ELEMENTS, True)
 
 
 def norm_ranges(
@@ -209,27 +210,80 @@ def norm_ranges(
     shielded: bool = False,
 ) -> Callable[[], None]:
     """A job that hands ``use(slot, i0, i1, norm, wide)`` the norms of all blocks of a part, piece by piece."""
-    measuring = norms_of(part, ord)
+    measuring = measuring_of(part.places, ord)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [measuring.make(length) for _ in range(slots)]
+        works = [measuring.make(part.leaves, length) for _ in range(slots)]
         use = make_use(slots, length)
         return lambda slot, i0, i1: use(slot, i0, i1, *works[slot].fill(i0, i1))
 
-    return ranges(part.total, part.elements, make_work, workspace=workspace_of(part), shielded=shielded)
+    return ranges(part.total, part.elements, make_work, workspace=measuring.workspace, shielded=shielded)
+
+
+class _Walk(NamedTuple):
+    """How the blocks of a part are walked when their norms are written into a table, whatever its memory."""
+
+    places: tuple[Placement, ...]
+    """Its leaves, as they are read."""
+    measuring: Measuring
+    total: int
+    elements: int
+    """Blocks, and elements of each."""
+    norm: np.dtype
+    table: Cut
+    """Where the norms belong."""
+    in_order: bool
+    """Whether that is one after another."""
+
+
+class _Plan(NamedTuple):
+    """The table of the norms of parts, and how these are walked."""
+
+    shape: tuple[int, int]
+    norm: np.dtype
+    blocks: list[int]
+    walks: list[_Walk]
+
+
+@lru_cache(maxsize=2048)
+def _plan(parts: tuple[tuple[Placement, ...], ...], ord: float | None) -> _Plan:
+    """The plan of parts whose leaves are placed so. To make it takes longer than a small call."""
+    blocks = [places[0].cut.blocks for places in parts]
+    norm = max(measure_of(places)[0] for places in parts)
+    return _Plan((parts[0][0].cut.scopes, sum(blocks)), norm, blocks, [_walk(places, ord) for places in parts])
+
+
+def _walk(places: tuple[Placement, ...], ord: float | None) -> _Walk:
+    """The blocks of a single array are walked in the order of memory, complex numbers as pairs where these are real."""
+    place, over, p = places[0], table_cut(places[0].cut), float(ord or 2)
+    loops, entries = (*place.cut.scope, *place.cut.block), (*over.scope, *over.block)
+    order = list(range(len(loops)))
+    if len(places) == 1:
+        order.sort(key=lambda i: -abs(loops[i].step * place.strides[loops[i].axis]))
+        if order != sorted(order):
+            places = (place.with_cut(Cut.of([loops[i] for i in order], (), place.cut.element)),)
+        real = places[0].pairs if p == 2 or place.cut.elements == 1 else None
+        if real is not None and real.layout is not None:
+            places, p = (real,), 2.0
+    return _Walk(
+        places,
+        measuring_of(places, p),
+        place.cut.scopes * place.cut.blocks,
+        sum(leaf.cut.elements for leaf in places),
+        measure_of(places)[0],
+        Cut.of([entries[i] for i in order], (), ()),
+        order == sorted(order),
+    )
 
 
 def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.ndarray:
     """Norm of every block: ``(S, n)`` in the norm's dtype, in `out` if given."""
-    measured = competitors(parts)
-    blocks = [part.blocks for part in measured]
-    result = out
-    if result is None:
-        result = np.empty((measured[0].cut.scopes, sum(blocks)), max([part.norm for part in measured]))
+    plan = _plan(tuple([tuple(map(place_of, part)) for part in parts]), ord)
+    result = np.empty(plan.shape, plan.norm) if out is None else out
     # To slice all columns of a table takes a twentieth of the time of a small call.
-    columns = [result] if len(blocks) == 1 else columns_of(result, blocks)
-    for part, plain, place in zip(parts, measured, columns, strict=True):
-        norms_into(part, plain, ord, place)
+    columns = [result] if len(plan.blocks) == 1 else columns_of(result, plan.blocks)
+    for part, walk, place in zip(parts, plan.walks, columns, strict=True):
+        norms_into(part, walk, place)
     return result
 
 
@@ -238,37 +292,22 @@ def columns_of(table: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
     return [table[:, end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
 
 
-@lru_cache(maxsize=2048)
-def walk(cut: Cut, strides: tuple[int, ...] | None) -> tuple[Cut, Cut]:
-    """The blocks of an array with these strides in the order of memory, and their places in a table of norms."""
-    loops, over = (*cut.scope, *cut.block), table_cut(cut)
-    places = (*over.scope, *over.block)
-    order = list(range(len(loops)))
-    if strides is not None:
-        order.sort(key=lambda i: -abs(loops[i].step * strides[loops[i].axis]))
-    table = Cut.of([places[i] for i in order], (), ())
-    return (cut if order == sorted(order) else Cut.of([loops[i] for i in order], (), cut.element)), table
-
-
-def norms_into(part: Part, plain: Competitors, ord: float | None, columns: np.ndarray) -> None:
-    """The norms of a part into its columns of a table. The blocks are walked in the order of memory."""
-    array = part[0].array
-    cut, places = walk(plain.cut, array.strides if len(part) == 1 else None)
+def norms_into(part: Part, walk: _Walk, columns: np.ndarray) -> None:
+    """The norms of a part into its columns of a table."""
+    leaves = [Operand(leaf.array, place) for leaf, place in zip(part, walk.places, strict=True)]
     # Parts may have norms of another precision than the table.
-    in_order = cut is plain.cut and columns.flags.c_contiguous and columns.dtype == plain.norm
-    (leaves,), by = in_reals((part if cut is plain.cut else (Leaf(array, cut),),), ord)
-    walked = plain if leaves is part else Competitors(leaves)
-    make, piece, fills_any = norms_of(walked, float(by or 2))
-    if in_order and fills_any and is_one_piece(walked.total, walked.elements, piece):
-        make(0).fill_into(0, walked.total, columns.reshape(-1))  # a job of it would be a tenth of a small call
+    in_order = walk.in_order and columns.flags.c_contiguous and columns.dtype == walk.norm
+    make, workspace, piece, fills_any = walk.measuring
+    if in_order and fills_any and is_one_piece(walk.total, walk.elements, piece):
+        make(leaves, 0).fill_into(0, walk.total, columns.reshape(-1))  # a job of it would be a tenth of a small call
         return
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [make(0 if in_order and fills_any else length) for _ in range(slots)]
+        works = [make(leaves, 0 if in_order and fills_any else length) for _ in range(slots)]
         if in_order:
             dense = columns.reshape(-1)
             return lambda slot, i0, i1: works[slot].fill_into(i0, i1, dense[i0:i1])
-        table = Operand(Leaf(columns, places))
+        table = Operand.of(Leaf(columns, walk.table))
 
         def work(slot: int, i0: int, i1: int) -> None:
             norm = works[slot].norm[: i1 - i0]
@@ -277,7 +316,7 @@ def norms_into(part: Part, plain: Competitors, ord: float | None, columns: np.nd
 
         return work
 
-    ranges(walked.total, walked.elements, make_work, workspace=workspace_of(walked), piece=piece)()
+    ranges(walk.total, walk.elements, make_work, workspace=workspace, piece=piece)()
 
 
 def put(columns: np.ndarray, i0: int, i1: int, values: np.ndarray) -> None:

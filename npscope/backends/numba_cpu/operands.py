@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
@@ -108,16 +108,6 @@ layout_of = cache(Layout)
 """One object for one layout, because kernels are found by it; each stands for kernels that are kept as well."""
 
 
-@lru_cache(maxsize=256)
-def _measure(kinds: tuple[Kind, ...]) -> tuple[np.dtype, bool, bool]:
-    """(dtype of the norms, are they correctly rounded, are all 64-bit integers) of blocks of these kinds."""
-    return (
-        np.dtype(common_norm(kinds)),
-        all(kind.rounds_correctly for kind in kinds),
-        all(kind.is_wide_integer for kind in kinds),
-    )
-
-
 class Placement:
     """How an array is cut, laid out and encoded: all that an operand is but its memory.
 
@@ -133,6 +123,7 @@ class Placement:
         aligned: bool,
         order: tuple[Dim, ...] | None,
     ) -> None:
+        self.shape, self.strides, self.dtype, self.aligned = shape, strides, dtype, aligned
         self.kind = None if dtype == np.bool_ else kind_of(dtype)
         self.bytewise = not (dtype.isnative and aligned)
         self.codec: Codec | None = None if self.kind is None else codec(self.kind, self.bytewise, not dtype.isnative)
@@ -153,7 +144,6 @@ class Placement:
         self.is_one_number = not self.grid[1].any()
         self.width = int(self.grid[0, -1])
         self.few = cut.scopes * cut.blocks * cut.elements < SHAPED_ELEMENTS
-        self.measured = None if self.kind is None else _measure((self.kind,))
         self.nests = _nest(cut.scope, self.steps), _nest(cut.block, self.steps)
         # Loops over blocks that lie inside of the innermost one over scopes, if others lie outside.
         self.inner = self._inner()
@@ -183,6 +173,40 @@ class Placement:
         scopes, blocks = self.nests
         return bool(0 < abs(scopes[1, -1]) < abs(blocks[1, -1]) and scopes[0, -1] >= ACROSS)
 
+    @cached_property
+    def pairs(self) -> Placement | None:
+        """The same memory, complex numbers as pairs of real ones along an axis more; None if they are none."""
+        if self.dtype.kind != "c" or len(self.shape) == MAX_NDIM:
+            return None
+        real = np.dtype(f"{self.dtype.byteorder}f{self.dtype.itemsize // 2}")
+        cut = Cut.of(self.cut.scope, self.cut.block, (*self.cut.element, Dim(len(self.shape), 2, 1)))
+        return placement(cut, (*self.shape, 2), (*self.strides, real.itemsize), real, self.aligned, None)
+
+    def _loops(self) -> tuple[list[Dim], list[Dim]]:
+        """Loops over blocks outside of those over scopes, and inside."""
+        block = self.cut.block
+        inner = [block[i] for i in self.inner]
+        return [dim for i, dim in enumerate(block) if i not in self.inner], inner
+
+    @cached_property
+    def block_by_block(self) -> Placement:
+        """The same, its blocks numbered in another order: the first of all scopes, then the second of all, ...
+
+        Where some lie inside of scopes, those that do are one after another.
+        """
+        outer, inner = self._loops()
+        return self.with_cut(Cut.of((*outer, *self.cut.scope, *inner), (), self.cut.element))
+
+    def order_block_by_block(self) -> tuple[np.ndarray, int]:
+        """The blocks of a scope in the order of `block_by_block`, and how many of them lie inside of scopes."""
+        outer, inner = self._loops()
+        order = Positions(Cut.of((), (*outer, *inner), ()), Cut.of((), self.cut.block, ()))
+        return order.of(np.arange(self.cut.blocks)), math.prod(dim.size for dim in inner)
+
+    def with_cut(self, cut: Cut) -> Placement:
+        """The same array, cut in another way."""
+        return placement(cut, self.shape, self.strides, self.dtype, self.aligned, None)
+
     def _layout(self) -> Layout | None:
         form = None if self.kind is None or self.bytewise else format_of(self.kind)
         if form is None or self.codec is None or self.cut.elements == 0:
@@ -199,34 +223,77 @@ placement = lru_cache(maxsize=2048)(Placement)
 """The placement of an array with these facts."""
 
 
+def place_of(leaf: Leaf, order: tuple[Dim, ...] | None = None) -> Placement:
+    """The placement of a leaf."""
+    array: np.ndarray = leaf.array
+    return placement(leaf.cut, array.shape, array.strides, array.dtype, array.flags.aligned, order)
+
+
+_BYTE = np.dtype(np.uint8)
+
+
 class Operand:
     """A leaf as kernels see it: flat buffer, origin, and the loop tables of its grid and its elements.
 
     Operands that a kernel reads side by side must have their elements in one order: `like` another.
     """
 
-    __slots__ = (
-        "_buffer", "_raw", "across", "array", "bytewise", "codec", "cut", "elements", "few", "grid", "is_one_number",
-        "kind", "layout", "order", "origin", "place", "size", "steps",
-    )  # fmt: skip
+    __slots__ = ("_buffer", "_raw", "array", "place")
 
-    def __init__(self, leaf: Leaf, like: Operand | None = None) -> None:
-        array: np.ndarray = leaf.array
-        order = None if like is None else like.order
-        place = placement(leaf.cut, array.shape, array.strides, array.dtype, array.flags.aligned, order)
+    def __init__(self, array: np.ndarray, place: Placement) -> None:
         self.array, self.place = array, place
         self._buffer: np.ndarray | None = None
         self._raw: np.ndarray | None = None
-        self.kind, self.bytewise, self.codec = place.kind, place.bytewise, place.codec
-        self.cut, self.size, self.steps = place.cut, place.cut.elements, place.steps
-        self.origin, self.grid, self.elements = place.origin, place.grid, place.elements
-        self.order: tuple[Dim, ...] = place.order
-        self.across, self.few, self.layout, self.is_one_number = (
-            place.across,
-            place.few,
-            place.layout,
-            place.is_one_number,
-        )
+
+    @classmethod
+    def of(cls, leaf: Leaf, like: Operand | None = None) -> Operand:
+        """The operand that a leaf is."""
+        return cls(leaf.array, place_of(leaf, None if like is None else like.place.order))
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind of its elements; None for bool."""
+        return self.place.kind
+
+    @property
+    def codec(self) -> Codec | None:
+        """How its elements are read and written; None for bool."""
+        return self.place.codec
+
+    @property
+    def bytewise(self) -> bool:
+        """Whether its elements are read byte by byte."""
+        return self.place.bytewise
+
+    @property
+    def cut(self) -> Cut:
+        """Its scopes, blocks and elements."""
+        return self.place.cut
+
+    @property
+    def size(self) -> int:
+        """Elements of a block."""
+        return self.place.cut.elements
+
+    @property
+    def origin(self) -> int:
+        """Where in the buffer its first element is."""
+        return self.place.origin
+
+    @property
+    def grid(self) -> np.ndarray:
+        """The loops over its blocks."""
+        return self.place.grid
+
+    @property
+    def elements(self) -> np.ndarray:
+        """The loops over the elements of a block."""
+        return self.place.elements
+
+    @property
+    def layout(self) -> Layout | None:
+        """How blocks follow each other in memory, if they do."""
+        return self.place.layout
 
     @property
     def float_layout(self) -> Layout | None:
@@ -248,26 +315,6 @@ class Operand:
                 self._buffer = np.asarray(_Memory(array, address + place.low, place.length, place.unit))
         return self._buffer
 
-    def _loops(self) -> tuple[list[Dim], list[Dim]]:
-        """Loops over blocks outside of those over scopes, and inside."""
-        block = self.cut.block
-        inner = [block[i] for i in self.place.inner]
-        return [dim for i, dim in enumerate(block) if i not in self.place.inner], inner
-
-    def block_by_block(self) -> Operand:
-        """The same, its blocks numbered in another order: the first of all scopes, then the second of all, ...
-
-        Where some lie inside of scopes, those that do are one after another.
-        """
-        outer, inner = self._loops()
-        return Operand(Leaf(self.array, Cut.of((*outer, *self.cut.scope, *inner), (), self.cut.element)))
-
-    def order_block_by_block(self) -> tuple[np.ndarray, int]:
-        """The blocks of a scope in the order of `block_by_block`, and how many of them lie inside of scopes."""
-        outer, inner = self._loops()
-        order = Positions(Cut.of((), (*outer, *inner), ()), Cut.of((), self.cut.block, ()))
-        return order.of(np.arange(self.cut.blocks)), math.prod(dim.size for dim in inner)
-
     def lines_hold(self, n: int) -> bool:
         """Whether blocks are single elements that lie line by line, and whole groups of n of them in each line."""
         return self.place.is_line_by_line and not self.bytewise and self.place.width % n == 0
@@ -275,7 +322,8 @@ class Operand:
     @property
     def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
         """The leading arguments of a kernel."""
-        return self.buffer, self.origin, self.grid, self.elements
+        place = self.place
+        return self.buffer, place.origin, place.grid, place.elements
 
     @property
     def line(self) -> tuple[int, int]:
@@ -290,7 +338,8 @@ class Operand:
 
         So one kernel serves all dtypes. The other numbers count in units of the buffer.
         """
-        return self._bytes(), self.origin, self.grid, self.elements
+        place = self.place
+        return self._bytes(), place.origin, place.grid, place.elements
 
     @property
     def raw_across(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
@@ -299,26 +348,45 @@ class Operand:
 
     def _bytes(self) -> np.ndarray:
         if self._raw is None:
-            self._raw = self.buffer.view(np.uint8)
+            self._raw = self.buffer.view(_BYTE)
         return self._raw
+
+
+def measure_of(places: Sequence[Placement]) -> tuple[np.dtype, bool, bool]:
+    """(dtype of the norms, are they correctly rounded, are all 64-bit integers) of blocks of leaves placed so."""
+    kinds = [kind_of(place.dtype) for place in places]
+    return (
+        np.dtype(common_norm(kinds)),
+        all(kind.rounds_correctly for kind in kinds),
+        all(kind.is_wide_integer for kind in kinds),
+    )
+
+
+@lru_cache(maxsize=2048)
+def _joined(places: tuple[Placement, ...]) -> tuple[Cut, int, int, int, bool, np.dtype, bool, bool]:
+    """What `Competitors` knows of leaves with these placements."""
+    cut = places[0].cut
+    elements = sum(place.cut.elements for place in places)
+    return cut, cut.blocks, cut.scopes * cut.blocks, elements, len(places) > 1, *measure_of(places)
 
 
 class Competitors:
     """The blocks of one part: its operands, and how its blocks are measured."""
 
-    def __init__(self, part: Part) -> None:
-        self.leaves = [Operand(leaf) for leaf in part]
-        cut = self.cut = part[0].cut
-        self.blocks = cut.blocks
-        self.total = cut.scopes * cut.blocks
-        self.elements = sum([leaf.size for leaf in self.leaves])
-        self.spans_leaves = len(part) > 1
-        measured = (
-            None if self.spans_leaves else self.leaves[0].place.measured
-        )  # known already: half of this takes time
-        if measured is None:
-            measured = _measure(tuple([kind_of(leaf.array.dtype) for leaf in part]))
-        self.norm, self.exact, self.wide_integers = measured
+    __slots__ = (
+        "blocks", "cut", "elements", "exact", "leaves", "norm", "places", "spans_leaves", "total", "wide_integers",
+    )  # fmt: skip
+
+    def __init__(self, leaves: Sequence[Operand]) -> None:
+        self.leaves, self.places = leaves, tuple([leaf.place for leaf in leaves])
+        facts = _joined(self.places)
+        self.cut, self.blocks, self.total, self.elements, self.spans_leaves = facts[:5]
+        self.norm, self.exact, self.wide_integers = facts[5:]
+
+    @classmethod
+    def of(cls, part: Part) -> Competitors:
+        """The blocks of this part."""
+        return cls([Operand.of(leaf) for leaf in part])
 
 
 def _order(nest: tuple[Dim, ...], strides: tuple[int, ...]) -> list[int]:
@@ -451,25 +519,24 @@ def in_reals(
 
 
 def _in_reals(leaf: Leaf, dtypes: Sequence[str], in_planes: bool) -> Leaf:
-    array, cut = leaf.array, leaf.cut
-    if array.dtype.name not in dtypes or array.ndim == MAX_NDIM:  # pairs have an axis more
+    array = leaf.array
+    place = place_of(leaf).pairs if array.dtype.name in dtypes else None
+    if place is None:
+        return leaf
+    in_planes = in_planes and array.dtype.itemsize == 8 and place.side_by_side
+    if (place.block_by_block if in_planes else place).layout is None:
         return leaf
 
     def pairs(array: np.ndarray) -> np.ndarray:
         real = array.real
         return np.lib.stride_tricks.as_strided(real, (*real.shape, 2), (*real.strides, real.itemsize))
 
-    origin = None if leaf.origin is None else pairs(leaf.origin)
-    found = Leaf(pairs(array), Cut.of(cut.scope, cut.block, (*cut.element, Dim(array.ndim, 2, 1))), origin)
-    operand = Operand(found)
-    if in_planes and array.dtype.itemsize == 8 and operand.place.side_by_side:
-        operand = operand.block_by_block()
-    return leaf if operand.layout is None else found
+    return Leaf(pairs(array), place.cut, None if leaf.origin is None else pairs(leaf.origin))
 
 
 def competitors(parts: Sequence[Part]) -> list[Competitors]:
     """The parts of a problem as kernels see them."""
-    return [Competitors(part) for part in parts]
+    return [Competitors.of(part) for part in parts]
 
 
 def workers_for(elements: int, piece: int = STRIPS_ELEMENTS) -> int:

@@ -15,7 +15,7 @@ from npscope.backends.numba_cpu import lines, scope_strips, side_by_side, strips
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.lane_search import LANES
 from npscope.backends.numba_cpu.loans import Loan
-from npscope.backends.numba_cpu.norms import code_of, norms_of, workspace_of
+from npscope.backends.numba_cpu.norms import code_of, measuring_of, workspace_of
 from npscope.backends.numba_cpu.operands import (
     ACROSS,
     COMPLEX,
@@ -77,10 +77,11 @@ def turned_form(leaf: Operand, blocks: int, width: int) -> Format | None:
 
     There is room for a strip of tiles then.
     """
-    if not leaf.across or leaf.bytewise or leaf.kind is None or blocks < TILE or _most_rows(blocks, width // 8) < TILE:
+    place = leaf.place
+    if not place.across or place.bytewise or place.kind is None or min(blocks, _most_rows(blocks, width // 8)) < TILE:
         return None
-    scopes, apart = leaf.place.nests
-    form = format_of(leaf.kind) if scopes[1, -1] == 1 and apart.shape[1] == 1 else None
+    scopes, apart = place.nests
+    form = format_of(place.kind) if scopes[1, -1] == 1 and apart.shape[1] == 1 else None
     return form if form is not None and form.bits == width else None
 
 
@@ -132,7 +133,8 @@ def source_of(
 
     `across`: whole scopes are read, which may lie side by side. `in_planes`: blocks are numbered block by block.
     """
-    leaf = part.leaves[0].block_by_block() if in_planes else part.leaves[0]
+    leaf = part.leaves[0]
+    leaf = Operand(leaf.array, leaf.place.block_by_block) if in_planes else leaf
     if part.spans_leaves or leaf.codec is None:
         return None
     unit, key_dtype = leaf.place.unit, np.dtype(f"u{width // 8}")
@@ -142,7 +144,7 @@ def source_of(
 
     if ord is None or (part.elements == 1 and (exact_integers or not part.wide_integers)):
         key = leaf.codec.signed_key if ord is None else leaf.codec.key_of_width(width)
-        if across and leaf.across:
+        if across and leaf.place.across:
             turned = turned_form(leaf, part.blocks, width)
             if turned is None:
                 return Source(address(side_by_side.across_reader(key)), leaf.raw_across, ACROSS_ELEMENTS)
@@ -190,7 +192,7 @@ class Ranking:
         # Where each part's blocks stand among the blocks of a scope.
         starts = itertools.accumulate((part.blocks for part in self.parts), initial=0)
         self.columns = [slice(a, b) for a, b in itertools.pairwise(starts)]
-        few = all(leaf.few for part in self.parts for leaf in part.leaves)
+        few = all(leaf.place.few for part in self.parts for leaf in part.leaves)
         self.group = 0 if few else group_of(self.blocks)
         self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
         across = self.fits_a_piece and len(self.parts) == 1
@@ -204,12 +206,12 @@ class Ranking:
         if not self.fits_a_piece or not (place.in_tiles or (place.side_by_side and (self.group > 0 or source is None))):
             return None
         by_block = source_of(part, self.ord, self.width, self.exact_integers, in_planes=True)
-        return None if by_block is None else Planes(by_block, *part.leaves[0].order_block_by_block())
+        return None if by_block is None else Planes(by_block, *place.order_block_by_block())
 
     @property
     def workspace(self) -> int:
         """Bytes of work arrays for the norms of a scope's blocks, and to decide on them."""
-        return sum(workspace_of(part) * part.blocks for part in self.parts)
+        return sum(workspace_of(part.elements, part.exact) * part.blocks for part in self.parts)
 
     @property
     def is_searched_one_by_one(self) -> bool:
@@ -250,7 +252,7 @@ class Ranking:
         rows = max(1, strip // self.blocks)
         if self.group == IN_LANES:
             rows = whole_lanes(max(rows, LANES if LANES * self.elements <= TILES_ELEMENTS else 1))
-        if len(self.parts) > 1 or not self.parts[0].leaves[0].across:
+        if len(self.parts) > 1 or not self.parts[0].leaves[0].place.across:
             return rows
         most = _most_rows(self.blocks, self.key.itemsize)
         rows = max(rows, min(most, TWO_LINES // self.key.itemsize))
@@ -264,7 +266,7 @@ class KeyWork:
         part, source, planes = ranking.parts[p], ranking.sources[p], ranking.planes[p]
         self.source, self.planes, self.part = source, planes, part
         reads = source is not None or planes is not None
-        self.norms = None if reads else norms_of(part, float(ranking.ord or 2)).make(length)
+        self.norms = None if reads else measuring_of(part.places, float(ranking.ord or 2)).make(part.leaves, length)
         if planes is not None:
             self.rows = ranking.rows_of_planes(p, planes)
             self.scratch = Loan(Scratch, self.rows * part.blocks, 0, ranking.key, self.rows * planes.within)

@@ -134,7 +134,7 @@ def select_blocks(
     """
     if ranking.scopes * ranking.blocks == 0:
         return True
-    counts = Operand(keep)
+    counts = Operand.of(keep)
     written = targets[0].only if len(targets) == 1 else None
     one_by_one = positions is None and written is not None and ranking.is_searched_one_by_one
     if not ranking.fits_a_piece and not one_by_one:
@@ -159,7 +159,7 @@ def select_blocks(
 
 def _numbers_of(counts: Operand) -> list[int]:
     """The numbers over scopes, in the order of these."""
-    if counts.is_one_number:
+    if counts.place.is_one_number:
         return [int(counts.buffer[counts.origin])] * counts.cut.scopes
     places = np.asarray([counts.origin])
     for size, step in counts.grid.T:
@@ -200,8 +200,9 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
         kernel, steps, where = scope_strips.cut_in_scopes, (*search_of(ranking), source.read, cut), written.raw
     else:
         select = scope_strips.selector_address(ranking.group, ranking.key, ranking.signed)
-        kernel, steps = scope_strips.keep_in_scopes, (source.read, select, writer_of(written, across=written.across))
-        where = written.raw_across if written.across else written.raw
+        across = written.place.across
+        kernel, steps = scope_strips.keep_in_scopes, (source.read, select, writer_of(written, across=across))
+        where = written.raw_across if across else written.raw
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
     measured = _measured(ranking, rows)
 
@@ -229,7 +230,7 @@ def _planes_job(ranking: Ranking, counts: Operand, planes: Planes, written: Oper
     rows, limits = ranking.rows_of_planes(0, planes), nk.numbers_over(counts, 1, np.dtype(np.int64))
     (source, order, within), place = planes, written.place
     in_planes = (place.side_by_side or place.in_tiles) and place.inner == ranking.parts[0].leaves[0].place.inner
-    target = written.block_by_block() if in_planes else written
+    target = Operand(written.array, place.block_by_block) if in_planes else written
     as_they_lie = ranking.group != 0 and in_planes and within == 1
     measured = 0 if ranking.parts[0].elements == 1 else rows * within
     selector_address = scope_strips.plane_selector_address if as_they_lie else scope_strips.selector_address
@@ -285,7 +286,7 @@ def strips_of_thresholds(
     if source is None or written.spans_leaves:
         return None
     kernel, repeat = strips.threshold_kernel(measured.norm.itemsize == 8), measured.blocks
-    numbers = Operand(thresholds)
+    numbers = Operand.of(thresholds)
     limits = nk.numbers_over(numbers, repeat if thresholds.cut.blocks == 1 else 1, thresholds.array.dtype)
     target = written.leaves[0]
     read, write, key = source.read, writer_of(target), np.dtype(f"u{measured.norm.itemsize}")
@@ -317,10 +318,10 @@ def kth(parts: Parts, k: Leaf, ord: float | None) -> np.ndarray:
         ranking = Ranking(*ranked_in_reals(parts, ord), values=True)
     found = np.empty(ranking.scopes, dtype=ranking.key)
     if ranking.scopes and by_pieces:
-        _kth_job(ranking, Operand(k), found)()
+        _kth_job(ranking, Operand.of(k), found)()
     elif ranking.scopes:
         selection = LargeScopes(ranking)
-        for scope, nth in enumerate(_numbers_of(Operand(k))):
+        for scope, nth in enumerate(_numbers_of(Operand.of(k))):
             found[scope] = selection.nth(scope, nth).key
     return _values_of_keys(as_before(found), parts, ord, ranking.parts[0].norm if ranking.exact_integers else None)
 

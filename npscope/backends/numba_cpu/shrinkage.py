@@ -39,7 +39,7 @@ def shrink(
         if metric is None:
             (ordered,), _ = in_reals((ordered,), 2)
         # Norms are read where the elements are now, which for a target with an origin is there.
-        source = Competitors(tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in ordered))
+        source = Competitors.of(tuple(Leaf(x.array if x.origin is None else x.origin, x.cut) for x in ordered))
         h = None if metric is None else Metric(tuple(map(in_order, metric)))
         jobs.append(_job(source, ordered, in_order(t), h, max_iter, rtol))
     fill(target)
@@ -52,10 +52,10 @@ def _job(
     source: Competitors, part: Part, thresholds: Leaf, metric: Metric | None, max_iter: int, rtol: float
 ) -> Callable[[], None]:
     """The job that shrinks a part, whose elements are those of `source` by then."""
-    written = Competitors(part)
+    written = Competitors.of(part)
     if source.elements == 1:
         x = written.leaves[0]
-        return soften_job(source, thresholds, x, None if metric is None else Operand(metric.leaves[0], x))
+        return soften_job(source, thresholds, x, None if metric is None else Operand.of(metric.leaves[0], x))
     if metric is None:
         return shrink_job(source, written, thresholds)
     return conditioned_job(source, written, thresholds, metric, max_iter, rtol)
@@ -112,7 +112,7 @@ def _ends(h: np.ndarray) -> tuple[float, float]:
 def _thresholds(thresholds: Leaf, part: Competitors) -> nk.Numbers:
     """Thresholds over blocks or scopes as kernels read them."""
     repeat = part.blocks if thresholds.cut.blocks == 1 else 1
-    return nk.numbers_over(Operand(thresholds), repeat, thresholds.array.dtype)
+    return nk.numbers_over(Operand.of(thresholds), repeat, thresholds.array.dtype)
 
 
 def in_place(
@@ -154,7 +154,7 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
             written,
             lambda i0, i1, limits, norms: proximal.shrink_blocks(*head, i0, i1, strip, t, limits, *norms.work.all),
             lambda: nk.room_for(t, lines.STRIP_BLOCKS, thresholds.array.dtype),
-            lambda: Loan(lines.NormBuffers, lines.STRIP_BLOCKS, source.norm),
+            lambda: Loan(lines.NormBuffers, lines.STRIP_BLOCKS, source.norm.itemsize),
         )
 
     def make_use(slots: int, length: int) -> Callable[..., None]:
@@ -196,7 +196,7 @@ def conditioned_job(
 
 def _weights(part: Competitors, metric: Metric) -> list[Operand]:
     """The metric of a part, leaf by leaf."""
-    return [Operand(h, x) for x, h in zip(part.leaves, metric.leaves, strict=True)]
+    return [Operand.of(h, x) for x, h in zip(part.leaves, metric.leaves, strict=True)]
 
 
 def _chain(leaves: Sequence[Operand]) -> tuple[Any, tuple[conditioned.Reading, ...]]:

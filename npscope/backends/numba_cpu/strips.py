@@ -46,7 +46,7 @@ class Scratch:
         self.keys = np.zeros(blocks + SLACK, dtype=key)
         self.mask = np.zeros(blocks + SLACK, dtype=np.bool_)
         self.keep = np.zeros(scopes + SLACK, dtype=np.int64)
-        self.norms = lines.NormBuffers(measured, np.dtype(np.float32))
+        self.norms = lines.NormBuffers(measured, 4)
 
     @property
     def nbytes(self) -> int:

@@ -44,9 +44,12 @@ Value = Any
 INT32 = ir.IntType(32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Format:
-    """A number format: its width, and the bits of infinity (or of the largest finite number where there is none)."""
+    """A number format: its width, and the bits of infinity (or of the largest finite number where there is none).
+
+    One object each, compared by identity: kernels are found by it.
+    """
 
     name: str
     bits: int

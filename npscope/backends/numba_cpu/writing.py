@@ -101,7 +101,7 @@ class Numbers:
     """Numbers over the blocks or the scopes of a part, read into a dense array block by block."""
 
     def __init__(self, leaf: Leaf, part: Competitors, dtype: Any, length: int) -> None:
-        self.operand = Operand(leaf)
+        self.operand = Operand.of(leaf)
         self.repeat = part.blocks if leaf.cut.blocks == 1 else 1
         self.dense = np.empty(length, dtype=dtype)
 
@@ -120,7 +120,7 @@ def with_numbers(
     def job(leaves: Part) -> Callable[[], None]:
         in_order = blocks_in_memory_order(leaves[0])
         ((ordered,), _), over = in_reals((tuple(map(in_order, leaves)),), 2), in_order(numbers)
-        part = Competitors(ordered)
+        part = Competitors.of(ordered)
 
         def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
             values = [Numbers(over, part, dtype, length) for _ in range(slots)]
