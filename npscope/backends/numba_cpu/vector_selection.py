@@ -30,6 +30,7 @@ from npscope.backends.numba_cpu.vectors import (
     load_masked,
     narrow,
     on_floats,
+    permutes_but_cannot_compress,
     planes_of,
     prefetch,
     shuffle,
@@ -364,12 +365,51 @@ def _append(b: Builder, numbers: Value, chosen: Value, target: Value) -> None:
     if vector.count == 1:
         store(b, numbers, target)
         return
+    if permutes_but_cannot_compress():
+        _append_by_table(b, numbers, chosen, target)
+        return
     function = b.module.declare_intrinsic(
         f"llvm.experimental.vector.compress.v{vector.count}i{vector.element.width}",
         (),
         ir.FunctionType(vector, [vector, chosen.type, vector]),
     )
     store(b, b.call(function, [numbers, chosen, ir.Constant(vector, ir.Undefined)]), target)
+
+
+def _append_by_table(b: Builder, numbers: Value, chosen: Value, target: Value) -> None:
+    """As `_append`, eight words of 32 bits at a time, in an order that a table gives for each choice among them.
+
+    LLVM makes one instruction of AVX2 of their permutation, while it moves what it is to compress lane by lane: 18 ns
+    for 16 numbers, where this takes 6.
+    """
+    width, word = numbers.type.element.width, ir.IntType(64)
+    lanes = min(numbers.type.count, 4 if width == 64 else 8)
+    words, table = vector_of(32, lanes * max(1, width // 32)), _orders(b, lanes, max(1, width // 32))
+    for start in range(0, numbers.type.count, lanes):
+        some = shuffle(b, numbers, range(start, start + lanes))
+        choice = b.zext(b.bitcast(shuffle(b, chosen, range(start, start + lanes)), ir.IntType(lanes)), word)
+        order = b.zext(b.load(b.gep(table, [INT32(0), choice]), align=8), words)
+        own = b.zext(some, words) if width < 32 else b.bitcast(some, words)
+        found = ir.Constant(words, ir.Undefined)
+        for i in range(words.count):
+            found = b.insert_element(found, b.extract_element(own, b.extract_element(order, INT32(i))), INT32(i))
+        store(b, b.trunc(found, some.type) if width < 32 else b.bitcast(found, some.type), target)
+        target = b.gep(target, [call(b, "llvm.ctpop.i64", word, [choice])])
+
+
+def _orders(b: Builder, lanes: int, words: int) -> Value:
+    """For each choice of lanes, a bit each, the words of those that are chosen, so many each, and some behind them."""
+    name = f"orders_of_{lanes}_times_{words}"
+    found = b.module.globals.get(name)
+    if found is None:
+        row = vector_of(8, lanes * words)
+        rows = []
+        for choice in range(1 << lanes):
+            first = sorted(range(lanes), key=lambda lane: not choice >> lane & 1)
+            rows.append(ir.Constant(row, [lane * words + word for lane in first for word in range(words)]))
+        table = ir.Constant(ir.ArrayType(row, len(rows)), rows)
+        found = cgutils.global_constant(b.module, name, table)
+    return found
 
 
 @cache

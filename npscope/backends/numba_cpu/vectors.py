@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
+import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -150,6 +152,13 @@ def store(b: Builder, value: Value, address: Value) -> None:
     scalar = value.type.element if isinstance(value.type, ir.VectorType) else value.type
     width = scalar.width if isinstance(scalar, ir.IntType) else 32
     b.store(value, b.bitcast(address, value.type.as_pointer()), align=max(1, width // 8))
+
+
+@cache
+def permutes_but_cannot_compress() -> bool:
+    """Whether the machine has AVX2 and no more: code for either would run, only slower on the other."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return bool(features.get("avx2")) and not features.get("avx512f")
 
 
 def prefetch(b: Builder, address: Value, length: int, ahead: Value = None) -> None:
