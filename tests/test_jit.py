@@ -21,7 +21,14 @@ numba = pytest.importorskip("numba")
 
 from numba import types  # noqa: E402
 
-from npscope.backends.numba_cpu import conditioned, shrinkage, vector_shrinkage, vectors  # noqa: E402
+from npscope.backends.numba_cpu import (  # noqa: E402
+    conditioned,
+    shrinkage,
+    strips,
+    vector_selection,
+    vector_shrinkage,
+    vectors,
+)
 from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly  # noqa: E402
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, standalone  # noqa: E402
 from npscope.backends.numba_cpu.nests import length_of, place  # noqa: E402
@@ -317,3 +324,72 @@ def test_leaves_have_the_types_for_which_the_code_is_that_they_are_given_to(layo
             leaves = conditioned.chained([(*x.where, x.size) for x in some])
             assert numba.typeof(leaves) == conditioned.type_of_chain(readings)
             assert [x.raw[0].ctypes.data for x in some] == [x.buffer.ctypes.data for x in some]
+
+
+@pytest.mark.parametrize("by_table", [False, True])
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
+def test_chosen_keys_are_put_side_by_side(rng, monkeypatch, width, by_table):
+    """Whatever the machine can: the code for each kind runs on all."""
+    monkeypatch.setattr(vector_selection, "permutes_but_cannot_compress", lambda: by_table)
+    collect, lanes = vector_selection.collect.__wrapped__(width), 512 // width
+
+    @kernel
+    def collect_all(keys, found, low, span):
+        count = 0
+        for i in range(0, keys.size, lanes):
+            count += collect(keys, i, found, count, low, span)
+        return count
+
+    for most in (4, 200):  # nearly all of them, or few
+        keys = rng.integers(0, most, 64 * lanes).astype(f"u{width // 8}")
+        found = np.zeros(keys.size + lanes, dtype=keys.dtype)
+        expected = keys[(keys >= 1) & (keys <= 3)]
+        count = collect_all(keys, found, keys.dtype.type(1), keys.dtype.type(2))
+        assert count == expected.size
+        np.testing.assert_array_equal(found[:count], expected)
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("width", [32, 64])
+def test_groups_of_keys_are_ranked_with_ties_and_nan(rng, width, n, sizes):
+    """The keys that leave the highest bit free, and all ones; or any keys."""
+    step, groups = vector_selection.mark_groups(width, n, sizes), vector_selection.groups_per_line(width, n)
+    dtype = np.dtype(f"u{width // 8}")
+    ones, top = np.iinfo(dtype).max, np.iinfo(dtype).max >> 1
+    choice = [0, 1, 2, top - 1, ones] + ([] if sizes else [top, top + 1, ones - 1])
+
+    @kernel
+    def mark(keys, keep, mask):
+        step(keys, 0, keep, 0, mask, 0)
+
+    for _ in range(50):
+        keys, keep = rng.choice(np.asarray(choice, dtype=dtype), (groups, n)), rng.integers(0, n + 1, groups)
+        mask = np.zeros((groups, n), dtype=bool)
+        mark(keys.reshape(-1), keep, mask.reshape(-1))
+        order = np.argsort(ones - keys, axis=1, kind="stable")
+        expected = np.zeros_like(mask)
+        for row, first, kept in zip(expected, order, keep, strict=True):
+            row[first[:kept]] = True
+        np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("marks", [False, True])
+@pytest.mark.parametrize("limit", [0, 5, 0xFFFFFFFF])
+@pytest.mark.parametrize("equal", [0, 1])
+def test_a_cut_keeps_what_is_above_its_limit_or_equal_if_it_says_so(rng, marks, limit, equal):
+    form = vectors.KEYS[32]
+    cut = strips.cutter(form, False, marks)
+    keys = rng.choice(np.asarray([0, 4, 5, 6, 0xFFFFFFFF], dtype=np.uint32), 39)
+    target = np.zeros(39, dtype=bool) if marks else np.arange(100, 139, dtype=np.uint32)
+    before = target.copy()
+    address = strips.cutter_address(cut, keys.dtype, target.dtype)
+    grid, elements = np.asarray([[39], [1]], dtype=np.int64), np.asarray([[1], [0]], dtype=np.int64)
+
+    @kernel
+    def run(address, source, target, limit, equal):
+        strips.call_cutter(address, source, target, 0, 39, limit, equal)
+
+    run(address, (keys, 0, grid, elements), (target, 0, grid, elements), np.uint64(limit), equal)
+    kept = (keys > limit) | ((keys == limit) & bool(equal))
+    np.testing.assert_array_equal(target, kept if marks else np.where(kept, before, 0))

@@ -185,6 +185,7 @@ class Ranking:
         self.width = width
         kind = parts[0][0].array.dtype
         self.signed = ord is None and not kind_of(kind).is_integer
+        self.sizes = ord is not None and not self.exact_integers  # whether keys are magnitudes of floats
         self.key = np.dtype(f"u{width // 8}")
         self.scopes = self.parts[0].cut.scopes
         self.blocks = sum(part.blocks for part in self.parts)
@@ -342,6 +343,16 @@ def columns_cutter_of(ranking: Ranking, turner: Turner, written: Operand) -> int
     cut = side_by_side.columns_cutter(turner.form, ranking.ord is None, marks)
     read = ranking.parts[0].leaves[0].place.unit
     return side_by_side.columns_cutter_address(cut, read, written.place.unit, ranking.key)
+
+
+def selector_of(ranking: Ranking) -> int:
+    """What marks the first-ranked of every scope, in dense keys."""
+    return scope_strips.selector_address(ranking.group, ranking.key, ranking.signed, ranking.sizes)
+
+
+def plane_selector_of(ranking: Ranking) -> int:
+    """The same, in planes of keys."""
+    return scope_strips.plane_selector_address(ranking.group, ranking.key, ranking.signed)
 
 
 def search_of(ranking: Ranking) -> tuple[int, int]:

@@ -43,9 +43,9 @@ _call_searcher, _call_turner, _call_columns_cutter = caller(9, _LIMIT), caller(5
 
 
 @cache
-def selector_address(group: int, key: np.dtype, signed: bool) -> int:
+def selector_address(group: int, key: np.dtype, signed: bool, sizes: bool) -> int:
     """Where the code of a `search.selector` is, for keys of this dtype."""
-    select = search.selector(group, 8 * key.itemsize, signed)
+    select = search.selector(group, 8 * key.itemsize, signed, sizes)
     return address_of(select, array_of(key), *RANGE, KEEP, MASK, types.uint64, types.float64, result=NEXT)
 
 

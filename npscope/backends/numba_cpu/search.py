@@ -138,11 +138,12 @@ def group_of(n: int) -> int:
 
 
 @cache
-def selector(group: int, width: int, signed: bool) -> Any:
+def selector(group: int, width: int, signed: bool, sizes: bool) -> Any:
     """``select(keys, rows, n, keep, mask, guess, spacing)``: mask of the `keep` first-ranked of every n keys.
 
     Returns where to start the next search. Groups of n keys of `width` bits are ranked side by side in a vector, or
-    searched side by side: work arrays, `keep` too, reach beyond the last of them by `SLACK` entries.
+    searched side by side: work arrays, `keep` too, reach beyond the last of them by `SLACK` entries. `sizes`: keys are
+    magnitudes of floats.
     """
     if not group:
 
@@ -169,7 +170,8 @@ def selector(group: int, width: int, signed: bool) -> Any:
 
         return select_in_lanes
 
-    step, together = vector_selection.mark_groups(width, group), vector_selection.groups_per_line(width, group)
+    step = vector_selection.mark_groups(width, group, sizes)
+    together = vector_selection.groups_per_line(width, group)
 
     @standalone
     def select_groups(

@@ -29,8 +29,10 @@ from npscope.backends.numba_cpu.ranking import (
     columns_cutter_of,
     cutter_of,
     dense,
+    plane_selector_of,
     ranked_in_reals,
     search_of,
+    selector_of,
     source_of,
     whole_lanes,
 )
@@ -90,7 +92,7 @@ class ScopeWork:
         self.scratch = _scratch(ranking, self.rows, self.counts)
         self.steps = (
             strips.dense_reader(ranking.key),
-            scope_strips.selector_address(ranking.group, ranking.key, ranking.signed),
+            selector_of(ranking),
             strips.marker(),
         )
 
@@ -199,7 +201,7 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
     if cut is not None:
         kernel, steps, where = scope_strips.cut_in_scopes, (*search_of(ranking), source.read, cut), written.raw
     else:
-        select = scope_strips.selector_address(ranking.group, ranking.key, ranking.signed)
+        select = selector_of(ranking)
         across = written.place.across
         kernel, steps = scope_strips.keep_in_scopes, (source.read, select, writer_of(written, across=across))
         where = written.raw_across if across else written.raw
@@ -233,8 +235,7 @@ def _planes_job(ranking: Ranking, counts: Operand, planes: Planes, written: Oper
     target = Operand(written.array, place.block_by_block) if in_planes else written
     as_they_lie = ranking.group != 0 and in_planes and within == 1
     measured = 0 if ranking.parts[0].elements == 1 else rows * within
-    selector_address = scope_strips.plane_selector_address if as_they_lie else scope_strips.selector_address
-    select = selector_address(ranking.group, ranking.key, ranking.signed)
+    select = plane_selector_of(ranking) if as_they_lie else selector_of(ranking)
     steps = source.read, select, writer_of(target)
 
     def make_kernel() -> Callable[[int, int], None]:

@@ -218,19 +218,23 @@ def cutter(form: vectors.Format, signed: bool, marks: bool) -> Function:
     @standalone
     def cut(source: Any, target: Any, i: int, stop: int, limit: Any, equal: int) -> None:
         make_small()
-        if limit == 0 and equal and not marks:
-            return  # all stay
+        all_stay, limit = limit == 0 and equal, limit - np.uint64(equal)
+        if all_stay and not marks:
+            return
         data, origin, grid, _ = source
         out, origin_out, grid_out, _ = target
         width, width_out = grid[0, -1], grid_out[0, -1]
         while i < stop:
             after = least(stop, least(i + width - i % width, i + width_out - i % width_out))
             at, at_out, count = origin + place(i, grid), origin_out + place(i, grid_out), after - i
-            whole = count - count % lanes
+            whole = 0 if all_stay else count - count % lanes
             for e in range(0, whole, lanes):
-                step(data, at + e, out, at_out + e, limit, equal)
+                step(data, at + e, out, at_out + e, limit)
             for e in range(whole, count):
-                one(data, at + e, out, at_out + e, limit, equal)
+                if all_stay:
+                    out[at_out + e] = True
+                else:
+                    one(data, at + e, out, at_out + e, limit)
             i = after
 
     return cut

@@ -51,17 +51,16 @@ def _ranks(b: Builder, keys: Value, n: int, *, halved: bool) -> Value:
     `halved`: keys leave the highest bit free, so that one comparison tells both.
     """
     vector = keys.type
-    own = b.shl(keys, splat(vector, 1)) if halved else keys
     ranks = splat(vector, 0)
     for distance in range(1, n):
         places = [i % n + distance for i in range(vector.count)]
-        rivals, earlier = shuffle(b, own, [i - i % n + p % n for i, p in enumerate(places)]), [p >= n for p in places]
-        if halved:  # an earlier rival wins ties: half a unit more
-            before = b.icmp_unsigned(">", b.or_(rivals, ir.Constant(vector, list(map(int, earlier)))), own)
+        rivals, earlier = shuffle(b, keys, [i - i % n + p % n for i, p in enumerate(places)]), [p >= n for p in places]
+        if halved:  # an earlier rival wins ties: one less is to be beaten, which -1 is for 0
+            before = b.icmp_signed(">", rivals, b.sub(keys, ir.Constant(vector, list(map(int, earlier)))))
         else:
-            equal = b.icmp_unsigned("==", rivals, own)
+            equal = b.icmp_unsigned("==", rivals, keys)
             before = b.or_(
-                b.icmp_unsigned(">", rivals, own), b.and_(equal, ir.Constant(vector_of(1, vector.count), earlier))
+                b.icmp_unsigned(">", rivals, keys), b.and_(equal, ir.Constant(vector_of(1, vector.count), earlier))
             )
         ranks = b.add(ranks, b.zext(before, vector))
     return ranks
@@ -283,23 +282,24 @@ def cut_columns(form: Format, signed: bool, marks: bool, partial: bool) -> Any:
     """``(source, i, target, j, limits, l, borders, m, row, rest)``: `cut_line`, where each lane has a limit of its own.
 
     Keys equal to it are kept where the row is before a border. Only in the `rest` first lanes if `partial`; else what
-    is so far ahead in `target` is asked for.
+    is so far ahead in `target` is asked for, after it is read as there.
     """
     bits, words = vector_of(form.bits, form.lanes), vector_of(32, form.lanes)
     width = 8 if marks else form.bits
 
     def emit(b: Builder, source: Value, target: Value, limits: Value, borders: Value, row: Value, rest: Value) -> None:
         mask = first_lanes(b, rest, form.lanes) if partial else None
-        if mask is None:
-            prefetch(b, target, form.lanes * width // 8, rest)
 
         def read(at: Value) -> Value:
             return load(b, at, bits) if mask is None else load_masked(b, at, bits, mask)
 
+        own = None if marks else read(target)
+        if mask is None:
+            prefetch(b, target, form.lanes * width // 8, rest)
         keys, limit = all_keys_of(b, read(source), form, signed), load(b, limits, bits)
         early = b.icmp_signed("<", narrow(b, row, words), load(b, borders, words))
         kept = _from(b, keys, limit, early)
-        found = _flags(b, kept) if marks else b.select(kept, read(target), splat(bits, 0))
+        found = _flags(b, kept) if own is None else b.select(kept, own, splat(bits, 0))
         if mask is None:
             store(b, found, target)
         else:
@@ -310,20 +310,20 @@ def cut_columns(form: Format, signed: bool, marks: bool, partial: bool) -> Any:
 
 @cache
 def cut_line(form: Format, signed: bool, marks: bool, lanes: int) -> Any:
-    """``(source, i, target, j, limit, equal)``: +0.0 in `lanes` numbers of `target` where keys are not above a limit.
+    """``(source, i, target, j, limit)``: +0.0 in `lanes` numbers of `target` where keys are not above a limit.
 
-    Those equal to it are kept if `equal` is 1. Keys are those of `source`, which may be the same numbers, or others
-    that rank them. If it `marks`, `target` is bools, and they become whether a number is kept.
+    Keys are those of `source`, which may be the same numbers, or others that rank them. If it `marks`, `target` is
+    bools, and they become whether a number is kept.
     """
 
-    def emit(b: Builder, source: Value, target: Value, limit: Value, equal: Value) -> None:
+    def emit(b: Builder, source: Value, target: Value, limit: Value) -> None:
+        # Read before memory is asked for, or LLVM writes by a mask, which takes twice as long on AMD without AVX-512.
+        own = None if marks else load(b, target, vector_of(form.bits, lanes))
         bits = _load_ahead(b, source, form, lanes)
-        with_equal = narrow(b, equal, vector_of(1, lanes))
-        kept = _from(b, all_keys_of(b, bits, form, signed), narrow(b, limit, bits.type), with_equal)
-        found = _flags(b, kept) if marks else b.select(kept, load(b, target, bits.type), splat(bits.type, 0))
-        store(b, found, target)
+        kept = b.icmp_unsigned(">", all_keys_of(b, bits, form, signed), narrow(b, limit, bits.type))
+        store(b, _flags(b, kept) if own is None else b.select(kept, own, splat(bits.type, 0)), target)
 
-    return step(emit, 6)
+    return step(emit, 5)
 
 
 def _from(b: Builder, keys: Value, limit: Value, equal: Value) -> Value:
@@ -337,13 +337,20 @@ def groups_per_line(width: int, n: int) -> int:
 
 
 @cache
-def mark_groups(width: int, n: int) -> Any:
-    """``(keys, i, keep, s, mask, j)``: mask of the `keep[s]` first-ranked of n keys, for `groups_per_line` groups."""
+def mark_groups(width: int, n: int, sizes: bool) -> Any:
+    """``(keys, i, keep, s, mask, j)``: mask of the `keep[s]` first-ranked of n keys, for `groups_per_line` groups.
+
+    `sizes`: keys are magnitudes of floats, all ones for NaN.
+    """
     groups = groups_per_line(width, n)
     vector, few = vector_of(width, n * groups), vector_of(64, groups)
 
     def emit(b: Builder, keys: Value, keep: Value, mask: Value) -> None:
-        ranks = _ranks(b, load(b, keys, vector), n, halved=False)
+        own = load(b, keys, vector)
+        if sizes:
+            top = splat(vector, (1 << (width - 1)) - 1)
+            own = b.select(b.icmp_unsigned("<", own, top), own, top)
+        ranks = _ranks(b, own, n, halved=sizes)
         counts = load(b, keep, few)
         counts = counts if width == 64 else b.trunc(counts, vector_of(width, groups))
         kept = b.icmp_unsigned("<", ranks, shuffle(b, counts, [i // n for i in range(vector.count)]))
