@@ -14,7 +14,18 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from npscope.backends.numba_cpu.vectors import Builder, Value, call, load, narrow, splat, step, store, vector_of
+from npscope.backends.numba_cpu.vectors import (
+    Builder,
+    Value,
+    call,
+    first_lanes,
+    load,
+    narrow,
+    splat,
+    step,
+    store,
+    vector_of,
+)
 
 SLACK = 64
 """Keys that are looked at together: only in one such chunk of a scope do ties have to be told apart."""
@@ -68,8 +79,8 @@ def _neighbours_of(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
     vector = vector_of(keys.type.pointee.width, SLACK)
     border, ones, zeros = narrow(b, limit, vector), splat(vector, -1), splat(vector, 0)
     above, below = cgutils.alloca_once_value(b, ones), cgutils.alloca_once_value(b, zeros)
-    with _chunks(b, keys, n) as (_, some, inside, _):
-        flags, valid = b.icmp_unsigned(">=", some, border), b.bitcast(inside, _FLAGS)
+    with _chunks(b, keys, n) as (first, some, _, _):
+        flags, valid = b.icmp_unsigned(">=", some, border), first_lanes(b, b.sub(n, first), SLACK)
         up = b.select(b.and_(flags, valid), some, ones)
         down = b.select(b.and_(b.not_(flags), valid), some, zeros)
         for place, key, sign in ((above, up, "<"), (below, down, ">")):
@@ -88,15 +99,16 @@ def emit_mark(b: Builder, keys: Value, n: Value, limit: Value, ties: Value, mask
     border = narrow(b, limit, vector_of(keys.type.pointee.width, SLACK))
     left = cgutils.alloca_once_value(b, ties)
     with _chunks(b, keys, n) as (first, some, inside, _):
-        kept = cgutils.alloca_once_value(b, _bits(b, ">=", some, border))
+        here = b.gep(mask, [first])
+        # Without AVX-512, flags that were bits in between are taken apart one by one.
+        store(b, b.zext(b.icmp_unsigned(">=", some, border), vector_of(8, SLACK)), here)
         equal = b.and_(_bits(b, "==", some, border), inside)
         count, before = _number_of(b, equal), b.load(left)
         enough = b.icmp_signed(">=", before, count)
         with b.if_then(b.not_(enough), likely=False):
-            b.store(b.and_(b.load(kept), b.not_(_without_first(b, equal, before))), kept)
+            kept = b.and_(_bits(b, ">=", some, border), b.not_(_without_first(b, equal, before)))
+            store(b, b.zext(b.bitcast(kept, _FLAGS), vector_of(8, SLACK)), here)
         b.store(b.select(enough, b.sub(before, count), _WORD(0)), left)
-        flags = b.zext(b.bitcast(b.load(kept), _FLAGS), vector_of(8, SLACK))
-        store(b, flags, b.gep(mask, [first]))
     return b.load(left)
 
 
