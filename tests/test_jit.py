@@ -330,7 +330,7 @@ def test_leaves_have_the_types_for_which_the_code_is_that_they_are_given_to(layo
 @pytest.mark.parametrize("width", [8, 16, 32, 64])
 def test_chosen_keys_are_put_side_by_side(rng, monkeypatch, width, by_table):
     """Whatever the machine can: the code for each kind runs on all."""
-    monkeypatch.setattr(vector_selection, "permutes_but_cannot_compress", lambda: by_table)
+    monkeypatch.setattr(vector_selection, "has_only_avx2", lambda: by_table)
     collect, lanes = vector_selection.collect.__wrapped__(width), 512 // width
 
     @kernel
@@ -347,6 +347,30 @@ def test_chosen_keys_are_put_side_by_side(rng, monkeypatch, width, by_table):
         count = collect_all(keys, found, keys.dtype.type(1), keys.dtype.type(2))
         assert count == expected.size
         np.testing.assert_array_equal(found[:count], expected)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
+@pytest.mark.parametrize("bits", [8, 16, 32, 64])
+def test_planes_are_every_so_many_th_element(monkeypatch, bits, count, in_parts):
+    monkeypatch.setattr(vectors, "has_only_avx2", lambda: in_parts)
+    lanes = 512 // bits
+
+    def deal(b, numbers, out):
+        lines = [vectors.load(b, b.gep(numbers, [vectors.INT32(i * lanes)]), line) for i in range(count)]
+        for i, plane in enumerate(vectors.planes_of(b, lines)):
+            vectors.store(b, plane, b.gep(out, [vectors.INT32(i * lanes)]))
+
+    line, step = vectors.vector_of(bits, lanes), vectors.step(deal, 4)
+
+    @kernel
+    def run(numbers, out):
+        step(numbers, 0, out, 0)
+
+    numbers = np.arange(count * lanes).astype(f"u{bits // 8}")
+    out = np.zeros_like(numbers)
+    run(numbers, out)
+    np.testing.assert_array_equal(out.reshape(count, lanes), numbers.reshape(lanes, count).T)
 
 
 @pytest.mark.parametrize("sizes", [False, True])

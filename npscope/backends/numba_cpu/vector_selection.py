@@ -25,12 +25,12 @@ from npscope.backends.numba_cpu.vectors import (
     copy_rows,
     first_lanes,
     fma,
+    has_only_avx2,
     keys_of,
     load,
     load_masked,
     narrow,
     on_floats,
-    permutes_but_cannot_compress,
     planes_of,
     prefetch,
     shuffle,
@@ -372,7 +372,7 @@ def _append(b: Builder, numbers: Value, chosen: Value, target: Value) -> None:
     if vector.count == 1:
         store(b, numbers, target)
         return
-    if permutes_but_cannot_compress():
+    if has_only_avx2():
         _append_by_table(b, numbers, chosen, target)
         return
     function = b.module.declare_intrinsic(

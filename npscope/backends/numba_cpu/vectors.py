@@ -31,6 +31,9 @@ AHEAD = 8192
 LINE = 64
 """Bytes of a cache line, and of the vectors used here."""
 
+QUARTER = 128
+"""Bits of the parts of which the vectors of AVX2 are made."""
+
 LANES = 16
 """Numbers in one step where float64 sums are formed."""
 
@@ -155,8 +158,11 @@ def store(b: Builder, value: Value, address: Value) -> None:
 
 
 @cache
-def permutes_but_cannot_compress() -> bool:
-    """Whether the machine has AVX2 and no more: code for either would run, only slower on the other."""
+def has_only_avx2() -> bool:
+    """Whether the machine has AVX2 and no more; code for either runs on all, if slower.
+
+    It permutes lanes, but does not compress them, and moves few across the halves of a vector.
+    """
     features = llvmlite.binding.get_host_cpu_features()
     return bool(features.get("avx2")) and not features.get("avx512f")
 
@@ -315,13 +321,39 @@ def rounded_to(b: Builder, single: Value, form: Format) -> Value:
 
 def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
     """A power of two of adjacent vectors, dealt out: plane p holds every element at p modulo their number."""
+    vector = vectors[0].type
+    part = QUARTER // vector.element.width if has_only_avx2() else vector.count
+    if len(vectors) == 1 or part >= vector.count:
+        return _planes_in_parts(b, vectors, vector.count)
+    # Parts that follow each other, to the same place in all vectors: no element leaves its part then, which takes AVX2
+    # an instruction more each time.
+    parts = [shuffle(b, v, range(i, i + part)) for v in vectors for i in range(0, vector.count, part)]
+    return _planes_in_parts(b, [_side_by_side(b, parts[i :: len(vectors)]) for i in range(len(vectors))], part)
+
+
+def _planes_in_parts(b: Builder, vectors: list[Value], part: int) -> list[Value]:
+    """As `planes_of`, in each of the parts of so many elements of which vectors are made."""
     if len(vectors) == 1:
         return vectors
-    count = 2 * vectors[0].type.count
-    pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
-    evens = planes_of(b, [shuffle(b, x, range(0, count, 2), y) for x, y in pairs])
-    odds = planes_of(b, [shuffle(b, x, range(1, count, 2), y) for x, y in pairs])
-    return [plane for both in zip(evens, odds, strict=True) for plane in both]
+    count = vectors[0].type.count
+    starts = [start for first in range(0, count, part) for start in (first, first + count)]
+    evens, odds = (
+        [
+            shuffle(b, x, [start + i for start in starts for i in range(side, part, 2)], y)
+            for x, y in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        for side in (0, 1)
+    )
+    planes = _planes_in_parts(b, evens, part), _planes_in_parts(b, odds, part)
+    return [plane for both in zip(*planes, strict=True) for plane in both]
+
+
+def _side_by_side(b: Builder, vectors: Sequence[Value]) -> Value:
+    """A power of two of vectors as one."""
+    while len(vectors) > 1:
+        order = range(2 * vectors[0].type.count)
+        vectors = [shuffle(b, x, order, y) for x, y in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
 
 
 def _size_of(place: Value) -> int:
