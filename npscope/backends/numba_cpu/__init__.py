@@ -70,7 +70,7 @@ midpoint = partial(derived.midpoint, kth)
 
 def prune(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Sequence[np.ndarray]:
     """Zero every block of `target` but those at the `keep` first-ranked places of `source`."""
-    _select(target, source, keep, ord, partial(fill, target), shielded=any(len(part) > 1 for part in target))
+    _select(target, source, keep, ord, prunes=True)
     return arrays(target)
 
 
@@ -98,19 +98,19 @@ def _select(
     source: Parts,
     keep: Leaf,
     ord: float | None,
-    ready: Callable[[], None] = lambda: None,
     *,
-    shielded: bool = False,
+    prunes: bool = False,
 ) -> None:
     """Write to every block of `target` whether it is at one of the `keep` first-ranked places of `source`.
 
-    `ready` is called when all is allocated, before the first write, unless all is written; `shielded` as for
-    `select_blocks`.
+    To bools, or if it `prunes` zeros to what is not kept of elements, which are filled when all else is allocated.
     """
     quick = groups_job(target, source, keep, ord)
     if quick is not None:
         quick()
         return
+    ready = partial(fill, target if prunes else ())
+    shielded = prunes and any(len(part) > 1 for part in target)
     target, source, keep = in_memory_order(target, source, keep)
 
     def select(written: Parts, ranking: Ranking, positions: Sequence[Positions] | None = None) -> bool:
