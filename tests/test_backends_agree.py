@@ -130,6 +130,18 @@ def test_a_complex_number_has_one_norm(name, scope):
         assert np.abs(array[array != 0]).min() >= 0.999 * kth.min()
 
 
+@pytest.mark.parametrize("leaves", [1, 2])
+@pytest.mark.parametrize("block", [(1, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("name", ["complex64", "complex128", "float32"])
+def test_no_block_is_below_its_own_norm(name, block, leaves):
+    """Norms are formed in one way, whoever asks for them; a unit in the last place would drop a tenth of these."""
+    arrays = [hostile("normal", (64, 64), name, seed) for seed in range(leaves)]
+    coupled = npscope.BlockCoupling(tuple(npscope.BlockSpec(array, block) for array in arrays))
+    coupled.hard_threshold(coupled.norms())
+    for array, seed in zip(arrays, range(leaves), strict=True):
+        assert same_bits(array, hostile("normal", (64, 64), name, seed))
+
+
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", ["complex64", "complex128"])
 @pytest.mark.parametrize("kind", ["normal", "nan_payloads"])

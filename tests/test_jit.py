@@ -19,6 +19,7 @@ from strategies import dtype, same_bits
 
 numba = pytest.importorskip("numba")
 
+from llvmlite import ir  # noqa: E402
 from numba import types  # noqa: E402
 
 from npscope.backends.numba_cpu import (  # noqa: E402
@@ -351,23 +352,28 @@ def test_chosen_keys_are_put_side_by_side(rng, monkeypatch, width, by_table):
 
 @pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("count", [2, 4, 8, 16])
-@pytest.mark.parametrize("bits", [8, 16, 32, 64])
-def test_planes_are_every_so_many_th_element(monkeypatch, bits, count, in_parts):
+@pytest.mark.parametrize("name", ["uint8", "uint16", "uint32", "uint64", "float32", "float64"])
+def test_planes_are_every_so_many_th_element(monkeypatch, name, count, in_parts):
     monkeypatch.setattr(vectors, "has_only_avx2", lambda: in_parts)
-    lanes = 512 // bits
+    dtype = np.dtype(name)
+    lanes = vectors.LINE // dtype.itemsize
 
     def deal(b, numbers, out):
-        lines = [vectors.load(b, b.gep(numbers, [vectors.INT32(i * lanes)]), line) for i in range(count)]
+        places = [b.gep(numbers, [vectors.INT32(i * lanes)]) for i in range(count)]
+        lines = [b.bitcast(vectors.load(b, place, bits), line) for place in places]
         for i, plane in enumerate(vectors.planes_of(b, lines)):
             vectors.store(b, plane, b.gep(out, [vectors.INT32(i * lanes)]))
 
-    line, step = vectors.vector_of(bits, lanes), vectors.step(deal, 4)
+    scalars = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
+    bits = vectors.vector_of(8 * dtype.itemsize, lanes)
+    line = ir.VectorType(scalars.get(name) or bits.element, lanes)
+    step = vectors.step(deal, 4)
 
     @kernel
     def run(numbers, out):
         step(numbers, 0, out, 0)
 
-    numbers = np.arange(count * lanes).astype(f"u{bits // 8}")
+    numbers = np.arange(count * lanes).astype(dtype)
     out = np.zeros_like(numbers)
     run(numbers, out)
     np.testing.assert_array_equal(out.reshape(count, lanes), numbers.reshape(lanes, count).T)
@@ -375,7 +381,7 @@ def test_planes_are_every_so_many_th_element(monkeypatch, bits, count, in_parts)
 
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize("n", [2, 3, 4, 8, 16])
-@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
 def test_groups_of_keys_are_ranked_with_ties_and_nan(rng, width, n, sizes):
     """The keys that leave the highest bit free, and all ones; or any keys."""
     step, groups = vector_selection.mark_groups(width, n, sizes), vector_selection.groups_per_line(width, n)
@@ -399,21 +405,23 @@ def test_groups_of_keys_are_ranked_with_ties_and_nan(rng, width, n, sizes):
 
 
 @pytest.mark.parametrize("marks", [False, True])
-@pytest.mark.parametrize("limit", [0, 5, 0xFFFFFFFF])
+@pytest.mark.parametrize("limit", [0, 5, -1])
 @pytest.mark.parametrize("equal", [0, 1])
-def test_a_cut_keeps_what_is_above_its_limit_or_equal_if_it_says_so(rng, marks, limit, equal):
-    form = vectors.KEYS[32]
-    cut = strips.cutter(form, False, marks)
-    keys = rng.choice(np.asarray([0, 4, 5, 6, 0xFFFFFFFF], dtype=np.uint32), 39)
-    target = np.zeros(39, dtype=bool) if marks else np.arange(100, 139, dtype=np.uint32)
+@pytest.mark.parametrize("width", [8, 32, 64])
+def test_a_cut_keeps_what_is_above_its_limit_or_equal_if_it_says_so(rng, width, marks, limit, equal):
+    """-1: all ones, in 64 bits, as a search gives that keeps nothing."""
+    cut, dtype = strips.cutter(vectors.KEYS[width], False, marks), np.dtype(f"u{width // 8}")
+    keys = rng.choice(np.asarray([0, 4, 5, 6, np.iinfo(dtype).max], dtype=dtype), 139)
+    target = np.zeros(139, dtype=bool) if marks else np.arange(100, 239, dtype=dtype)
     before = target.copy()
     address = strips.cutter_address(cut, keys.dtype, target.dtype)
-    grid, elements = np.asarray([[39], [1]], dtype=np.int64), np.asarray([[1], [0]], dtype=np.int64)
+    grid, elements = np.asarray([[139], [1]], dtype=np.int64), np.asarray([[1], [0]], dtype=np.int64)
 
     @kernel
     def run(address, source, target, limit, equal):
-        strips.call_cutter(address, source, target, 0, 39, limit, equal)
+        strips.call_cutter(address, source, target, 0, 139, limit, equal)
 
-    run(address, (keys, 0, grid, elements), (target, 0, grid, elements), np.uint64(limit), equal)
+    run(address, (keys, 0, grid, elements), (target, 0, grid, elements), np.uint64(limit & (2**64 - 1)), equal)
+    limit &= np.iinfo(dtype).max
     kept = (keys > limit) | ((keys == limit) & bool(equal))
     np.testing.assert_array_equal(target, kept if marks else np.where(kept, before, 0))

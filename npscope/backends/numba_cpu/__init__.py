@@ -103,13 +103,14 @@ def _select(
 ) -> None:
     """Write to every block of `target` whether it is at one of the `keep` first-ranked places of `source`.
 
-    To bools, or if it `prunes` zeros to what is not kept of elements, which are filled when all else is allocated.
+    `target` is bools; or elements, if it `prunes`: +0.0 is written where they are not kept. Those that have an origin
+    are copied from it first, but not before all memory is there that is needed; `groups_job` copies by itself.
     """
     quick = groups_job(target, source, keep, ord)
     if quick is not None:
         quick()
         return
-    ready = partial(fill, target if prunes else ())
+    ready = partial(fill, target if prunes else ())  # of bools, all are written
     shielded = prunes and any(len(part) > 1 for part in target)
     target, source, keep = in_memory_order(target, source, keep)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from npscope.backends.numba_cpu.operands import (
     Operand,
     Placement,
     is_one_piece,
+    kept_for_one,
     measure_of,
     place_of,
     ranges,
@@ -190,7 +191,7 @@ class Measuring(NamedTuple):
     """Whether `fill_into` needs no arrays of its own."""
 
 
-@lru_cache(maxsize=2048)
+@kept_for_one
 def measuring_of(places: tuple[Placement, ...], ord: float) -> Measuring:
     """How blocks are measured whose leaves are placed so."""
     elements, (norm, exact, _) = sum(place.cut.elements for place in places), measure_of(places)
@@ -226,9 +227,10 @@ class _Walk(NamedTuple):
     places: tuple[Placement, ...]
     """Its leaves, as they are read."""
     measuring: Measuring
-    total: int
+    scopes: int
+    blocks: int
     elements: int
-    """Blocks, and elements of each."""
+    """Scopes, blocks of each, and elements of these."""
     norm: np.dtype
     table: Cut
     """Where the norms belong."""
@@ -236,53 +238,35 @@ class _Walk(NamedTuple):
     """Whether that is one after another."""
 
 
-class _Plan(NamedTuple):
-    """The table of the norms of parts, and how these are walked."""
-
-    shape: tuple[int, int]
-    norm: np.dtype
-    blocks: list[int]
-    walks: list[_Walk]
-
-
-@lru_cache(maxsize=2048)
-def _plan(parts: tuple[tuple[Placement, ...], ...], ord: float | None) -> _Plan:
-    """The plan of parts whose leaves are placed so. To make it takes longer than a small call."""
-    blocks = [places[0].cut.blocks for places in parts]
-    norm = max(measure_of(places)[0] for places in parts)
-    return _Plan((parts[0][0].cut.scopes, sum(blocks)), norm, blocks, [_walk(places, ord) for places in parts])
-
-
+@kept_for_one
 def _walk(places: tuple[Placement, ...], ord: float | None) -> _Walk:
-    """The blocks of a single array are walked in the order of memory, complex numbers as pairs where these are real."""
-    place, over, p = places[0], table_cut(places[0].cut), float(ord or 2)
-    loops, entries = (*place.cut.scope, *place.cut.block), (*over.scope, *over.block)
-    order = list(range(len(loops)))
+    """How blocks are walked whose leaves are placed so: those of a single array in the order of memory.
+
+    To find out takes longer than a small call.
+    """
+    cut, over, p = places[0].cut, table_cut(places[0].cut), float(ord or 2)
+    loops, entries = (*cut.scope, *cut.block), (*over.scope, *over.block)
+    order, blocks, elements = list(range(len(loops))), cut.blocks, sum(place.cut.elements for place in places)
     if len(places) == 1:
-        order.sort(key=lambda i: -abs(loops[i].step * place.strides[loops[i].axis]))
+        strides = places[0].strides
+        order.sort(key=lambda i: -abs(loops[i].step * strides[loops[i].axis]))
         if order != sorted(order):
-            places = (place.with_cut(Cut.of([loops[i] for i in order], (), place.cut.element)),)
-        real = places[0].pairs if p == 2 or place.cut.elements == 1 else None
-        if real is not None and real.layout is not None:
-            places, p = (real,), 2.0
-    return _Walk(
-        places,
-        measuring_of(places, p),
-        place.cut.scopes * place.cut.blocks,
-        sum(leaf.cut.elements for leaf in places),
-        measure_of(places)[0],
-        Cut.of([entries[i] for i in order], (), ()),
-        order == sorted(order),
-    )
+            places = (places[0].with_cut(Cut.of([loops[i] for i in order], (), cut.element)),)
+    if p == 2 or elements == 1:  # as everywhere, by `in_reals`: a number has one norm
+        places, p = tuple([place.in_reals() or place for place in places]), 2.0
+    table = Cut.of([entries[i] for i in order], (), ())
+    measuring = measuring_of(places, p)
+    return _Walk(places, measuring, cut.scopes, blocks, elements, measure_of(places)[0], table, order == sorted(order))
 
 
 def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.ndarray:
     """Norm of every block: ``(S, n)`` in the norm's dtype, in `out` if given."""
-    plan = _plan(tuple([tuple(map(place_of, part)) for part in parts]), ord)
-    result = np.empty(plan.shape, plan.norm) if out is None else out
+    walks = [_walk(tuple(map(place_of, part)), ord) for part in parts]
+    blocks, norm = [walk.blocks for walk in walks], max([walk.norm for walk in walks])
+    result = np.empty((walks[0].scopes, sum(blocks)), norm) if out is None else out
     # To slice all columns of a table takes a twentieth of the time of a small call.
-    columns = [result] if len(plan.blocks) == 1 else columns_of(result, plan.blocks)
-    for part, walk, place in zip(parts, plan.walks, columns, strict=True):
+    columns = [result] if len(walks) == 1 else columns_of(result, blocks)
+    for part, walk, place in zip(parts, walks, columns, strict=True):
         norms_into(part, walk, place)
     return result
 
@@ -294,12 +278,13 @@ def columns_of(table: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
 
 def norms_into(part: Part, walk: _Walk, columns: np.ndarray) -> None:
     """The norms of a part into its columns of a table."""
+    total = walk.scopes * walk.blocks
     leaves = [Operand(leaf.array, place) for leaf, place in zip(part, walk.places, strict=True)]
     # Parts may have norms of another precision than the table.
     in_order = walk.in_order and columns.flags.c_contiguous and columns.dtype == walk.norm
     make, workspace, piece, fills_any = walk.measuring
-    if in_order and fills_any and is_one_piece(walk.total, walk.elements, piece):
-        make(leaves, 0).fill_into(0, walk.total, columns.reshape(-1))  # a job of it would be a tenth of a small call
+    if in_order and fills_any and is_one_piece(total, walk.elements, piece):
+        make(leaves, 0).fill_into(0, total, columns.reshape(-1))  # a job of it would be a tenth of a small call
         return
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
@@ -316,7 +301,7 @@ def norms_into(part: Part, walk: _Walk, columns: np.ndarray) -> None:
 
         return work
 
-    ranges(walk.total, walk.elements, make_work, workspace=workspace, piece=piece)()
+    ranges(total, walk.elements, make_work, workspace=workspace, piece=piece)()
 
 
 def put(columns: np.ndarray, i0: int, i1: int, values: np.ndarray) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from npscope.backends.numba_cpu.vectors import (
 from npscope.dtypes import Kind, common_norm, kind_of
 from npscope.options import thread_count, thread_limit
 from npscope.tiling import MAX_NDIM, Cut, Dim, Leaf, Part, Parts
+
+T = TypeVar("T")
 
 PIECE_ELEMENTS = 1 << 18
 """Elements of a piece: 1 MiB of float32, so that it stays in a core's cache between its passes."""
@@ -173,14 +176,18 @@ class Placement:
         scopes, blocks = self.nests
         return bool(0 < abs(scopes[1, -1]) < abs(blocks[1, -1]) and scopes[0, -1] >= ACROSS)
 
-    @cached_property
-    def pairs(self) -> Placement | None:
-        """The same memory, complex numbers as pairs of real ones along an axis more; None if they are none."""
+    def in_reals(self, in_planes: bool = False) -> Placement | None:
+        """The same memory, complex numbers as pairs of real ones along an axis more, where these lie line by line.
+
+        Else None. `in_planes`: of complex64, also where the pairs lie so block by block.
+        """
         if self.dtype.kind != "c" or len(self.shape) == MAX_NDIM:
             return None
         real = np.dtype(f"{self.dtype.byteorder}f{self.dtype.itemsize // 2}")
         cut = Cut.of(self.cut.scope, self.cut.block, (*self.cut.element, Dim(len(self.shape), 2, 1)))
-        return placement(cut, (*self.shape, 2), (*self.strides, real.itemsize), real, self.aligned, None)
+        found = placement(cut, (*self.shape, 2), (*self.strides, real.itemsize), real, self.aligned, None)
+        in_planes = in_planes and real.itemsize == 4 and found.side_by_side
+        return None if (found.block_by_block if in_planes else found).layout is None else found
 
     def _loops(self) -> tuple[list[Dim], list[Dim]]:
         """Loops over blocks outside of those over scopes, and inside."""
@@ -235,6 +242,7 @@ _BYTE = np.dtype(np.uint8)
 class Operand:
     """A leaf as kernels see it: flat buffer, origin, and the loop tables of its grid and its elements.
 
+    What is asked of most operands can be asked of them; all else that does not depend on memory, of their place.
     Operands that a kernel reads side by side must have their elements in one order: `like` another.
     """
 
@@ -362,12 +370,38 @@ def measure_of(places: Sequence[Placement]) -> tuple[np.dtype, bool, bool]:
     )
 
 
-@lru_cache(maxsize=2048)
-def _joined(places: tuple[Placement, ...]) -> tuple[Cut, int, int, int, bool, np.dtype, bool, bool]:
-    """What `Competitors` knows of leaves with these placements."""
-    cut = places[0].cut
-    elements = sum(place.cut.elements for place in places)
-    return cut, cut.blocks, cut.scopes * cut.blocks, elements, len(places) > 1, *measure_of(places)
+def kept_for_one(function: Callable[..., T]) -> Callable[..., T]:
+    """Decorator of functions of placements first of all: results are kept for single ones.
+
+    Tuples of many would be kept alive in many combinations.
+    """
+
+    @lru_cache(maxsize=2048)
+    def of_one(place: Placement, *rest: Any) -> T:
+        return function((place,), *rest)
+
+    @wraps(function)
+    def of_all(places: tuple[Placement, ...], *rest: Any) -> T:
+        return of_one(places[0], *rest) if len(places) == 1 else function(places, *rest)
+
+    return of_all
+
+
+class _Facts(NamedTuple):
+    """What `Competitors` knows of leaves, whatever their memory."""
+
+    blocks: int
+    total: int
+    elements: int
+    norm: np.dtype
+    exact: bool
+    wide_integers: bool
+
+
+@kept_for_one
+def _facts_of(places: tuple[Placement, ...]) -> _Facts:
+    cut, elements = places[0].cut, sum(place.cut.elements for place in places)
+    return _Facts(cut.blocks, cut.scopes * cut.blocks, elements, *measure_of(places))
 
 
 class Competitors:
@@ -379,9 +413,10 @@ class Competitors:
 
     def __init__(self, leaves: Sequence[Operand]) -> None:
         self.leaves, self.places = leaves, tuple([leaf.place for leaf in leaves])
-        facts = _joined(self.places)
-        self.cut, self.blocks, self.total, self.elements, self.spans_leaves = facts[:5]
-        self.norm, self.exact, self.wide_integers = facts[5:]
+        self.cut, self.spans_leaves = self.places[0].cut, len(leaves) > 1
+        facts = _facts_of(self.places)
+        self.blocks, self.total, self.elements = facts.blocks, facts.total, facts.elements
+        self.norm, self.exact, self.wide_integers = facts.norm, facts.exact, facts.wide_integers
 
     @classmethod
     def of(cls, part: Part) -> Competitors:
@@ -519,19 +554,15 @@ def in_reals(
 
 
 def _in_reals(leaf: Leaf, dtypes: Sequence[str], in_planes: bool) -> Leaf:
-    array = leaf.array
-    place = place_of(leaf).pairs if array.dtype.name in dtypes else None
+    place = place_of(leaf).in_reals(in_planes) if leaf.array.dtype.name in dtypes else None
     if place is None:
-        return leaf
-    in_planes = in_planes and array.dtype.itemsize == 8 and place.side_by_side
-    if (place.block_by_block if in_planes else place).layout is None:
         return leaf
 
     def pairs(array: np.ndarray) -> np.ndarray:
         real = array.real
         return np.lib.stride_tricks.as_strided(real, (*real.shape, 2), (*real.strides, real.itemsize))
 
-    return Leaf(pairs(array), place.cut, None if leaf.origin is None else pairs(leaf.origin))
+    return Leaf(pairs(leaf.array), place.cut, None if leaf.origin is None else pairs(leaf.origin))
 
 
 def competitors(parts: Sequence[Part]) -> list[Competitors]:

@@ -347,7 +347,9 @@ def columns_cutter_of(ranking: Ranking, turner: Turner, written: Operand) -> int
 
 def selector_of(ranking: Ranking) -> int:
     """What marks the first-ranked of every scope, in dense keys."""
-    return scope_strips.selector_address(ranking.group, ranking.key, ranking.signed, ranking.sizes)
+    in_vectors = ranking.group > 0  # what does not matter must not have the same be compiled twice
+    signed, sizes = ranking.signed and not in_vectors, ranking.sizes and in_vectors
+    return scope_strips.selector_address(ranking.group, ranking.key, signed, sizes)
 
 
 def plane_selector_of(ranking: Ranking) -> int:

@@ -76,6 +76,7 @@ def _count_from(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
 
 
 def _neighbours_of(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
+    """Of less than 2 ** 31 keys, which a scope in a work array has."""
     vector = vector_of(keys.type.pointee.width, SLACK)
     border, ones, zeros = narrow(b, limit, vector), splat(vector, -1), splat(vector, 0)
     above, below = cgutils.alloca_once_value(b, ones), cgutils.alloca_once_value(b, zeros)

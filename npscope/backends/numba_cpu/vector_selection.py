@@ -282,7 +282,7 @@ def cut_columns(form: Format, signed: bool, marks: bool, partial: bool) -> Any:
     """``(source, i, target, j, limits, l, borders, m, row, rest)``: `cut_line`, where each lane has a limit of its own.
 
     Keys equal to it are kept where the row is before a border. Only in the `rest` first lanes if `partial`; else what
-    is so far ahead in `target` is asked for, after it is read as there.
+    is so far ahead in `target` is asked for.
     """
     bits, words = vector_of(form.bits, form.lanes), vector_of(32, form.lanes)
     width = 8 if marks else form.bits
@@ -293,7 +293,7 @@ def cut_columns(form: Format, signed: bool, marks: bool, partial: bool) -> Any:
         def read(at: Value) -> Value:
             return load(b, at, bits) if mask is None else load_masked(b, at, bits, mask)
 
-        own = None if marks else read(target)
+        own = None if marks else read(target)  # first, as in `cut_line`
         if mask is None:
             prefetch(b, target, form.lanes * width // 8, rest)
         keys, limit = all_keys_of(b, read(source), form, signed), load(b, limits, bits)

@@ -159,11 +159,14 @@ def store(b: Builder, value: Value, address: Value) -> None:
 
 @cache
 def has_only_avx2() -> bool:
-    """Whether the machine has AVX2 and no more; code for either runs on all, if slower.
+    """Whether the machine, whatever Numba is told, has AVX2 and no more; code for either runs on all, if slower.
 
     It permutes lanes, but does not compress them, and moves few across the halves of a vector.
     """
-    features = llvmlite.binding.get_host_cpu_features()
+    try:
+        features = llvmlite.binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know them
+        return False
     return bool(features.get("avx2")) and not features.get("avx512f")
 
 
@@ -322,7 +325,7 @@ def rounded_to(b: Builder, single: Value, form: Format) -> Value:
 def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
     """A power of two of adjacent vectors, dealt out: plane p holds every element at p modulo their number."""
     vector = vectors[0].type
-    part = QUARTER // vector.element.width if has_only_avx2() else vector.count
+    part = QUARTER // _bits_of(vector.element) if has_only_avx2() else vector.count
     if len(vectors) == 1 or part >= vector.count:
         return _planes_in_parts(b, vectors, vector.count)
     # Parts that follow each other, to the same place in all vectors: no element leaves its part then, which takes AVX2
@@ -356,10 +359,14 @@ def _side_by_side(b: Builder, vectors: Sequence[Value]) -> Value:
     return vectors[0]
 
 
+def _bits_of(element: Any) -> int:
+    """The width of a scalar type."""
+    return {"float": 32, "double": 64}.get(str(element)) or int(element.width)
+
+
 def _size_of(place: Value) -> int:
     """Bytes of what an address points to."""
-    element = place.type.pointee
-    return {"float": 4, "double": 8}.get(str(element)) or element.width // 8
+    return _bits_of(place.type.pointee) // 8
 
 
 def _copy(b: Builder, source: Value, count: Value, target: Value) -> None:
