@@ -158,9 +158,8 @@ class LargeScopes:
                 return work
 
             piece = PIECE_ELEMENTS if ranking.sources[p] is None else STRIPS_ELEMENTS
-            ranges(
-                part.total, part.elements, make_work, workspace=workspace_of(part.elements, part.exact), piece=piece
-            )()
+            workspace = workspace_of(part.elements, part.exact)
+            ranges(part.total, part.elements, make_work, workspace=workspace, piece=piece)()
 
     def _sample(self, scope: int) -> Sample:
         """Some keys of a scope."""

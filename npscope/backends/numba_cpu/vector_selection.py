@@ -45,17 +45,17 @@ MAX_GROUP = 16
 """Largest scope that is ranked inside a vector: the work grows with the square of it."""
 
 
-def _ranks(b: Builder, keys: Value, n: int, *, halved: bool) -> Value:
+def _ranks(b: Builder, keys: Value, n: int, *, spare_bit: bool) -> Value:
     """How many of its group of n adjacent lanes rank before each lane: a larger key, or an equal one earlier.
 
-    `halved`: keys leave the highest bit free, so that one comparison tells both.
+    `spare_bit`: keys leave the highest bit free, so that one comparison tells both.
     """
     vector = keys.type
     ranks = splat(vector, 0)
     for distance in range(1, n):
         places = [i % n + distance for i in range(vector.count)]
         rivals, earlier = shuffle(b, keys, [i - i % n + p % n for i, p in enumerate(places)]), [p >= n for p in places]
-        if halved:  # an earlier rival wins ties: one less is to be beaten, which -1 is for 0
+        if spare_bit:  # an earlier rival wins ties: one less is to be beaten, which -1 is for 0
             before = b.icmp_signed(">", rivals, b.sub(keys, ir.Constant(vector, list(map(int, earlier)))))
         else:
             equal = b.icmp_unsigned("==", rivals, keys)
@@ -95,7 +95,7 @@ def keep_groups(form: Format, n: int, marks: bool, *, several: bool = False) -> 
         if several:
             kept = _first_by_sorting(b, keys, k, n)
         else:
-            ranks = _ranks(b, keys[0], n, halved=not form.is_integer)
+            ranks = _ranks(b, keys[0], n, spare_bit=not form.is_integer)
             kept = [b.icmp_unsigned("<", ranks, narrow(b, k, keys[0].type))]
         for start, bits, flags in zip(starts, lines, kept, strict=True):
             found = _flags(b, flags) if marks else b.select(flags, bits, splat(bits.type, 0))
@@ -350,7 +350,7 @@ def mark_groups(width: int, n: int, sizes: bool) -> Any:
         if sizes:
             top = splat(vector, (1 << (width - 1)) - 1)
             own = b.select(b.icmp_unsigned("<", own, top), own, top)
-        ranks = _ranks(b, own, n, halved=sizes)
+        ranks = _ranks(b, own, n, spare_bit=sizes)
         counts = load(b, keep, few)
         counts = counts if width == 64 else b.trunc(counts, vector_of(width, groups))
         kept = b.icmp_unsigned("<", ranks, shuffle(b, counts, [i // n for i in range(vector.count)]))
@@ -390,8 +390,8 @@ def _append_by_table(b: Builder, numbers: Value, chosen: Value, target: Value) -
     for 16 numbers, where this takes 6.
     """
     width, word = numbers.type.element.width, ir.IntType(64)
-    lanes = min(numbers.type.count, 4 if width == 64 else 8)
-    words, table = vector_of(32, lanes * max(1, width // 32)), _orders(b, lanes, max(1, width // 32))
+    lanes, each = min(numbers.type.count, 4 if width == 64 else 8), max(1, width // 32)
+    words, table = vector_of(32, lanes * each), _orders(b, lanes, each)
     for start in range(0, numbers.type.count, lanes):
         some = shuffle(b, numbers, range(start, start + lanes))
         choice = b.zext(b.bitcast(shuffle(b, chosen, range(start, start + lanes)), ir.IntType(lanes)), word)
