@@ -25,6 +25,7 @@ from npscope.backends.numba_cpu.vectors import (
     call,
     copy_rows,
     fma,
+    has_only_avx2,
     load,
     planes_of,
     shuffle,
@@ -40,6 +41,9 @@ PARTIAL = 8
 
 ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
 """A float64 lies halfway between two normal float32 where its low 29 bits are the first number."""
+
+LEAST_NORMAL, INFINITE = 0x00800000, 0x7F800000
+"""Bits of float32."""
 
 MOST_DOUBT = 1 << 16
 """Units in the last place of float64 by which a norm may be off at most; larger blocks are summed in another way."""
@@ -231,6 +235,48 @@ class _Span(_Least):
         return b.fmul(exact, exact.type(EXACT_SPAN)), b.fmul(most, most.type(1 + 2.0**-23))
 
 
+class _Roots:
+    """Whether any norm of a strip may be rounded wrong to float32: by the extremes of what `_in_doubt` looks at.
+
+    Which one it is can be found out afterwards, and hardly ever has to. Flags of all norms took a fifth of the time of
+    blocks of four.
+    """
+
+    def __init__(self, b: Builder, doubt: Value) -> None:
+        # Extremes are few, so that AVX2 keeps them in registers: in memory they took as long as what they save.
+        self.b, self.type = b, vector_of(32, LANES // 2 if has_only_avx2() else LANES)
+        self.doubt = b.trunc(doubt, INT32)
+        zeros = splat(self.type, 0)
+        self.offset, self.least = (cgutils.alloca_once_value(b, b.not_(zeros)) for _ in range(2))
+        self.largest = cgutils.alloca_once_value(b, zeros)
+
+    def take(self, wide: Value, rounded: Value) -> None:
+        """Take in norms of `LANES` blocks in float64, and rounded."""
+        b = self.b
+        words, bits = b.bitcast(wide, vector_of(32, 2 * LANES)), b.bitcast(rounded, vector_of(32, LANES))
+        # Their low words, in the order that takes least, for it does not matter.
+        low = shuffle(b, words, [i + e for i in (0, LANES) for e in (0, 2, 8, 10, 4, 6, 12, 14)])
+        start = broadcast(b, b.sub(self.doubt, INT32(ROUNDING_BORDER)), LANES)
+        self._keep(self.offset, "<", b.and_(b.add(low, start), splat(low.type, ROUNDING_MASK)))
+        self._keep(self.least, "<", b.sub(bits, splat(bits.type, 1)))  # of zero, which is sure, the largest integer
+        self._keep(self.largest, ">", bits)
+
+    def _keep(self, place: Value, order: str, numbers: Value) -> None:
+        lanes = self.type.count
+        for start in range(0, LANES, lanes):
+            some, kept = shuffle(self.b, numbers, range(start, start + lanes)), self.b.load(place)
+            self.b.store(self.b.select(self.b.icmp_unsigned(order, some, kept), some, kept), place)
+
+    def are_unsure(self) -> Value:
+        """Whether one of them has to be asked about."""
+        b, lanes = self.b, self.type.count
+        near = b.icmp_unsigned("<", b.load(self.offset), broadcast(b, b.shl(self.doubt, INT32(1)), lanes))
+        small = b.icmp_unsigned("<", b.load(self.least), splat(self.type, LEAST_NORMAL))
+        infinite = b.icmp_unsigned(">=", b.load(self.largest), splat(self.type, INFINITE))
+        flags = ir.IntType(lanes)
+        return b.icmp_unsigned("!=", b.bitcast(b.or_(near, b.or_(small, infinite)), flags), flags(0))
+
+
 def parts_of(form: Format) -> int:
     """Places of 8 bytes for the total of one block in many lanes."""
     return PARTIAL * max(1, form.bits // 32)
@@ -267,6 +313,8 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
         kept = b.gep(making, [INT32(LEAST)])
         span = _Span(b, kept, go_on) if code == ONE and form.bits <= 32 else None
         least = _Least(b, kept, go_on, 64) if code == TWO and form.bits == 64 else span
+
+        roots = _Roots(b, doubt) if code == TWO and form.bits <= 32 else None
 
         def number(n: int) -> Value:
             return ir.Constant(size.type, n)
@@ -413,8 +461,9 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
                 if span is not None:
                     # Of blocks that are measured together, those beyond are zero; parts are what was there before.
                     span.take_rounded(rounded, None if together else b.sub(count, block))
-                    return
-                lost = _in_doubt(b, wide, rounded, doubt)
+                if roots is not None:
+                    roots.take(wide, rounded)
+                return
             bits = b.zext(b.bitcast(lost, ir.IntType(LANES)), word)
             b.store(bits, b.gep(doubts, [b.udiv(block, number(LANES))]))
             b.store(b.or_(b.load(found), bits), found)
@@ -436,7 +485,10 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
             if span is not None:
                 exact, most = span.ends()
                 with b.if_then(b.not_(b.fcmp_ordered("<=", most, exact)), likely=False):
-                    b.store(_doubts_of_sums(b, groups, sums, doubts, exact, doubt), found)
+                    b.store(_doubts_of(b, groups, sums, doubts, exact, doubt), found)
+            elif roots is not None:
+                with b.if_then(roots.are_unsure(), likely=False):
+                    b.store(_doubts_of(b, groups, sums, doubts, None, doubt), found)
             elif least is not None:
                 bits = least.bits()
                 tiny = b.icmp_unsigned("<", b.sub(bits, word(1)), word(SQUARED_LEAST - 1))
@@ -527,7 +579,7 @@ def _in_doubt(b: Builder, wide: Value, rounded: Value, doubt: Value) -> Value:
     # All but zero, which blocks have that were dropped before, and normal numbers above the smallest, which may be a
     # subnormal one that was rounded up.
     narrow_bits = b.bitcast(rounded, vector_of(32, LANES))
-    least, infinite = (splat(narrow_bits.type, number) for number in (0x00800001, 0x7F800000))
+    least, infinite = (splat(narrow_bits.type, number) for number in (LEAST_NORMAL + 1, INFINITE))
     unusual = b.icmp_unsigned(">=", b.sub(narrow_bits, least), b.sub(infinite, least))
     unusual = b.and_(unusual, b.icmp_unsigned("!=", narrow_bits, splat(narrow_bits.type, 0)))
     found = cgutils.alloca_once_value(b, near)
@@ -545,15 +597,16 @@ def _in_doubt(b: Builder, wide: Value, rounded: Value, doubt: Value) -> Value:
     return b.load(found)
 
 
-def _doubts_of_sums(b: Builder, groups: Value, sums: Value, doubts: Value, exact: Value, doubt: Value) -> Value:
-    """Note the doubts about sums that may not be `exact`; all of them in one word."""
+def _doubts_of(b: Builder, groups: Value, sums: Value, doubts: Value, exact: Value | None, doubt: Value) -> Value:
+    """Note the doubts about norms, but for those up to a number which are `exact`; all of them in one word."""
     word, double = ir.IntType(64), ir.VectorType(ir.DoubleType(), LANES)
     found = cgutils.alloca_once_value(b, word(0))
     with cgutils.for_range(b, groups) as loop:
         here = b.gep(sums, [b.mul(loop.index, word(LANES))])
         wide = b.load(b.bitcast(here, double.as_pointer()), align=8)
-        inexact = b.not_(b.fcmp_ordered("<=", wide, broadcast(b, exact, LANES)))
-        flags = b.and_(inexact, _in_doubt(b, wide, b.fptrunc(wide, ir.VectorType(ir.FloatType(), LANES)), doubt))
+        flags = _in_doubt(b, wide, b.fptrunc(wide, ir.VectorType(ir.FloatType(), LANES)), doubt)
+        if exact is not None:
+            flags = b.and_(flags, b.not_(b.fcmp_ordered("<=", wide, broadcast(b, exact, LANES))))
         bits = b.zext(b.bitcast(flags, ir.IntType(LANES)), word)
         b.store(bits, b.gep(doubts, [loop.index]))
         b.store(b.or_(b.load(found), bits), found)
