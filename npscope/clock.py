@@ -214,19 +214,29 @@ def arithmetic_of(threads: int, rounds: int = 15) -> float:
 def machine() -> dict[str, str | int | float | None]:
     """What a reader of the figures needs to know of this machine; nothing that names it."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": _said_of_cpu("model name") or platform.processor() or "unknown",
+        "vectors": _widest_vectors(),
         "cores": os.cpu_count(),
         "ram_gib": _ram_gib(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
-def _cpu_model() -> str:
+def _said_of_cpu(*fields: str) -> str | None:
+    """What Linux says under the first of these names that it uses."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+            name, _, said = line.partition(":")
+            if name.strip() in fields:
+                return said.strip()
+    return None
+
+
+def _widest_vectors() -> str | None:
+    """The widest vector instructions of this machine: two of the same name may differ in these, and be twice as fast."""
+    features = (_said_of_cpu("flags", "Features") or "").split()
+    known = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+    return next((name for feature, name in known.items() if feature in features), None)
 
 
 def _ram_gib() -> float | None:

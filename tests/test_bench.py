@@ -242,7 +242,7 @@ def test_npscope_bench_as_json(capsys):
     assert cli.main(["bench", "--mib", "1", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert set(results) == KEYS
-    assert set(results["machine"]) == {"cpu", "cores", "ram_gib", "system"}
+    assert set(results["machine"]) == {"cpu", "vectors", "cores", "ram_gib", "system"}
     assert set(results["versions"]) == {"python", "npscope", "numpy", "numba"}
     rows = [Row(**fields) for fields in results["rows"]]
     assert {(r.case, r.contender) for r in rows} >= {(case.name, "npscope numba") for case in core.CASES}
@@ -305,7 +305,7 @@ def results(tmp_path: Path) -> Path:
         *(row(section="threads", threads=i, median_ms=4 / i) for i in (1, 2)),
     ]
     about = {
-        "machine": {"cpu": "A CPU", "cores": 2, "ram_gib": 8.0, "system": "Linux x86_64"},
+        "machine": {"cpu": "A CPU", "vectors": "AVX2", "cores": 2, "ram_gib": 8.0, "system": "Linux x86_64"},
         "versions": {"python": "3.12.0", "numpy": "2.4.0"},
         "threads": 2,
         "commit": "abc",
@@ -321,6 +321,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_the_report_says_all_and_hides_no_loss(results):
     document = tables.document(tables.load(results), ["tiny-roofline.png"])
+    assert document.splitlines()[2].startswith("A CPU with AVX2, 2 threads of 2 cores, 8.0 GiB")
     assert "| 2:4 | 1 | 2 (0.5) | 1.25 (0.8) | ~16 (0.06) |" in document
     assert "sparsekit raises `RuntimeError: no driver`" in document
     assert "Bars met: 2 of 5." in document
