@@ -82,8 +82,9 @@ def heading(results: Results) -> str:
     shared = f" that do {times:g} times the arithmetic of one" if times else ""
     vectors = f" with {machine['vectors']}" if machine.get("vectors") else ""  # older results do not say
     return (
-        f"{machine['cpu']}{vectors}, {about['threads']} threads of {machine['cores']} cores{shared}, {machine['ram_gib']} GiB, "
-        f"{machine['system']}; {versions}; commit {about['commit']}. Arrays of {plan['mib']:g} MiB (float32). "
+        f"{machine['cpu']}{vectors}, {about['threads']} threads of {machine['cores']} cores{shared}, "
+        f"{machine['ram_gib']} GiB, {machine['system']}; {versions}; commit {about['commit']}. "
+        f"Arrays of {plan['mib']:g} MiB (float32). "
         "Milliseconds, medians of interleaved rounds; in brackets the floor divided by that, the floor being the time "
         "that the necessary passes over the array take in the same rounds."
     )

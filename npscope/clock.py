@@ -233,7 +233,7 @@ def _said_of_cpu(*fields: str) -> str | None:
 
 
 def _widest_vectors() -> str | None:
-    """The widest vector instructions of this machine: two of the same name may differ in these, and be twice as fast."""
+    """The widest vector instructions here: two machines of one name may differ in these, one twice as fast."""
     features = (_said_of_cpu("flags", "Features") or "").split()
     known = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
     return next((name for feature, name in known.items() if feature in features), None)

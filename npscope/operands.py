@@ -151,8 +151,12 @@ def require_writable(array: Any, what: str) -> None:
         if not array_api_compat.is_writeable_array(array):
             raise KindError(f"{what} is immutable ({type(array).__name__}); use the functions, which return new arrays")
         return
-    if is_numpy(array) and not array.flags.writeable:
-        raise SpecError(f"{what} is read-only; pass a copy, or use the functions, which return new arrays")
+    if is_numpy(array):
+        flags = array.flags
+        if not flags.writeable:
+            raise SpecError(f"{what} is read-only; pass a copy, or use the functions, which return new arrays")
+        if flags.c_contiguous:  # as most are, which takes less to see
+            return
     if meets_itself(array.shape, array.strides, array.itemsize):
         raise SpecError(f"{what} is a window that meets itself: it can be read, but not written; pass a copy")
 

@@ -8,7 +8,8 @@ large scope (counting, ties, writing) read the array again.
 
 To read it in order:
 
-- how operands lie: `operands` (buffers, loops, layouts, pieces), `nests`, `loans` (work arrays);
+- how operands lie: `operands` (buffers, loops, layouts), `orders`, `nests`, `loans` (work arrays);
+- how a call is divided: `pieces`, on threads;
 - how code is made: `jit`, `scalars`, `vectors` and `lanes` (LLVM vectors), `codecs` (elements);
 - norms: `lines` and `vector_norms` (blocks in rows), `kernels`, `exact`, `arithmetic` (any block), `norms`;
 - who is kept: `ranking` (keys, and what reads them), `search`, `vector_search` and `lane_search` (the k-th key of a
@@ -30,17 +31,9 @@ from npscope.backends import derived
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.groups import groups_job
 from npscope.backends.numba_cpu.norms import norm_ranges, norms
-from npscope.backends.numba_cpu.operands import (
-    Competitors,
-    Operand,
-    Positions,
-    as_it_is,
-    blocks_in_memory_order,
-    in_memory_order,
-    in_reals,
-    ranges,
-    table_cut,
-)
+from npscope.backends.numba_cpu.operands import Competitors, Operand, in_reals
+from npscope.backends.numba_cpu.orders import Positions, as_it_is, blocks_in_memory_order, in_memory_order, table_cut
+from npscope.backends.numba_cpu.pieces import ranges
 from npscope.backends.numba_cpu.ranking import Ranking, ranked_in_reals
 from npscope.backends.numba_cpu.selection import kth, select_blocks, strips_of_thresholds
 from npscope.backends.numba_cpu.shrinkage import shrink

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from npscope.backends.numba_cpu import lines, vector_selection
-from npscope.backends.numba_cpu.operands import STRIPS_ELEMENTS, Operand, in_memory_order, ranges
+from npscope.backends.numba_cpu.operands import Operand
+from npscope.backends.numba_cpu.orders import in_memory_order
+from npscope.backends.numba_cpu.pieces import STRIPS_ELEMENTS, ranges
 from npscope.backends.numba_cpu.vector_selection import MAX_GROUP
 from npscope.backends.numba_cpu.vectors import Format, format_of
 from npscope.tiling import Leaf, Parts

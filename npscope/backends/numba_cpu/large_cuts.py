@@ -11,7 +11,8 @@ import numpy as np
 from npscope.backends.numba_cpu import scope_passes, strips
 from npscope.backends.numba_cpu.brackets import Nth
 from npscope.backends.numba_cpu.large_scopes import LargeScopes
-from npscope.backends.numba_cpu.operands import BLOCK_WORKSPACE, STRIPS_ELEMENTS, Positions, piece_length
+from npscope.backends.numba_cpu.orders import Positions
+from npscope.backends.numba_cpu.pieces import BLOCK_WORKSPACE, STRIPS_ELEMENTS, piece_length
 from npscope.backends.numba_cpu.ranking import cutter_of, dense
 from npscope.backends.numba_cpu.writing import Written, writer_of
 

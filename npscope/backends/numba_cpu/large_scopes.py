@@ -13,13 +13,7 @@ from npscope.backends import threads
 from npscope.backends.numba_cpu import scope_passes, strips
 from npscope.backends.numba_cpu.brackets import MARGIN, Look, Nth, Sample, Survey, narrow, partitioned, sample_of
 from npscope.backends.numba_cpu.norms import put, workspace_of
-from npscope.backends.numba_cpu.operands import (
-    PIECE_ELEMENTS,
-    PIECES_PER_THREAD,
-    STRIPS_ELEMENTS,
-    ranges,
-    workers_for,
-)
+from npscope.backends.numba_cpu.pieces import PIECE_ELEMENTS, PIECES_PER_THREAD, STRIPS_ELEMENTS, ranges, workers_for
 from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, dense, surveyor_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch
 from npscope.backends.numba_cpu.vector_search import SLACK

@@ -15,19 +15,14 @@ from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.exact import EXACT_WORDS
 from npscope.backends.numba_cpu.loans import Loan
-from npscope.backends.numba_cpu.operands import (
+from npscope.backends.numba_cpu.operands import Competitors, Operand, Placement, kept_for_one, measure_of, place_of
+from npscope.backends.numba_cpu.orders import table_cut
+from npscope.backends.numba_cpu.pieces import (
     BLOCK_WORKSPACE,
     PIECE_ELEMENTS,
     STRIPS_ELEMENTS,
-    Competitors,
-    Operand,
-    Placement,
     is_one_piece,
-    kept_for_one,
-    measure_of,
-    place_of,
     ranges,
-    table_cut,
     workers_for,
 )
 from npscope.tiling import Cut, Leaf, Part, Parts

@@ -1,4 +1,4 @@
-"""Leaves as kernels take them, and the pieces in which a call works them off."""
+"""How leaves lie in memory, and what kernels take in their place."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from npscope.backends import threads
 from npscope.backends.numba_cpu.codecs import Codec, codec
+from npscope.backends.numba_cpu.orders import Positions
 from npscope.backends.numba_cpu.vectors import (
     CHUNK,
     LANES,
@@ -20,31 +20,9 @@ from npscope.backends.numba_cpu.vectors import (
     format_of,
 )
 from npscope.dtypes import Kind, common_norm, kind_of
-from npscope.options import thread_count, thread_limit
 from npscope.tiling import MAX_NDIM, Cut, Dim, Leaf, Part, Parts
 
 T = TypeVar("T")
-
-PIECE_ELEMENTS = 1 << 18
-"""Elements of a piece: 1 MiB of float32, so that it stays in a core's cache between its passes."""
-
-PIECE_WORKSPACE = 7 << 20
-"""Bytes of work arrays of a piece at most, so that a thread stays within 8 MiB whatever the blocks."""
-
-BLOCK_WORKSPACE = 48
-"""Bytes of work arrays for a block, unless said otherwise: sums, norm, key, threshold, factor, mask."""
-
-SCOPE_BLOCKS, SCOPE_ELEMENTS = 1 << 17, 1 << 22
-"""A scope up to this size is decided in one piece, which takes a few milliseconds; larger ones are spread."""
-
-SCOPE_BYTES = 3 << 20
-"""Bytes of keys and masks of a scope up to which it is decided in one piece where no more is kept of its blocks."""
-
-STRIPS_ELEMENTS = 1 << 20
-"""Elements of a piece that one kernel works off strip by strip: 0.1 ms and more, so that pieces cost little."""
-
-SOLVE_ELEMENTS = 1 << 17
-"""Elements of a piece of which equations are solved, which takes ten times as long."""
 
 SHAPED_ELEMENTS = 1 << 10
 """Elements from which kernels made for one shape of block or scope pay: compiling one takes half a second or more."""
@@ -54,9 +32,6 @@ ACROSS = 16
 
 TILE_RUN = 16
 """Blocks in a row from which on a scope is read row by row: shorter ones are read with those of other scopes beside."""
-
-PIECES_PER_THREAD = 4
-"""Pieces that each thread gets at least, so that all finish together."""
 
 
 class _Memory:
@@ -424,116 +399,6 @@ class Competitors:
         return cls([Operand.of(leaf) for leaf in part])
 
 
-def _order(nest: tuple[Dim, ...], strides: tuple[int, ...]) -> list[int]:
-    """The loops of a nest, the longest steps first."""
-    return sorted(range(len(nest)), key=lambda d: -abs(nest[d].step * strides[nest[d].axis]))
-
-
-def _with_scopes(leaf: Leaf, order: list[int]) -> Leaf:
-    cut = leaf.cut
-    return Leaf(leaf.array, Cut.of([cut.scope[d] for d in order], cut.block, cut.element), leaf.origin)
-
-
-def outermost_axis(array: np.ndarray) -> int:
-    """The axis of the longest steps in memory, of an array that has axes."""
-    return max(range(array.ndim), key=lambda i: abs(array.strides[i]) if array.shape[i] > 1 else 0)
-
-
-def in_memory_order(target: Parts, source: Parts, numbers: Leaf) -> tuple[Parts, Parts, Leaf]:
-    """The same problem, its scopes taken in the order in which the first written array lies in memory."""
-    first = target[0][0]
-    order = _order(first.cut.scope, first.array.strides)
-    if order == sorted(order):
-        return target, source, numbers
-
-    def each(parts: Parts) -> Parts:
-        return tuple(tuple(_with_scopes(leaf, order) for leaf in part) for part in parts)
-
-    return each(target), each(source), _with_scopes(numbers, order)
-
-
-def scopes_in_memory_order(parts: Parts, numbers: Leaf) -> tuple[Parts, Leaf, Callable[[np.ndarray], np.ndarray]]:
-    """As `in_memory_order`, for what is read; and how results, one or a row for each scope, come into the order before.
-
-    A copy of them, where there was another.
-    """
-    scope = parts[0][0].cut.scope
-    reordered, _, numbers_too = in_memory_order(parts, parts, numbers)
-    order = [reordered[0][0].cut.scope.index(dim) for dim in scope]
-    if order == sorted(order):
-        return parts, numbers, lambda results: results
-
-    def as_before(results: np.ndarray) -> np.ndarray:
-        rest = results.shape[1:]
-        table = results.reshape(*[dim.size for dim in reordered[0][0].cut.scope], *rest)
-        axes = [*order, *range(len(order), table.ndim)]
-        return np.ascontiguousarray(table.transpose(axes)).reshape(-1, *rest)
-
-    return reordered, numbers_too, as_before
-
-
-@lru_cache(maxsize=2048)
-def table_cut(cut: Cut) -> Cut:
-    """The cut of an ``(S, n)`` table, of an entry for each block, by the same loops over scopes and blocks."""
-    scope, block = (
-        [Dim(axis, dim.size, math.prod(inner.size for inner in nest[d + 1 :])) for d, dim in enumerate(nest)]
-        for axis, nest in enumerate((cut.scope, cut.block))
-    )
-    return Cut.of(scope, block, ())
-
-
-def blocks_in_memory_order(leaf: Leaf, *, scopes: bool = True) -> Callable[[Leaf], Leaf]:
-    """What takes the blocks of this leaf, and those of others with them, in the order in which this one lies in memory.
-
-    And the `scopes`. Only these are reordered where the other has no blocks, but numbers over scopes. For what is done
-    block by block, or does not depend on positions.
-    """
-    orders = [_order(nest, leaf.array.strides) for nest in (leaf.cut.scope, leaf.cut.block)]
-    if not scopes:
-        orders[0].sort()
-    if all(order == sorted(order) for order in orders):
-        return as_it_is
-
-    def reordered(other: Leaf) -> Leaf:
-        scope, block = (
-            [nest[d] for d in order] if nest else nest
-            for nest, order in zip((other.cut.scope, other.cut.block), orders, strict=True)
-        )
-        return Leaf(other.array, Cut.of(scope, block, other.cut.element), other.origin)
-
-    return reordered
-
-
-class Positions:
-    """Where in a scope of `plain` blocks are that are numbered by `cut`, whose loops are the same in another order.
-
-    In an outermost loop of `plain`, the number of its turn comes first: of each `inner` blocks of `cut` it is the same,
-    and after `turns` times as many it starts anew.
-    """
-
-    def __init__(self, cut: Cut, plain: Cut) -> None:
-        self._loops = [
-            (dim.size, math.prod(inner.size for inner in plain.block[plain.block.index(dim) + 1 :]))
-            for dim in reversed(cut.block)
-        ]
-        outer = cut.block.index(plain.block[0]) if plain.block else 0
-        self.inner = math.prod(dim.size for dim in cut.block[outer + 1 :])
-        self.turns = plain.block[0].size if plain.block else 1
-
-    def of(self, blocks: np.ndarray) -> np.ndarray:
-        """The positions of these blocks."""
-        found = np.zeros_like(blocks)
-        for size, step in self._loops:
-            blocks, turn = np.divmod(blocks, size)
-            found += turn * step
-        return found
-
-
-def as_it_is(leaf: Leaf) -> Leaf:
-    """The leaf."""
-    return leaf
-
-
 COMPLEX = ("complex64", "complex128")
 
 
@@ -568,67 +433,3 @@ def _in_reals(leaf: Leaf, dtypes: Sequence[str], in_planes: bool) -> Leaf:
 def competitors(parts: Sequence[Part]) -> list[Competitors]:
     """The parts of a problem as kernels see them."""
     return [Competitors.of(part) for part in parts]
-
-
-def workers_for(elements: int, piece: int = STRIPS_ELEMENTS) -> int:
-    """Threads worth using for this many elements, of work that is done in pieces of up to `piece`: one for each half.
-
-    To hand work to a thread and to wait for it was seen to cost 0.1 ms, about what half a piece takes: two
-    threads were slower than one up to 2 MiB of float32 at 2:4, norms and rows, and as fast at 4 MiB.
-    """
-    worth = 2 * elements // piece
-    if worth < 2:
-        thread_limit()  # asked always, so that a bad setting never goes unnoticed
-        return 1
-    return min(worth, thread_count())
-
-
-def piece_length(
-    total: int, elements: int, workers: int, workspace: int, piece: int = PIECE_ELEMENTS, *, fixed: bool = False
-) -> int:
-    """Items (blocks or scopes of `elements` elements each, `workspace` bytes of work arrays) to a piece."""
-    if workers == 1 and total * elements <= piece and total * workspace <= PIECE_WORKSPACE:
-        return total
-    limit = max(1, piece // max(1, elements))
-    if workspace:
-        limit = max(1, min(limit, PIECE_WORKSPACE // workspace))
-    fair = -(-total // (workers * PIECES_PER_THREAD))
-    return max(1, min(limit, fair) if workers > 1 and not fixed else limit)
-
-
-def is_one_piece(total: int, elements: int, piece: int) -> bool:
-    """Whether `total` items of `elements` elements each are worked off at once by the caller's thread."""
-    return workers_for(total * elements, piece) == 1 and total * elements <= piece
-
-
-def ranges(
-    total: int,
-    elements: int,
-    make_work: Callable[[int, int], Callable[[int, int, int], None]],
-    *,
-    workspace: int = BLOCK_WORKSPACE,
-    piece: int = PIECE_ELEMENTS,
-    shielded: bool = False,
-    fixed: bool = False,
-) -> Callable[[], None]:
-    """A job that works off [0, total), items of `elements` elements each, in ranges on the pool.
-
-    ``make_work(slots, length)`` allocates for that many threads and ranges up to that length, now,
-    and returns ``work(slot, start, stop)``. So a writer has all its memory before it starts. `workspace`
-    is the bytes of work arrays for one item, `piece` the elements of a range; writers of blocks with several
-    leaves are `shielded`. `fixed` ranges are the same for any number of threads.
-    """
-    if total == 0:
-        return lambda: None
-    workers = workers_for(total * elements, piece)
-    length = piece_length(total, elements, workers, workspace, piece, fixed=fixed)
-    if length >= total and not shielded:
-        all_of_it = make_work(1, total)
-        return lambda: all_of_it(0, 0, total)
-    pieces = -(-total // length)
-    work = make_work(min(workers, pieces), min(length, total))
-
-    def use(slot: int, p: int) -> None:
-        work(slot, p * length, min(total, (p + 1) * length))
-
-    return lambda: threads.run(pieces, use, workers, shielded=shielded)

@@ -16,18 +16,8 @@ from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.lane_search import LANES
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import code_of, measuring_of, workspace_of
-from npscope.backends.numba_cpu.operands import (
-    ACROSS,
-    COMPLEX,
-    SCOPE_BLOCKS,
-    SCOPE_BYTES,
-    SCOPE_ELEMENTS,
-    Competitors,
-    Operand,
-    competitors,
-    in_reals,
-    workers_for,
-)
+from npscope.backends.numba_cpu.operands import ACROSS, COMPLEX, Competitors, Operand, competitors, in_reals
+from npscope.backends.numba_cpu.pieces import SCOPE_BLOCKS, SCOPE_BYTES, SCOPE_ELEMENTS, workers_for
 from npscope.backends.numba_cpu.search import IN_LANES, group_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch, Where
 from npscope.backends.numba_cpu.vector_selection import TILE

@@ -12,15 +12,9 @@ from npscope.backends.numba_cpu import scope_strips, strips
 from npscope.backends.numba_cpu.large_cuts import cut_job
 from npscope.backends.numba_cpu.large_scopes import LargeScopes
 from npscope.backends.numba_cpu.loans import Loan
-from npscope.backends.numba_cpu.operands import (
-    STRIPS_ELEMENTS,
-    Competitors,
-    Operand,
-    Positions,
-    blocks_in_memory_order,
-    ranges,
-    scopes_in_memory_order,
-)
+from npscope.backends.numba_cpu.operands import Competitors, Operand
+from npscope.backends.numba_cpu.orders import Positions, blocks_in_memory_order, scopes_in_memory_order
+from npscope.backends.numba_cpu.pieces import STRIPS_ELEMENTS, ranges
 from npscope.backends.numba_cpu.ranking import (
     KeyWork,
     Planes,

@@ -12,16 +12,9 @@ from npscope.backends.numba_cpu import conditioned, lines, proximal, secular
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import norm_ranges
-from npscope.backends.numba_cpu.operands import (
-    SOLVE_ELEMENTS,
-    STRIPS_ELEMENTS,
-    Competitors,
-    Operand,
-    blocks_in_memory_order,
-    in_reals,
-    outermost_axis,
-    ranges,
-)
+from npscope.backends.numba_cpu.operands import Competitors, Operand, in_reals
+from npscope.backends.numba_cpu.orders import blocks_in_memory_order, outermost_axis
+from npscope.backends.numba_cpu.pieces import SOLVE_ELEMENTS, STRIPS_ELEMENTS, ranges
 from npscope.backends.numba_cpu.writing import Numbers, arrays, fill, rescale
 from npscope.dtypes import kind_of
 from npscope.errors import ConvergenceError

@@ -9,15 +9,9 @@ import numpy as np
 
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu import lines, side_by_side, strips
-from npscope.backends.numba_cpu.operands import (
-    STRIPS_ELEMENTS,
-    Competitors,
-    Operand,
-    blocks_in_memory_order,
-    in_reals,
-    outermost_axis,
-    ranges,
-)
+from npscope.backends.numba_cpu.operands import Competitors, Operand, in_reals
+from npscope.backends.numba_cpu.orders import blocks_in_memory_order, outermost_axis
+from npscope.backends.numba_cpu.pieces import STRIPS_ELEMENTS, ranges
 from npscope.tiling import Leaf, Part, Parts
 
 
