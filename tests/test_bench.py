@@ -350,7 +350,7 @@ def test_the_report_rewrites_its_section_of_the_readme(results, monkeypatch, tmp
     readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     command.main(["report", str(results), "--readme", str(readme)])
     text = readme.read_text()
-    assert text.startswith("before\n<!-- bench:begin -->\nA CPU, 2 threads")
+    assert text.startswith("before\n<!-- bench:begin -->\nA CPU with AVX2, 2 threads")
     assert text.endswith("\n<!-- bench:end -->\nafter\n")
     assert "old" not in text
     assert "| 2:4 | 1 | 2 (0.5) |" in text

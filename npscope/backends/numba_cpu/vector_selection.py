@@ -30,7 +30,6 @@ from npscope.backends.numba_cpu.vectors import (
     load,
     load_masked,
     narrow,
-    on_floats,
     planes_of,
     prefetch,
     shuffle,
@@ -595,33 +594,37 @@ def scale_rows(form: Format, run: int, shrinks: bool) -> Any:
         def scaling(place: Value) -> Callable[[Value], None]:
             factor = b.load(b.bitcast(place, few.as_pointer()), align=8)
             same, zero = (b.fcmp_ordered("==", factor, splat(few, number)) for number in (1.0, 0.0))
+            replaced = b.or_(same, zero)
+            # Masks as wide as elements: of flags, AVX2 makes such masks again in each row.
+            flags = vector_of(form.bits, together)
+            stays, changes = (shuffle(b, b.sext(flag, flags), lanes) for flag in (same, b.not_(replaced)))
 
-            def replace(at: Value, bits: Value, product: Value, same: Value, zero: Value) -> None:
-                scaled = b.select(same, bits, b.bitcast(product, words))
-                store(b, b.select(zero, splat(words, 0), scaled), at)
+            def replace(at: Value, bits: Value, product: Value) -> None:
+                store(b, b.or_(b.and_(bits, stays), b.and_(b.bitcast(product, words), changes)), at)
 
             if form.bits == 64:
-                factor, same, zero = (shuffle(b, v, lanes) for v in (factor, same, zero))
+                factor = shuffle(b, factor, lanes)
 
                 def multiply(at: Value) -> None:
                     bits = load(b, at, words)
-                    replace(at, bits, b.fmul(b.bitcast(bits, factor.type), factor), same, zero)
+                    replace(at, bits, b.fmul(b.bitcast(bits, factor.type), factor))
 
                 return multiply
 
             # As two float32: products are right to 2 ** -47 before they are rounded, at a third of the cost.
-            high = b.fptrunc(factor, single)
-            low = b.fptrunc(b.fsub(factor, b.fpext(high, few)), single)
+            # The first is cut off, not rounded: both have the sign of the factor then, and so have all zeros.
+            bits = b.bitcast(factor, vector_of(64, together))
+            first = b.bitcast(b.and_(bits, splat(bits.type, -1 << 29)), few)
+            high, low = (b.fptrunc(part, single) for part in (first, b.fsub(factor, first)))
             if not shrinks:
-                high, low = without_strange(b, factor, b.or_(same, zero), high, low)
-            high, low, same, zero = (shuffle(b, v, lanes) for v in (high, low, same, zero))
+                high, low = without_strange(b, factor, replaced, high, low)
+            high, low = (shuffle(b, v, lanes) for v in (high, low))
 
             def scale(at: Value) -> None:
                 bits = load(b, at, words)
                 x = b.bitcast(bits, high.type)
                 product = fma(b, x, high, b.fmul(x, low))
-                found = on_floats(b, "copysign", product, x) if shrinks else settled(b, product, x, factor)
-                replace(at, bits, found, same, zero)
+                replace(at, bits, product if shrinks else settled(b, product, x, factor))
 
             return scale
 
