@@ -484,6 +484,7 @@ def _over_rows(
     count: Value,
     run: int,
     together: int,
+    flat: bool,
     rows: Value,
     step: Value,
     numbers: Value,
@@ -493,7 +494,7 @@ def _over_rows(
     """``taking(address of their numbers)(address of their elements)`` for all rows of blocks, `together` at a time.
 
     Blocks that are fewer take a detour over memory of which nothing is kept behind them. `together` is 1, or blocks of
-    whole lines.
+    whole lines. `flat` promises a single row.
     """
     word, length = count.type, together * run
     several = together > 1
@@ -514,26 +515,38 @@ def _over_rows(
                 b.store(word(length), distance)
             own = b.select(are_few, spare_numbers, own)
         take = taking(own)
-        with cgutils.for_range(b, rows) as loop:
+        if flat:
             ahead.fetch(length)
-            take(b.gep(b.load(elements), [b.mul(loop.index, b.load(distance))]))
+            take(b.load(elements))
+        else:
+            with cgutils.for_range(b, rows) as loop:
+                ahead.fetch(length)
+                take(b.gep(b.load(elements), [b.mul(loop.index, b.load(distance))]))
         if several:
             with b.if_then(are_few, likely=False):
                 copy_rows(b, spare_elements, word(length), first, step, rows, elements_left, length, back=True)
 
 
-LINES = 2
-"""Lines that are written in one step, of short blocks; with four, rows of eight blocks took up to twice the time."""
+LINES, FLAT_LINES = 2, 4
+"""Lines that are written in one step, of short blocks, and of those that are single rows.
+
+With four of others, rows of eight blocks took up to twice the time.
+"""
+
+
+def _in_a_step(form: Format, flat: bool) -> int:
+    """Elements that are written in one step."""
+    return (FLAT_LINES if flat else LINES) * form.lanes
 
 
 @cache
-def drop_rows(form: Format, run: int) -> Any:
+def drop_rows(form: Format, run: int, flat: bool) -> Any:
     """``(target, i, count, rows, step, mask, j, jump)``: zero the blocks whose mask is False.
 
     Their runs (up to `CHUNK` elements) in `rows` rows `step` apart, of `count` adjacent blocks. `jump` as for norms.
     """
     together = form.lanes // math.gcd(form.lanes, run)  # whole lines
-    together *= max(1, LINES * form.lanes // (together * run))
+    together *= max(1, _in_a_step(form, flat) // (together * run))
 
     def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, mask: Value, jump: Value) -> None:
         def dropping(place: Value) -> Callable[[Value], None]:
@@ -551,20 +564,20 @@ def drop_rows(form: Format, run: int) -> Any:
             return drop
 
         ahead = Ahead(b, form.bits, target, b.mul(count, count.type(run)), rows, step, jump)
-        _over_rows(b, target, count, run, together, rows, step, mask, ahead, dropping)
+        _over_rows(b, target, count, run, together, flat, rows, step, mask, ahead, dropping)
 
     return step(emit, 8)
 
 
 @cache
-def scale_rows(form: Format, run: int, shrinks: bool) -> Any:
+def scale_rows(form: Format, run: int, flat: bool, shrinks: bool) -> Any:
     """``(target, i, count, rows, step, factors, j, jump)``: multiply float32 or float64 by a float64 for each block.
 
     0 writes +0.0, 1 keeps the bits; else float32 is within 1 ulp of the product, of which 1 in 2 ** 20 is not the
     nearest number, and more below 2 ** -100 if it `shrinks`: a factor then is 0 or from 2 ** -60 to 1. All else as for
     `drop_rows`.
     """
-    together = LINES * form.lanes // run if form.lanes % run == 0 else 1
+    together = _in_a_step(form, flat) // run if form.lanes % run == 0 else 1
     length = run * together
     few, single = ir.VectorType(ir.DoubleType(), together), ir.VectorType(ir.FloatType(), together)
     words, lanes = vector_of(form.bits, length), [i // run for i in range(length)]
@@ -629,6 +642,6 @@ def scale_rows(form: Format, run: int, shrinks: bool) -> Any:
             return scale
 
         ahead = Ahead(b, form.bits, target, b.mul(count, count.type(run)), rows, step, jump)
-        _over_rows(b, target, count, run, together, rows, step, factors, ahead, scaling)
+        _over_rows(b, target, count, run, together, flat, rows, step, factors, ahead, scaling)
 
     return step(emit, 8)
