@@ -404,6 +404,42 @@ def test_groups_of_keys_are_ranked_with_ties_and_nan(rng, width, n, sizes):
         np.testing.assert_array_equal(mask, expected)
 
 
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("name", ["float16", "float32", "float64", "int32"])
+def test_a_survey_counts_and_collects_keys_between_any_limits(rng, name, signed, crowded):
+    """Limits need not be keys of numbers."""
+    form, bits = vectors.format_of(kind_of(dtype(name))), np.dtype(f"u{dtype(name).itemsize}")
+    top, ones = 1 << (form.bits - 1), (1 << form.bits) - 1
+    special = [0, 1, top, top + 1, form.inf, form.inf + 1, form.inf + top, form.inf + top + 1, top - 1, ones]
+    numbers = rng.choice(np.asarray(special, dtype=bits), 150)
+    numbers[::3] = rng.integers(0, ones, 50, dtype=bits, endpoint=True)
+    read = strips.reader_address(strips.line_reader(form, signed), bits, bits)
+    look = strips.surveyor_address(strips.line_surveyor(form, signed, crowded), bits, bits)
+    grid, elements = np.asarray([[150], [1]], dtype=np.int64), np.asarray([[1], [0]], dtype=np.int64)
+    where, scratch = (numbers.view(np.uint8), 0, grid, elements), strips.Scratch(150, 0, bits, 0).all
+
+    @kernel
+    def survey(where, low, high, crowd, found, end, stores, scratch):
+        return strips.call_surveyor(look, 0, where, 0, 150, low, high, crowd, found, end, stores, scratch)
+
+    keys = np.zeros(150 + vectors.LINE, dtype=bits)
+    strips.read_blocks(read, where, 0, 150, 150, keys, scratch)
+    keys = keys[:150].astype(object)
+    borders = [0, top, form.inf, form.inf + top, top - 1 - form.inf, ones]
+    limits = sorted({k + d for k in borders for d in (-2, -1, 0, 1) if 0 <= k + d <= ones})
+    for low, high in itertools.combinations_with_replacement(limits, 2):
+        found, crowd = np.zeros(300, dtype=bits), int(keys[7])
+        within = [k for k in keys if low <= k <= high]
+        for stores in (False, True):
+            above, inside, equal = survey(
+                where, np.uint64(low), np.uint64(high), np.uint64(crowd), found, 3, stores, scratch
+            )
+            assert (above, inside) == (sum(keys > high), len(within))
+            assert not crowded or equal == sum(keys == crowd)
+        assert found[3 : 3 + len(within)].tolist() == within
+
+
 @pytest.mark.parametrize("marks", [False, True])
 @pytest.mark.parametrize("limit", [0, 5, -1])
 @pytest.mark.parametrize("equal", [0, 1])

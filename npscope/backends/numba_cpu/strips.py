@@ -322,6 +322,8 @@ def line_surveyor(form: vectors.Format, signed: bool, crowded: bool) -> Function
     """
     lanes = form.lanes
     step, one = (vector_selection.survey_keys(form, n, signed, crowded) for n in (lanes, 1))
+    finds_numbers = vector_selection.is_compared_as_number(form, crowded)
+    make_keys = vector_selection.read_keys(form, lanes, signed)
 
     @standalone
     def look(
@@ -329,7 +331,7 @@ def line_surveyor(form: vectors.Format, signed: bool, crowded: bool) -> Function
         scratch: Any,
     ) -> tuple[int, int, int]:  # fmt: skip
         data, origin, grid, _ = source
-        width, move = grid[0, -1], int(stores)
+        width, move, start = grid[0, -1], int(stores), end
         above, inside, equal = 0, 0, 0
         while i < stop:
             after = least(stop, i + width - i % width)
@@ -346,6 +348,9 @@ def line_surveyor(form: vectors.Format, signed: bool, crowded: bool) -> Function
                 above, equal = above + (counts >> 32), equal + (counts >> 16 & 0xFFFF)
                 inside, end = inside + within, end + move * within
             i = after
+        if finds_numbers:
+            for e in range(start, end, lanes):
+                make_keys(found, e, found, e)
         return above, inside, equal
 
     return look

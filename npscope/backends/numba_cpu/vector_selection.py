@@ -30,6 +30,7 @@ from npscope.backends.numba_cpu.vectors import (
     load,
     load_masked,
     narrow,
+    on_floats,
     planes_of,
     prefetch,
     shuffle,
@@ -446,16 +447,59 @@ def read_keys(form: Format, lanes: int, signed: bool) -> Any:
     return step(emit, 4)
 
 
+def is_compared_as_number(form: Format, crowded: bool) -> bool:
+    """Whether `survey_keys` compares and appends numbers as they are: to make keys of all takes half of the time."""
+    return form.name in ("float32", "float64") and not crowded
+
+
+def _floor_of_key(b: Builder, key: Value, form: Format, signed: bool) -> Value:
+    """The largest number but NaN whose key is at most this one, an int64; NaN where there is none."""
+    word, top = key.type, 1 << (form.bits - 1)
+    real = ir.DoubleType() if form.bits == 64 else ir.FloatType()
+    last = word(form.inf + (top if signed else 0))
+    key = b.select(b.icmp_unsigned("<", key, last), key, last)
+    bits = key
+    if signed:
+        # No number has the key below that of zero, which -0.0 would have.
+        negative = b.sub(word(2 * top - 1), b.select(b.icmp_unsigned("==", key, word(top - 1)), word(top - 2), key))
+        bits = b.select(b.icmp_unsigned("<", key, word(top)), negative, b.xor(key, word(top)))
+    # Keys below that of -inf are negative bits of NaN.
+    return b.bitcast(bits if form.bits == 64 else b.trunc(bits, ir.IntType(form.bits)), real)
+
+
+def _survey_numbers(
+    b: Builder, bits: Value, form: Format, signed: bool, low: Value, high: Value
+) -> tuple[Value, Value]:
+    """Which numbers have keys in [low, high], and which above: NaN, and every number, is not at most NaN."""
+    lanes, word = bits.type.count, low.type
+    real = ir.DoubleType() if form.bits == 64 else ir.FloatType()
+    numbers = b.bitcast(bits, ir.VectorType(real, lanes))
+    if not signed:
+        numbers = on_floats(b, "fabs", numbers)
+    below = _floor_of_key(b, b.sub(low, word(1)), form, signed)
+    below = b.select(b.icmp_unsigned("==", low, word(0)), real(math.nan), below)
+    most = broadcast(b, _floor_of_key(b, high, form, signed), lanes)
+    any_above = b.icmp_unsigned("!=", high, word((1 << form.bits) - 1))  # which is the key of NaN
+    above = b.and_(b.fcmp_unordered(">", numbers, most), broadcast(b, any_above, lanes))
+    return b.and_(b.fcmp_unordered(">", numbers, broadcast(b, below, lanes)), b.not_(above)), above
+
+
 @cache
 def survey_keys(form: Format, lanes: int, signed: bool, crowded: bool) -> Any:
     """``(source, i, found, j, low, high, crowd)``: append the keys of `lanes` numbers that are in [low, high].
 
-    Returns how many those are, plus 2 ** 32 for each above, and 2 ** 16 for each that equals `crowd`, if `crowded`.
+    Or these numbers, where each `is_compared_as_number`. Returns how many those are, plus 2 ** 32 for each above, and
+    2 ** 16 for each that equals `crowd`, if `crowded`.
     """
     word = ir.IntType(64)
 
     def emit(b: Builder, source: Value, found: Value, low: Value, high: Value, crowd: Value) -> Value:
-        keys = all_keys_of(b, _load_ahead(b, source, form, lanes), form, signed)
+        bits = _load_ahead(b, source, form, lanes)
+        if is_compared_as_number(form, crowded):
+            inside, above = _survey_numbers(b, bits, form, signed, low, high)
+            _append(b, bits, inside, found)
+            return b.add(_count(b, inside), b.shl(_count(b, above), word(32)))
+        keys = all_keys_of(b, bits, form, signed)
         least, most, same = (narrow(b, key, keys.type) for key in (low, high, crowd))
         above = b.icmp_unsigned(">", keys, most)
         inside = b.and_(b.icmp_unsigned(">=", keys, least), b.not_(above))
