@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from npscope import bench as core
-from npscope import cli, use_backend
+from npscope import cli, clock, use_backend
 from npscope.clock import Floor, Row, Timed, steps, summary, take_turns
 
 pytest.importorskip("bench.cases", reason="the full benchmark is part of a checkout, not of the wheel")
@@ -317,6 +317,25 @@ def results(tmp_path: Path) -> Path:
     path = folder / "tiny.json"
     path.write_text(json.dumps(about | {"rows": [asdict(r) for r in rows]}))
     return path
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("model name\t: A CPU\nflags\t\t: fpu avx2 avx512f sve\n", "AVX-512"),
+        ("processor\t: 0\nflags\t\t: fpu avx2\nflags : avx512f\n", "AVX2"),
+        ("Features\t: fp asimd\n", "NEON"),
+        ("Features\t: fp asimd sve\n", "SVE"),
+        ("flags\t\t: fpu sse2\n", None),
+        (None, None),
+    ],
+)
+def test_what_vectors_a_machine_has(monkeypatch, tmp_path, said, expected):
+    path = tmp_path / "cpuinfo"
+    if said is not None:
+        path.write_text(said)
+    monkeypatch.setattr(clock, "Path", lambda _: path)
+    assert clock.machine()["vectors"] == expected
 
 
 def test_the_report_says_all_and_hides_no_loss(results):

@@ -26,6 +26,7 @@ from npscope.backends.numba_cpu import (  # noqa: E402
     conditioned,
     shrinkage,
     strips,
+    vector_norms,
     vector_selection,
     vector_shrinkage,
     vectors,
@@ -402,6 +403,33 @@ def test_groups_of_keys_are_ranked_with_ties_and_nan(rng, width, n, sizes):
         for row, first, kept in zip(expected, order, keep, strict=True):
             row[first[:kept]] = True
         np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("doubt", [3, vector_norms.MOST_DOUBT])
+def test_one_root_that_may_be_rounded_wrong_is_seen_among_any(monkeypatch, narrow, doubt):
+    monkeypatch.setattr(vector_norms, "has_only_avx2", lambda: narrow)
+
+    def take_all(b, numbers, doubt):
+        roots, lanes = vector_norms._Roots(b, doubt), ir.VectorType(ir.DoubleType(), vectors.LANES)
+        for i in range(2):
+            place = b.gep(numbers, [vectors.INT32(i * vectors.LANES)])
+            roots.take(b.load(b.bitcast(place, lanes.as_pointer()), align=8))
+        return b.zext(roots.are_unsure(), ir.IntType(64))
+
+    step = vectors.step(take_all, 3, types.int64)
+
+    @kernel
+    def are_unsure(numbers, doubt):
+        return step(numbers, 0, doubt)
+
+    sure = np.asarray([0.0, np.inf, np.nan, 1.0, 2.0**128, 2.0**-149, 3.0, 0.1])
+    for lane in range(2 * vectors.LANES):
+        numbers = np.resize(sure, 2 * vectors.LANES)
+        assert not are_unsure(numbers, doubt)
+        for units in (-doubt - 1, -doubt, 0, doubt - 1, doubt):
+            numbers[lane : lane + 1] = np.asarray([(1 << 62) + vector_norms.ROUNDING_BORDER + units]).view(np.float64)
+            assert are_unsure(numbers, doubt) == (-doubt <= units < doubt)
 
 
 @pytest.mark.parametrize("crowded", [False, True])

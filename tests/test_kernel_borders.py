@@ -91,6 +91,31 @@ def test_any_multiplier_of_any_number(rng, factor):
     assert np.array_equal(x[~nan].view(np.uint32), expected[~nan].view(np.uint32))
 
 
+@pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("block", [(1, 2), (1, 4), (1, 16), (4, 4)])
+def test_multipliers_that_differ_from_block_to_block(rng, name, block):
+    factors = [1.0, 0.0, -0.0, 1 - 2.0**-52, 1 + 2.0**-52, 0.1, -1 / 3, 2.0**63, 2.0**-64, 5e-324, -np.inf, 1e300]
+    numbers = np.asarray([0.0, -0.0, 1e-45, -3e38, np.inf, -np.inf, np.nan, 1.5, -0.7, 1e-30], dtype=name)
+    bits = np.dtype(f"u{numbers.itemsize}")
+    around = rng.choice(numbers, (70, 80))
+    around.view(bits)[::5, ::3] = np.asarray([np.inf], dtype=name).view(bits)[0] + 1  # NaN that signals
+    before, x = around.copy(), around[3:67, 8:72]
+    table = rng.choice(np.asarray(factors), (64 // block[0], 64 // block[1]))
+    ns.BlockSpec(x, block).apply_multiplier(table)
+    each = np.repeat(np.repeat(table, block[0], axis=0), block[1], axis=1)
+    old = before[3:67, 8:72]
+    with np.errstate(all="ignore"):
+        expected = np.where(each == 0, 0.0, old.astype(np.float64) * each).astype(name)
+    kept, nan = each == 1, np.isnan(expected)
+    assert np.array_equal(x[kept].view(bits), old[kept].view(bits))
+    assert np.array_equal(np.isnan(x), nan)
+    changed = ~kept & ~nan
+    assert np.array_equal(np.signbit(x[changed]), np.signbit(expected[changed]))
+    np.testing.assert_array_max_ulp(x[changed], expected[changed], maxulp=int(name == "float32"))
+    around[3:67, 8:72] = old
+    assert np.array_equal(around.view(bits), before.view(bits))
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-37, 1e-44])
 def test_shrinking_keeps_signs_of_zeros_and_small_numbers_in_any_layout(rng, scale):
     wide = (scale * rng.standard_normal((64, 128))).astype(np.float32)

@@ -162,6 +162,23 @@ def test_a_crumb_beside_a_midpoint(backend, rng, block, crumb):
     assert same_bits(got, np.where(lone, 2.0**127, expected).astype(np.float32))
 
 
+@pytest.mark.parametrize("block", [(1, 4), (4, 4), (4, 1), (1, 16), (1, 24), (1, 65)])
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        ((15220311, 7064000, 2.0**-20, 0), 16779690),  # just above 16779689, which would be rounded down
+        ((15039002, 7442207, 31718 / 64, 121819 / 64), 16779690),  # just below 16779691, which would be rounded up
+    ],
+)
+def test_a_single_block_beside_a_midpoint(backend, block, terms, expected):
+    """Whichever it is of those that are measured together, and though all others are sure."""
+    for column in range(32):
+        x = np.ones((3, block[0], 32, block[1]), dtype=np.float32)
+        x[1, :, column] = np.resize([*terms, *[0] * (math.prod(block) - 4)], block)
+        norms = npscope.block_norms(x.reshape(3 * block[0], 32 * block[1]), block)
+        assert norms[1, column] == expected
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("ord", [1, 2])
 @pytest.mark.parametrize("block", [(1, 4), (4, 1), (1, 3), (4, 4), (1, 16), (2, 17), (16, 1), (1, 64)])

@@ -12,13 +12,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.orders import Positions
-from npscope.backends.numba_cpu.vectors import (
-    CHUNK,
-    LANES,
-    LINE,
-    Format,
-    format_of,
-)
+from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, format_of
 from npscope.dtypes import Kind, common_norm, kind_of
 from npscope.tiling import MAX_NDIM, Cut, Dim, Leaf, Part, Parts
 

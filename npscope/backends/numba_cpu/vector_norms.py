@@ -24,6 +24,7 @@ from npscope.backends.numba_cpu.vectors import (
     broadcast,
     call,
     copy_rows,
+    first_lanes,
     fma,
     has_only_avx2,
     load,
@@ -41,9 +42,6 @@ PARTIAL = 8
 
 ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
 """A float64 lies halfway between two normal float32 where its low 29 bits are the first number."""
-
-LEAST_NORMAL, INFINITE = 0x00800000, 0x7F800000
-"""Bits of float32."""
 
 MOST_DOUBT = 1 << 16
 """Units in the last place of float64 by which a norm may be off at most; larger blocks are summed in another way."""
@@ -218,13 +216,9 @@ class _Span(_Least):
         super().__init__(b, place, go_on, 32)
         self.largest = cgutils.alloca_once_value(b, splat(self.type, 0))
 
-    def take_rounded(self, sums: Value, left: Value = None) -> None:
-        """Take in rounded sums, or only the first ones, of blocks that are `left`."""
+    def take_rounded(self, sums: Value) -> None:
+        """Take in rounded sums."""
         bits = self.b.bitcast(sums, vector_of(32, LANES))
-        if left is not None:
-            lanes = ir.Constant(bits.type, list(range(LANES)))
-            inside = self.b.icmp_signed("<", lanes, broadcast(self.b, self.b.trunc(left, INT32), LANES))
-            bits = self.b.select(inside, bits, splat(bits.type, 0))
         self.b.store(_larger(self.b, self.b.load(self.largest), bits), self.largest)
 
     def ends(self) -> tuple[Value, Value]:
@@ -236,45 +230,49 @@ class _Span(_Least):
 
 
 class _Roots:
-    """Whether any norm of a strip may be rounded wrong to float32: by the extremes of what `_in_doubt` looks at.
+    """Whether any norm of a strip may be rounded wrong to float32: by the one nearest to where rounding turns.
 
     Which one it is can be found out afterwards, and hardly ever has to. Flags of all norms took a fifth of the time of
     blocks of four.
     """
 
     def __init__(self, b: Builder, doubt: Value) -> None:
-        # Extremes are few, so that AVX2 keeps them in registers: in memory they took as long as what they save.
-        self.b, self.type = b, vector_of(32, LANES // 2 if has_only_avx2() else LANES)
-        self.doubt = b.trunc(doubt, INT32)
-        zeros = splat(self.type, 0)
-        self.offset, self.least = (cgutils.alloca_once_value(b, b.not_(zeros)) for _ in range(2))
-        self.largest = cgutils.alloca_once_value(b, zeros)
+        # Offsets are few, so that AVX2 keeps them in registers: in memory they took as long as what they save.
+        self.b, self.doubt = b, doubt
+        self.type = vector_of(32, LANES // 2 if has_only_avx2() else LANES)
+        self.offset = cgutils.alloca_once_value(b, splat(self.type, -1))
 
-    def take(self, wide: Value, rounded: Value) -> None:
-        """Take in norms of `LANES` blocks in float64, and rounded."""
-        b = self.b
-        words, bits = b.bitcast(wide, vector_of(32, 2 * LANES)), b.bitcast(rounded, vector_of(32, LANES))
-        # Their low words, in the order that takes least, for it does not matter.
-        low = shuffle(b, words, [i + e for i in (0, LANES) for e in (0, 2, 8, 10, 4, 6, 12, 14)])
-        start = broadcast(b, b.sub(self.doubt, INT32(ROUNDING_BORDER)), LANES)
-        self._keep(self.offset, "<", b.and_(b.add(low, start), splat(low.type, ROUNDING_MASK)))
-        self._keep(self.least, "<", b.sub(bits, splat(bits.type, 1)))  # of zero, which is sure, the largest integer
-        self._keep(self.largest, ">", bits)
-
-    def _keep(self, place: Value, order: str, numbers: Value) -> None:
-        lanes = self.type.count
+    def take(self, wide: Value) -> None:
+        """Take in norms of `LANES` blocks in float64."""
+        b, lanes = self.b, self.type.count
+        # The low words of 16 lanes, in the order that takes AVX2 least: it does not matter.
+        order = [2 * half + e for half in (0, LANES // 2) for e in (0, 2, 8, 10, 4, 6, 12, 14)]
+        offsets = _offsets(b, shuffle(b, b.bitcast(wide, vector_of(32, 2 * LANES)), order), self.doubt)
         for start in range(0, LANES, lanes):
-            some, kept = shuffle(self.b, numbers, range(start, start + lanes)), self.b.load(place)
-            self.b.store(self.b.select(self.b.icmp_unsigned(order, some, kept), some, kept), place)
+            some, kept = shuffle(b, offsets, range(start, start + lanes)), b.load(self.offset)
+            b.store(b.select(b.icmp_unsigned("<", some, kept), some, kept), self.offset)
 
     def are_unsure(self) -> Value:
         """Whether one of them has to be asked about."""
-        b, lanes = self.b, self.type.count
-        near = b.icmp_unsigned("<", b.load(self.offset), broadcast(b, b.shl(self.doubt, INT32(1)), lanes))
-        small = b.icmp_unsigned("<", b.load(self.least), splat(self.type, LEAST_NORMAL))
-        infinite = b.icmp_unsigned(">=", b.load(self.largest), splat(self.type, INFINITE))
-        flags = ir.IntType(lanes)
-        return b.icmp_unsigned("!=", b.bitcast(b.or_(near, b.or_(small, infinite)), flags), flags(0))
+        b, flags = self.b, ir.IntType(self.type.count)
+        return b.icmp_unsigned("!=", b.bitcast(_are_near(b, b.load(self.offset), self.doubt), flags), flags(0))
+
+
+def _offsets(b: Builder, low: Value, doubt: Value) -> Value:
+    """How far beyond the start of doubt float64 numbers are, in their units, by their low words; modulo 2 ** 29.
+
+    There is no doubt elsewhere. Zero, infinity and NaN are far from halfway, and where float32 ends is halfway to the
+    first number beyond. Subnormal float32 are rounded in another place, but sums of those are exact. Sums of their
+    squares are, too: integers below 2 ** 46, in units of the smallest square. That of k and a half is no integer, so
+    that roots are 2 ** -26 off halfway at least, where half a unit of float64 is 2 ** -30.
+    """
+    start = broadcast(b, b.sub(b.trunc(doubt, INT32), INT32(ROUNDING_BORDER)), low.type.count)
+    return b.and_(b.add(low, start), splat(low.type, ROUNDING_MASK))
+
+
+def _are_near(b: Builder, offsets: Value, doubt: Value) -> Value:
+    """Flags of the `offsets` with which a rounding is in doubt."""
+    return b.icmp_unsigned("<", offsets, broadcast(b, b.shl(b.trunc(doubt, INT32), INT32(1)), offsets.type.count))
 
 
 def parts_of(form: Format) -> int:
@@ -295,9 +293,9 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
     they are `flat`. There, too, are the `LANES` least magnitudes of float32 that are summed.
 
     After the `last` rows `norms` are float32, or float64 if the elements are that, and `sums` the same in float64,
-    except for maxima. A word in `making` from `DOUBTS` on, for `LANES` blocks each, then has a bit for each of them
-    whose rounding is in `doubt`, or whose norm may be beyond float32, or whose squares may have left the range of
-    float64. Returns all words joined by or; bits of blocks beyond `count` mean nothing.
+    except for maxima. Returns 0, or words joined by or that stand in `making` from `DOUBTS` on, for `LANES` blocks
+    each: a bit for each of them whose rounding is in `doubt`, or whose squares may have left the range of float64. Bits
+    of blocks beyond `count` mean nothing.
     """
     many = takes_many(run) and not long
     together = many or flat  # `LANES` blocks are measured at a time
@@ -313,7 +311,6 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
         kept = b.gep(making, [INT32(LEAST)])
         span = _Span(b, kept, go_on) if code == ONE and form.bits <= 32 else None
         least = _Least(b, kept, go_on, 64) if code == TWO and form.bits == 64 else span
-
         roots = _Roots(b, doubt) if code == TWO and form.bits <= 32 else None
 
         def number(n: int) -> Value:
@@ -452,6 +449,9 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
                 store(b, totals[0], place)
                 return
             wide, lost = _wide(b, form, code, totals)
+            if not together:
+                # Blocks beyond are zero where they are measured together; parts are what was there before.
+                wide = b.select(first_lanes(b, b.sub(count, block), LANES), wide, splat(wide.type, 0.0))
             store(b, wide, here)
             if form.bits == 64:
                 store(b, wide, place)
@@ -459,10 +459,9 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
                 rounded = b.fptrunc(wide, ir.VectorType(ir.FloatType(), LANES))
                 store(b, rounded, place)
                 if span is not None:
-                    # Of blocks that are measured together, those beyond are zero; parts are what was there before.
-                    span.take_rounded(rounded, None if together else b.sub(count, block))
+                    span.take_rounded(rounded)
                 if roots is not None:
-                    roots.take(wide, rounded)
+                    roots.take(wide)
                 return
             bits = b.zext(b.bitcast(lost, ir.IntType(LANES)), word)
             b.store(bits, b.gep(doubts, [b.udiv(block, number(LANES))]))
@@ -570,33 +569,6 @@ def _wide(b: Builder, form: Format, code: int, totals: Sequence[Value]) -> tuple
     return call(b, f"llvm.sqrt.v{LANES}f64", double, [wide]) if code == TWO else wide, lost
 
 
-def _in_doubt(b: Builder, wide: Value, rounded: Value, doubt: Value) -> Value:
-    """Flags of the norms that may be rounded wrong, or are beyond float32."""
-    bits, flags = vector_of(64, LANES), ir.IntType(LANES)
-    few = broadcast(b, doubt, LANES)
-    offset = b.and_(b.sub(b.add(b.bitcast(wide, bits), few), splat(bits, ROUNDING_BORDER)), splat(bits, ROUNDING_MASK))
-    near = b.icmp_unsigned("<", offset, b.add(few, few))
-    # All but zero, which blocks have that were dropped before, and normal numbers above the smallest, which may be a
-    # subnormal one that was rounded up.
-    narrow_bits = b.bitcast(rounded, vector_of(32, LANES))
-    least, infinite = (splat(narrow_bits.type, number) for number in (LEAST_NORMAL + 1, INFINITE))
-    unusual = b.icmp_unsigned(">=", b.sub(narrow_bits, least), b.sub(infinite, least))
-    unusual = b.and_(unusual, b.icmp_unsigned("!=", narrow_bits, splat(narrow_bits.type, 0)))
-    found = cgutils.alloca_once_value(b, near)
-    is_any = b.icmp_unsigned("!=", b.bitcast(unusual, flags), flags(0))
-    with b.if_then(is_any, likely=False):
-        # Zero, infinity and NaN are sure; what float32 cannot hold is for the scalar code. Subnormal float32 are
-        # rounded at another place.
-        large = b.and_(
-            b.icmp_unsigned("==", narrow_bits, infinite), b.fcmp_ordered("<", wide, splat(wide.type, math.inf))
-        )
-        small = b.fcmp_ordered("<=", wide, splat(wide.type, 2.0**-126))
-        ends = (b.fptrunc(b.fmul(wide, splat(wide.type, 1 + side * MARGIN)), rounded.type) for side in (-1, 1))
-        unsure = b.and_(small, b.fcmp_ordered("!=", *ends))
-        b.store(b.or_(b.or_(large, unsure), b.and_(near, b.not_(small))), found)
-    return b.load(found)
-
-
 def _doubts_of(b: Builder, groups: Value, sums: Value, doubts: Value, exact: Value | None, doubt: Value) -> Value:
     """Note the doubts about norms, but for those up to a number which are `exact`; all of them in one word."""
     word, double = ir.IntType(64), ir.VectorType(ir.DoubleType(), LANES)
@@ -604,7 +576,8 @@ def _doubts_of(b: Builder, groups: Value, sums: Value, doubts: Value, exact: Val
     with cgutils.for_range(b, groups) as loop:
         here = b.gep(sums, [b.mul(loop.index, word(LANES))])
         wide = b.load(b.bitcast(here, double.as_pointer()), align=8)
-        flags = _in_doubt(b, wide, b.fptrunc(wide, ir.VectorType(ir.FloatType(), LANES)), doubt)
+        low = b.trunc(b.bitcast(wide, vector_of(64, LANES)), vector_of(32, LANES))
+        flags = _are_near(b, _offsets(b, low, doubt), doubt)
         if exact is not None:
             flags = b.and_(flags, b.not_(b.fcmp_ordered("<=", wide, broadcast(b, exact, LANES))))
         bits = b.zext(b.bitcast(flags, ir.IntType(LANES)), word)
