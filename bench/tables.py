@@ -80,9 +80,8 @@ def heading(results: Results) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     times = about.get("arithmetic_of_threads")
     shared = f" that do {times:g} times the arithmetic of one" if times else ""
-    vectors = f" with {machine['vectors']}" if machine.get("vectors") else ""  # older results do not say
     return (
-        f"{machine['cpu']}{vectors}, {about['threads']} threads of {machine['cores']} cores{shared}, "
+        f"{machine['cpu']}, {about['threads']} threads of {machine['cores']} cores{shared}, "
         f"{machine['ram_gib']} GiB, {machine['system']}; {versions}; commit {about['commit']}. "
         f"Arrays of {plan['mib']:g} MiB (float32). "
         "Milliseconds, medians of interleaved rounds; in brackets the floor divided by that, the floor being the time "

@@ -214,8 +214,7 @@ def arithmetic_of(threads: int, rounds: int = 15) -> float:
 def machine() -> dict[str, str | int | float | None]:
     """What a reader of the figures needs to know of this machine; nothing that names it."""
     return {
-        "cpu": _said_of_cpu("model name") or platform.processor() or "unknown",
-        "vectors": _widest_vectors(),
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "ram_gib": _ram_gib(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -232,11 +231,12 @@ def _said_of_cpu(*fields: str) -> str | None:
     return None
 
 
-def _widest_vectors() -> str | None:
-    """The widest vector instructions here: two machines of one name may differ in these, one twice as fast."""
+def _cpu() -> str:
+    """Its name and its widest vector instructions: two of one name may differ in these, one twice as fast."""
+    name = _said_of_cpu("model name") or platform.processor() or "unknown"
     features = (_said_of_cpu("flags", "Features") or "").split()
     known = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
-    return next((name for feature, name in known.items() if feature in features), None)
+    return next((f"{name} with {vectors}" for feature, vectors in known.items() if feature in features), name)
 
 
 def _ram_gib() -> float | None:
