@@ -932,3 +932,10 @@ def test_case51_nothing_is_allocated_after_the_first_write(monkeypatch, case):
             monkeypatch.undo()
     assert same_bits(x, expected)
     assert not same_bits(x, before)
+
+
+def test_an_axis_of_one_entry_meets_nothing_whatever_its_stride():
+    x = np.lib.stride_tricks.as_strided(np.arange(1.0, 5.0), (1, 4), (0, 8))
+    assert x.flags.c_contiguous
+    npscope.keep_largest(x, 1, (), (1, 2), out=x)
+    assert x.tolist() == [[0.0, 2.0, 0.0, 4.0]]
