@@ -14,9 +14,9 @@ To read it in order:
 - norms: `lines` and `vector_norms` (blocks in rows), `kernels`, `exact`, `arithmetic` (any block), `norms`;
 - who is kept: `ranking` (keys, and what reads them), `search`, `vector_search` and `lane_search` (the k-th key of a
   scope), `strips` (the steps of kernels), `scope_strips` (whole scopes), `scope_passes` (large ones), `planes` and
-  `side_by_side` (scopes that lie side by side), `groups` (n:m), `brackets`, `large_scopes` and `large_cuts`,
-  `selection` (which of these);
-- writing: `vector_selection`, `writing`;
+  `side_by_side` (scopes that lie side by side), `vector_selection`, `groups` (n:m), `brackets`, `large_scopes` and
+  `large_cuts`, `selection` (which of these);
+- writing: `vector_writing`, `writing`;
 - the proximal step: `proximal`, `vector_shrinkage`, `secular` and `conditioned` (in a metric), `shrinkage`.
 """
 

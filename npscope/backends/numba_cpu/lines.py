@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from npscope.backends.numba_cpu import vector_norms, vector_selection
+from npscope.backends.numba_cpu import vector_norms, vector_selection, vector_writing
 from npscope.backends.numba_cpu.arithmetic import two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
@@ -206,7 +206,7 @@ def _rescale(codec: Codec) -> Any:
 @cache
 def dropper(layout: Layout) -> Any:
     """``drop(target, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
-    drop_rows = vector_selection.drop_rows(layout.form, layout.run, layout.rows == 1) if layout.run <= 32 else None
+    drop_rows = vector_writing.drop_rows(layout.form, layout.run, layout.rows == 1) if layout.run <= 32 else None
     return _row_writer(layout, drop_rows, layout.codec.keep, True)
 
 
@@ -214,7 +214,7 @@ def dropper(layout: Layout) -> Any:
 def scaler(layout: Layout, shrinks: bool) -> Any:
     """``scale(target, i, stop, factors)``: multiply the blocks of a strip by factors; `shrinks` as in `scale_rows`."""
     vectors = layout.form.name in ("float32", "float64") and not layout.is_long
-    scale_rows = vector_selection.scale_rows(layout.form, layout.run, layout.rows == 1, shrinks) if vectors else None
+    scale_rows = vector_writing.scale_rows(layout.form, layout.run, layout.rows == 1, shrinks) if vectors else None
     return _row_writer(layout, scale_rows, layout.codec.scale, 1.0)
 
 
