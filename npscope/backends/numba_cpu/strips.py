@@ -331,7 +331,7 @@ def line_surveyor(form: vectors.Format, signed: bool, crowded: bool) -> Function
         scratch: Any,
     ) -> tuple[int, int, int]:  # fmt: skip
         data, origin, grid, _ = source
-        width, move, start = grid[0, -1], int(stores), end
+        width, move, start = grid[0, -1], np.int64(stores), end
         above, inside, equal = 0, 0, 0
         while i < stop:
             after = least(stop, i + width - i % width)
