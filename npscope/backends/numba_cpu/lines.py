@@ -19,7 +19,7 @@ from numba import types
 from npscope.backends.numba_cpu import vector_norms, vector_selection, vector_writing
 from npscope.backends.numba_cpu.arithmetic import two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import greatest, least
@@ -155,18 +155,13 @@ def _measure_runs(form: Format, codec: Codec, run: int, long: bool, flat: bool, 
                 )
                 row = row_after
             if doubts and code != INF:
-                for first in range(j, end, LANES):
-                    doubtful, lane = making[DOUBTS + (first - j) // LANES], first
-                    while doubtful and lane < end:
-                        if doubtful & 1:
-                            at = origin + place(start + lane, grid)
-                            if lossy:
-                                sums[lane] = norms[lane] = rescale(buffer, at, elements)
-                            else:
-                                loops = elements.shape[1]
-                                norms[lane] = settle(buffer, at, elements, 0, loops, sums, lane, making, 0)
-                        doubtful >>= 1
-                        lane += 1
+                if lossy:
+                    rescale(buffer, origin, grid, elements, i, after - i, sums, norms, j, making)
+                else:
+                    settle(
+                        buffer, origin, grid, 0, grid.shape[1], elements, 0, elements.shape[1], i, after - i, sums, j,
+                        norms, j, making, 0,
+                    )  # fmt: skip
             i = after
 
     return measure
@@ -179,11 +174,14 @@ def _rows_in(run: int, long: bool) -> tuple[int, int]:
 
 @cache
 def _rescale(codec: Codec) -> Any:
-    """``rescale(buffer, at, elements)``: a norm whose squares left the range of float64, by those of |x| / max |x|."""
+    """``rescale(buffer, origin, grid, elements, i, count, sums, norms, j, making)``: norms of blocks from i on.
+
+    Those whose squares left the range of float64, as `measure_rows` has noted, by squares of |x| / max |x|.
+    """
     magnitude = codec.magnitude
 
-    @standalone
-    def rescale(buffer: Any, at: int, elements: Any) -> float:
+    @inner
+    def rescaled(buffer: Any, at: int, elements: Any) -> float:
         total = length_of(elements)
         top = 0.0
         for e in range(total):
@@ -196,6 +194,15 @@ def _rescale(codec: Codec) -> Any:
             high, error = two_sum(high, x * x)
             low += error
         return top * math.sqrt(high + low)
+
+    @standalone
+    def rescale(
+        buffer: Any, origin: int, grid: Any, elements: Any, i: int, count: int, sums: Any, norms: Any, j: int,
+        making: Any,
+    ) -> None:  # fmt: skip
+        for lane in range(count):
+            if making[DOUBTS + lane // LANES] >> lane % LANES & 1:
+                sums[j + lane] = norms[j + lane] = rescaled(buffer, origin + place(i + lane, grid), elements)
 
     return rescale
 
