@@ -34,9 +34,12 @@ def draw(results: Results, folder: Path, name: str) -> list[str]:
 def _roofline(axes: Any, rows: list[Row], cases: list[str]) -> None:
     ours = {row.case: row for row in rows if row.contender == OURS}
     axes.barh(cases, [ours[case].fraction if case in ours else 0 for case in cases], color="C0", label=OURS)
-    peers = [row for row in rows if not row.contender.startswith("npscope")]
-    best = {case: max((row.fraction or 0 for row in peers if row.case == case), default=0) for case in cases}
-    axes.plot([best[case] for case in cases], cases, "C1o", markersize=4, label="best other library")
+    best: dict[str, float] = {}
+    for row in rows:
+        if row.fraction is not None and not row.contender.startswith("npscope"):
+            best[row.case] = max(row.fraction, best.get(row.case, 0.0))
+    if best:
+        axes.plot([*best.values()], [*best], "C1o", markersize=4, label="best other library")
     bars = [row for row in ours.values() if row.bar is not None]
     axes.plot([row.bar for row in bars], [row.case for row in bars], "k|", markersize=10, label="bar")
     axes.axvline(1, color="grey", linewidth=1)
