@@ -19,7 +19,7 @@ from numba import types
 from npscope.backends.numba_cpu import vector_norms, vector_selection, vector_writing
 from npscope.backends.numba_cpu.arithmetic import two_sum
 from npscope.backends.numba_cpu.codecs import Codec, Function
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, inner, kernel, make_small, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.scalars import greatest, least
@@ -180,29 +180,25 @@ def _rescale(codec: Codec) -> Any:
     """
     magnitude = codec.magnitude
 
-    @inner
-    def rescaled(buffer: Any, at: int, elements: Any) -> float:
-        total = length_of(elements)
-        top = 0.0
-        for e in range(total):
-            top = max(top, magnitude(buffer, at + place(e, elements)))
-        if top == 0.0 or np.isinf(top):
-            return top
-        high, low = 0.0, 0.0
-        for e in range(total):
-            x = magnitude(buffer, at + place(e, elements)) / top
-            high, error = two_sum(high, x * x)
-            low += error
-        return top * math.sqrt(high + low)
-
     @standalone
     def rescale(
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, count: int, sums: Any, norms: Any, j: int,
         making: Any,
     ) -> None:  # fmt: skip
+        total = length_of(elements)
         for lane in range(count):
             if making[DOUBTS + lane // LANES] >> lane % LANES & 1:
-                sums[j + lane] = norms[j + lane] = rescaled(buffer, origin + place(i + lane, grid), elements)
+                at = origin + place(i + lane, grid)
+                norm, high, low = 0.0, 0.0, 0.0
+                for e in range(total):
+                    norm = max(norm, magnitude(buffer, at + place(e, elements)))
+                if norm != 0.0 and not np.isinf(norm):
+                    for e in range(total):
+                        x = magnitude(buffer, at + place(e, elements)) / norm
+                        high, error = two_sum(high, x * x)
+                        low += error
+                    norm *= math.sqrt(high + low)
+                sums[j + lane] = norms[j + lane] = norm
 
     return rescale
 
