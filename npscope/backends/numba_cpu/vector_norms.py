@@ -606,7 +606,7 @@ def settle(form: Format, code: int) -> Any:
 
     As their exact sums demand, of those of `count` blocks from `block` on that `measure_rows` has noted, to float32
     from what it left in `sums`. The `grid` and the `elements` of a block are tables of so many loops. Written for LLVM
-    like `exact`: of the same as a function Numba made a third of the time that a first call takes to compile `measure`.
+    like `exact`: the same as a function took Numba a tenth longer to compile `measure`.
     """
 
     def emit(
