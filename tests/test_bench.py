@@ -19,7 +19,7 @@ from npscope.clock import Floor, Row, Timed, steps, summary, take_turns
 pytest.importorskip("bench.cases", reason="the full benchmark is part of a checkout, not of the wheel")
 
 from bench import __main__ as command
-from bench import cases, cuda_report, suite, tables
+from bench import cases, cuda_report, plots, suite, tables
 from bench.peers import installed
 
 TINY = core.Plan(mib=1 / 64, slow_mib=1 / 64, rounds=3, seconds=0.01)
@@ -226,6 +226,17 @@ def row(**fields: Any) -> Row:
 )
 def test_verdicts(fields, verdict):
     assert row(**fields).verdict == verdict
+
+
+def test_the_roofline_marks_other_libraries_only_where_there_are_any():
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    ours = [row(), row(case="4:8")]
+    for peers, marked in (([], {}), ([row(contender="numpy", fraction=0.2)], {"2:4": 0.2})):
+        axes = figure.Figure().add_subplot()
+        plots._roofline(axes, [*ours, *peers], ["2:4", "4:8"])
+        marks = [line for line in axes.get_lines() if line.get_label() == "best other library"]
+        found = {case: x for line in marks for x, case in zip(line.get_xdata(), line.get_ydata(), strict=True)}
+        assert found == marked
 
 
 def test_summary_is_median_and_quartiles():
