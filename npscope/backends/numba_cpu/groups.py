@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from npscope.backends.numba_cpu import lines, vector_selection
-from npscope.backends.numba_cpu.operands import Operand
+from npscope.backends.numba_cpu.operands import Operand, Placement
 from npscope.backends.numba_cpu.orders import in_memory_order
 from npscope.backends.numba_cpu.pieces import STRIPS_ELEMENTS, ranges
 from npscope.backends.numba_cpu.vector_selection import MAX_GROUP
 from npscope.backends.numba_cpu.vectors import Format, format_of
 from npscope.tiling import Leaf, Parts
+
+
+class _Groups(NamedTuple):
+    """How groups are ranked and written, whatever their memory."""
+
+    form: Format
+    kernel: Any
+    """That of adjacent elements, or None."""
+    lanes: int
+    """Elements of its work arrays."""
+
+
+@lru_cache(maxsize=2048)
+def _groups_of(read: Placement, written: Placement) -> _Groups | None:
+    """How groups placed so are ranked and written; None if they are no small groups of single elements."""
+    n, form = read.cut.blocks, None if read.kind is None else format_of(read.kind)
+    if form is None or read.few or read.cut.elements > 1 or written.cut.elements > 1 or not 1 < n <= MAX_GROUP:
+        return None
+    adjacent = read.lines_hold(n) and written.lines_hold(n)
+    kernel = lines.groups_kernel(form, n, written.codec is None) if adjacent else None
+    return _Groups(form, kernel, vector_selection.group_lanes(form, n))
 
 
 def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Callable[[], None] | None:
@@ -22,41 +45,31 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
     """
     if len(target) > 1 or len(target[0]) > 1 or ord is None:
         return None
-    leaf, origin = target[0][0], source[0][0]
-    n = origin.cut.blocks
-    if origin.cut.elements > 1 or leaf.cut.elements > 1 or not 1 < n <= MAX_GROUP:
-        return None
-    counts, written = keep.array, Operand.of(leaf)
+    leaf, origin, counts = target[0][0], source[0][0], keep.array
+    written = Operand.of(leaf)
     read = written if origin.array is leaf.array else Operand.of(origin)
-    form = None if read.kind is None else format_of(read.kind)
-    if form is None or read.place.few or (any(counts.strides) and counts.size > 1):
+    groups = _groups_of(read.place, written.place)
+    if groups is None or (any(counts.strides) and counts.size > 1):
         return None
     if written.codec is not None and origin.array is not (leaf.array if leaf.origin is None else leaf.origin):
         return None
     k = counts.item(0) if counts.size else 0
-    if read.lines_hold(n) and written.lines_hold(n):
-        return _adjacent_job(read, written, form, n, k)
+    if groups.kernel is not None:
+        return _adjacent_job(read, written, groups, k)
     target, source, _ = in_memory_order(target, source, keep)
-    return _columns_job(Operand.of(source[0][0]), Operand.of(target[0][0]), form, n, k)
+    return _columns_job(Operand.of(source[0][0]), Operand.of(target[0][0]), groups.form, origin.cut.blocks, k)
 
 
-def _adjacent_job(read: Operand, written: Operand, form: Format, n: int, k: int) -> Callable[[], None]:
+def _adjacent_job(read: Operand, written: Operand, groups: _Groups, k: int) -> Callable[[], None]:
     """The job for groups of adjacent elements."""
-    kernel = lines.groups_kernel(form, n, written.codec is None)
-    size = vector_selection.group_lanes(form, n)
+    here, there, (_, kernel, lanes) = read.place, written.place, groups
+    n, where = here.cut.blocks, (read.buffer, here.origin, here.grid, written.buffer, there.origin, there.grid)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [(np.empty(size, read.place.unit), np.empty(size, written.place.unit)) for _ in range(slots)]
+        works = [(np.empty(lanes, here.unit), np.empty(lanes, there.unit)) for _ in range(slots)]
+        return lambda slot, s0, s1: kernel(*where, s0 * n, s1 * n, k, *works[slot])
 
-        def work(slot: int, s0: int, s1: int) -> None:
-            kernel(
-                read.buffer, read.origin, read.grid, written.buffer, written.origin, written.grid, s0 * n, s1 * n, k,
-                *works[slot],
-            )  # fmt: skip
-
-        return work
-
-    return ranges(written.cut.scopes, n, make_work, piece=STRIPS_ELEMENTS)
+    return ranges(there.cut.scopes, n, make_work, piece=STRIPS_ELEMENTS)
 
 
 def _columns_job(read: Operand, written: Operand, form: Format, n: int, k: int) -> Callable[[], None] | None:

@@ -127,6 +127,10 @@ class Placement:
         self.is_line_by_line = cut.elements == 1 and (self.width == 1 or int(self.grid[1, -1]) == 1)
         self.lies_in_columns = self.across and int(self.nests[0][1, -1]) == 1
 
+    def lines_hold(self, n: int) -> bool:
+        """Whether blocks are single elements that lie line by line, and whole groups of n of them in each line."""
+        return self.is_line_by_line and not self.bytewise and self.width % n == 0
+
     def _inner(self) -> tuple[int, ...]:
         if self.cut.blocks == 1 or self.few or not self.cut.scope:
             return ()
@@ -291,10 +295,6 @@ class Operand:
                 address: int = array.__array_interface__["data"][0]
                 self._buffer = np.asarray(_Memory(array, address + place.low, place.length, place.unit))
         return self._buffer
-
-    def lines_hold(self, n: int) -> bool:
-        """Whether blocks are single elements that lie line by line, and whole groups of n of them in each line."""
-        return self.place.is_line_by_line and not self.bytewise and self.place.width % n == 0
 
     @property
     def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
