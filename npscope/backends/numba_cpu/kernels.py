@@ -290,8 +290,8 @@ def scatter(numbers: Any, i0: int, i1: int, buffer: Any, origin: int, grid: Any)
 
 @cache
 def kernels(codec: Codec) -> SimpleNamespace:
-    """The kernels that read or write one array, for its codec."""
-    magnitude, rescale_one = codec.magnitude, codec.scale
+    """The kernels that read one array, for its codec."""
+    magnitude = codec.magnitude
 
     @inner_any_order
     def run_sum(buffer: Any, at: int, step: int, count: int, square: bool) -> float:
@@ -381,25 +381,10 @@ def kernels(codec: Codec) -> SimpleNamespace:
                 x = np.float32(magnitude(buffer, at + place(e, elements)))
                 add_exactly(sums, row * EXACT_WORDS, x, square)
 
-    @kernel
-    def rescale(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, factors: Any) -> None:
-        """Multiply every element of a block by its factor; 0 writes +0.0, 1 touches nothing."""
-        run, step = elements[0, -1], elements[1, -1]
-        for i in range(i0, i1):
-            factor = factors[i - i0]
-            if factor == 1.0:
-                continue
-            at = origin + place(i, grid)
-            for e in range(0, total, run):
-                first = at + place(e, elements)
-                for r in range(run):
-                    rescale_one(buffer, first + r * step, factor)
-
     return SimpleNamespace(
         accumulate=accumulate,
         accumulate_scaled=accumulate_scaled,
         accumulate_exactly=accumulate_exactly,
-        rescale=rescale,
     )
 
 

@@ -9,7 +9,6 @@ The loops work in strips that stay in the nearest cache between reading, decidin
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any
 
@@ -17,23 +16,27 @@ import numpy as np
 from numba import types
 
 from npscope.backends.numba_cpu import vector_norms, vector_selection, vector_writing
-from npscope.backends.numba_cpu.arithmetic import two_sum
-from npscope.backends.numba_cpu.codecs import Codec, Function
+from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout
-from npscope.backends.numba_cpu.scalars import greatest, least
+from npscope.backends.numba_cpu.rows import TOGETHER, Runs
+from npscope.backends.numba_cpu.scalars import least
 from npscope.backends.numba_cpu.vector_norms import (
-    DOUBTS,
     INF,
+    JOINS,
     MOST_DOUBT,
     ONE,
+    PART_BLOCKS,
     PARTIAL,
     PARTS,
     TWO,
 )
 from npscope.backends.numba_cpu.vector_norms import STRIP_BLOCKS as STRIP_BLOCKS
-from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, TOGETHER, Format, copy_numbers
+from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, copy_numbers
+
+MOST_DROPPED = 32
+"""Elements of a run up to which blocks are dropped in vectors of several."""
 
 STRIP_RUN, SHORT_RUN, STRIP_ELEMENTS = 1 << 12, 1 << 10, 1 << 17
 """Adjacent elements of a row of a strip, those if it has many rows, and elements of a strip at most.
@@ -41,15 +44,6 @@ STRIP_RUN, SHORT_RUN, STRIP_ELEMENTS = 1 << 12, 1 << 10, 1 << 17
 So a strip of 4x4 blocks is 16 KiB, which the nearest cache holds until it is written: measured, a tenth faster than
 64 KiB. Tall blocks are read in pieces of 4 KiB; with 1 KiB reading takes twice as long.
 """
-
-JOINS = 16
-"""Additions in sequence that join lanes and what was summed side by side, at most."""
-
-PART_BLOCKS = STRIP_RUN // LANES
-"""Blocks of a strip at most, where they have partial sums: what is not summed side by side."""
-
-FLAT_RUN = 1 << 11
-"""Elements that are summed before their norms are settled where a block is one run: they fit the nearest cache."""
 
 
 def _whole_lines(length: int) -> int:
@@ -86,7 +80,7 @@ def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
 
 def _additions(run: int, rows: int) -> int:
     """Additions in sequence for blocks of so many adjacent numbers in so many rows."""
-    if vector_norms.takes_many(run):
+    if run < LANES:
         return run * rows
     several = -(-run // LANES) if run <= CHUNK else -(-run // CHUNK) + CHUNK // LANES
     return LANES // PARTIAL * several * rows + JOINS
@@ -94,7 +88,7 @@ def _additions(run: int, rows: int) -> int:
 
 def strip_blocks(layout: Layout) -> int:
     """Blocks of a strip."""
-    most = STRIP_BLOCKS if vector_norms.takes_many(layout.run) else PART_BLOCKS
+    most = STRIP_BLOCKS if vector_norms.takes_many(_runs_of(layout)) else PART_BLOCKS
     columns = max(SHORT_RUN, STRIP_RUN // layout.rows)
     return max(1, min(most, columns // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
 
@@ -107,156 +101,98 @@ def measurer(layout: Layout, code: int) -> Any:
 
     In float64 they are left in `sums`, unless they are maxima. Sums in the making stand in `making`.
     """
-    run = layout.run
-    code = INF if run * layout.rows == 1 else code  # the norm of one element is its magnitude, whatever the order
-    # Long runs are compiled once for all, but for what does not fill a vector.
-    rest = run % LANES if layout.is_long else run
-    return _measure_runs(layout.form, layout.codec, rest, layout.is_long, layout.rows == 1, code)
+    # The norm of one element is its magnitude, whatever the order.
+    return _measurer(layout.form, _runs_of(layout), INF if layout.run * layout.rows == 1 else code)
 
 
 @cache
-def _measure_runs(form: Format, codec: Codec, run: int, long: bool, flat: bool, code: int) -> Any:
-    """`measurer` for runs of `run` elements, which `long` ones end with after whole vectors; `flat`: of one row."""
-    many = vector_norms.takes_many(run) and not long
-    add = vector_norms.measure_rows(form, run, long, flat and not long and run <= vector_norms.MOST_FLAT, code)
-    most_blocks = STRIP_BLOCKS if many else PART_BLOCKS  # what `making` has room for
-    lossy, settle, rescale = form.bits == 64, vector_norms.settle(form, code), _rescale(codec)
-    square, (inner, most_together) = code == TWO, _rows_in(run, long)
+def _measurer(form: Format, runs: Runs, code: int) -> Any:
+    measure_strip = vector_norms.measure_strip(form, runs, code)
 
     @standalone
     def measure(
         buffer: Any, origin: int, grid: Any, elements: Any, i: int, stop: int, sums: Any, norms: Any, making: Any
     ) -> None:
         make_small()
-        start, width = i, grid[0, -1]
-        size = elements[0, -1] if long else run
-        rows = length_of(elements) // size
-        turns, step = (elements[0, inner], elements[1, inner]) if rows > 1 else (1, 0)
-        most = least(most_blocks, greatest(LANES, FLAT_RUN // size)) if rows == 1 else most_blocks
-        # A sum of n additions in sequence is off by n - 1 times 2 ** -53 of it at most, and its root by half of that
-        # and half a unit: so many units in the last place, and no more, for of sorted numbers every fourth block of
-        # four is 4 to 8 units from where rounding turns. Counted here are all vectors of a row, though those of long
-        # runs are summed four side by side: that covers the joins of a row, and `JOINS` those behind the last.
-        additions = rows * (run if many else LANES // PARTIAL * -(-size // LANES)) + (0 if many else JOINS)
-        doubt = least(MOST_DOUBT, (additions + 1) // 2 + 1 if square else additions)
-        while i < stop:
-            after = least(least(stop, i + width - i % width), i + most)
-            at, j, end = origin + place(i, grid), i - start, after - start
-            row, doubts = 0, 0
-            while row < rows:
-                together = least(least(most_together, rows - row), turns - row % turns)
-                here = at + place(row * size, elements)
-                row_after = row + together
-                further = origin + place(after, grid) if row_after == rows else at + place(row_after * size, elements)
-                jump = further - here
-                last = row_after == rows
-                doubts = add(
-                    buffer, here, end - j, size, together, step, sums, j, norms, j, making, 0, jump, row, last, doubt
-                )
-                row = row_after
-            if doubts and code != INF:
-                if lossy:
-                    rescale(buffer, origin, grid, elements, i, after - i, sums, norms, j, making)
-                else:
-                    settle(
-                        buffer, origin, grid, 0, grid.shape[1], elements, 0, elements.shape[1], i, after - i, sums, j,
-                        norms, j, making, 0,
-                    )  # fmt: skip
-            i = after
+        measure_strip(
+            buffer,
+            origin,
+            grid,
+            0,
+            grid.shape[1],
+            elements,
+            0,
+            elements.shape[1],
+            i,
+            stop,
+            sums,
+            0,
+            norms,
+            0,
+            making,
+            0,
+        )
 
     return measure
 
 
-def _rows_in(run: int, long: bool) -> tuple[int, int]:
-    """(which loop of a nest over elements goes over rows, and how many of them are read side by side)."""
-    return -1 if run == 1 and not long else -2, 1 if long else TOGETHER
-
-
-@cache
-def _rescale(codec: Codec) -> Any:
-    """``rescale(buffer, origin, grid, elements, i, count, sums, norms, j, making)``: norms of blocks from i on.
-
-    Those whose squares left the range of float64, as `measure_rows` has noted, by squares of |x| / max |x|.
-    """
-    magnitude = codec.magnitude
-
-    @standalone
-    def rescale(
-        buffer: Any, origin: int, grid: Any, elements: Any, i: int, count: int, sums: Any, norms: Any, j: int,
-        making: Any,
-    ) -> None:  # fmt: skip
-        total = length_of(elements)
-        for lane in range(count):
-            if making[DOUBTS + lane // LANES] >> lane % LANES & 1:
-                at = origin + place(i + lane, grid)
-                norm, high, low = 0.0, 0.0, 0.0
-                for e in range(total):
-                    norm = max(norm, magnitude(buffer, at + place(e, elements)))
-                if norm != 0.0 and not np.isinf(norm):
-                    for e in range(total):
-                        x = magnitude(buffer, at + place(e, elements)) / norm
-                        high, error = two_sum(high, x * x)
-                        low += error
-                    norm *= math.sqrt(high + low)
-                sums[j + lane] = norms[j + lane] = norm
-
-    return rescale
+def _runs_of(layout: Layout) -> Runs:
+    """The runs of which code for a layout is made: long ones once for all, but for what does not fill a vector."""
+    long = layout.is_long
+    return Runs(layout.run % LANES if long else layout.run, long, layout.rows == 1 and not long)
 
 
 # --- strips --------------------------------------------------------------------------------------
 
 
-@cache
 def dropper(layout: Layout) -> Any:
     """``drop(target, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
-    drop_rows = vector_writing.drop_rows(layout.form, layout.run, layout.rows == 1) if layout.run <= 32 else None
-    return _row_writer(layout, drop_rows, layout.codec.keep, True)
+    if layout.run > MOST_DROPPED:
+        return element_writer(layout.codec.keep, True)
+    return _row_writer(vector_writing.drop_strip(layout.form, _runs_of(layout)))
+
+
+def scaler(layout: Layout, shrinks: bool) -> Any:
+    """``scale(target, i, stop, factors)``: multiply the blocks of a strip by factors; `shrinks` as in `scale_strip`."""
+    if layout.form.name not in ("float32", "float64") or layout.is_long:
+        return element_writer(layout.codec.scale, 1.0)
+    return _row_writer(vector_writing.scale_strip(layout.form, _runs_of(layout), shrinks))
 
 
 @cache
-def scaler(layout: Layout, shrinks: bool) -> Any:
-    """``scale(target, i, stop, factors)``: multiply the blocks of a strip by factors; `shrinks` as in `scale_rows`."""
-    vectors = layout.form.name in ("float32", "float64") and not layout.is_long
-    scale_rows = vector_writing.scale_rows(layout.form, layout.run, layout.rows == 1, shrinks) if vectors else None
-    return _row_writer(layout, scale_rows, layout.codec.scale, 1.0)
-
-
-def _row_writer(layout: Layout, write_rows: Any, write_one: Function, same: float) -> Any:
-    """``write(target, i, stop, numbers)``: change the blocks of a strip by a number each; `same` leaves one as it is.
-
-    By vectors of several blocks if there are `write_rows`, else element by element.
-    """
-    run, long, vectors = layout.run, layout.is_long, write_rows is not None
-    inner, most_together = _rows_in(run, long)
+def _row_writer(write_strip: Any) -> Any:
+    """``write(target, i, stop, numbers)``: change the blocks of a strip by a number each."""
 
     @standalone
     def write(target: Any, i: int, stop: int, numbers: Any) -> None:
-        if vectors:
-            make_small()
+        make_small()
         buffer, origin, grid, elements = target
-        size = elements[0, -1] if long else run
-        rows = length_of(elements) // size
-        turns, step = (elements[0, inner], elements[1, inner]) if rows > 1 else (1, 0)
-        width = grid[0, -1]
+        write_strip(buffer, origin, grid, 0, grid.shape[1], elements, 0, elements.shape[1], i, stop, numbers, 0)
+
+    return write
+
+
+@cache
+def element_writer(write_one: Function, same: float) -> Any:
+    """``write(target, i, stop, numbers)``: change blocks by a number each, element by element; `same` leaves them."""
+
+    @standalone
+    def write(target: Any, i: int, stop: int, numbers: Any) -> None:
+        buffer, origin, grid, elements = target
+        width, stride = grid[0, -1], grid[1, -1]
+        run, step = elements[0, -1], elements[1, -1]
+        total = length_of(elements)
         start = i
         while i < stop:
             after = least(stop, i + width - i % width)
-            at, row = origin + place(i, grid), 0
-            while row < rows:
-                together = least(least(most_together, rows - row), turns - row % turns)
-                here, row_after = at + place(row * size, elements), row + together
-                further = origin + place(after, grid) if row_after == rows else at + place(row_after * size, elements)
-                if vectors:
-                    write_rows(buffer, here, after - i, together, step, numbers, i - start, further - here)
-                else:
-                    for j in range(i, after):
-                        number = numbers[j - start]
-                        if number != same:
-                            for r in range(together):
-                                first = here + (j - i) * size + r * step
-                                for e in range(size):
-                                    write_one(buffer, first + e, number)
-                row = row_after
+            at = origin + place(i, grid)
+            for j in range(after - i):
+                number = numbers[i - start + j]
+                if number != same:
+                    for e in range(0, total, run):
+                        first = at + j * stride + place(e, elements)
+                        for r in range(run):
+                            write_one(buffer, first + r * step, number)
             i = after
 
     return write
@@ -281,9 +217,9 @@ def measurer_address(layout: Layout, code: int, unit: np.dtype, norm: np.dtype) 
 
 
 @cache
-def scaler_address(layout: Layout, unit: np.dtype, shrinks: bool) -> int:
-    """Where the code of a `scaler` is, for buffers of this dtype."""
-    return address_of(scaler(layout, shrinks), where_type(unit), *_RANGE, array_of(np.float64))
+def scaler_address(scale: Function, unit: np.dtype) -> int:
+    """Where the code of what multiplies blocks by factors is, for buffers of this dtype."""
+    return address_of(scale, where_type(unit), *_RANGE, array_of(np.float64))
 
 
 @kernel

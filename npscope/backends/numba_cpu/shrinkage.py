@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends import CONDITIONER_RANGE, conditioner_error
-from npscope.backends.numba_cpu import conditioned, lines, proximal, secular
+from npscope.backends.numba_cpu import conditioned, lines, proximal, secular, strips
 from npscope.backends.numba_cpu import kernels as nk
 from npscope.backends.numba_cpu.loans import Loan
 from npscope.backends.numba_cpu.norms import norm_ranges
@@ -141,7 +141,7 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
     if x.layout is not None and not source.spans_leaves and source.exact and lines.can_sum(x.layout, nk.TWO):
         layout, unit = x.layout.compiled, x.place.unit
         measure = lines.measurer_address(layout, nk.TWO, unit, source.norm)
-        head: tuple[Any, ...] = (measure, lines.scaler_address(layout, unit, True), *x.raw)
+        head: tuple[Any, ...] = (measure, strips.scaler(x, shrinks=True), *x.raw)
         strip, t = lines.strip_blocks(x.layout), _thresholds(thresholds, written)
         return in_place(
             written,

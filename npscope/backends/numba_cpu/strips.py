@@ -23,7 +23,7 @@ import numpy as np
 from numba import types
 
 from npscope.backends.numba_cpu import lines, vector_norms, vector_selection, vectors
-from npscope.backends.numba_cpu.codecs import Codec, Function, key_of_float32, key_of_float64
+from npscope.backends.numba_cpu.codecs import Function, key_of_float32, key_of_float64
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.nests import length_of, place
@@ -180,33 +180,17 @@ def norm_reader(layout: Layout, code: int) -> Function:
 
 def dropper(operand: Operand) -> int:
     """Write +0.0 to the blocks whose mask is False."""
-    write = _dropper(operand.codec) if operand.layout is None else lines.dropper(operand.layout.compiled)
+    codec: Any = operand.codec
+    write = lines.element_writer(codec.keep, True) if operand.layout is None else lines.dropper(operand.layout.compiled)
     return writer_address(write, operand.place.unit)
 
 
-@cache
-def _dropper(codec: Codec) -> Function:
-    keep = codec.keep
-
-    @standalone
-    def drop(target: Any, i: int, stop: int, mask: Any) -> None:
-        buffer, origin, grid, elements = target
-        width, stride = grid[0, -1], grid[1, -1]
-        run, step = elements[0, -1], elements[1, -1]
-        total = length_of(elements)
-        start = i
-        while i < stop:
-            after = least(stop, i + width - i % width)
-            at = origin + place(i, grid)
-            for j in range(after - i):
-                if not mask[i - start + j]:
-                    for e in range(0, total, run):
-                        first = at + j * stride + place(e, elements)
-                        for r in range(run):
-                            keep(buffer, first + r * step, False)
-            i = after
-
-    return drop
+def scaler(operand: Operand, *, shrinks: bool) -> int:
+    """Multiply blocks by factors; `shrinks` as for `scale_strip`."""
+    codec: Any = operand.codec
+    layout = operand.layout
+    scale = lines.element_writer(codec.scale, 1.0) if layout is None else lines.scaler(layout.compiled, shrinks)
+    return lines.scaler_address(scale, operand.place.unit)
 
 
 @cache

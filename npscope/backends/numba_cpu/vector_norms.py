@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
 
-from npscope.backends.numba_cpu import exact, nests
+from npscope.backends.numba_cpu import exact
+from npscope.backends.numba_cpu.nests import length_in, place_in
+from npscope.backends.numba_cpu.rows import Ahead, Rows, Runs, Shape, Strip, over_rows, shape_of, smallest
 from npscope.backends.numba_cpu.scalars import SAFE_LEAST
 from npscope.backends.numba_cpu.vectors import (
     CHUNK,
     INT32,
     LANES,
-    Ahead,
     Builder,
     Format,
     Value,
@@ -60,8 +61,14 @@ That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the su
 SQUARED_LEAST = (1023 - 500) << 52
 """The bits of a float64 from which on squares are not zero, with room to spare."""
 
-STRIP_BLOCKS = 1 << 11
-"""Blocks that `measure_rows` takes at once, at most."""
+STRIP_BLOCKS, PART_BLOCKS = 1 << 11, 1 << 8
+"""Blocks that are measured at once, at most, and where they have partial sums: what is not summed side by side."""
+
+JOINS = 16
+"""Additions in sequence that join lanes and what was summed side by side, at most."""
+
+FLAT_RUN = 1 << 11
+"""Elements that are summed before their norms are settled where a block is one run: they fit the nearest cache."""
 
 LEAST = -(-exact.EXACT_WORDS // 8) * 8
 DOUBTS = LEAST + LANES
@@ -75,9 +82,9 @@ INF, ONE, TWO = 0, 1, 2
 """What is made of magnitudes: the largest, their sum, the sum of their squares."""
 
 
-def takes_many(run: int) -> bool:
-    """Whether blocks with `run` adjacent elements are summed side by side, a lane for each."""
-    return run < LANES
+def takes_many(runs: Runs) -> bool:
+    """Whether blocks are summed side by side, a lane for each."""
+    return runs.length < LANES and not runs.long
 
 
 MOST_FLAT = LANES
@@ -280,31 +287,26 @@ def parts_of(form: Format) -> int:
     return PARTIAL * max(1, form.bits // 32)
 
 
-@cache
-def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> Any:
-    """``(source, i, count, size, rows, step, sums, j, norms, k, making, l, jump, row, last, doubt)``: take in rows.
+def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows, Value, Value, Value, Value], Value]:
+    """``take(b, rows, sums, norms, making, doubt)``: take in rows of adjacent blocks, the first one that of `sums`.
 
-    A run of each of `count` adjacent blocks in each of `rows` rows `step` apart, up to `TOGETHER` of them, read side by
-    side; what is read next lies `jump` further on. Runs have `size` elements; they are `long`, with `run` elements that
-    do not fill a vector, or `size` is the constant `run`. `flat` promises a single row, of up to `MOST_FLAT` elements:
-    `rows` is 1, `row` 0, and it is the `last`. Sums in float64, or maxima as bits (NaN the largest), are
-    overwritten by the rows from number 0 on. Where `takes_many(run)` they are in `sums` and `norms`, a number for each
-    block, sums of float64 with what was lost in `norms`; else in `making`, `parts_of(form)` for each, but nowhere if
-    they are `flat`. There, too, are the `LANES` least magnitudes of float32 that are summed.
+    Sums in float64, or maxima as bits (NaN the largest), are overwritten by the rows from number 0 on. Where
+    `takes_many` of them they are in `sums` and `norms`, a number for each block, sums of float64 with what was lost in
+    `norms`; else in `making`, `parts_of(form)` for each, but nowhere if they are folded at once. There, too, are the
+    `LANES` least magnitudes of float32 that are summed.
 
-    After the `last` rows `norms` are float32, or float64 if the elements are that, and `sums` the same in float64,
+    After the last rows `norms` are float32, or float64 if the elements are that, and `sums` the same in float64,
     except for maxima. Returns 0, or words joined by or that stand in `making` from `DOUBTS` on, for `LANES` blocks
     each: a bit for each of them whose rounding is in `doubt`, or whose squares may have left the range of float64. Bits
-    of blocks beyond `count` mean nothing.
+    of blocks beyond the last mean nothing.
     """
-    many = takes_many(run) and not long
+    run, long, many = runs.length, runs.long, takes_many(runs)
+    flat = runs.flat and not long and run <= MOST_FLAT  # folded without keeping sums
     together = many or flat  # `LANES` blocks are measured at a time
     word = ir.IntType(64)
 
-    def emit(
-        b: Builder, source: Value, count: Value, size: Value, rows: Value, step: Value, sums: Value, norms: Value,
-        making: Value, jump: Value, row: Value, last: Value, doubt: Value,
-    ) -> Value:  # fmt: skip
+    def emit(b: Builder, here: Rows, sums: Value, norms: Value, making: Value, doubt: Value) -> Value:
+        source, _, count, size, rows, step, _, row, last = here
         go_on = b.icmp_signed("!=", row, ir.Constant(row.type, 0))
         doubts, found = b.gep(making, [word(DOUBTS)]), cgutils.alloca_once_value(b, word(0))
         totals = b.gep(making, [INT32(PARTS)]) if not many else norms if code == INF else sums
@@ -316,7 +318,7 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
         def number(n: int) -> Value:
             return ir.Constant(size.type, n)
 
-        ahead = Ahead(b, form.bits, source, b.mul(count, size), rows, step, jump)
+        ahead = Ahead(b, form.bits, here, flat=runs.flat)
 
         def read(at: Value, length: int) -> list[Value]:
             ahead.fetch(length)
@@ -495,7 +497,7 @@ def measure_rows(form: Format, run: int, long: bool, flat: bool, code: int) -> A
                     b.store(b.or_(b.load(found), _doubts_of_zeros(b, groups, sums, doubts)), found)
         return b.load(found)
 
-    return step(emit, 16, types.int64)
+    return emit
 
 
 def _dealt_out(b: Builder, code: int, parts: list[list[Value]]) -> list[Value]:
@@ -600,39 +602,72 @@ def _doubts_of_zeros(b: Builder, groups: Value, sums: Value, doubts: Value) -> V
     return b.load(found)
 
 
-@cache
-def settle(form: Format, code: int) -> Any:
-    """``(source, i, grid, 0, loops, elements, 0, turns, block, count, sums, j, norms, k, making, 0)``: norms in doubt.
+def _settle(
+    b: Builder,
+    strip: Strip,
+    form: Format,
+    code: int,
+    block: Value,
+    count: Value,
+    sums: Value,
+    norms: Value,
+    making: Value,
+) -> None:
+    """The norms that a `_rows_taker` has noted, of those of `count` blocks from number `block` on, from first to last.
 
-    As their exact sums demand, of those of `count` blocks from `block` on that `measure_rows` has noted, to float32
-    from what it left in `sums`. The `grid` and the `elements` of a block are tables of so many loops. Written for LLVM
-    like `exact`: the same as a function took Numba a tenth longer to compile `measure`.
+    To float32 as their exact sums demand, from what it left in `sums`; to float64 from squares of |x| / max |x|.
+    Written for LLVM like `exact`: the same as a function took Numba a tenth longer to compile.
     """
-
-    def emit(
-        b: Builder, source: Value, grid: Value, loops: Value, elements: Value, turns: Value, block: Value, count: Value,
-        sums: Value, norms: Value, making: Value,
-    ) -> None:  # fmt: skip
-        word = ir.IntType(64)
-        left, doubts = cgutils.alloca_once(b, word), b.gep(making, [word(DOUBTS)])
-        with cgutils.for_range(b, b.udiv(b.add(count, word(LANES - 1)), word(LANES))) as group:
-            noted = b.load(b.gep(doubts, [group.index]))
-            b.store(noted, left)
-            with cgutils.for_range(b, call(b, "llvm.ctpop.i64", word, [noted])):
-                flags = b.load(left)
-                lane = b.add(b.mul(group.index, word(LANES)), call(b, "llvm.cttz.i64", word, [flags, ir.IntType(1)(0)]))
-                b.store(b.and_(flags, b.sub(flags, word(1))), left)
-                with b.if_then(b.icmp_unsigned("<", lane, count)):
-                    at = b.gep(source, [nests.place_in(b, grid, loops, b.add(block, lane))])
-                    settled = _settled(b, at, form, code, elements, turns, b.load(b.gep(sums, [lane])), making)
-                    b.store(settled, b.gep(norms, [lane]))
-
-    return step(emit, 16)
+    word = ir.IntType(64)
+    left, doubts = cgutils.alloca_once(b, word), b.gep(making, [word(DOUBTS)])
+    with cgutils.for_range(b, b.udiv(b.add(count, word(LANES - 1)), word(LANES))) as group:
+        noted = b.load(b.gep(doubts, [group.index]))
+        b.store(noted, left)
+        with cgutils.for_range(b, call(b, "llvm.ctpop.i64", word, [noted])):
+            flags = b.load(left)
+            lane = b.add(b.mul(group.index, word(LANES)), call(b, "llvm.cttz.i64", word, [flags, ir.IntType(1)(0)]))
+            b.store(b.and_(flags, b.sub(flags, word(1))), left)
+            with b.if_then(b.icmp_unsigned("<", lane, count)):
+                at = b.gep(strip.start, [place_in(b, strip.grid, strip.loops, b.add(block, lane))])
+                wide = b.gep(sums, [lane])
+                if form.bits == 64:
+                    found = _rescaled(b, at, form, strip)
+                    b.store(found, wide)
+                else:
+                    found = _settled(b, at, form, code, strip, b.load(wide), making)
+                b.store(found, b.gep(norms, [lane]))
 
 
-def _settled(
-    b: Builder, source: Value, form: Format, code: int, elements: Value, turns: Value, wide: Value, making: Value
-) -> Value:
+@contextmanager
+def _each_magnitude(b: Builder, source: Value, form: Format, strip: Strip) -> Iterator[Value]:
+    """A loop over the elements of one block, which lie from an address on: their magnitudes."""
+    with cgutils.for_range(b, length_in(b, strip.elements, strip.turns)) as loop:
+        at = b.gep(source, [place_in(b, strip.elements, strip.turns, loop.index)])
+        bits = b.extract_element(_read(b, at, 0, 1, form, INF), INT32(0))
+        yield b.bitcast(bits, ir.DoubleType() if form.bits == 64 else ir.FloatType())
+
+
+def _rescaled(b: Builder, source: Value, form: Format, strip: Strip) -> Value:
+    """The norm of one block of float64, whose squares left its range."""
+    double = ir.DoubleType()
+    largest, high, low = (cgutils.alloca_once_value(b, double(0.0)) for _ in range(3))
+    with _each_magnitude(b, source, form, strip) as x:
+        most = b.load(largest)
+        b.store(b.select(b.fcmp_ordered(">", x, most), x, most), largest)
+    scale = b.load(largest)
+    finite = b.and_(b.fcmp_ordered("!=", scale, double(0.0)), b.fcmp_ordered("<", scale, double(math.inf)))
+    with b.if_then(finite):
+        with _each_magnitude(b, source, form, strip) as x:
+            share = b.fdiv(x, scale)
+            total, error = _two_sum(b, b.load(high), b.fmul(share, share))
+            b.store(total, high)
+            b.store(b.fadd(b.load(low), error), low)
+        root = call(b, "llvm.sqrt.f64", double, [b.fadd(b.load(high), b.load(low))])
+        b.store(b.fmul(scale, root), largest)
+    return b.load(largest)
+
+
+def _settled(b: Builder, source: Value, form: Format, code: int, strip: Strip, wide: Value, making: Value) -> Value:
     """The norm of one block, whose elements lie from an address on, by the float64 near it."""
     square, word, single = ir.IntType(1)(code == TWO), ir.IntType(64), ir.FloatType()
     below, above = (b.fptrunc(b.fmul(wide, ir.DoubleType()(1 + side * MARGIN)), single) for side in (-1, 1))
@@ -641,10 +676,8 @@ def _settled(
     with b.if_then(b.and_(finite, b.fcmp_ordered("!=", below, above))):
         for i in range(exact.EXACT_WORDS):
             b.store(word(0), b.gep(making, [word(i)]))
-        with cgutils.for_range(b, nests.length_in(b, elements, turns)) as loop:
-            at = b.gep(source, [nests.place_in(b, elements, turns, loop.index)])
-            bits = b.extract_element(_read(b, at, 0, 1, form, INF), INT32(0))
-            exact.add(b, making, b.bitcast(bits, single), square)
+        with _each_magnitude(b, source, form, strip) as x:
+            exact.add(b, making, x, square)
         b.store(exact.nearest(b, making, below, square), settled)
     return b.load(settled)
 
@@ -667,3 +700,51 @@ keys_of_norms = step(_keys, 5)
 
 Up to `LANES` more are read and written than asked for.
 """
+
+
+# --- strips --------------------------------------------------------------------------------------
+
+
+@cache
+def measure_strip(form: Format, runs: Runs, code: int) -> Any:
+    """``(source, origin, grid, 0, loops, elements, 0, turns, i, stop, sums, 0, norms, 0, making, 0)``: norms.
+
+    Those of blocks [i, stop) of a `source` whose first one is at `origin`. The `grid` and the `elements` of a block are
+    tables of so many loops. In float64 they are left in `sums`, unless they are maxima.
+    """
+    word, many = ir.IntType(64), takes_many(runs)
+    take_in, most_blocks = _rows_taker(form, runs, code), STRIP_BLOCKS if many else PART_BLOCKS
+
+    def doubt_of(b: Builder, shape: Shape) -> Value:
+        # A sum of n additions in sequence is off by n - 1 times 2 ** -53 of it at most, and its root by half of that
+        # and half a unit: so many units in the last place, and no more, for of sorted numbers every fourth block of
+        # four is 4 to 8 units from where rounding turns. Counted here are all vectors of a row, though those of long
+        # runs are summed four side by side: that covers the joins of a row, and `JOINS` those behind the last.
+        vectors = b.sdiv(b.add(shape.size, word(LANES - 1)), word(LANES))
+        each = word(runs.length) if many else b.mul(vectors, word(LANES // PARTIAL))
+        additions = b.add(b.mul(shape.rows, each), word(0 if many else JOINS))
+        half = b.add(b.sdiv(b.add(additions, word(1)), word(2)), word(1))
+        return smallest(b, word(MOST_DOUBT), half if code == TWO else additions)
+
+    def emit(
+        b: Builder, source: Value, grid: Value, loops: Value, elements: Value, turns: Value, i: Value, stop: Value,
+        sums: Value, norms: Value, making: Value,
+    ) -> None:  # fmt: skip
+        strip = Strip(source, grid, loops, elements, turns, i, stop)
+        shape, noted = shape_of(b, strip, runs), cgutils.alloca_once(b, word)
+        doubt, fitting = doubt_of(b, shape), b.sdiv(word(FLAT_RUN), shape.size)
+        fitting = b.select(b.icmp_signed(">", fitting, word(LANES)), fitting, word(LANES))
+        one_row = b.icmp_signed("==", shape.rows, word(1))
+        most = b.select(one_row, smallest(b, word(most_blocks), fitting), word(most_blocks))
+
+        def take(rows: Rows) -> None:
+            here, there = b.gep(sums, [rows.block]), b.gep(norms, [rows.block])
+            b.store(take_in(b, rows, here, there, making, doubt), noted)
+
+        def finish(i: Value, block: Value, count: Value) -> None:
+            with b.if_then(b.icmp_unsigned("!=", b.load(noted), word(0)), likely=False):
+                _settle(b, strip, form, code, i, count, b.gep(sums, [block]), b.gep(norms, [block]), making)
+
+        over_rows(b, strip, runs, shape, take, most, None if code == INF else finish)
+
+    return step(emit, 16)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 
+from npscope.backends.numba_cpu.rows import TOGETHER, Ahead, Rows, Runs, Strip, over_rows, shape_of
 from npscope.backends.numba_cpu.vectors import (
     INT32,
-    TOGETHER,
-    Ahead,
     Builder,
     Format,
     Value,
@@ -27,25 +26,43 @@ from npscope.backends.numba_cpu.vectors import (
     vector_of,
 )
 
+Taking = Callable[[Builder, Value], Callable[[Value], None]]
+"""``taking(b, address of the numbers of some blocks)(address of their elements in one row)``."""
 
-def _over_rows(
-    b: Builder,
-    source: Value,
-    count: Value,
-    run: int,
-    together: int,
-    flat: bool,
-    rows: Value,
-    step: Value,
-    numbers: Value,
-    ahead: Ahead,
+
+def _write_strip(form: Format, runs: Runs, together: int, taking: Taking) -> Any:
+    """``(target, origin, grid, 0, loops, elements, 0, turns, i, stop, numbers, 0)``: write the rows of a strip.
+
+    Of blocks [i, stop) of a `target` whose first one is at `origin`, with a number for each, `together` at a time. The
+    `grid` and the `elements` of a block are tables of so many loops.
+    """
+
+    def emit(
+        b: Builder, target: Value, grid: Value, loops: Value, elements: Value, turns: Value, i: Value, stop: Value,
+        numbers: Value,
+    ) -> None:  # fmt: skip
+        strip = Strip(target, grid, loops, elements, turns, i, stop)
+
+        def take(rows: Rows) -> None:
+            own = b.gep(numbers, [rows.block])
+            _take_rows(b, rows, runs, together, own, Ahead(b, form.bits, rows, flat=runs.flat), partial(taking, b))
+
+        over_rows(b, strip, runs, shape_of(b, strip, runs), take)
+
+    return step(emit, 12)
+
+
+def _take_rows(
+    b: Builder, here: Rows, runs: Runs, together: int, numbers: Value, ahead: Ahead,
     taking: Callable[[Value], Callable[[Value], None]],
-) -> None:
+) -> None:  # fmt: skip
     """``taking(address of their numbers)(address of their elements)`` for all rows of blocks, `together` at a time.
 
     Blocks that are fewer take a detour over memory of which nothing is kept behind them. `together` is 1, or blocks of
-    whole lines. `flat` promises a single row.
+    whole lines.
     """
+    source, _, count, _, rows, step, *_ = here
+    run = runs.length
     word, length = count.type, together * run
     several = together > 1
     spare_elements, spare_numbers = (
@@ -65,7 +82,7 @@ def _over_rows(
                 b.store(word(length), distance)
             own = b.select(are_few, spare_numbers, own)
         take = taking(own)
-        if flat:
+        if runs.flat:
             ahead.fetch(length)
             take(b.load(elements))
         else:
@@ -90,44 +107,38 @@ def _in_a_step(form: Format, flat: bool) -> int:
 
 
 @cache
-def drop_rows(form: Format, run: int, flat: bool) -> Any:
-    """``(target, i, count, rows, step, mask, j, jump)``: zero the blocks whose mask is False.
-
-    Their runs (up to `CHUNK` elements) in `rows` rows `step` apart, of `count` adjacent blocks. `jump` as for norms.
-    """
+def drop_strip(form: Format, runs: Runs) -> Any:
+    """`_write_strip` that zeroes the blocks whose mask is False, of runs of up to `CHUNK` elements."""
+    run = runs.length
     together = form.lanes // math.gcd(form.lanes, run)  # whole lines
-    together *= max(1, _in_a_step(form, flat) // (together * run))
+    together *= max(1, _in_a_step(form, runs.flat) // (together * run))
 
-    def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, mask: Value, jump: Value) -> None:
-        def dropping(place: Value) -> Callable[[Value], None]:
-            flags = load(b, place, vector_of(8, together))
-            wide = b.sext(b.icmp_unsigned("!=", flags, splat(flags.type, 0)), vector_of(form.bits, together))
-            length = run * together
-            lines = [range(start, min(start + form.lanes, length)) for start in range(0, length, form.lanes)]
-            kept = [shuffle(b, wide, [i // run for i in line]) for line in lines]
+    def dropping(b: Builder, place: Value) -> Callable[[Value], None]:
+        flags = load(b, place, vector_of(8, together))
+        wide = b.sext(b.icmp_unsigned("!=", flags, splat(flags.type, 0)), vector_of(form.bits, together))
+        length = run * together
+        lines = [range(start, min(start + form.lanes, length)) for start in range(0, length, form.lanes)]
+        kept = [shuffle(b, wide, [i // run for i in line]) for line in lines]
 
-            def drop(at: Value) -> None:
-                for line, stays in zip(lines, kept, strict=True):
-                    here = b.gep(at, [INT32(line.start)])
-                    store(b, b.and_(load(b, here, stays.type), stays), here)
+        def drop(at: Value) -> None:
+            for line, stays in zip(lines, kept, strict=True):
+                here = b.gep(at, [INT32(line.start)])
+                store(b, b.and_(load(b, here, stays.type), stays), here)
 
-            return drop
+        return drop
 
-        ahead = Ahead(b, form.bits, target, b.mul(count, count.type(run)), rows, step, jump)
-        _over_rows(b, target, count, run, together, flat, rows, step, mask, ahead, dropping)
-
-    return step(emit, 8)
+    return _write_strip(form, runs, together, dropping)
 
 
 @cache
-def scale_rows(form: Format, run: int, flat: bool, shrinks: bool) -> Any:
-    """``(target, i, count, rows, step, factors, j, jump)``: multiply float32 or float64 by a float64 for each block.
+def scale_strip(form: Format, runs: Runs, shrinks: bool) -> Any:
+    """`_write_strip` that multiplies float32 or float64 by a float64 for each block.
 
     0 writes +0.0, 1 keeps the bits; else float32 is within 1 ulp of the product, of which 1 in 2 ** 20 is not the
-    nearest number, and more below 2 ** -100 if it `shrinks`: a factor then is 0 or from 2 ** -60 to 1. All else as for
-    `drop_rows`.
+    nearest number, and more below 2 ** -100 if it `shrinks`: a factor then is 0 or from 2 ** -60 to 1.
     """
-    together = _in_a_step(form, flat) // run if form.lanes % run == 0 else 1
+    run = runs.length
+    together = _in_a_step(form, runs.flat) // run if form.lanes % run == 0 else 1
     length = run * together
     few, single = ir.VectorType(ir.DoubleType(), together), ir.VectorType(ir.FloatType(), together)
     words, lanes = vector_of(form.bits, length), [i // run for i in range(length)]
@@ -153,46 +164,42 @@ def scale_rows(form: Format, run: int, flat: bool, shrinks: bool) -> Any:
             b.store(b.fptrunc(wide, product.type), place)
         return b.load(place)
 
-    def emit(b: Builder, target: Value, count: Value, rows: Value, step: Value, factors: Value, jump: Value) -> None:
-        def scaling(place: Value) -> Callable[[Value], None]:
-            factor = b.load(b.bitcast(place, few.as_pointer()), align=8)
-            same, zero = (b.fcmp_ordered("==", factor, splat(few, number)) for number in (1.0, 0.0))
-            replaced = b.or_(same, zero)
-            # Masks as wide as elements: of flags, AVX2 makes such masks again in each row.
-            wide = vector_of(form.bits, together)
-            stays, changes = (shuffle(b, b.sext(flags, wide), lanes) for flags in (same, b.not_(replaced)))
+    def scaling(b: Builder, place: Value) -> Callable[[Value], None]:
+        factor = b.load(b.bitcast(place, few.as_pointer()), align=8)
+        same, zero = (b.fcmp_ordered("==", factor, splat(few, number)) for number in (1.0, 0.0))
+        replaced = b.or_(same, zero)
+        # Masks as wide as elements: of flags, AVX2 makes such masks again in each row.
+        wide = vector_of(form.bits, together)
+        stays, changes = (shuffle(b, b.sext(flags, wide), lanes) for flags in (same, b.not_(replaced)))
 
-            def replace(at: Value, bits: Value, product: Value) -> None:
-                store(b, b.or_(b.and_(bits, stays), b.and_(b.bitcast(product, words), changes)), at)
+        def replace(at: Value, bits: Value, product: Value) -> None:
+            store(b, b.or_(b.and_(bits, stays), b.and_(b.bitcast(product, words), changes)), at)
 
-            if form.bits == 64:
-                factor = shuffle(b, factor, lanes)
+        if form.bits == 64:
+            factor = shuffle(b, factor, lanes)
 
-                def multiply(at: Value) -> None:
-                    bits = load(b, at, words)
-                    replace(at, bits, b.fmul(b.bitcast(bits, factor.type), factor))
-
-                return multiply
-
-            # As two float32: products are right to 2 ** -46 before they are rounded, at a third of the cost.
-            # The first is cut off, not rounded: none is negative if the factor is not, so that zeros keep their sign.
-            # Those of others are `settled`.
-            digits = b.bitcast(factor, vector_of(64, together))
-            first = b.bitcast(b.and_(digits, splat(digits.type, -1 << 29)), few)
-            high, low = (b.fptrunc(part, single) for part in (first, b.fsub(factor, first)))
-            if not shrinks:
-                high, low = without_strange(b, factor, replaced, high, low)
-            high, low = (shuffle(b, v, lanes) for v in (high, low))
-
-            def scale(at: Value) -> None:
+            def multiply(at: Value) -> None:
                 bits = load(b, at, words)
-                x = b.bitcast(bits, high.type)
-                product = fma(b, x, high, b.fmul(x, low))
-                replace(at, bits, product if shrinks else settled(b, product, x, factor))
+                replace(at, bits, b.fmul(b.bitcast(bits, factor.type), factor))
 
-            return scale
+            return multiply
 
-        ahead = Ahead(b, form.bits, target, b.mul(count, count.type(run)), rows, step, jump)
-        _over_rows(b, target, count, run, together, flat, rows, step, factors, ahead, scaling)
+        # As two float32: products are right to 2 ** -46 before they are rounded, at a third of the cost.
+        # The first is cut off, not rounded: none is negative if the factor is not, so that zeros keep their sign.
+        # Those of others are `settled`.
+        digits = b.bitcast(factor, vector_of(64, together))
+        first = b.bitcast(b.and_(digits, splat(digits.type, -1 << 29)), few)
+        high, low = (b.fptrunc(part, single) for part in (first, b.fsub(factor, first)))
+        if not shrinks:
+            high, low = without_strange(b, factor, replaced, high, low)
+        high, low = (shuffle(b, v, lanes) for v in (high, low))
 
-    return step(emit, 8)
+        def scale(at: Value) -> None:
+            bits = load(b, at, words)
+            x = b.bitcast(bits, high.type)
+            product = fma(b, x, high, b.fmul(x, low))
+            replace(at, bits, product if shrinks else settled(b, product, x, factor))
+
+        return scale
+
+    return _write_strip(form, runs, together, scaling)

@@ -37,9 +37,6 @@ QUARTER = 128
 LANES = 16
 """Numbers in one step where float64 sums are formed."""
 
-TOGETHER = 4
-"""Rows that are read side by side, at most: a sum of four is stored, and dealt out to its block, only once."""
-
 CHUNK = 64
 """Elements of a long run that are taken in one step: four sums side by side hide the latency of an addition."""
 
@@ -184,36 +181,6 @@ def prefetch(b: Builder, address: Value, length: int, ahead: Value = None) -> No
             "llvm.prefetch", [at.type], ir.FunctionType(ir.VoidType(), [at.type, INT32, INT32, INT32])
         )
         b.call(function, [at, INT32(0), INT32(2), INT32(1)])
-
-
-FAR = 1 << 11
-"""Elements between what is read and what is prefetched, at most, where one row is read alone."""
-
-
-class Ahead:
-    """Asks for what comes next in memory, row by row, while rows are read side by side, of so many elements each.
-
-    They lie `step` apart, and those that come next `jump` from them. Memory that is asked for in four rows at a time
-    takes a third longer.
-    """
-
-    def __init__(
-        self, b: Builder, bits: int, source: Value, width: Value, rows: Value, step: Value, jump: Value
-    ) -> None:
-        self.b, self.bits, self.width, self.step = b, bits, width, step
-        far = b.and_(b.icmp_signed(">", width, width.type(FAR)), b.icmp_signed("==", rows, rows.type(1)))
-        start = b.gep(source, [b.select(far, jump.type(FAR), jump)])
-        self.place, self.column = (cgutils.alloca_once_value(b, x) for x in (start, width.type(0)))
-
-    def fetch(self, length: int) -> None:
-        """Ask for as many elements as are read now."""
-        b, word = self.b, self.width.type
-        here, column = b.load(self.place), b.load(self.column)
-        prefetch(b, here, length * self.bits // 8, word(0))
-        further = b.add(column, word(length))
-        ends = b.icmp_signed(">=", further, self.width)
-        b.store(b.select(ends, word(0), further), self.column)
-        b.store(b.gep(here, [b.select(ends, b.sub(self.step, column), word(length))]), self.place)
 
 
 def step(emit: Callable[..., Value], count: int, returns: Any = types.void) -> Any:

@@ -82,13 +82,9 @@ def drop(part: Competitors, i0: int, i1: int, mask: np.ndarray) -> None:
 
 
 def rescale(part: Competitors, i0: int, i1: int, factors: np.ndarray, *, shrinks: bool = False) -> None:
-    """Multiply the blocks [i0, i1) of a part by their factors, in all its leaves; `shrinks` as in `scale_rows`."""
+    """Multiply the blocks [i0, i1) of a part by their factors, in all its leaves; `shrinks` as in `scale_strip`."""
     for leaf in part.leaves:
-        if leaf.layout is not None:
-            scale = lines.scaler_address(leaf.layout.compiled, leaf.place.unit, shrinks)
-            lines.scale_blocks(scale, *leaf.raw, i0, i1, factors)
-        else:
-            nk.kernels(leaf.codec).rescale(*leaf.where, i0, i1, leaf.size, factors)
+        lines.scale_blocks(strips.scaler(leaf, shrinks=shrinks), *leaf.raw, i0, i1, factors)
 
 
 class Numbers:

@@ -1,0 +1,192 @@
+"""Walks over blocks that lie line by line, for code that LLVM is given: a range of adjacent ones, a few of their rows.
+
+As loops in Python, around what takes rows in or writes them, they took Numba a tenth of a second each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from npscope.backends.numba_cpu.nests import length_in, place_in
+from npscope.backends.numba_cpu.vectors import Builder, Value, prefetch
+
+TOGETHER = 4
+"""Rows that are read side by side, at most: a sum of four is stored, and dealt out to its block, only once."""
+
+FAR = 1 << 11
+"""Elements between what is read and what is prefetched, at most, where one row is read alone."""
+
+_WORD = ir.IntType(64)
+
+
+class Strip(NamedTuple):
+    """Blocks [i, stop) of an array: where block 0 is, and the tables of loops over blocks and over elements of one."""
+
+    start: Value
+    grid: Value
+    loops: Value
+    """How many loops there are over blocks."""
+    elements: Value
+    turns: Value
+    """How many over elements."""
+    i: Value
+    stop: Value
+
+
+class Runs(NamedTuple):
+    """How blocks lie line by line, as code is made for: in runs of so many elements, one in each row.
+
+    Runs are `length` elements, and if they are `flat` there is one row; or `long`, any whole vectors and this rest.
+    """
+
+    length: int
+    long: bool
+    flat: bool
+
+
+class Rows(NamedTuple):
+    """A run of each of `count` adjacent blocks, in each of some rows."""
+
+    source: Value
+    """Where the first run is."""
+    block: Value
+    """How many blocks of the strip come before."""
+    count: Value
+    size: Value
+    """Elements of a run."""
+    rows: Value
+    step: Value
+    """How far these rows lie apart."""
+    jump: Value
+    """How far from the first of them that lies which is read next."""
+    row: Value
+    """The number of the first of them."""
+    last: Value
+    """Whether they are the last rows of their blocks."""
+
+
+class Shape(NamedTuple):
+    """Of the blocks of a strip: elements of a run, and rows; rows in the innermost loop over them, and their step."""
+
+    size: Value
+    rows: Value
+    turns: Value
+    step: Value
+
+
+def shape_of(b: Builder, strip: Strip, runs: Runs) -> Shape:
+    """What the tables of a strip say of its blocks."""
+
+    def entry(row: Value, loop: Value) -> Value:
+        return b.load(b.gep(strip.elements, [b.add(row, loop)]))
+
+    size = entry(_WORD(0), b.sub(strip.turns, _WORD(1))) if runs.long else _WORD(runs.length)
+    if runs.flat:
+        return Shape(size, _WORD(1), _WORD(1), _WORD(0))
+    rows = b.sdiv(length_in(b, strip.elements, strip.turns), size)
+    several = b.icmp_signed(">", rows, _WORD(1))
+    # The elements of a run are a loop of their own, inside of those over rows, but for runs of one.
+    over_rows = _WORD(1 if runs.length == 1 and not runs.long else 2)
+    loop = b.select(several, b.sub(strip.turns, over_rows), _WORD(0))
+    turns, step = b.select(several, entry(_WORD(0), loop), _WORD(1)), entry(strip.turns, loop)
+    return Shape(size, rows, turns, step)
+
+
+def smallest(b: Builder, x: Value, *others: Value) -> Value:
+    """The least of some integers."""
+    for y in others:
+        x = b.select(b.icmp_signed("<", x, y), x, y)
+    return x
+
+
+@contextmanager
+def _up_to(b: Builder, start: Value, stop: Value) -> Iterator[tuple[Value, Callable[[Value], None]]]:
+    """A loop while a number that starts here is below `stop`: (the number, what sets the next one)."""
+    place = cgutils.alloca_once_value(b, start)
+    head, turn, after = (b.append_basic_block(name) for name in ("head", "turn", "after"))
+    b.branch(head)
+    b.position_at_end(head)
+    number = b.load(place)
+    b.cbranch(b.icmp_signed("<", number, stop), turn, after)
+    b.position_at_end(turn)
+    yield number, lambda following: b.store(following, place)
+    b.branch(head)
+    b.position_at_end(after)
+
+
+def over_rows(
+    b: Builder,
+    strip: Strip,
+    runs: Runs,
+    shape: Shape,
+    take: Callable[[Rows], None],
+    most: Value = None,
+    finish: Callable[[Value, Value, Value], None] | None = None,
+) -> None:
+    """``take(rows)`` for all rows of the blocks of a strip, a range of up to `most` adjacent blocks after the other.
+
+    After those of a range, ``finish(i, block, count)`` with the number of its first block, and in the strip.
+    """
+    zero = _WORD(0)
+    width = b.load(b.gep(strip.grid, [b.sub(strip.loops, _WORD(1))]))
+    here = cgutils.alloca_once_value(b, place_in(b, strip.grid, strip.loops, strip.i))
+    with _up_to(b, strip.i, strip.stop) as (i, go_on_with):
+        after = smallest(b, strip.stop, b.add(i, b.sub(width, b.srem(i, width))))
+        after = after if most is None else smallest(b, after, b.add(i, most))
+        block, count = b.sub(i, strip.i), b.sub(after, i)
+        first, following = b.load(here), place_in(b, strip.grid, strip.loops, after)
+
+        def take_rows(rows: Value, step: Value, row: Value, last: Value, further: Value) -> None:
+            at = b.load(here)
+            b.store(further, here)
+            take(Rows(b.gep(strip.start, [at]), block, count, shape.size, rows, step, b.sub(further, at), row, last))
+
+        if runs.flat:
+            take_rows(_WORD(1), zero, zero, ir.IntType(1)(1), following)
+        else:
+            with _up_to(b, zero, shape.rows) as (row, go_on_from):
+                rows = _WORD(1)
+                if not runs.long:
+                    left = b.sub(shape.turns, b.srem(row, shape.turns))
+                    rows = smallest(b, _WORD(TOGETHER), b.sub(shape.rows, row), left)
+                row_after = b.add(row, rows)
+                last = b.icmp_signed("==", row_after, shape.rows)
+                inside = b.add(first, place_in(b, strip.elements, strip.turns, b.mul(row_after, shape.size)))
+                take_rows(rows, shape.step, row, last, b.select(last, following, inside))
+                go_on_from(row_after)
+        if finish is not None:
+            finish(i, block, count)
+        go_on_with(after)
+
+
+class Ahead:
+    """Asks for what comes next in memory, row by row, while rows are read side by side.
+
+    Memory that is asked for in four rows at a time takes a third longer.
+    """
+
+    def __init__(self, b: Builder, bits: int, rows: Rows, *, flat: bool) -> None:
+        """`flat`: the rows are a single one."""
+        self.b, self.bits, self.flat, self.width, self.step = b, bits, flat, b.mul(rows.count, rows.size), rows.step
+        alone = b.icmp_signed("==", rows.rows, _WORD(1))
+        far = b.and_(b.icmp_signed(">", self.width, _WORD(FAR)), alone)
+        start = b.gep(rows.source, [b.select(far, _WORD(FAR), rows.jump)])
+        self.place, self.column = (cgutils.alloca_once_value(b, x) for x in (start, _WORD(0)))
+
+    def fetch(self, length: int) -> None:
+        """Ask for as many elements as are read now."""
+        b = self.b
+        here, distance = b.load(self.place), _WORD(length)
+        prefetch(b, here, length * self.bits // 8, _WORD(0))
+        if not self.flat:
+            column = b.load(self.column)
+            further = b.add(column, distance)
+            ends = b.icmp_signed(">=", further, self.width)
+            b.store(b.select(ends, _WORD(0), further), self.column)
+            distance = b.select(ends, b.sub(self.step, column), distance)
+        b.store(b.gep(here, [distance]), self.place)
