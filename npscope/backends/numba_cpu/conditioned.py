@@ -61,49 +61,42 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
     A leaf has all of these elements; with a layout they are all that it has. `LANES` more places than blocks are
     written.
     """
-    run, rows = (layout.run, layout.rows) if layout else (1, 0)
-    part = min(run, LANES)
-    vectors = layout is not None and layout.form.bits <= 32 and part in (1, 2, 4, 8, LANES) and run % part == 0
-    deal_whole: Any = planes.deal_runs(layout.form, part, False) if layout and vectors else None
-    deal_rest: Any = planes.deal_runs(layout.form, part, True) if layout and vectors else None
-    distance, inner = run if run > LANES else LANES, -1 if run == 1 else -2
+    if layout is not None and layout.form.bits <= 32 and (layout.run in (1, 2, 4, 8) or layout.run % LANES == 0):
+        return _run_dealer(layout.form, layout.run)
+
+    @standalone
+    def deal(leaf: Any, i: int, stop: int, e0: int, e1: int, row: int, out: Any, pitch: int) -> None:
+        buffer, origin, grid, elements, _ = leaf
+        size, step = elements[0, -1], elements[1, -1]
+        width, stride = grid[0, -1], grid[1, -1]
+        start = i
+        while i < stop:
+            after = least(stop, i + width - i % width)
+            at = origin + place(i, grid)
+            for j in range(after - i):
+                e = e0
+                while e < e1:
+                    run_stop = least(e1, e + size - e % size)
+                    source = at + j * stride + place(e, elements) - e * step
+                    target = (row - e0) * pitch + i - start + j
+                    for k in range(e, run_stop):
+                        out[np.uintp(target + k * pitch)] = read(buffer, source + k * step)
+                    e = run_stop
+            i = after
+
+    return deal
+
+
+@cache
+def _run_dealer(form: Format, run: int) -> Any:
+    """The `_dealer` of blocks that lie line by line, in runs of so many elements."""
+    deal_strip = planes.deal_strip(form, run)
 
     @standalone
     def deal(leaf: Any, i: int, stop: int, e0: int, e1: int, row: int, out: Any, pitch: int) -> None:
         make_small()
         buffer, origin, grid, elements, _ = leaf
-        size, step = elements[0, -1], elements[1, -1]
-        columns, stride = grid[0, -1], grid[1, -1]
-        turns, between = (elements[0, inner], elements[1, inner]) if rows > 1 else (1, 0)
-        start, length = i, stop - i
-        while i < stop:
-            rest = columns - i % columns
-            after, here = least(stop, i + rest), place(i, grid)
-            at, b, count = origin + here, i - start, after - i
-            if vectors:
-                ahead = 2 * length * stride if 3 * length <= rest else place(i + length, grid) - here
-                done, first, turn = count - count % LANES, at, 0
-                for r in range(rows):
-                    if turn == turns:
-                        first, turn = at + place(r * run, elements), 0
-                    for c in range(0, run, part):
-                        source, target = first + c, (row + r * run + c) * pitch + b
-                        for j in range(0, done, LANES):
-                            deal_whole(buffer, source + j * run, out, target + j, distance, pitch, ahead, LANES)
-                        if done < count:
-                            deal_rest(buffer, source + done * run, out, target + done, distance, pitch, 0, count - done)
-                    first, turn = first + between, turn + 1
-            else:
-                for j in range(count):
-                    e = e0
-                    while e < e1:
-                        run_stop = least(e1, e + size - e % size)
-                        source = at + j * stride + place(e, elements) - e * step
-                        target = (row - e0) * pitch + b + j
-                        for k in range(e, run_stop):
-                            out[np.uintp(target + k * pitch)] = read(buffer, source + k * step)
-                        e = run_stop
-            i = after
+        deal_strip(buffer, origin, grid, 0, grid.shape[1], elements, 0, elements.shape[1], i, stop, row, out, 0, pitch)
 
     return deal
 
@@ -196,34 +189,16 @@ def _weigher(reading: Reading, metric: Reading, paired: bool) -> Any:
 @cache
 def _line_weigher(form: Format, metric_form: Format, run: int, paired: bool) -> Any:
     """The `_weigher` of blocks that lie line by line in memory, in runs of so many adjacent elements."""
-    weigh_whole, weigh_rest = (vector_shrinkage.weigh(form, metric_form, run, rest, paired) for rest in (False, True))
-    together = max(1, LANES // run)  # blocks to a vector
-    length, mus = together * run, PAIRS if paired else RATE
+    weigh_strip, mus = vector_shrinkage.weigh_strip(form, metric_form, run, paired), PAIRS if paired else RATE
 
     @standalone
     def weigh(leaf: Any, weights: Any, i: int, stop: int, s: Any) -> None:
         make_small()
         (x, x_origin, x_grid, x_elements, size), (h, h_origin, h_grid, h_elements, _) = leaf, weights
-        x_width, h_width, b = x_grid[0, -1], h_grid[0, -1], mus
-        while i < stop:
-            after = least(stop, i + least(x_width - i % x_width, h_width - i % h_width))
-            x_first, h_first, count = x_origin + place(i, x_grid), h_origin + place(i, h_grid), after - i
-            for e in range(0, size, run):
-                at, metric_at = x_first + place(e, x_elements), h_first + place(e, h_elements)
-                whole = count - count % together if length == LANES else 0
-                for j in range(0, whole, together):
-                    weigh_whole(x, at, h, metric_at, s, b + j, LANES)
-                    at, metric_at = at + LANES, metric_at + LANES
-                for j in range(whole, count, together):
-                    rest = least(length, (count - j) * run)
-                    if length > LANES:
-                        while rest >= LANES:
-                            weigh_whole(x, at, h, metric_at, s, b + j, LANES)
-                            at, metric_at, rest = at + LANES, metric_at + LANES, rest - LANES
-                    if rest > 0:
-                        weigh_rest(x, at, h, metric_at, s, b + j, rest)
-                        at, metric_at = at + rest, metric_at + rest
-            i, b = after, b + count
+        weigh_strip(
+            x, x_origin, x_grid, 0, x_grid.shape[1], x_elements, 0, x_elements.shape[1],
+            h, h_origin, h_grid, 0, h_grid.shape[1], h_elements, 0, h_elements.shape[1], i, stop, size, s, mus,
+        )  # fmt: skip
 
     return weigh
 

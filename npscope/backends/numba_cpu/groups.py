@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npscope.backends.numba_cpu import lines, vector_selection
+from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.operands import Operand, Placement
 from npscope.backends.numba_cpu.orders import in_memory_order
 from npscope.backends.numba_cpu.pieces import STRIPS_ELEMENTS, ranges
@@ -23,8 +23,6 @@ class _Groups(NamedTuple):
     form: Format
     kernel: Any
     """That of adjacent elements, or None."""
-    lanes: int
-    """Elements of its work arrays."""
 
 
 @lru_cache(maxsize=2048)
@@ -35,7 +33,7 @@ def _groups_of(read: Placement, written: Placement) -> _Groups | None:
         return None
     adjacent = read.lines_hold(n) and written.lines_hold(n)
     kernel = lines.groups_kernel(form, n, written.codec is None) if adjacent else None
-    return _Groups(form, kernel, vector_selection.group_lanes(form, n))
+    return _Groups(form, kernel)
 
 
 def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> Callable[[], None] | None:
@@ -55,19 +53,18 @@ def groups_job(target: Parts, source: Parts, keep: Leaf, ord: float | None) -> C
         return None
     k = counts.item(0) if counts.size else 0
     if groups.kernel is not None:
-        return _adjacent_job(read, written, groups, k)
+        return _adjacent_job(read, written, groups.kernel, k)
     target, source, _ = in_memory_order(target, source, keep)
     return _columns_job(Operand.of(source[0][0]), Operand.of(target[0][0]), groups.form, origin.cut.blocks, k)
 
 
-def _adjacent_job(read: Operand, written: Operand, groups: _Groups, k: int) -> Callable[[], None]:
+def _adjacent_job(read: Operand, written: Operand, kernel: Any, k: int) -> Callable[[], None]:
     """The job for groups of adjacent elements."""
-    here, there, (_, kernel, lanes) = read.place, written.place, groups
+    here, there = read.place, written.place
     n, where = here.cut.blocks, (read.buffer, here.origin, here.grid, written.buffer, there.origin, there.grid)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [(np.empty(lanes, here.unit), np.empty(lanes, there.unit)) for _ in range(slots)]
-        return lambda slot, s0, s1: kernel(*where, s0 * n, s1 * n, k, *works[slot])
+        return lambda slot, s0, s1: kernel(*where, s0 * n, s1 * n, k)
 
     return ranges(there.cut.scopes, n, make_work, piece=STRIPS_ELEMENTS)
 

@@ -252,39 +252,14 @@ def norms_of_blocks(
 
 @cache
 def groups_kernel(form: Format, n: int, marks: bool) -> Any:
-    """The kernel that keeps, or `marks`, the k first-ranked of every n adjacent elements, of elements [i0, i1).
-
-    The work arrays are of the dtypes of source and target, and `group_lanes` long.
-    """
-    step, size = vector_selection.keep_groups(form, n, marks), vector_selection.group_lanes(form, n)
-    sorts = vector_selection.is_sorted(form, n)
-    sort_step: Any = vector_selection.keep_groups(form, n, marks, several=True) if sorts else None
+    """The kernel that keeps, or `marks`, the k first-ranked of every n adjacent elements, of elements [i0, i1)."""
+    keep = vector_selection.keep_groups(form, n, marks)
 
     @kernel
     def keep_groups(
-        source: Any, origin: int, grid: Any, target: Any, origin2: int, grid2: Any, i0: int, i1: int, k: int,
-        work: Any, work2: Any,
-    ) -> None:  # fmt: skip
-        width, width2 = grid[0, -1], grid2[0, -1]
-        i = i0
-        while i < i1:
-            after = least(i1, least(i + width - i % width, i + width2 - i % width2))
-            at, at2 = origin + place(i, grid), origin2 + place(i, grid2)
-            count = after - i
-            whole, done = count - count % size, 0
-            if sorts:
-                done = count - count % (n * size)
-                for e in range(0, done, n * size):
-                    sort_step(source, at + e, target, at2 + e, k)
-            for e in range(done, whole, size):
-                step(source, at + e, target, at2 + e, k)
-            if whole < count:  # groups that do not fill a vector take a detour over one
-                for e in range(whole, count):
-                    work[e - whole] = source[at + e]
-                step(work, 0, work2, 0, k)
-                for e in range(whole, count):
-                    target[at2 + e] = work2[e - whole]
-            i = after
+        source: Any, origin: int, grid: Any, target: Any, origin2: int, grid2: Any, i0: int, i1: int, k: int
+    ) -> None:
+        keep(source, origin, grid, 0, grid.shape[1], target, origin2, grid2, 0, grid2.shape[1], i0, i1, k)
 
     return keep_groups
 

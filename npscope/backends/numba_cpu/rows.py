@@ -1,11 +1,11 @@
-"""Walks over blocks that lie line by line, for code that LLVM is given: a range of adjacent ones, a few of their rows.
+"""Walks over memory for code that LLVM is given: ranges of blocks that follow each other, and rows of these.
 
 As loops in Python, around what takes rows in or writes them, they took Numba a tenth of a second each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -119,6 +119,39 @@ def _up_to(b: Builder, start: Value, stop: Value) -> Iterator[tuple[Value, Calla
     b.position_at_end(after)
 
 
+class Grid(NamedTuple):
+    """Where block 0 of an array is, and the table of so many loops over its blocks."""
+
+    start: Value
+    table: Value
+    loops: Value
+
+
+@contextmanager
+def over_ranges(
+    b: Builder, grids: Sequence[Grid], i: Value, stop: Value, most: Value = None
+) -> Iterator[tuple[Value, Value, list[Value]]]:
+    """A loop over the ranges of blocks [i, stop) that follow each other in all arrays, of up to `most`.
+
+    (number of the first block, of the first behind it, how far from the start of each array the first one is).
+    """
+    widths = [b.load(b.gep(grid.table, [b.sub(grid.loops, _WORD(1))])) for grid in grids]
+    with _up_to(b, i, stop) as (first, go_on_with):
+        after = stop if most is None else smallest(b, stop, b.add(first, most))
+        for width in widths:
+            after = smallest(b, after, b.add(first, b.sub(width, b.srem(first, width))))
+        yield first, after, [place_in(b, grid.table, grid.loops, first) for grid in grids]
+        go_on_with(after)
+
+
+def over_lanes(b: Builder, count: Value, lanes: int, take: Callable[[Value, int], None]) -> None:
+    """``take(e, n)`` for `count` numbers, from number e on n of them: `lanes`, and of those that are left 1."""
+    whole = b.sub(count, b.urem(count, _WORD(lanes)))
+    for start, stop, n in ((_WORD(0), whole, lanes), (whole, count, 1)):
+        with cgutils.for_range_slice(b, start, stop, _WORD(n)) as (e, _):
+            take(e, n)
+
+
 def over_rows(
     b: Builder,
     strip: Strip,
@@ -132,14 +165,12 @@ def over_rows(
 
     After those of a range, ``finish(i, block, count)`` with the number of its first block, and in the strip.
     """
-    zero = _WORD(0)
-    width = b.load(b.gep(strip.grid, [b.sub(strip.loops, _WORD(1))]))
-    here = cgutils.alloca_once_value(b, place_in(b, strip.grid, strip.loops, strip.i))
-    with _up_to(b, strip.i, strip.stop) as (i, go_on_with):
-        after = smallest(b, strip.stop, b.add(i, b.sub(width, b.srem(i, width))))
-        after = after if most is None else smallest(b, after, b.add(i, most))
+    zero, here = _WORD(0), cgutils.alloca_once(b, _WORD)
+    grid = Grid(strip.start, strip.grid, strip.loops)
+    with over_ranges(b, [grid], strip.i, strip.stop, most) as (i, after, (first,)):
         block, count = b.sub(i, strip.i), b.sub(after, i)
-        first, following = b.load(here), place_in(b, strip.grid, strip.loops, after)
+        following = place_in(b, strip.grid, strip.loops, after)
+        b.store(first, here)
 
         def take_rows(rows: Value, step: Value, row: Value, last: Value, further: Value) -> None:
             at = b.load(here)
@@ -161,7 +192,6 @@ def over_rows(
                 go_on_from(row_after)
         if finish is not None:
             finish(i, block, count)
-        go_on_with(after)
 
 
 class Ahead:

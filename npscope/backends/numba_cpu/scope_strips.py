@@ -207,10 +207,13 @@ def searcher(signed: bool) -> Function:
             above, inside, _ = call_surveyor(look, read, source, i, i + n, low, high, low, keys, 0, True, scratch)
             if above < k <= above + inside:
                 limit, ties = low, n
+                bottom, top = real_of(low, keys), real_of(high, keys)
+                spacing = (top - bottom) / np.float64(inside)
                 if k < above + inside:
-                    limit, ties, _ = separate(keys, 0, inside, k - above, guess, spacing)
+                    # Where it would be if keys lay evenly in between: nearer than that of the scope before.
+                    start = key_at(top - spacing * np.float64(k - above), keys)
+                    limit, ties, _ = separate(keys, 0, inside, k - above, start, spacing)
                     ties = n if ties == inside else ties
-                spacing = (real_of(high, keys) - real_of(low, keys)) / np.float64(inside)
                 center += WEIGHT * (real_of(limit, keys) - center)
                 reach *= 0.9
                 return limit, ties, inside, limit, (center, spacing, REACH if reach < REACH else reach)

@@ -106,23 +106,13 @@ def surveyor_address(look: Function, unit: np.dtype, key: np.dtype) -> int:
 @cache
 def line_reader(form: vectors.Format, signed: bool) -> Function:
     """Read adjacent elements, of as many bits as their keys have; by their numbers if `signed`, or by magnitude."""
-    lanes = form.lanes
-    step, one = (vector_selection.read_keys(form, n, signed) for n in (lanes, 1))
+    read_strip = vector_selection.read_strip(form, signed)
 
     @standalone
     def read(source: Any, i: int, stop: int, keys: Any, sums: Any, norms: Any, making: Any) -> None:
         make_small()
         buffer, origin, grid, _ = source
-        width, start = grid[0, -1], i
-        while i < stop:
-            after = least(stop, i + width - i % width)
-            at, count, first = origin + place(i, grid), after - i, i - start
-            whole = count - count % lanes
-            for e in range(0, whole, lanes):
-                step(buffer, at + e, keys, first + e)
-            for e in range(whole, count):
-                one(buffer, at + e, keys, first + e)
-            i = after
+        read_strip(buffer, origin, grid, 0, grid.shape[1], i, stop, keys, 0)
 
     return read
 
@@ -196,30 +186,16 @@ def scaler(operand: Operand, *, shrinks: bool) -> int:
 @cache
 def cutter(form: vectors.Format, signed: bool, marks: bool) -> Function:
     """Write adjacent elements by their own keys: +0.0 where these are too small, or if it `marks`, which are kept."""
-    lanes = form.lanes
-    step, one = (vector_selection.cut_line(form, signed, marks, n) for n in (lanes, 1))
+    cut_strip = vector_selection.cut_strip(form, signed, marks)
 
     @standalone
     def cut(source: Any, target: Any, i: int, stop: int, limit: Any, equal: int) -> None:
         make_small()
-        all_stay, limit = limit == 0 and equal, limit - np.uint64(equal)
-        if all_stay and not marks:
-            return
         data, origin, grid, _ = source
         out, origin_out, grid_out, _ = target
-        width, width_out = grid[0, -1], grid_out[0, -1]
-        while i < stop:
-            after = least(stop, least(i + width - i % width, i + width_out - i % width_out))
-            at, at_out, count = origin + place(i, grid), origin_out + place(i, grid_out), after - i
-            whole = 0 if all_stay else count - count % lanes
-            for e in range(0, whole, lanes):
-                step(data, at + e, out, at_out + e, limit)
-            for e in range(whole, count):
-                if all_stay:
-                    out[at_out + e] = True
-                else:
-                    one(data, at + e, out, at_out + e, limit)
-            i = after
+        cut_strip(
+            data, origin, grid, 0, grid.shape[1], out, origin_out, grid_out, 0, grid_out.shape[1], i, stop, limit, equal
+        )
 
     return cut
 
@@ -304,38 +280,19 @@ def line_surveyor(form: vectors.Format, signed: bool, crowded: bool) -> Function
 
     Those equal to `crowd` are counted only if this is `crowded`: that takes a tenth of the time.
     """
-    lanes = form.lanes
-    step, one = (vector_selection.survey_keys(form, n, signed, crowded) for n in (lanes, 1))
-    finds_numbers = vector_selection.is_compared_as_number(form, crowded)
-    make_keys = vector_selection.read_keys(form, lanes, signed)
+    survey_strip = vector_selection.survey_strip(form, signed, crowded)
 
     @standalone
     def look(
         read: int, source: Any, i: int, stop: int, low: Any, high: Any, crowd: Any, found: Any, end: int, stores: bool,
         scratch: Any,
     ) -> tuple[int, int, int]:  # fmt: skip
+        make_small()
         data, origin, grid, _ = source
-        width, move, start = grid[0, -1], np.int64(stores), end
-        above, inside, equal = 0, 0, 0
-        while i < stop:
-            after = least(stop, i + width - i % width)
-            at, count = origin + place(i, grid), after - i
-            whole = count - count % lanes
-            for e in range(0, whole, lanes):
-                counts = step(data, at + e, found, end, low, high, crowd)
-                within = counts & 0xFFFF
-                above, equal = above + (counts >> 32), equal + (counts >> 16 & 0xFFFF)
-                inside, end = inside + within, end + move * within
-            for e in range(whole, count):
-                counts = one(data, at + e, found, end, low, high, crowd)
-                within = counts & 0xFFFF
-                above, equal = above + (counts >> 32), equal + (counts >> 16 & 0xFFFF)
-                inside, end = inside + within, end + move * within
-            i = after
-        if finds_numbers:
-            for e in range(start, end, lanes):
-                make_keys(found, e, found, e)
-        return above, inside, equal
+        counts: tuple[int, int, int] = survey_strip(
+            data, origin, grid, 0, grid.shape[1], i, stop, low, high, crowd, found, end, stores
+        )
+        return counts
 
     return look
 

@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from npscope.backends.numba_cpu.rows import Grid, over_lanes, over_ranges
 from npscope.backends.numba_cpu.vectors import (
     INT32,
     LINE,
@@ -20,6 +21,7 @@ from npscope.backends.numba_cpu.vectors import (
     all_keys_of,
     broadcast,
     call,
+    copy_at,
     first_lanes,
     has_only_avx2,
     keys_of,
@@ -62,27 +64,20 @@ def _ranks(b: Builder, keys: Value, n: int, *, spare_bit: bool) -> Value:
     return ranks
 
 
-def is_sorted(form: Format, n: int) -> bool:
-    """Whether groups are sorted side by side, a lane for each: for 16, a third of the operations that ranks take."""
-    return n in (8, 16) and n <= form.lanes
-
-
-def group_lanes(form: Format, n: int) -> int:
-    """Numbers of whole groups of n in a vector."""
-    return n * max(1, form.lanes // n)
-
-
 @cache
-def keep_groups(form: Format, n: int, marks: bool, *, several: bool = False) -> Any:
-    """``(source, i, target, j, k)``: write `group_lanes` numbers, the k first-ranked of each n and zeros.
+def keep_groups(form: Format, n: int, marks: bool) -> Any:
+    """``(source, o, grid, 0, loops, target, p, grid2, 0, loops2, i, stop, k)``: the k first-ranked of every n elements.
 
-    If it `marks`, which these are is written to bools. `several`: n times as many numbers, for groups that are sorted.
+    They are written to `target`, with zeros where the others are; or if it `marks`, to bools, which they are. All else
+    as for `cut_strip`.
     """
-    lanes = group_lanes(form, n)
-    starts = range(0, lanes * (n if several else 1), lanes)
+    lanes = n * max(1, form.lanes // n)  # of whole groups
+    # Sorted side by side, a lane for each group: for groups of 16, a third of the operations that ranks take.
+    sorts = n in (8, 16) and n <= form.lanes
 
-    def emit(b: Builder, source: Value, target: Value, k: Value) -> None:
-        lines = []
+    def keep(b: Builder, source: Value, target: Value, k: Value, several: bool) -> None:
+        """Of a vector of groups, or of n vectors that are sorted."""
+        starts, lines = range(0, lanes * (n if several else 1), lanes), []
         for start in starts:
             here = b.gep(source, [INT32(start)])
             prefetch(b, here, lanes * form.bits // 8)
@@ -97,7 +92,32 @@ def keep_groups(form: Format, n: int, marks: bool, *, several: bool = False) -> 
             found = _flags(b, flags) if marks else b.select(flags, bits, splat(bits.type, 0))
             store(b, found, b.gep(target, [INT32(start)]))
 
-    return step(emit, 5)
+    def emit(
+        b: Builder, source: Value, grid: Value, loops: Value, target: Value, grid2: Value, loops2: Value, i: Value,
+        stop: Value, k: Value,
+    ) -> None:  # fmt: skip
+        word = ir.IntType(64)
+        grids = [Grid(source, grid, loops), Grid(target, grid2, loops2)]
+        spare, spare2 = (
+            b.bitcast(cgutils.alloca_once(b, ir.ArrayType(place.type.pointee, lanes)), place.type)
+            for place in (source, target)
+        )
+        with over_ranges(b, grids, i, stop) as (first, after, (at, at2)):
+            here, there, count, done = b.gep(source, [at]), b.gep(target, [at2]), b.sub(after, first), word(0)
+            for several in (True, False) if sorts else (False,):
+                step = word(lanes * (n if several else 1))
+                whole = b.sub(count, b.urem(count, step))
+                with cgutils.for_range_slice(b, done, whole, step) as (e, _):
+                    keep(b, b.gep(here, [e]), b.gep(there, [e]), k, several)
+                done = whole
+            rest = b.sub(count, done)
+            with b.if_then(b.icmp_signed(">", rest, word(0)), likely=False):
+                # Groups that do not fill a vector take a detour over one.
+                copy_at(b, b.gep(here, [done]), rest, spare)
+                keep(b, spare, spare2, k, False)
+                copy_at(b, spare2, rest, b.gep(there, [done]))
+
+    return step(emit, 13)
 
 
 def _flags(b: Builder, kept: Value) -> Value:
@@ -275,7 +295,7 @@ def turn_keys(form: Format, signed: bool) -> Any:
 
 @cache
 def cut_columns(form: Format, signed: bool, marks: bool, partial: bool) -> Any:
-    """``(source, i, target, j, limits, l, borders, m, row, rest)``: `cut_line`, where each lane has a limit of its own.
+    """``(source, i, target, j, limits, l, borders, m, row, rest)``: `cut_strip`, each lane with a limit of its own.
 
     Keys equal to it are kept where the row is before a border. Only in the `rest` first lanes if `partial`; else what
     is so far ahead in `target` is asked for.
@@ -289,7 +309,7 @@ def cut_columns(form: Format, signed: bool, marks: bool, partial: bool) -> Any:
         def read(at: Value) -> Value:
             return load(b, at, bits) if mask is None else load_masked(b, at, bits, mask)
 
-        own = None if marks else read(target)  # first, as in `cut_line`
+        own = None if marks else read(target)  # first, as in `cut_strip`
         if mask is None:
             prefetch(b, target, form.lanes * width // 8, rest)
         keys, limit = all_keys_of(b, read(source), form, signed), load(b, limits, bits)
@@ -305,21 +325,39 @@ def cut_columns(form: Format, signed: bool, marks: bool, partial: bool) -> Any:
 
 
 @cache
-def cut_line(form: Format, signed: bool, marks: bool, lanes: int) -> Any:
-    """``(source, i, target, j, limit)``: +0.0 in `lanes` numbers of `target` where keys are not above a limit.
+def cut_strip(form: Format, signed: bool, marks: bool) -> Any:
+    """``(source, o, grid, 0, loops, target, p, grid2, 0, loops2, i, stop, limit, equal)``: cut elements [i, stop).
 
-    Keys are those of `source`, which may be the same numbers, or others that rank them. If it `marks`, `target` is
-    bools, and they become whether a number is kept.
+    +0.0 in `target` where keys are neither above a limit, nor `equal` to it if that is 1. Keys are those of `source`,
+    which may be the same numbers, or others that rank them. If it `marks`, `target` is bools, and they become whether a
+    number is kept. The first elements are `o` and `p`; grids are tables of so many loops, whose innermost are lines.
     """
 
-    def emit(b: Builder, source: Value, target: Value, limit: Value) -> None:
-        # Read before memory is asked for, or LLVM writes by a mask, which takes twice as long on AMD without AVX-512.
-        own = None if marks else load(b, target, vector_of(form.bits, lanes))
-        bits = _load_ahead(b, source, form, lanes)
-        kept = b.icmp_unsigned(">", all_keys_of(b, bits, form, signed), narrow(b, limit, bits.type))
-        store(b, _flags(b, kept) if own is None else b.select(kept, own, splat(bits.type, 0)), target)
+    def emit(
+        b: Builder, source: Value, grid: Value, loops: Value, target: Value, grid2: Value, loops2: Value, i: Value,
+        stop: Value, limit: Value, equal: Value,
+    ) -> None:  # fmt: skip
+        zero = limit.type(0)
+        all_stay = b.and_(b.icmp_unsigned("==", limit, zero), b.icmp_unsigned("!=", equal, zero))
+        limit = b.sub(limit, equal)
 
-    return step(emit, 5)
+        def cut(here: Value, there: Value, lanes: int) -> None:
+            # Read before memory is asked for, or LLVM writes by a mask, which takes AMD without AVX-512 twice as long.
+            own = None if marks else load(b, there, vector_of(form.bits, lanes))
+            bits = _load_ahead(b, here, form, lanes)
+            kept = b.icmp_unsigned(">", all_keys_of(b, bits, form, signed), narrow(b, limit, bits.type))
+            if own is None:
+                store(b, _flags(b, b.or_(kept, broadcast(b, all_stay, lanes))), there)
+            else:
+                store(b, b.select(kept, own, splat(bits.type, 0)), there)
+
+        grids = [Grid(source, grid, loops), Grid(target, grid2, loops2)]
+        # Where all numbers stay as they are, there is nothing to do.
+        with over_ranges(b, grids, i if marks else b.select(all_stay, stop, i), stop) as (first, after, (at, at2)):
+            here, there = b.gep(source, [at]), b.gep(target, [at2])
+            over_lanes(b, b.sub(after, first), form.lanes, lambda e, n: cut(b.gep(here, [e]), b.gep(there, [e]), n))
+
+    return step(emit, 14)
 
 
 def _from(b: Builder, keys: Value, limit: Value, equal: Value) -> Value:
@@ -436,17 +474,24 @@ def collect(width: int) -> Any:
 
 
 @cache
-def read_keys(form: Format, lanes: int, signed: bool) -> Any:
-    """``(source, i, keys, j)``: the keys of `lanes` numbers."""
+def read_strip(form: Format, signed: bool) -> Any:
+    """``(source, o, grid, 0, loops, i, stop, keys, 0)``: the keys of elements [i, stop), as for `cut_strip`."""
 
-    def emit(b: Builder, source: Value, keys: Value) -> None:
-        store(b, all_keys_of(b, _load_ahead(b, source, form, lanes), form, signed), keys)
+    def emit(b: Builder, source: Value, grid: Value, loops: Value, i: Value, stop: Value, keys: Value) -> None:
+        with over_ranges(b, [Grid(source, grid, loops)], i, stop) as (first, after, (at,)):
+            here, there = b.gep(source, [at]), b.gep(keys, [b.sub(first, i)])
 
-    return step(emit, 4)
+            def read(e: Value, n: int) -> None:
+                numbers = _load_ahead(b, b.gep(here, [e]), form, n)
+                store(b, all_keys_of(b, numbers, form, signed), b.gep(there, [e]))
+
+            over_lanes(b, b.sub(after, first), form.lanes, read)
+
+    return step(emit, 9)
 
 
-def is_compared_as_number(form: Format, crowded: bool) -> bool:
-    """Whether `survey_keys` compares and appends numbers as they are: to make keys of all takes half of the time."""
+def _is_compared_as_number(form: Format, crowded: bool) -> bool:
+    """Whether `survey_strip` compares and appends numbers as they are: to make keys of all takes half of the time."""
     return form.name in ("float32", "float64") and not crowded
 
 
@@ -483,29 +528,53 @@ def _survey_numbers(
 
 
 @cache
-def survey_keys(form: Format, lanes: int, signed: bool, crowded: bool) -> Any:
-    """``(source, i, found, j, low, high, crowd)``: append the keys of `lanes` numbers that are in [low, high].
+def survey_strip(form: Format, signed: bool, crowded: bool) -> Any:
+    """``(source, o, grid, 0, loops, i, stop, low, high, crowd, found, end, stores)``: look at elements [i, stop).
 
-    Or these numbers, where each `is_compared_as_number`. Returns how many those are, plus 2 ** 32 for each above, and
-    2 ** 16 for each that equals `crowd`, if `crowded`.
+    Returns how many of the keys are above `high`, how many in [low, high], and if it is `crowded` how many equal
+    `crowd`. Those inside are written to `found`, from `end` on if it `stores`. All else as for `cut_strip`.
     """
-    word = ir.IntType(64)
+    word, by_number = ir.IntType(64), _is_compared_as_number(form, crowded)
 
-    def emit(b: Builder, source: Value, found: Value, low: Value, high: Value, crowd: Value) -> Value:
-        bits = _load_ahead(b, source, form, lanes)
-        if is_compared_as_number(form, crowded):
-            inside, above = _survey_numbers(b, bits, form, signed, low, high)
-            _append(b, bits, inside, found)
-            return b.add(_count(b, inside), b.shl(_count(b, above), word(32)))
-        keys = all_keys_of(b, bits, form, signed)
-        least, most, same = (narrow(b, key, keys.type) for key in (low, high, crowd))
-        above = b.icmp_unsigned(">", keys, most)
-        inside = b.and_(b.icmp_unsigned(">=", keys, least), b.not_(above))
-        _append(b, keys, inside, found)
-        counts = b.add(_count(b, inside), b.shl(_count(b, above), word(32)))
-        return b.add(counts, b.shl(_count(b, b.icmp_unsigned("==", keys, same)), word(16))) if crowded else counts
+    def emit(
+        b: Builder, source: Value, grid: Value, loops: Value, i: Value, stop: Value, low: Value, high: Value,
+        crowd: Value, found: Value, stores: Value,
+    ) -> Value:  # fmt: skip
+        above, inside, equal, end = (cgutils.alloca_once_value(b, word(0)) for _ in range(4))
+        move = b.sext(stores, word)
 
-    return step(emit, 7, types.int64)
+        def add(place: Value, number: Value) -> None:
+            b.store(b.add(b.load(place), number), place)
+
+        def look(here: Value, lanes: int) -> None:
+            bits, target = _load_ahead(b, here, form, lanes), b.gep(found, [b.load(end)])
+            if by_number:
+                within, over = _survey_numbers(b, bits, form, signed, low, high)
+                _append(b, bits, within, target)
+            else:
+                keys = all_keys_of(b, bits, form, signed)
+                first, last, same = (narrow(b, key, keys.type) for key in (low, high, crowd))
+                over = b.icmp_unsigned(">", keys, last)
+                within = b.and_(b.icmp_unsigned(">=", keys, first), b.not_(over))
+                _append(b, keys, within, target)
+                if crowded:
+                    add(equal, _count(b, b.icmp_unsigned("==", keys, same)))
+            count = _count(b, within)
+            add(above, _count(b, over))
+            add(inside, count)
+            add(end, b.and_(count, move))
+
+        with over_ranges(b, [Grid(source, grid, loops)], i, stop) as (first, after, (at,)):
+            here = b.gep(source, [at])
+            over_lanes(b, b.sub(after, first), form.lanes, lambda e, n: look(b.gep(here, [e]), n))
+        if by_number:
+            with cgutils.for_range_slice(b, word(0), b.load(end), word(form.lanes)) as (e, _):
+                there = b.gep(found, [e])
+                numbers = load(b, there, vector_of(form.bits, form.lanes))
+                store(b, all_keys_of(b, numbers, form, signed), there)
+        return cgutils.pack_array(b, [b.load(place) for place in (above, inside, equal)])
+
+    return step(emit, 13, types.UniTuple(types.int64, 3))
 
 
 @cache

@@ -7,7 +7,10 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 
+from npscope.backends.numba_cpu.nests import place_in
+from npscope.backends.numba_cpu.rows import Grid, over_ranges, smallest
 from npscope.backends.numba_cpu.vectors import (
     LANES,
     LINE,
@@ -58,14 +61,17 @@ def soften(form: Format) -> Any:
 
 
 @cache
-def weigh(form: Format, metric: Format, run: int, partial: bool, paired: bool) -> Any:
-    """``weigh(array, i, h, j, mus, k, left)``: `LANES` elements, floats of 16 bits and more, times ``h / (h + mu)``.
+def weigh_strip(form: Format, metric: Format, run: int, paired: bool) -> Any:
+    """``(array, o, grid, 0, loops, elements, 0, turns, h, .., turns2, i, stop, size, mus, k)``: blocks in a metric.
 
-    Each `run` of them have one mu, of those from `mus` on; a power of two of these is read, up to `LANES`. +0.0 where
-    mu is infinite; where it is 0 elements stay. Only the `left` first of them if `partial`. A mu is a float64, or if
-    `paired` two float32, for floats of at most 32 bits: products are right to 2 ** -44 before they are rounded, in two
-    thirds of the time, where h is within a factor of 2 ** 40 of 1, h + mu of 2 ** 100, and h / (h + mu) of 2 ** 90.
+    The elements of blocks [i, stop), floats of 16 bits and more, times ``h / (h + mu)``. Arrays start at `o`, grids and
+    elements are tables of so many loops, and each run of `run` adjacent elements, of `size` in all, has the mu of its
+    block; a power of two of these is read, up to `LANES`. +0.0 where mu is infinite; where it is 0 elements stay. A mu
+    is a float64, or if `paired` two float32, for floats of at most 32 bits: products are right to 2 ** -44 before they
+    are rounded, in two thirds of the time, where h is within a factor of 2 ** 40 of 1, h + mu of 2 ** 100, and
+    h / (h + mu) of 2 ** 90.
     """
+    word, together = ir.IntType(64), max(1, LANES // run)  # blocks to a vector
     bits, metric_bits = vector_of(form.bits, LANES), vector_of(metric.bits, LANES)
     single, double = (ir.VectorType(element, LANES) for element in (ir.FloatType(), ir.DoubleType()))
     owners = [i // run for i in range(LANES)]
@@ -98,20 +104,50 @@ def weigh(form: Format, metric: Format, run: int, partial: bool, paired: bool) -
         gone, stays = (b.fcmp_ordered("==", high, splat(single, edge)) for edge in (math.inf, 0.0))
         return rounded_to(b, product, form), gone, stays
 
-    def emit(b: Builder, array: Value, h: Value, mus: Value, left: Value) -> None:
-        if partial:
-            mask = first_lanes(b, left, LANES)
-            x, weights = load_masked(b, array, bits, mask), load_masked(b, h, metric_bits, mask)
-        else:
+    def weigh(b: Builder, array: Value, h: Value, mus: Value, left: Value | None) -> None:
+        """`LANES` elements, or the first of them that are left."""
+        if left is None:
             prefetch(b, array, LANES * form.bits // 8)
             prefetch(b, h, LANES * metric.bits // 8)
-            x, weights = load(b, array, bits), load(b, h, metric_bits)
+            x, weights, mask = load(b, array, bits), load(b, h, metric_bits), None
+        else:
+            mask = first_lanes(b, left, LANES)
+            x, weights = load_masked(b, array, bits, mask), load_masked(b, h, metric_bits, mask)
         find = weighed_in_pairs if paired else weighed
         found, gone, stays = find(b, x, weights, b.load(b.bitcast(mus, owned.as_pointer()), align=8))
         found = b.select(stays, x, b.select(gone, splat(bits, 0), found))
-        if partial:
-            store_masked(b, found, array, mask)
-        else:
+        if mask is None:
             store(b, found, array)
+        else:
+            store_masked(b, found, array, mask)
 
-    return step(emit, 7)
+    def emit(
+        b: Builder, array: Value, grid: Value, loops: Value, elements: Value, turns: Value, h: Value, grid2: Value,
+        loops2: Value, elements2: Value, turns2: Value, i: Value, stop: Value, size: Value, mus: Value,
+    ) -> None:  # fmt: skip
+        grids = [Grid(array, grid, loops), Grid(h, grid2, loops2)]
+        with over_ranges(b, grids, i, stop) as (first, after, (at, at2)):
+            count, own = b.sub(after, first), b.gep(mus, [b.sub(first, i)])
+            with cgutils.for_range_slice(b, word(0), size, word(run)) as (e, _):
+                here = b.gep(array, [b.add(at, place_in(b, elements, turns, e))])
+                metric_here = b.gep(h, [b.add(at2, place_in(b, elements2, turns2, e))])
+
+                def weigh_at(start: Value, block: Value, left: Value | None) -> None:
+                    weigh(b, b.gep(here, [start]), b.gep(metric_here, [start]), b.gep(own, [block]), left)
+
+                if run > LANES:
+                    with cgutils.for_range(b, count) as loop:
+                        start = b.mul(loop.index, word(run))
+                        with cgutils.for_range_slice(b, word(0), word(run - run % LANES), word(LANES)) as (c, _):
+                            weigh_at(b.add(start, c), loop.index, None)
+                        if run % LANES:
+                            weigh_at(b.add(start, word(run - run % LANES)), loop.index, word(run % LANES))
+                else:
+                    whole = b.sub(count, b.urem(count, word(together))) if together * run == LANES else word(0)
+                    with cgutils.for_range_slice(b, word(0), whole, word(together)) as (j, _):
+                        weigh_at(b.mul(j, word(run)), j, None)
+                    with cgutils.for_range_slice(b, whole, count, word(together)) as (j, _):
+                        left = smallest(b, word(together * run), b.mul(b.sub(count, j), word(run)))
+                        weigh_at(b.mul(j, word(run)), j, left)
+
+    return step(emit, 21)

@@ -336,7 +336,8 @@ def _size_of(place: Value) -> int:
     return _bits_of(place.type.pointee) // 8
 
 
-def _copy(b: Builder, source: Value, count: Value, target: Value) -> None:
+def copy_at(b: Builder, source: Value, count: Value, target: Value) -> None:
+    """`copy_numbers`, between addresses."""
     if source.type != target.type:
         raise TypeError(f"numbers are copied as memory, from {source.type} not to {target.type}")
     cgutils.raw_memcpy(b, target, source, count, _size_of(source))
@@ -387,5 +388,5 @@ def _masked(b: Builder, name: str, vector: Any, result: Any, args: Sequence[Valu
     return b.call(b.module.declare_intrinsic(name, (), ir.FunctionType(result, [a.type for a in args])), args)
 
 
-copy_numbers = step(_copy, 5)
+copy_numbers = step(copy_at, 5)
 """``copy_numbers(source, i, count, target, j)``: `count` numbers of one type from an array to another."""
