@@ -85,14 +85,16 @@ def _on_keys(name: str, argument: Any, result: Any, emit: Callable[..., Any], do
 _SIGNED: dict[int, Any] = {bits: format_of(kind_of(np.dtype(f"float{bits}"))) for bits in (32, 64)}
 
 
-def _float_of_key(b: Any, key: Any, bits: int) -> Any:
+def emit_float_of_key(b: Any, key: Any, bits: int) -> Any:
+    """`float_of_signed_key`, for code that LLVM is given: of keys of so many bits."""
     word = key if bits == 64 else b.trunc(key, ir.IntType(bits))
     sign = word.type(1 << (bits - 1))
     word = b.select(b.icmp_unsigned(">=", word, sign), b.xor(word, sign), b.not_(word))
     return b.bitcast(word, ir.DoubleType()) if bits == 64 else b.fpext(b.bitcast(word, ir.FloatType()), ir.DoubleType())
 
 
-def _key_of_float(b: Any, number: Any, bits: int) -> Any:
+def emit_key_near_float(b: Any, number: Any, bits: int) -> Any:
+    """`signed_key_near`, as `emit_float_of_key`."""
     number = number if bits == 64 else b.fptrunc(number, ir.FloatType())
     keys = all_keys_of(b, b.bitcast(number, vector_of(bits, 1)), _SIGNED[bits], True)
     key = b.extract_element(keys, INT32(0))
@@ -108,11 +110,11 @@ key_near = _on_keys(
     "``key_near(number, keys)``: the last key up to a number that is in the range of uint64.",
 )  # fmt: skip
 float_of_signed_key = _on_keys(
-    "float_of_signed_key", types.uint64, types.float64, _float_of_key,
+    "float_of_signed_key", types.uint64, types.float64, emit_float_of_key,
     "``float_of_signed_key(key, keys)``: the float that it is the key of, as a float64.",
 )  # fmt: skip
 signed_key_near = _on_keys(
-    "signed_key_near", types.float64, types.uint64, _key_of_float,
+    "signed_key_near", types.float64, types.uint64, emit_key_near_float,
     "``signed_key_near(number, keys)``: the key of the float nearest to it.",
 )  # fmt: skip
 largest_key = _on_keys(

@@ -67,7 +67,8 @@ def _without_first(b: Builder, bits: Value, count: Value) -> Value:
     return b.load(place)
 
 
-def _count_from(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
+def emit_count_from(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
+    """Write `count_from`."""
     found = cgutils.alloca_once_value(b, _WORD(0))
     border = narrow(b, limit, vector_of(keys.type.pointee.width, SLACK))
     with _chunks(b, keys, n) as (_, some, inside, _):
@@ -75,8 +76,8 @@ def _count_from(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
     return b.load(found)
 
 
-def _neighbours_of(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
-    """Of less than 2 ** 31 keys, which a scope in a work array has."""
+def emit_neighbours_of(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
+    """Write `neighbours_of`, of less than 2 ** 31 keys, which a scope in a work array has."""
     vector = vector_of(keys.type.pointee.width, SLACK)
     border, ones, zeros = narrow(b, limit, vector), splat(vector, -1), splat(vector, 0)
     above, below = cgutils.alloca_once_value(b, ones), cgutils.alloca_once_value(b, zeros)
@@ -131,10 +132,10 @@ def _tie_border(b: Builder, keys: Value, n: Value, limit: Value, ties: Value) ->
 
 _PAIR: Any = types.UniTuple(types.uint64, 2)
 
-count_from = step(_count_from, 4, types.int64)
+count_from = step(emit_count_from, 4, types.int64)
 """``count_from(keys, start, n, limit)``: how many of n keys are at least `limit`."""
 
-neighbours_of = step(_neighbours_of, 4, _PAIR)
+neighbours_of = step(emit_neighbours_of, 4, _PAIR)
 """``neighbours_of(keys, start, n, limit)``: (least key that is at least `limit`, largest below it).
 
 All ones and 0 where there is none.
