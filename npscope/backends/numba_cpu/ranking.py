@@ -347,16 +347,18 @@ def plane_selector_of(ranking: Ranking) -> int:
     return scope_strips.plane_selector_address(ranking.group, ranking.key, ranking.signed)
 
 
-def search_of(ranking: Ranking) -> tuple[int, int]:
-    """Addresses of what searches whole scopes, and of how it looks at them; zeros where that does not pay."""
-    source, unit = ranking.sources[0], ranking.parts[0].leaves[0].place.unit
-    if ranking.blocks < scope_strips.WIDE_SCOPE or ranking.scopes * ranking.blocks < scope_strips.WIDE_ELEMENTS:
-        return 0, 0
-    if source is not None and source.turner is not None:
-        unit, look = ranking.key, strips.dense_surveyor(ranking.key, crowded=False)
-    else:
-        found = line_surveyor_of(ranking, 0, crowded=False)
-        if found is None:
-            return 0, 0
-        look = found
-    return scope_strips.searcher_address(ranking.signed, unit, ranking.key), look
+def search_of(ranking: Ranking, *, kept: bool = False) -> tuple[int, int]:
+    """Addresses of what searches whole scopes, and of how it looks at them or 0 where that does not pay.
+
+    `kept`: it reads keys that are there, as it does where elements are turned before.
+    """
+    turned = ranking.sources[0] is not None and ranking.sources[0].turner is not None
+    unit = ranking.key if kept or turned else ranking.parts[0].leaves[0].place.unit
+    wide = ranking.blocks >= scope_strips.WIDE_SCOPE and ranking.scopes * ranking.blocks >= scope_strips.WIDE_ELEMENTS
+    look: int | None = None
+    if wide and not kept:
+        look = (
+            strips.dense_surveyor(ranking.key, crowded=False) if turned else line_surveyor_of(ranking, 0, crowded=False)
+        )
+    make = scope_strips.looking_searcher if look else scope_strips.searcher
+    return scope_strips.searcher_address(make(ranking.signed), unit, ranking.key), look or 0

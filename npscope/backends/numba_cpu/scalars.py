@@ -94,28 +94,41 @@ def emit_float_of_key(b: Any, key: Any, bits: int) -> Any:
 
 
 def emit_key_near_float(b: Any, number: Any, bits: int) -> Any:
-    """`signed_key_near`, as `emit_float_of_key`."""
+    """The key of the float nearest to a number, as `emit_float_of_key`."""
     number = number if bits == 64 else b.fptrunc(number, ir.FloatType())
     keys = all_keys_of(b, b.bitcast(number, vector_of(bits, 1)), _SIGNED[bits], True)
     key = b.extract_element(keys, INT32(0))
     return key if bits == 64 else b.zext(key, ir.IntType(64))
 
 
+REALS = {False: (0.0, 1.8e19), True: (-np.finfo(np.float64).max, np.inf)}
+"""The least number that has a key, and a bound of them: of keys of signed floats or not."""
+
+
+def _key_at(b: Any, number: Any, bits: int, *, signed: bool) -> Any:
+    word, (first, beyond) = ir.IntType(64), REALS[signed]
+    near = emit_key_near_float(b, number, bits) if signed else b.fptoui(number, word)
+    last, zero = word((1 << bits) - 1), word(0)
+    near = b.select(b.icmp_unsigned("<", near, last), near, last)
+    near = b.select(b.fcmp_ordered(">=", number, number.type(beyond)), last, near)
+    return b.select(b.fcmp_ordered(">=", number, number.type(first)), near, zero)
+
+
 number_of_key = _on_keys(
     "number_of_key", types.uint64, types.float64, lambda b, key, bits: b.uitofp(key, ir.DoubleType()),
     "``number_of_key(key, keys)``: the key as a float64.",
 )  # fmt: skip
-key_near = _on_keys(
-    "key_near", types.float64, types.uint64, lambda b, number, bits: b.fptoui(number, ir.IntType(64)),
-    "``key_near(number, keys)``: the last key up to a number that is in the range of uint64.",
+key_at = _on_keys(
+    "key_at", types.float64, types.uint64, lambda b, number, bits: _key_at(b, number, bits, signed=False),
+    "``key_at(number, keys)``: the last key up to a number; the first or the last of all for numbers beyond, or NaN.",
 )  # fmt: skip
 float_of_signed_key = _on_keys(
     "float_of_signed_key", types.uint64, types.float64, emit_float_of_key,
     "``float_of_signed_key(key, keys)``: the float that it is the key of, as a float64.",
 )  # fmt: skip
-signed_key_near = _on_keys(
-    "signed_key_near", types.float64, types.uint64, emit_key_near_float,
-    "``signed_key_near(number, keys)``: the key of the float nearest to it.",
+signed_key_at = _on_keys(
+    "signed_key_at", types.float64, types.uint64, lambda b, number, bits: _key_at(b, number, bits, signed=True),
+    "``signed_key_at(number, keys)``: the key of the float nearest to it; else as `key_at`.",
 )  # fmt: skip
 largest_key = _on_keys(
     "largest_key", types.uint64, types.uint64, lambda b, zero, bits: zero.type((1 << bits) - 1),

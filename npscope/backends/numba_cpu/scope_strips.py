@@ -23,7 +23,7 @@ from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.lane_search import NEXT
-from npscope.backends.numba_cpu.scalars import largest_key, least
+from npscope.backends.numba_cpu.scalars import least
 from npscope.backends.numba_cpu.strips import (
     KEEP,
     MASK,
@@ -163,11 +163,14 @@ WIDE_SCOPE = 512
 """Keys of a scope from which on those near the expected limit are looked at first; fewer are searched as fast."""
 
 WIDE_ELEMENTS = 1 << 23
-"""Elements from which on that pays: it takes a third of a second to compile, and saves a millisecond for so many."""
+"""Elements from which on that pays: it takes a fifth of a second to compile, and saves a millisecond for so many."""
 
 REACH, FAR_REACH, WEIGHT = 3.0, 24.0, 0.25
 """Standard deviations of a rank between the expected limit and the ends of a look: at least, and after misses; and
 how much a new limit counts in what is expected next."""
+
+FIRST_EXPECTED = (0.0, search.FIRST_SPACING, 0.0)
+"""What is expected of the first scope."""
 
 PAUSE = 32.0
 """Scopes that are searched without a look after one that reached far and missed: they are not like each other."""
@@ -177,20 +180,37 @@ PAUSE = 32.0
 def searcher(signed: bool) -> Function:
     """``search_scope(look, read, source, i, n, k, guess, expected, scratch)``: a `search.separator` of n keys.
 
+    They are read; `looking_searcher` does the same and is not needed for less than `WIDE_ELEMENTS`.
+
     Returns (limit, ties, count, guess, expected): limit and ties for any k. All keys that can be the least from `limit`
     on are among the first `count` in the work array; those are the scope as it is if `count` is n. `guess` is the key
     where a search starts. What is `expected` of the next scope: its limit, as a number; the distance between keys near
     it; and how far off it may be, 0 for unknown, and below zero the scopes that are not looked at first.
     """
     separate = search.separator(signed)
-    real_of, key_near, first, beyond = search.reals(signed)
 
-    @merged
-    def key_at(real: float, keys: Any) -> Any:
-        if not real >= first:
-            return np.uint64(0)
-        ones = largest_key(0, keys)
-        return ones if real >= beyond else least(key_near(real, keys), ones)
+    @standalone
+    def search_scope(
+        look: int, read: int, source: Any, i: int, n: int, k: int, guess: Any, expected: tuple[float, float, float],
+        scratch: Any,
+    ) -> tuple[Any, int, int, Any, tuple[float, float, float]]:  # fmt: skip
+        keys, _mask, _keep, sums, norms, making = scratch
+        if k <= 0:
+            return ~np.uint64(0), 0, 0, guess, expected
+        call_reader(read, source, i, i + n, keys, sums, norms, making)
+        if k >= n:
+            return np.uint64(0), n, n, guess, expected
+        limit, ties, spacing = separate(keys, 0, n, k, guess, expected[1])
+        return limit, ties, n, limit, (expected[0], spacing, expected[2])
+
+    return search_scope
+
+
+@cache
+def looking_searcher(signed: bool) -> Function:
+    """A `searcher` that first looks at the keys near the expected limit, by a surveyor at the address `look`."""
+    separate = search.separator(signed)
+    real_of, key_at = search.reals(signed)
 
     @standalone
     def search_scope(
@@ -232,10 +252,10 @@ def searcher(signed: bool) -> Function:
 
 
 @cache
-def searcher_address(signed: bool, unit: np.dtype, key: np.dtype) -> int:
+def searcher_address(search_scope: Function, unit: np.dtype, key: np.dtype) -> int:
     """Where the code of a `searcher` is, for buffers and keys of these dtypes."""
     where = types.int64, types.int64, lines.where_type(unit), types.int64, types.int64, types.int64
-    return address_of(searcher(signed), *where, types.uint64, _EXPECTED, scratch_type(key), result=_LIMIT)
+    return address_of(search_scope, *where, types.uint64, _EXPECTED, scratch_type(key), result=_LIMIT)
 
 
 @kernel
@@ -243,31 +263,21 @@ def cut_in_scopes(
     seek: int, look: int, read: int, cut: int, source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int,
     rows: int, scratch: Any,
 ) -> None:  # fmt: skip
-    """As `keep_in_scopes`, for elements in scopes that are searched, and cut by their limit without a mask.
-
-    By a `searcher` at the address `seek`, if it is not 0.
-    """
+    """As `keep_in_scopes`, for elements in scopes that are searched by a `searcher`, and cut by their limit."""
     keys, _mask, keep, sums, norms, making = scratch
-    guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
+    guess, expected = search.FIRST_GUESS, FIRST_EXPECTED
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
         load_numbers(*counts, s, stop, keep)
-        if seek == 0:
-            call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
         for r in range(stop - s):
-            i, first, count = (s + r) * n, r * n, n
-            if seek == 0:
-                limit, ties, guess, spacing = search.limit_of(keys, first, n, keep[r], guess, spacing)
-            else:
-                first = 0
-                limit, ties, count, guess, expected = _call_searcher(
-                    seek, look, read, source, i, n, keep[r], guess, expected, scratch
-                )
-            border = n
+            i, border = (s + r) * n, n
+            limit, ties, count, guess, expected = _call_searcher(
+                seek, look, read, source, i, n, keep[r], guess, expected, scratch
+            )
             if ties < n:
                 if count < n:
                     call_reader(read, source, i, i + n, keys, sums, norms, making)
-                border, _ = tie_border(keys, first, n, limit, ties)
+                border, _ = tie_border(keys, 0, n, limit, ties)
             call_cutter(cut, source, target, i, i + border, limit, 1)
             if border < n:
                 call_cutter(cut, source, target, i + border, i + n, limit, 0)
@@ -298,7 +308,7 @@ def cut_in_columns(
     longer, so that strips end where lines do, of the first row of scopes and those that are whole lines from it.
     """
     _keys, _mask, keep, _sums, _norms, _making = scratch
-    guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
+    guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, FIRST_EXPECTED
     s = s0
     while s < s1:
         stop = strip_end(s, s1, rows, past, line)
@@ -309,12 +319,9 @@ def cut_in_columns(
                 limit_rows, turned, pitch, stop - s, n, keep, limits, borders, guess, spacing
             )
         for r in range(0 if limit_rows != 0 else stop - s):
-            if seek == 0:
-                limit, ties, guess, spacing = search.limit_of(turned, r * pitch, n, keep[r], guess, spacing)
-            else:
-                limit, ties, _, guess, expected = _call_searcher(
-                    seek, look, read, source, r * pitch, n, keep[r], guess, expected, scratch
-                )
+            limit, ties, _, guess, expected = _call_searcher(
+                seek, look, read, source, r * pitch, n, keep[r], guess, expected, scratch
+            )
             limits[r], borders[r] = limit, n
             if ties < n:
                 borders[r], _ = tie_border(turned, r * pitch, n, limit, ties)
@@ -336,42 +343,29 @@ def kth_in_lanes(
         guess, spacing = _call_finder(find, keys, stop - s, n, keep, found, s, guess, spacing)
 
 
-@cache
-def kth_kernel(signed: bool) -> Any:
-    """The kernel that finds the k-th largest key of scopes [s0, s1); `signed`: keys of signed floats.
+@kernel
+def kth_of_scopes(
+    turn: int, array: Any, past: int, line: int, seek: int, look: int, read: int, turned: Any, source: Any,
+    pitch: int, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any,
+) -> None:  # fmt: skip
+    """Find the k-th largest key of scopes [s0, s1), by a `searcher`.
 
     If `turn` is not 0, it reads the keys of an `array` strip by strip, as for `cut_in_columns`; else `line` is 1.
     """
-    separate = search.separator(signed)
-
-    @kernel
-    def kth_of_scopes(
-        turn: int, array: Any, past: int, line: int, seek: int, look: int, read: int, turned: Any, source: Any,
-        pitch: int, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any,
-    ) -> None:  # fmt: skip
-        keys, _mask, keep, sums, norms, making = scratch
-        guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, (0.0, search.FIRST_SPACING, 0.0)
-        s = s0
-        while s < s1:
-            stop, start = strip_end(s, s1, rows, past, line), s
-            load_numbers(*counts, s, stop, keep)
-            if turn != 0:
-                _call_turner(turn, array, s * n, stop * n, turned, pitch)
-                start = 0
-            elif seek == 0:
-                call_reader(read, source, s * n, stop * n, keys, sums, norms, making)
-            for r in range(stop - s):
-                first, count, limit, ties = r * n, n, np.uint64(0), n
-                if seek != 0:
-                    first = 0
-                    limit, ties, count, guess, expected = _call_searcher(
-                        seek, look, read, source, (start + r) * pitch, n, keep[r], guess, expected, scratch
-                    )
-                elif keep[r] < n:
-                    limit, ties, spacing = separate(keys, first, n, keep[r], guess, spacing)
-                if ties == n:
-                    limit, _ = neighbours_of(keys, first, count, limit)
-                found[s + r] = guess = limit
-            s = stop
-
-    return kth_of_scopes
+    keys, _mask, keep, _sums, _norms, _making = scratch
+    guess, expected = search.FIRST_GUESS, FIRST_EXPECTED
+    s = s0
+    while s < s1:
+        stop, start = strip_end(s, s1, rows, past, line), s
+        load_numbers(*counts, s, stop, keep)
+        if turn != 0:
+            _call_turner(turn, array, s * n, stop * n, turned, pitch)
+            start = 0
+        for r in range(stop - s):
+            limit, ties, count, guess, expected = _call_searcher(
+                seek, look, read, source, (start + r) * pitch, n, keep[r], guess, expected, scratch
+            )
+            if ties == n:
+                limit, _ = neighbours_of(keys, 0, count, limit)
+            found[s + r] = guess = limit
+        s = stop

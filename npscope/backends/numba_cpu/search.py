@@ -23,13 +23,14 @@ from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.jit import merged, standalone
 from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, kth_of_rows, limits_of_rows, mark_planes, mark_rows
 from npscope.backends.numba_cpu.scalars import (
+    REALS,
     emit_float_of_key,
     emit_key_near_float,
     float_of_signed_key,
-    key_near,
+    key_at,
     least,
     number_of_key,
-    signed_key_near,
+    signed_key_at,
 )
 from npscope.backends.numba_cpu.vector_search import emit_count_from, emit_neighbours_of, mark, tie_border
 from npscope.backends.numba_cpu.vectors import Builder, Value, call, step
@@ -44,15 +45,13 @@ FIRST_GUESS, FIRST_SPACING = np.uint64(1 << 30), 65536.0
 # --- numbers along which keys are spread evenly enough to interpolate ----------------------------
 
 
-def reals(signed: bool) -> tuple[Any, Any, float, float]:
-    """(number of a key, key near a number, least number that has one, bound of them), for keys of signed floats or not.
+def reals(signed: bool) -> tuple[Any, Any]:
+    """(number of a key, key at a number), for keys of signed floats or not.
 
     Both take an array of such keys as their last argument. Signed keys stand for their floats: they crowd around zero,
     by their exponents, where 14 guesses are needed and not 6.
     """
-    if signed:
-        return float_of_signed_key, signed_key_near, -np.finfo(np.float64).max, np.inf
-    return number_of_key, key_near, 0.0, 1.8e19
+    return (float_of_signed_key, signed_key_at) if signed else (number_of_key, key_at)
 
 
 @cache
@@ -78,7 +77,7 @@ def separator(signed: bool) -> Any:
 def _separate_keys(signed: bool) -> Any:
     """``(keys, start, n, k, guess, spacing)``: what a `separator` does, written for LLVM: Numba took 260 ms over it."""
     word, real, flag = ir.IntType(64), ir.DoubleType(), ir.IntType(1)
-    _, _, first, beyond = reals(signed)
+    first, beyond = REALS[signed]
 
     def emit(b: Builder, keys: Value, n: Value, k: Value, guess: Value, start_spacing: Value) -> Value:
         bits = keys.type.pointee.width

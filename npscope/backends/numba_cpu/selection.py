@@ -325,9 +325,12 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
     """The job that finds the k-th largest key of every scope."""
     source = ranking.sources[0] if ranking.reads_by_itself else None
     limits = nk.numbers_over(counts, 1, np.dtype(np.int64))
-    if source is not None and source.turner is not None and ranking.group != IN_LANES and search_of(ranking)[0] != 0:
-        return _kth_in_columns_job(ranking, source, source.turner.make(), limits, found)
-    find = _kth_finder(ranking, limits, found, (0, 0) if source is None else search_of(ranking))
+    if source is not None and ranking.group != IN_LANES:
+        if source.turner is not None:
+            return _kth_in_columns_job(ranking, source, source.turner.make(), limits, found)
+        if ranking.parts[0].leaves[0].place.across:  # a line of each would be read for every scope by itself
+            source = None
+    find = _kth_finder(ranking, limits, found, source)
     if source is None:
 
         def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
@@ -352,7 +355,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
 
 
 def _kth_finder(
-    ranking: Ranking, limits: nk.Numbers, found: np.ndarray, seek: tuple[int, int]
+    ranking: Ranking, limits: nk.Numbers, found: np.ndarray, source: Source | None
 ) -> Callable[[int, Where, int, int, int, Any], None]:
     """``find(read, where, s0, s1, rows, scratch)``: the k-th largest keys of scopes [s0, s1), in strips of `rows`."""
     n = ranking.blocks
@@ -363,10 +366,12 @@ def _kth_finder(
             scope_strips.kth_in_lanes(read, lanes, where, limits, s0, s1, n, rows, found, scratch)
 
         return find_in_lanes
-    kernel = scope_strips.kth_kernel(ranking.signed)
+    seek = search_of(ranking, kept=source is None)
 
     def find(read: int, where: Where, s0: int, s1: int, rows: int, scratch: Any) -> None:
-        kernel(0, where, 0, 1, *seek, read, found, where, n, limits, s0, s1, n, rows, found, scratch)
+        scope_strips.kth_of_scopes(
+            0, where, 0, 1, *seek, read, found, where, n, limits, s0, s1, n, rows, found, scratch
+        )
 
     return find
 
@@ -375,7 +380,7 @@ def _kth_in_columns_job(
     ranking: Ranking, source: Source, turn: int, limits: nk.Numbers, found: np.ndarray
 ) -> Callable[[], None]:
     """`_kth_job` of elements of scopes that lie side by side, and are turned when they are read."""
-    kernel, seek = scope_strips.kth_kernel(ranking.signed), search_of(ranking)
+    seek = search_of(ranking)
     rows = ranking.scopes_of_a_strip(source.strip)
     line, read = ranking.parts[0].leaves[0].line, strips.dense_reader(ranking.key)
 
@@ -385,7 +390,7 @@ def _kth_in_columns_job(
 
         def run(s0: int, s1: int) -> None:
             keys, pitch = columns.work.keys, columns.work.pitch
-            kernel(
+            scope_strips.kth_of_scopes(
                 turn, source.where, *line, *seek, read, keys, dense(keys), pitch, limits, s0, s1, ranking.blocks, rows,
                 found, loan.work.all,
             )  # fmt: skip
