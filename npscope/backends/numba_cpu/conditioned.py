@@ -250,6 +250,15 @@ def near_enough(rtol: float, single: bool) -> tuple[float, float]:
     return min(math.sqrt(accuracy / 2), most), min(math.cbrt(accuracy / 8), most)
 
 
+@standalone
+def _deal_both(
+    deal_v: int, deal_h: int, leaves: Any, weights: Any, i: int, stop: int, e0: int, e1: int, v: Any, h: Any, pitch: int
+) -> None:
+    """Elements [e0, e1) of blocks [i, stop) and of their metric into planes."""
+    _call_dealer(deal_v, leaves, i, stop, e0, e1, 0, v, pitch)
+    _call_dealer(deal_h, weights, i, stop, e0, e1, 0, h, pitch)
+
+
 @cache
 def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
     """The kernel that solves the blocks [i0, i1) strip by strip, and multiplies their elements by ``h / (h + mu)``.
@@ -278,31 +287,20 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
             load_numbers(*t, i, stop, limits)
             for e0 in range(0, total, chunk):
                 e1 = least(total, e0 + chunk)
-                _call_dealer(deal_v, leaves, i, stop, e0, e1, 0, v, pitch)
-                _call_dealer(deal_h, weights, i, stop, e0, e1, 0, h, pitch)
+                _deal_both(deal_v, deal_h, leaves, weights, i, stop, e0, e1, v, h, pitch)
                 if not quick:
-                    for b in range(0, count, LANES):
-                        measure(v, b, h, b, s, b, e0, e1, pitch)
-            closer = 0
-            for b in range(0, count, LANES):
-                closer += classify(v, b, h, b, s, b, limits, b, total, pitch, count - b)
-            if closer:
+                    measure(v, 0, h, 0, s, 0, count, e0, e1, pitch)
+            if classify(v, 0, h, 0, s, 0, limits, 0, count, total, pitch):
                 for turn in range(turns):
                     for e0 in range(0, total, chunk):
                         e1 = least(total, e0 + chunk)
                         if chunk < total:
-                            _call_dealer(deal_v, leaves, i, stop, e0, e1, 0, v, pitch)
-                            _call_dealer(deal_h, weights, i, stop, e0, e1, 0, h, pitch)
-                        for b in range(0, count, LANES):
-                            look(v, b, h, b, s, b, e0, e1, pitch, turn)
-                for b in range(0, count, LANES):
-                    decide(s, b, limits, b)
-            left = 0
-            for b in range(0, count, LANES):
-                left += begin(s, b, limits, b)
+                            _deal_both(deal_v, deal_h, leaves, weights, i, stop, e0, e1, v, h, pitch)
+                        look(v, 0, h, 0, s, 0, count, e0, e1, pitch, turn)
+                decide(s, 0, limits, 0, count)
+            left = begin(s, 0, limits, 0, count)
             if single and left and chunk == total:
-                for b in range(0, count, LANES):
-                    approach(v, b, h, b, s, b, total, pitch)
+                approach(v, 0, h, 0, s, 0, count, total, pitch)
             steps = 0
             while left:
                 if steps == max_iter:
@@ -312,16 +310,11 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
                 for e0 in range(0, total, chunk):
                     e1 = least(total, e0 + chunk)
                     if chunk < total:
-                        _call_dealer(deal_v, leaves, i, stop, e0, e1, 0, v, pitch)
-                        _call_dealer(deal_h, weights, i, stop, e0, e1, 0, h, pitch)
-                    for b in range(0, count, LANES):
-                        sum_secular(v, b, h, b, s, b, e0, e1, pitch)
-                left = 0
-                for b in range(0, count, LANES):
-                    left += advance(s, b, close, floor, bends)
+                        _deal_both(deal_v, deal_h, leaves, weights, i, stop, e0, e1, v, h, pitch)
+                    sum_secular(v, 0, h, 0, s, 0, count, e0, e1, pitch)
+                left = advance(s, 0, count, close, floor, bends)
                 steps += 1
-            for b in range(0, count, LANES):
-                finish(s, b)
+            finish(s, 0, count)
             if weigh:
                 call_weigher(weigh, leaves, weights, i, stop, s)
             else:

@@ -73,6 +73,28 @@ class _Rows:
         self.b.store(numbers.value, self._place(row), align=8)
 
 
+def _over_blocks(
+    emit: Callable[..., Value], arrays: int, others: int, returns: Any = types.void, *, told_left: bool = False
+) -> Any:
+    """A step for all blocks of a strip: ``(array, i, .., blocks, *others)``, with so many arrays and others.
+
+    ``emit(b, *addresses, *others)`` writes it for `LANES` blocks, and is `told_left` last how many blocks there are
+    from here on, if it asks; what it returns is added up. A loop around each in kernels took Numba twice as long.
+    """
+
+    def over_blocks(b: Builder, *values: Value) -> Value:
+        places, count, rest = values[:arrays], values[arrays], values[arrays + 1 :]
+        total = cgutils.alloca_once_value(b, count.type(0))
+        with cgutils.for_range_slice(b, count.type(0), count, count.type(LANES)) as (block, _):
+            left = [b.sub(count, block)] if told_left else []
+            found = emit(b, *[b.gep(place, [block]) for place in places], *rest, *left)
+            if found is not None:
+                b.store(b.add(b.load(total), found), total)
+        return None if returns == types.void else b.load(total)
+
+    return step(over_blocks, 2 * arrays + 1 + others, returns)
+
+
 def _load(b: Builder, place: Value) -> Lanes:
     """`LANES` floats, in the precision that they have there."""
     vector = ir.VectorType(place.type.pointee, LANES)
@@ -123,9 +145,9 @@ def _inverses(numbers: Sequence[Lanes]) -> list[Lanes]:
 
 @cache
 def measure() -> Any:
-    """``(v, i, h, j, rows, k, first, stop, pitch)``: sums of (h v) ** 2, v ** 2 and (h v) ** 2 h.
+    """``(v, i, h, j, rows, k, blocks, first, stop, pitch)``: sums of (h v) ** 2, v ** 2 and (h v) ** 2 h.
 
-    Of `LANES` blocks, over their elements [first, stop), in rows of planes that lie `pitch` apart; added to those of
+    Of a strip of blocks, over their elements [first, stop), in rows of planes that lie `pitch` apart; added to those of
     earlier elements.
     """
 
@@ -139,7 +161,7 @@ def measure() -> Any:
         zeros = splat(ir.VectorType(_DOUBLE, LANES), 0.0)
         _add_to(_Rows(b, start), first, _add_up(b, (v, h), b.sub(stop, first), pitch, [zeros] * 3, 1, take))
 
-    return step(emit, 9)
+    return _over_blocks(emit, 3, 3)
 
 
 QUICK_ELEMENTS, QUICK_NEAR, QUICK_SLACK = 64, 2.0**-15, 0.25
@@ -155,10 +177,10 @@ metric is less than 2 ** 27.
 
 @cache
 def classify(narrow: bool, quick: bool) -> Any:
-    """``(v, i, h, j, rows, k, limits, m, count, pitch, left)``: norms, means, and what ACTIVE and RATE become.
+    """``(v, i, h, j, rows, k, limits, m, blocks, count, pitch)``: norms, means, and what ACTIVE and RATE become.
 
     From the sums that `measure` has found, or for `quick` blocks from their `count` elements, in float32. Returns how
-    many blocks need a closer look. Lanes from `left` on, which are no blocks, are unchanged ones. Pruned arrays have
+    many blocks need a closer look. Lanes behind the blocks are unchanged ones. Pruned arrays have
     many blocks of zeros: if norms are `narrow`, float32, no other has squares that sum to zero in float64.
     """
     # Below, underflow matters: of the float32 nearest to a norm, or for `quick` blocks of their squares.
@@ -209,7 +231,7 @@ def classify(narrow: bool, quick: bool) -> Any:
         s[ACTIVE], s[RATE] = choose(careful, -1.0, choose(active, one, 0.0)), choose(same, one, 0.0)
         return careful.count()
 
-    return step(emit, 11, types.int64)
+    return _over_blocks(emit, 4, 2, types.int64, told_left=True)
 
 
 def _safe_unit(top: Lanes) -> Lanes:
@@ -236,7 +258,7 @@ def looks(single: bool) -> int:
 
 @cache
 def look(single: bool) -> Any:
-    """``(v, i, h, j, rows, k, first, stop, pitch, turn)``: what decides on blocks that need a closer look.
+    """``(v, i, h, j, rows, k, blocks, first, stop, pitch, turn)``: what decides on blocks that need a closer look.
 
     As `measure`, by sums that neither overflow nor round amiss, in as many turns over all elements as it `looks`: the
     TOP; of v * UNIT then the sum of squares, and WIDEST, the largest magnitude of h v; and sums of h v in its own unit.
@@ -300,7 +322,7 @@ def look(single: bool) -> Any:
                 with b.if_then(b.icmp_signed("==", turn, turn.type(number))):
                     find()
 
-    return step(emit, 10)
+    return _over_blocks(emit, 3, 4)
 
 
 def _rounded_root(squares: Lanes, lost: Lanes) -> Lanes:
@@ -319,7 +341,7 @@ def _rounded_root(squares: Lanes, lost: Lanes) -> Lanes:
 
 @cache
 def decide(exact: bool, narrow: bool, single: bool) -> Any:
-    """``(rows, i, limits, j)``: what becomes of the blocks that were looked at, as `classify` says it of others."""
+    """``(rows, i, limits, j, blocks)``: what becomes of blocks that were looked at, as `classify` says it of others."""
 
     def emit(b: Builder, start: Value, limits: Value) -> None:
         s, limit, inf = _Rows(b, start), _load(b, limits).to(_DOUBLE), float("inf")
@@ -343,12 +365,12 @@ def decide(exact: bool, narrow: bool, single: bool) -> Any:
         s[ACTIVE] = choose(careful, choose(active, one, 0.0), s[ACTIVE])
         s[RATE] = choose(infinite & careful & (limit < inf), one, s[RATE])
 
-    return step(emit, 4)
+    return _over_blocks(emit, 2, 0)
 
 
 @cache
 def begin(single: bool, quick: bool) -> Any:
-    """``(rows, i, limits, j)``: the bracket of every active block, and where its iteration starts; how many there are.
+    """``(rows, i, limits, j, blocks)``: the bracket of every active block, and where its iteration starts; how many.
 
     The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
     MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM. The start
@@ -377,7 +399,7 @@ def begin(single: bool, quick: bool) -> Any:
         s[LIMIT], s[RATE] = choose(active, limit, 1.0 - rate), choose(active, first, rate)
         return active.count()
 
-    return step(emit, 4, types.int64)
+    return _over_blocks(emit, 2, 0, types.int64)
 
 
 def _add_to(s: _Rows, first: Value, sums: Sequence[Lanes]) -> None:
@@ -389,7 +411,7 @@ def _add_to(s: _Rows, first: Value, sums: Sequence[Lanes]) -> None:
 
 @cache
 def sum_secular(single: bool) -> Any:
-    """``(v, i, h, j, rows, k, first, stop, pitch)``: sums of q ** 2, q ** 2 p and q ** 2 p ** 2, as `measure`.
+    """``(v, i, h, j, rows, k, blocks, first, stop, pitch)``: sums of q ** 2, q ** 2 p and q ** 2 p ** 2, as `measure`.
 
     With d = h * RATE + LIMIT, q = h * v * UNIT / d, p = h * RATE / d. Planes of float32 need no UNIT, and everything
     stays in the range of float64 if p = h / (h + mu) and q * RATE = v * p: mu = LIMIT / RATE is at most the largest h
@@ -420,12 +442,12 @@ def sum_secular(single: bool) -> Any:
             sums = [x * scale for x in sums]
         _add_to(s, first, sums)
 
-    return step(emit, 9)
+    return _over_blocks(emit, 3, 3)
 
 
 @cache
 def approach() -> Any:
-    """``(v, i, h, j, rows, k, count, pitch)``: a step to the root for every active block, by sums in float32 of planes.
+    """``(v, i, h, j, rows, k, blocks, count, pitch)``: a step to the root for every active block, by sums in float32.
 
     As `sum_secular` and `advance` by Halley do, in a third of the time. It proves nothing, so that the bracket stays.
     With p = h / (h + mu) and q = v * p / RATE. Where these leave the range of float32 the step is none, or goes astray.
@@ -454,12 +476,12 @@ def approach() -> Any:
         following = choose(following > s[LOW], following, s[LOW])
         s[RATE] = choose(s[ACTIVE] > 0.0, choose(following < s[HIGH], following, s[HIGH]), at)
 
-    return step(emit, 8)
+    return _over_blocks(emit, 3, 2)
 
 
 @cache
 def advance(single: bool) -> Any:
-    """``(rows, i, near, floor, bends)``: a safeguarded step to the root for every active block; how many stay active.
+    """``(rows, i, blocks, near, floor, bends)``: a safeguarded step to the root for every active block; how many go on.
 
     By Halley if it `bends`, else by Newton. Newton steps rise to the root of a concave function from its left, so that
     one which does not has reached the rounding of the norm, unless it comes from a start or a Halley step. So a step
@@ -491,12 +513,12 @@ def advance(single: bool) -> Any:
             s[RATE] = choose(beyond, low.root() * high.root(), s[RATE])
         return moves.count()
 
-    return step(emit, 5, types.int64)
+    return _over_blocks(emit, 1, 3, types.int64)
 
 
 @cache
 def finish() -> Any:
-    """``(rows, i)``: RATE becomes mu, infinite for zero blocks and 0 for unchanged ones, and PAIRS its two float32."""
+    """``(rows, i, blocks)``: RATE becomes mu, infinite for zero blocks, 0 for unchanged ones, PAIRS its two float32."""
 
     def emit(b: Builder, start: Value) -> None:
         s = _Rows(b, start)
@@ -506,4 +528,4 @@ def finish() -> Any:
         pairs = shuffle(b, high.value, [lane + half for lane in range(LANES) for half in (0, LANES)], low.value)
         s[RATE], s[PAIRS] = mu, Lanes(b, b.bitcast(pairs, mu.value.type))
 
-    return step(emit, 2)
+    return _over_blocks(emit, 1, 0)
