@@ -251,14 +251,14 @@ LARGEST_OF = {"float32": 2.0**127, "float16": 2.0**15, "bfloat16": 2.0**127}
 def test_products_by_factors_of_two_float32(rng, name, run):
     """They are those of more precision, rounded once; in a case of a million, or below 2 ** -100, the neighbour."""
     form, single = (vectors.format_of(kind_of(dtype(n))) for n in (name, "float32"))
-    step = vectors.LANES // run * run
-    weigh = vector_shrinkage.weigh(form, single, run, step < vectors.LANES, True)
-    count, together = 1 << 14, step // run
+    weigh = vector_shrinkage.weigh_strip(form, single, run, True)
+    blocks = (1 << 14) // run
+    count = blocks * run
+    grid, elements = np.asarray([[blocks], [run]]), np.asarray([[run], [1]])
 
     @kernel
-    def weigh_all(x, h, mus):
-        for i in range(x.size // step - 1):
-            weigh(x, i * step, h, i * step, mus, i * together, step)
+    def weigh_all(x, h, grid, elements, mus):
+        weigh(x, 0, grid, 0, 1, elements, 0, 1, h, 0, grid, 0, 1, elements, 0, 1, 0, blocks, run, mus, 0)
 
     owner = np.arange(count) // run
     mu = np.exp2(rng.choice([0.4, 1.0], owner[-1] + 17) * rng.uniform(-140, 94, owner[-1] + 17))
@@ -273,8 +273,7 @@ def test_products_by_factors_of_two_float32(rng, name, run):
     with np.errstate(invalid="ignore"):
         low = (mu - high).astype(np.float32)
     got = x.copy()
-    weigh_all(got.view(f"u{got.itemsize}"), h, np.stack([high, low], 1).view(np.float64).ravel())
-    got, x, h, m = (a[: (count // step - 1) * step] for a in (got, x, h, m))
+    weigh_all(got.view(f"u{got.itemsize}"), h, grid, elements, np.stack([high, low], 1).view(np.float64).ravel())
     with np.errstate(invalid="ignore"):
         exact = np.where(m < np.inf, x * (h / (h + m)), np.longdouble(0.0))
     stays, expected = m == 0, exact.astype(np.float32).astype(x.dtype)

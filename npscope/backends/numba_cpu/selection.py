@@ -280,20 +280,22 @@ def strips_of_thresholds(
     source = source_of(measured, ord, 8 * measured.norm.itemsize, exact_integers=False)
     if source is None or written.spans_leaves:
         return None
-    kernel, repeat = strips.threshold_kernel(measured.norm.itemsize == 8), measured.blocks
     numbers = Operand.of(thresholds)
-    limits = nk.numbers_over(numbers, repeat if thresholds.cut.blocks == 1 else 1, thresholds.array.dtype)
+    limits = nk.numbers_over(numbers, measured.blocks if thresholds.cut.blocks == 1 else 1, thresholds.array.dtype)
     target = written.leaves[0]
     read, write, key = source.read, writer_of(target), np.dtype(f"u{measured.norm.itemsize}")
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         works = [
-            (nk.room_for(limits, source.strip, thresholds.array.dtype), Scratch(source.strip, 0, key, source.strip).all)
+            (
+                nk.room_for(limits, source.strip + SLACK, thresholds.array.dtype),
+                Scratch(source.strip, 0, key, source.strip).all,
+            )
             for _ in range(slots)
         ]
 
         def work(slot: int, i0: int, i1: int) -> None:
-            kernel(read, write, source.where, target.raw, limits, i0, i1, source.strip, *works[slot])
+            strips.keep_not_below(read, write, source.where, target.raw, limits, i0, i1, source.strip, *works[slot])
 
         return work
 

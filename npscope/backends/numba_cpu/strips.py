@@ -23,13 +23,13 @@ import numpy as np
 from numba import types
 
 from npscope.backends.numba_cpu import lines, vector_norms, vector_selection, vectors
-from npscope.backends.numba_cpu.codecs import Function, key_of_float32, key_of_float64
+from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.nests import length_of, place
 from npscope.backends.numba_cpu.operands import Layout, Operand
 from npscope.backends.numba_cpu.scalars import largest_key, least
-from npscope.backends.numba_cpu.vector_search import SLACK, count_from
+from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark_not_below
 
 STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
@@ -307,8 +307,7 @@ def read_blocks(read: int, source: Any, i0: int, i1: int, strip: int, out: Any, 
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
         call_reader(read, source, i, stop, keys, sums, norms, making)
-        for j in range(stop - i):
-            out[np.uintp(i - i0 + j)] = keys[np.uintp(j)]
+        vectors.copy_numbers(keys, 0, stop - i, out, i - i0)
 
 
 @kernel
@@ -324,34 +323,16 @@ def write_each(write: int, target: Any, blocks: Any, mask: Any) -> None:
         call_writer(write, target, block, block + 1, mask)
 
 
-@merged
-def _key_not_below(limit: float) -> Any:
-    """The key of the least float32 that is not below a limit > 0: a float64, where another part of a scope is one."""
-    near = np.float32(limit)
-    return np.uint32(key_of_float32(near) + np.uint32(np.float64(near) < np.float64(limit)))
-
-
-@cache
-def threshold_kernel(wide: bool) -> Any:
-    """The kernel that keeps the blocks [i0, i1) whose norm is not below their threshold.
-
-    Nothing is below a threshold of 0 or less.
-    """
-    key: Any = key_of_float64 if wide else _key_not_below
-
-    @kernel
-    def keep_not_below(
-        read: int, write: int, source: Any, target: Any, thresholds: Numbers, i0: int, i1: int, strip: int,
-        limits: Any, scratch: Any,
-    ) -> None:  # fmt: skip
-        keys, mask, _keep, sums, norms, making = scratch
-        for i in range(i0, i1, strip):
-            stop = least(i1, i + strip)
-            load_numbers(*thresholds, i, stop, limits)
-            call_reader(read, source, i, stop, keys, sums, norms, making)
-            for j in range(stop - i):
-                limit = limits[np.uintp(j)]
-                mask[np.uintp(j)] = not ((limit > 0) & (keys[np.uintp(j)] < key(limit)))
-            call_writer(write, target, i, stop, mask)
-
-    return keep_not_below
+@kernel
+def keep_not_below(
+    read: int, write: int, source: Any, target: Any, thresholds: Numbers, i0: int, i1: int, strip: int, limits: Any,
+    scratch: Any,
+) -> None:  # fmt: skip
+    """Keep the blocks [i0, i1) whose norm is not below their threshold. `limits` have `SLACK` entries more."""
+    keys, mask, _keep, sums, norms, making = scratch
+    for i in range(i0, i1, strip):
+        stop = least(i1, i + strip)
+        load_numbers(*thresholds, i, stop, limits)
+        call_reader(read, source, i, stop, keys, sums, norms, making)
+        mark_not_below(keys, 0, stop - i, limits, 0, mask, 0)
+        call_writer(write, target, i, stop, mask)

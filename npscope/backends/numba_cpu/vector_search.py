@@ -114,6 +114,15 @@ def emit_mark(b: Builder, keys: Value, n: Value, limit: Value, ties: Value, mask
     return b.load(left)
 
 
+def _mark_not_below(b: Builder, keys: Value, n: Value, limits: Value, mask: Value) -> None:
+    real = ir.DoubleType() if keys.type.pointee.width == 64 else ir.FloatType()
+    norms, borders = (ir.VectorType(kind, SLACK) for kind in (real, limits.type.pointee))
+    with _chunks(b, keys, n) as (first, some, _, _):
+        sizes, border = b.bitcast(some, norms), b.load(b.bitcast(b.gep(limits, [first]), borders.as_pointer()), align=4)
+        sizes = sizes if norms == borders else b.fpext(sizes, borders)
+        store(b, b.zext(b.fcmp_unordered(">=", sizes, border), vector_of(8, SLACK)), b.gep(mask, [first]))
+
+
 def _tie_border(b: Builder, keys: Value, n: Value, limit: Value, ties: Value) -> Value:
     border = narrow(b, limit, vector_of(keys.type.pointee.width, SLACK))
     found, left = cgutils.alloca_once_value(b, n), cgutils.alloca_once_value(b, ties)
@@ -145,6 +154,12 @@ mark = step(emit_mark, 7, types.int64)
 """``mark(keys, start, n, limit, ties, mask, at)``: mask of n keys, and how many ties are left.
 
 True for those above `limit`, and for the first `ties` that equal it.
+"""
+
+mark_not_below = step(_mark_not_below, 7)
+"""``mark_not_below(keys, start, n, limits, l, mask, at)``: mask of n keys of norms, NaN among them, and their limits.
+
+Limits are floats as wide as norms, or wider.
 """
 
 tie_border = step(_tie_border, 5, types.UniTuple(types.int64, 2))
