@@ -181,12 +181,7 @@ def _count_nonzero(part: Competitors, eps: float) -> int:
 
 def sum_squares(parts: Parts) -> float:
     """The sum of ``|x| ** 2`` of all elements, in float64."""
-
-    def add(leaf: Operand, i0: int, i1: int) -> float:
-        found: float = nk.adder_of_squares(leaf.codec)(*leaf.where, i0, i1, leaf.size)
-        return found
-
-    return sum(_total(part, add) for part in _walked(parts))
+    return sum(_total(part, nk.sum_of_squares) for part in _walked(parts))
 
 
 def _walked(parts: Parts) -> list[Competitors]:

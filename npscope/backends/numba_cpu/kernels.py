@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from npscope.backends.numba_cpu import vector_selection
+from npscope.backends.numba_cpu import vector_norms, vector_selection
 from npscope.backends.numba_cpu.arithmetic import (
     dd_add,
     dd_divide,
@@ -38,7 +38,6 @@ from npscope.backends.numba_cpu.jit import (
     inner_any_order,
     kernel,
     make_small,
-    merged,
     standalone,
 )
 from npscope.backends.numba_cpu.nests import NEST, place
@@ -394,31 +393,32 @@ def _counter(codec: Codec, form: Format | None) -> Any:
 
     Of adjacent ones, of a `form`, the bits of magnitudes are compared, and `most` is an integer.
     """
-    if form is None:
-        magnitude = codec.magnitude
+    if form is not None:
+        count_magnitudes = vector_selection.count_magnitudes_above(form)
 
-        @inner
-        def above(buffer: Any, at: int, run: int, step: int, most: Any) -> int:
-            found = 0
-            for r in range(run):
-                found += 0 if magnitude(buffer, at + r * step) <= most else 1
+        @kernel
+        def count(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, most: int) -> int:
+            make_small()
+            found: int = count_magnitudes(
+                buffer, origin, grid, 0, grid.shape[1], elements, 0, elements.shape[1], i0, i1, total, most
+            )
             return found
-    else:
-        lanes = form.lanes
-        many, one = (vector_selection.count_magnitudes_above(form, n) for n in (lanes, 1))
 
-        @merged
-        def above(buffer: Any, at: int, run: int, step: int, most: Any) -> int:
-            found, whole = 0, run - run % lanes
-            for r in range(0, whole, lanes):
-                found += many(buffer, at + r, most)
-            for r in range(whole, run):
-                found += one(buffer, at + r, most)
-            return found
+        return count
+
+    magnitude = codec.magnitude
+
+    @inner
+    def above(buffer: Any, at: int, run: int, step: int, most: float) -> int:
+        found = 0
+        for r in range(run):
+            found += 0 if magnitude(buffer, at + r * step) <= most else 1
+        return found
 
     @kernel
-    def count(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, most: Any) -> int:
-        make_small()
+    def count_apart(
+        buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int, most: float
+    ) -> int:
         found = 0
         width, step = grid[0, -1], grid[1, -1]
         for e in range(total):
@@ -430,12 +430,12 @@ def _counter(codec: Codec, form: Format | None) -> Any:
                 i += run
         return found
 
-    return count
+    return count_apart
 
 
 def count_above(leaf: Operand, eps: float) -> Callable[[int, int], int]:
     """What counts the elements of blocks [i0, i1) of which |x| is not `eps` or less."""
-    form = leaf.float_layout.form if leaf.float_layout is not None and leaf.float_layout.run == 1 else None
+    form = _form_of_lines(leaf)
     count = _counter(leaf.codec, form)
     most = eps if form is None else _bits_up_to(eps, leaf.array.dtype, form)
     return lambda i0, i1: int(count(*leaf.where, i0, i1, leaf.size, most))
@@ -448,9 +448,34 @@ def _bits_up_to(eps: float, dtype: np.dtype, form: Format) -> int:
     return min(int(near.view(f"u{dtype.itemsize}")[0]), form.inf) - (float(near[0]) > eps)
 
 
+def _form_of_lines(leaf: Operand) -> Format | None:
+    """The format of floats whose blocks' elements are adjacent to those of the next block."""
+    layout = leaf.float_layout
+    return layout.form if layout is not None and layout.run == 1 else None
+
+
+def sum_of_squares(leaf: Operand, i0: int, i1: int) -> float:
+    """The sum of |x| ** 2 of the elements of blocks [i0, i1), in any order."""
+    found: float = _adder_of_squares(leaf.codec, _form_of_lines(leaf))(*leaf.where, i0, i1, leaf.size)
+    return found
+
+
 @cache
-def adder_of_squares(codec: Codec) -> Any:
+def _adder_of_squares(codec: Codec, form: Format | None) -> Any:
     """``add(buffer, origin, grid, elements, i0, i1, total)``: the sum of |x| ** 2, in any order."""
+    if form is not None:
+        add_squares = vector_norms.add_squares(form)
+
+        @kernel
+        def add(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int) -> float:
+            make_small()
+            found: float = add_squares(
+                buffer, origin, grid, 0, grid.shape[1], elements, 0, elements.shape[1], i0, i1, total
+            )
+            return found
+
+        return add
+
     magnitude = codec.magnitude
 
     @inner_any_order
@@ -462,7 +487,7 @@ def adder_of_squares(codec: Codec) -> Any:
         return found
 
     @kernel
-    def add(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int) -> float:
+    def add_apart(buffer: Any, origin: int, grid: Any, elements: Any, i0: int, i1: int, total: int) -> float:
         found = 0.0
         width, step = grid[0, -1], grid[1, -1]
         for e in range(total):
@@ -475,4 +500,4 @@ def adder_of_squares(codec: Codec) -> Any:
                 i += run
         return found
 
-    return add
+    return add_apart

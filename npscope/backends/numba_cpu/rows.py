@@ -152,6 +152,20 @@ def over_lanes(b: Builder, count: Value, lanes: int, take: Callable[[Value, int]
             take(e, n)
 
 
+def over_elements(
+    b: Builder, strip: Strip, size: Value, lanes: int, take: Callable[[Value, int], None]
+) -> None:  # fmt: skip
+    """``take(address, n)`` for all elements of the blocks of a strip, the first of each block, the second ones, ...
+
+    Blocks have `size` of them, and those of blocks that follow each other are adjacent: n of them at a time.
+    """
+    with cgutils.for_range(b, size) as loop:
+        start = b.gep(strip.start, [place_in(b, strip.elements, strip.turns, loop.index)])
+        with over_ranges(b, [Grid(start, strip.grid, strip.loops)], strip.i, strip.stop) as (first, after, (at,)):
+            here = b.gep(start, [at])
+            over_lanes(b, b.sub(after, first), lanes, lambda e, n: take(b.gep(here, [e]), n))
+
+
 def over_rows(
     b: Builder,
     strip: Strip,

@@ -9,11 +9,22 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
 
 from npscope.backends.numba_cpu import exact
 from npscope.backends.numba_cpu.nests import length_in, place_in
-from npscope.backends.numba_cpu.rows import Ahead, Rows, Runs, Shape, Strip, over_rows, shape_of, smallest
+from npscope.backends.numba_cpu.rows import (
+    Ahead,
+    Rows,
+    Runs,
+    Shape,
+    Strip,
+    over_elements,
+    over_rows,
+    shape_of,
+    smallest,
+)
 from npscope.backends.numba_cpu.scalars import SAFE_LEAST
 from npscope.backends.numba_cpu.vectors import (
     CHUNK,
@@ -30,6 +41,7 @@ from npscope.backends.numba_cpu.vectors import (
     has_only_avx2,
     load,
     planes_of,
+    prefetch,
     shuffle,
     single_of,
     splat,
@@ -748,3 +760,34 @@ def measure_strip(form: Format, runs: Runs, code: int) -> Any:
         over_rows(b, strip, runs, shape, take, most, None if code == INF else finish)
 
     return step(emit, 16)
+
+
+@cache
+def add_squares(form: Format) -> Any:
+    """``(source, o, grid, 0, loops, elements, 0, turns, i, stop, size)``: the sum of the squares of all elements.
+
+    Of blocks as for `count_magnitudes_above`, in float64.
+    """
+    double = ir.DoubleType()
+
+    def emit(
+        b: Builder, source: Value, grid: Value, loops: Value, elements: Value, turns: Value, i: Value, stop: Value,
+        size: Value,
+    ) -> Value:  # fmt: skip
+        total = _Total(b, form, TWO, LANES)
+
+        def take(here: Value, lanes: int) -> None:
+            if lanes > 1:
+                prefetch(b, here, LANES * form.bits // 8)
+            bits = _read(b, here, 0, lanes, form, TWO)
+            if lanes < LANES:
+                bits = shuffle(b, bits, [min(lane, lanes) for lane in range(LANES)], splat(bits.type, 0))
+            total.take(bits)
+
+        over_elements(b, Strip(source, grid, loops, elements, turns, i, stop), size, LANES, take)
+        found = double(0.0)
+        for lanes in total.values:
+            found = call(b, f"llvm.vector.reduce.fadd.v{LANES}f64", double, [found, lanes])
+        return found
+
+    return step(emit, 11, types.float64)

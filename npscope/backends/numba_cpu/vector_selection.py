@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from npscope.backends.numba_cpu.rows import Grid, over_lanes, over_ranges
+from npscope.backends.numba_cpu.rows import Grid, Strip, over_elements, over_lanes, over_ranges
 from npscope.backends.numba_cpu.vectors import (
     INT32,
     LINE,
@@ -578,12 +578,27 @@ def survey_strip(form: Format, signed: bool, crowded: bool) -> Any:
 
 
 @cache
-def count_magnitudes_above(form: Format, lanes: int) -> Any:
-    """``(source, i, most)``: how many of `lanes` numbers have a magnitude whose bits are above `most`, as NaN has."""
+def count_magnitudes_above(form: Format) -> Any:
+    """``(source, o, grid, 0, loops, elements, 0, turns, i, stop, size, most)``: how many elements of blocks [i, stop).
 
-    def emit(b: Builder, source: Value, most: Value) -> Value:
-        bits = _load_ahead(b, source, form, lanes)
-        magnitudes = b.and_(bits, splat(bits.type, (1 << (form.bits - 1)) - 1))
-        return _count(b, b.icmp_unsigned(">", magnitudes, narrow(b, most, bits.type)))
+    Those whose magnitude has bits above `most`, as NaN has. Blocks have `size` elements, each adjacent to that of the
+    next block; all else as for `cut_strip`.
+    """
+    word = ir.IntType(64)
 
-    return step(emit, 3, types.int64)
+    def emit(
+        b: Builder, source: Value, grid: Value, loops: Value, elements: Value, turns: Value, i: Value, stop: Value,
+        size: Value, most: Value,
+    ) -> Value:  # fmt: skip
+        found = cgutils.alloca_once_value(b, word(0))
+
+        def take(here: Value, lanes: int) -> None:
+            bits = _load_ahead(b, here, form, lanes)
+            magnitudes = b.and_(bits, splat(bits.type, (1 << (form.bits - 1)) - 1))
+            count = _count(b, b.icmp_unsigned(">", magnitudes, narrow(b, most, bits.type)))
+            b.store(b.add(b.load(found), count), found)
+
+        over_elements(b, Strip(source, grid, loops, elements, turns, i, stop), size, form.lanes, take)
+        return b.load(found)
+
+    return step(emit, 12, types.int64)
