@@ -785,9 +785,11 @@ def add_squares(form: Format) -> Any:
             total.take(bits)
 
         over_elements(b, Strip(source, grid, loops, elements, turns, i, stop), size, LANES, take)
-        found = double(0.0)
-        for lanes in total.values:
-            found = call(b, f"llvm.vector.reduce.fadd.v{LANES}f64", double, [found, lanes])
-        return found
+        found, *lost = (
+            call(b, f"llvm.vector.reduce.fadd.v{LANES}f64", double, [double(0.0), lanes]) for lanes in total.values
+        )
+        # What was lost of an infinite sum is NaN.
+        finite = b.fcmp_ordered("<", found, double(math.inf))
+        return b.select(finite, b.fadd(found, lost[0]), found) if lost else found
 
     return step(emit, 11, types.float64)
