@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import npscope as ns
 
 pytest.importorskip("numba")
-from npscope.backends.numba_cpu import scope_strips
+from npscope.backends.numba_cpu import scope_strips, search
 from npscope.backends.numba_cpu.jit import kernel
 from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
 from npscope.tiling import Leaf, array_cut
@@ -412,3 +412,54 @@ def test_parts_of_one_block_beside_large_ones_in_another_order_of_memory(rng):
                     ns.ScopeCoupling(parts).hard_threshold(2 * rank)
                 results.append(arrays)
             assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_search_finds_its_limit_and_leaves_a_distance_to_go_on_with(rng, signed):
+    """Among keys that are all apart, or of which many are equal; each search starts with what the last one left."""
+    separate = search.separator(signed)
+
+    @kernel
+    def separate_here(keys, n, k, guess, spacing):
+        return separate(keys, 0, n, k, guess, spacing)
+
+    guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
+    for n, values in itertools.product((2, 63, 65, 300), (1, 2, 3, 1 << 20)):
+        x = rng.integers(-values, values + 1, n).astype(np.float32)
+        bits = x.view(np.uint32)
+        keys = np.where(bits >> 31, ~bits, bits ^ np.uint32(1 << 31)) if signed else bits & np.uint32((1 << 31) - 1)
+        room = np.concatenate([keys, rng.integers(0, 1 << 32, SLACK, dtype=np.uint32)])
+        for k in range(1, n, 1 + n // 7):
+            limit, ties, spacing = separate_here(room, n, k, np.uint64(guess), spacing)
+            above = np.count_nonzero(keys > limit)
+            assert spacing > 0
+            if ties == n:
+                assert np.count_nonzero(keys >= limit) == k
+            else:
+                assert 0 < ties == k - above < np.count_nonzero(keys == limit)
+            guess = limit
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
+@pytest.mark.parametrize(("n", "k"), [(4, 2), (8, 3), (16, 8), (3, 1)])
+def test_groups_whose_lines_end_elsewhere_where_they_are_written(rng, dtype, n, k):
+    wide = (rng.standard_normal((60, 500)) * 50).astype(dtype)
+    x = wide[:, : 5 * n]
+    out, expected = np.zeros(x.shape, dtype), of_reference(ns.keep_largest, x, k, (1, 1), (1, n))
+    assert strategies.same_bits(ns.keep_largest(x, k, (1, 1), (1, n), out=out), expected)
+    whole = np.ascontiguousarray(x)
+    part = np.zeros_like(wide)[:, n : 6 * n]
+    assert strategies.same_bits(ns.keep_largest(whole, k, (1, 1), (1, n), out=part), expected)
+    assert np.array_equal(ns.block_mask(x, k, (1, 1), (1, n)), of_reference(ns.block_mask, x, k, (1, 1), (1, n)))
+
+
+@pytest.mark.parametrize("n", [1, 3, 16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64])
+def test_values_of_small_scopes(rng, dtype, n):
+    x = (rng.standard_normal((700, n)) * 5).astype(dtype)
+    if x.dtype.kind == "f":
+        x[::7], x[1::7] = np.nan, -0.0
+    k = rng.integers(1, n + 1, len(x))
+    for array in (x, np.asfortranarray(x)):
+        expected = of_reference(ns.kth_largest, array, k)
+        assert np.array_equal(ns.kth_largest(array, k), expected, equal_nan=x.dtype.kind == "f")

@@ -8,7 +8,8 @@ large scope (counting, ties, writing) read the array again.
 
 To read it in order:
 
-- how operands lie: `operands` (buffers, loops, layouts), `orders`, `nests`, `loans` (work arrays);
+- how operands lie: `operands` (buffers, loops, layouts), `orders`, `nests`, `rows` (walks over them in LLVM code),
+  `loans` (work arrays);
 - how a call is divided: `pieces`, on threads;
 - how code is made: `jit`, `scalars`, `vectors` and `lanes` (LLVM vectors), `codecs` (elements);
 - norms: `lines` and `vector_norms` (blocks in rows), `kernels`, `exact`, `arithmetic` (any block), `norms`;

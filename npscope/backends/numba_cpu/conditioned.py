@@ -63,6 +63,12 @@ def _dealer(read: Function, layout: Layout | None) -> Any:
     """
     if layout is not None and layout.form.bits <= 32 and (layout.run in (1, 2, 4, 8) or layout.run % LANES == 0):
         return _run_dealer(layout.form, layout.run)
+    return _element_dealer(read)
+
+
+@cache
+def _element_dealer(read: Function) -> Any:
+    """The `_dealer` of any blocks."""
 
     @standalone
     def deal(leaf: Any, i: int, stop: int, e0: int, e1: int, row: int, out: Any, pitch: int) -> None:

@@ -185,6 +185,8 @@ class Ranking:
         self.columns = [slice(a, b) for a, b in itertools.pairwise(starts)]
         few = all(leaf.place.few for part in self.parts for leaf in part.leaves)
         self.group = 0 if few else group_of(self.blocks)
+        if values and self.group > 0:  # no vector ranks for a value, which small scopes have found in lanes as well
+            self.group = IN_LANES
         self.fits_a_piece = self.blocks <= SCOPE_BLOCKS and self.elements <= SCOPE_ELEMENTS
         across = self.fits_a_piece and len(self.parts) == 1
         self.sources = [source_of(part, ord, width, self.exact_integers, across=across) for part in self.parts]

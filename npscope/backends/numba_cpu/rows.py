@@ -24,16 +24,24 @@ FAR = 1 << 11
 _WORD = ir.IntType(64)
 
 
-class Strip(NamedTuple):
-    """Blocks [i, stop) of an array: where block 0 is, and the tables of loops over blocks and over elements of one."""
+class Grid(NamedTuple):
+    """Where block 0 of an array is, and the table of so many loops over its blocks."""
 
     start: Value
-    grid: Value
+    table: Value
     loops: Value
-    """How many loops there are over blocks."""
+
+    def place(self, b: Builder, block: Value) -> Value:
+        """How far from the start a block is."""
+        return place_in(b, self.table, self.loops, block)
+
+
+class Strip(NamedTuple):
+    """Blocks [i, stop) of an array, and the table of so many loops over the elements of one."""
+
+    grid: Grid
     elements: Value
     turns: Value
-    """How many over elements."""
     i: Value
     stop: Value
 
@@ -119,14 +127,6 @@ def _up_to(b: Builder, start: Value, stop: Value) -> Iterator[tuple[Value, Calla
     b.position_at_end(after)
 
 
-class Grid(NamedTuple):
-    """Where block 0 of an array is, and the table of so many loops over its blocks."""
-
-    start: Value
-    table: Value
-    loops: Value
-
-
 @contextmanager
 def over_ranges(
     b: Builder, grids: Sequence[Grid], i: Value, stop: Value, most: Value = None
@@ -140,7 +140,7 @@ def over_ranges(
         after = stop if most is None else smallest(b, stop, b.add(first, most))
         for width in widths:
             after = smallest(b, after, b.add(first, b.sub(width, b.srem(first, width))))
-        yield first, after, [place_in(b, grid.table, grid.loops, first) for grid in grids]
+        yield first, after, [grid.place(b, first) for grid in grids]
         go_on_with(after)
 
 
@@ -152,16 +152,14 @@ def over_lanes(b: Builder, count: Value, lanes: int, take: Callable[[Value, int]
             take(e, n)
 
 
-def over_elements(
-    b: Builder, strip: Strip, size: Value, lanes: int, take: Callable[[Value, int], None]
-) -> None:  # fmt: skip
+def over_elements(b: Builder, strip: Strip, size: Value, lanes: int, take: Callable[[Value, int], None]) -> None:
     """``take(address, n)`` for all elements of the blocks of a strip, the first of each block, the second ones, ...
 
     Blocks have `size` of them, and those of blocks that follow each other are adjacent: n of them at a time.
     """
     with cgutils.for_range(b, size) as loop:
-        start = b.gep(strip.start, [place_in(b, strip.elements, strip.turns, loop.index)])
-        with over_ranges(b, [Grid(start, strip.grid, strip.loops)], strip.i, strip.stop) as (first, after, (at,)):
+        start = b.gep(strip.grid.start, [place_in(b, strip.elements, strip.turns, loop.index)])
+        with over_ranges(b, [strip.grid], strip.i, strip.stop) as (first, after, (at,)):
             here = b.gep(start, [at])
             over_lanes(b, b.sub(after, first), lanes, lambda e, n: take(b.gep(here, [e]), n))
 
@@ -180,16 +178,16 @@ def over_rows(
     After those of a range, ``finish(i, block, count)`` with the number of its first block, and in the strip.
     """
     zero, here = _WORD(0), cgutils.alloca_once(b, _WORD)
-    grid = Grid(strip.start, strip.grid, strip.loops)
+    grid = strip.grid
     with over_ranges(b, [grid], strip.i, strip.stop, most) as (i, after, (first,)):
         block, count = b.sub(i, strip.i), b.sub(after, i)
-        following = place_in(b, strip.grid, strip.loops, after)
+        following = grid.place(b, after)
         b.store(first, here)
 
         def take_rows(rows: Value, step: Value, row: Value, last: Value, further: Value) -> None:
             at = b.load(here)
             b.store(further, here)
-            take(Rows(b.gep(strip.start, [at]), block, count, shape.size, rows, step, b.sub(further, at), row, last))
+            take(Rows(b.gep(grid.start, [at]), block, count, shape.size, rows, step, b.sub(further, at), row, last))
 
         if runs.flat:
             take_rows(_WORD(1), zero, zero, ir.IntType(1)(1), following)

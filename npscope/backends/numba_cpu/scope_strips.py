@@ -180,7 +180,7 @@ PAUSE = 32.0
 def searcher(signed: bool) -> Function:
     """``search_scope(look, read, source, i, n, k, guess, expected, scratch)``: a `search.separator` of n keys.
 
-    They are read; `looking_searcher` does the same and is not needed for less than `WIDE_ELEMENTS`.
+    It reads all of them; `look` is for a `looking_searcher`, so that kernels call both alike.
 
     Returns (limit, ties, count, guess, expected): limit and ties for any k. All keys that can be the least from `limit`
     on are among the first `count` in the work array; those are the scope as it is if `count` is n. `guess` is the key

@@ -20,7 +20,7 @@ from numba import types
 from numba.core import cgutils
 
 from npscope.backends.numba_cpu import vector_selection
-from npscope.backends.numba_cpu.jit import merged, standalone
+from npscope.backends.numba_cpu.jit import standalone
 from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, kth_of_rows, limits_of_rows, mark_planes, mark_rows
 from npscope.backends.numba_cpu.scalars import (
     REALS,
@@ -61,8 +61,6 @@ def separator(signed: bool) -> Any:
     The first-ranked k of n keys are those above `limit` and the first `ties` equal to it. Where `ties` is n,
     exactly k keys are at least `limit`, which need not be one of them. `spacing` says how far apart keys lie
     near there, for the next guess. `signed`: the keys are of signed floats.
-
-    Invariant: more than k keys are at least `low`, fewer than k are above `high`.
     """
     separate_keys = _separate_keys(signed)
 
@@ -88,6 +86,7 @@ def _separate_keys(signed: bool) -> Any:
         def real_number(count: Value) -> Value:
             return b.sitofp(count, real)
 
+        # Invariant: more than k keys are at least `low`, fewer than k are above `high`.
         # Where the search is: the bracket, what its ends are as numbers, how many keys lie from them on, and whether
         # they have been guesses; the next guess; how many there were, and what the last one found.
         zero, one = word(0), word(1)
@@ -146,8 +145,9 @@ def _separate_keys(signed: bool) -> Any:
                 apart = b.fdiv(b.fsub(b.load(top), from_here), real_number(inside))
                 ahead = b.fmul(apart, real_number(b.sub(b.load(count_low), k)))
                 b.store(b.fadd(from_here, ahead), number)
-                finite = b.fcmp_ordered("<", apart, real(math.inf))
-                b.store(b.select(finite, apart, b.load(spacing)), spacing)
+                # Between ends that met there is no distance: a spacing of 0 would never grow.
+                measured = b.and_(b.fcmp_ordered(">", apart, real(0.0)), b.fcmp_ordered("<", apart, real(math.inf)))
+                b.store(b.select(measured, apart, b.load(spacing)), spacing)
             with otherwise:  # a guess far off: the next step is bolder
                 wide = b.load(spacing)
                 step = b.fmul(wide, real_number(b.select(many, b.sub(count, k), b.sub(k, count))))
@@ -172,21 +172,7 @@ def _separate_keys(signed: bool) -> Any:
     return step(emit, 6, types.Tuple((types.uint64, types.int64, types.float64)))
 
 
-_separate = separator(False)
-
-
 # --- ranks ---------------------------------------------------------------------------------------
-
-
-@merged
-def limit_of(keys: Any, start: int, n: int, k: int, guess: Any, spacing: float) -> tuple[Any, Any, Any, float]:
-    """`separator` for any k, with where to start the next search: (limit, ties, guess, spacing)."""
-    if k <= 0:
-        return ~np.uint64(0), 0, guess, spacing
-    if k >= n:
-        return np.uint64(0), n, guess, spacing
-    limit, ties, spacing = _separate(keys, start, n, k, guess, spacing)
-    return limit, ties, limit, spacing
 
 
 IN_LANES = -1
@@ -209,11 +195,17 @@ def selector(group: int, width: int, signed: bool, sizes: bool) -> Any:
     magnitudes of floats.
     """
     if not group:
+        separate = separator(signed)
 
         @standalone
         def select(keys: Any, rows: int, n: int, keep: Any, mask: Any, guess: Any, spacing: float) -> tuple[Any, float]:
             for r in range(rows):
-                limit, ties, guess, spacing = limit_of(keys, r * n, n, keep[r], guess, spacing)
+                k, limit, ties = keep[r], ~np.uint64(0), 0
+                if k >= n:
+                    limit, ties = np.uint64(0), n
+                elif k > 0:
+                    limit, ties, spacing = separate(keys, r * n, n, k, guess, spacing)
+                    guess = limit
                 mark(keys, r * n, n, limit, ties, mask, r * n)
             return guess, spacing
 

@@ -252,8 +252,10 @@ def _columns_job(
 ) -> Callable[[], None]:
     """The job in which one kernel cuts elements of scopes that lie side by side."""
     rows, limits = ranking.scopes_of_a_strip(source.strip), nk.numbers_over(counts, 1, np.dtype(np.int64))
-    limit_rows = scope_strips.limiter_address(ranking.key, ranking.signed) if ranking.group == IN_LANES else 0
-    steps = limit_rows, *search_of(ranking), strips.dense_reader(ranking.key)
+    steps = (
+        (scope_strips.limiter_address(ranking.key, ranking.signed), 0, 0, 0) if ranking.group == IN_LANES
+        else (0, *search_of(ranking), strips.dense_reader(ranking.key))
+    )  # fmt: skip
     target = written.raw_across
     line = ranking.parts[0].leaves[0].line
 

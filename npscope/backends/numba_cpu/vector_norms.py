@@ -1,4 +1,4 @@
-"""Steps of norms: sums and maxima of runs of elements kept in vectors, and their rounding."""
+"""Norms of strips of blocks, written for LLVM: sums and maxima of runs kept in vectors, and their rounding."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from npscope.backends.numba_cpu import exact
 from npscope.backends.numba_cpu.nests import length_in, place_in
 from npscope.backends.numba_cpu.rows import (
     Ahead,
+    Grid,
     Rows,
     Runs,
     Shape,
@@ -313,7 +314,7 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
     of blocks beyond the last mean nothing.
     """
     run, long, many = runs.length, runs.long, takes_many(runs)
-    flat = runs.flat and not long and run <= MOST_FLAT  # folded without keeping sums
+    flat = runs.flat and run <= MOST_FLAT  # folded without keeping sums
     together = many or flat  # `LANES` blocks are measured at a time
     word = ir.IntType(64)
 
@@ -640,7 +641,7 @@ def _settle(
             lane = b.add(b.mul(group.index, word(LANES)), call(b, "llvm.cttz.i64", word, [flags, ir.IntType(1)(0)]))
             b.store(b.and_(flags, b.sub(flags, word(1))), left)
             with b.if_then(b.icmp_unsigned("<", lane, count)):
-                at = b.gep(strip.start, [place_in(b, strip.grid, strip.loops, b.add(block, lane))])
+                at = b.gep(strip.grid.start, [strip.grid.place(b, b.add(block, lane))])
                 wide = b.gep(sums, [lane])
                 if form.bits == 64:
                     found = _rescaled(b, at, form, strip)
@@ -742,7 +743,7 @@ def measure_strip(form: Format, runs: Runs, code: int) -> Any:
         b: Builder, source: Value, grid: Value, loops: Value, elements: Value, turns: Value, i: Value, stop: Value,
         sums: Value, norms: Value, making: Value,
     ) -> None:  # fmt: skip
-        strip = Strip(source, grid, loops, elements, turns, i, stop)
+        strip = Strip(Grid(source, grid, loops), elements, turns, i, stop)
         shape, noted = shape_of(b, strip, runs), cgutils.alloca_once(b, word)
         doubt, fitting = doubt_of(b, shape), b.sdiv(word(FLAT_RUN), shape.size)
         fitting = b.select(b.icmp_signed(">", fitting, word(LANES)), fitting, word(LANES))
@@ -757,7 +758,8 @@ def measure_strip(form: Format, runs: Runs, code: int) -> Any:
             with b.if_then(b.icmp_unsigned("!=", b.load(noted), word(0)), likely=False):
                 _settle(b, strip, form, code, i, count, b.gep(sums, [block]), b.gep(norms, [block]), making)
 
-        over_rows(b, strip, runs, shape, take, most, None if code == INF else finish)
+        doubtful = code == TWO or (code == ONE and form.bits < 64)
+        over_rows(b, strip, runs, shape, take, most, finish if doubtful else None)
 
     return step(emit, 16)
 
@@ -784,7 +786,7 @@ def add_squares(form: Format) -> Any:
                 bits = shuffle(b, bits, [min(lane, lanes) for lane in range(LANES)], splat(bits.type, 0))
             total.take(bits)
 
-        over_elements(b, Strip(source, grid, loops, elements, turns, i, stop), size, LANES, take)
+        over_elements(b, Strip(Grid(source, grid, loops), elements, turns, i, stop), size, LANES, take)
         found, *lost = (
             call(b, f"llvm.vector.reduce.fadd.v{LANES}f64", double, [double(0.0), lanes]) for lanes in total.values
         )

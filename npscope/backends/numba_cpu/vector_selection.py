@@ -598,7 +598,7 @@ def count_magnitudes_above(form: Format) -> Any:
             count = _count(b, b.icmp_unsigned(">", magnitudes, narrow(b, most, bits.type)))
             b.store(b.add(b.load(found), count), found)
 
-        over_elements(b, Strip(source, grid, loops, elements, turns, i, stop), size, form.lanes, take)
+        over_elements(b, Strip(Grid(source, grid, loops), elements, turns, i, stop), size, form.lanes, take)
         return b.load(found)
 
     return step(emit, 12, types.int64)

@@ -1,4 +1,4 @@
-"""Steps of writing inside vectors: blocks in rows are dropped, or multiplied by a factor each."""
+"""Strips of blocks that are written, for LLVM: blocks in rows are dropped, or multiplied by a factor each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from npscope.backends.numba_cpu.rows import TOGETHER, Ahead, Rows, Runs, Strip, over_rows, shape_of
+from npscope.backends.numba_cpu.rows import TOGETHER, Ahead, Grid, Rows, Runs, Strip, over_rows, shape_of
 from npscope.backends.numba_cpu.vectors import (
     INT32,
     Builder,
@@ -41,7 +41,7 @@ def _write_strip(form: Format, runs: Runs, together: int, taking: Taking) -> Any
         b: Builder, target: Value, grid: Value, loops: Value, elements: Value, turns: Value, i: Value, stop: Value,
         numbers: Value,
     ) -> None:  # fmt: skip
-        strip = Strip(target, grid, loops, elements, turns, i, stop)
+        strip = Strip(Grid(target, grid, loops), elements, turns, i, stop)
 
         def take(rows: Rows) -> None:
             own = b.gep(numbers, [rows.block])
@@ -108,7 +108,7 @@ def _in_a_step(form: Format, flat: bool) -> int:
 
 @cache
 def drop_strip(form: Format, runs: Runs) -> Any:
-    """`_write_strip` that zeroes the blocks whose mask is False, of runs of up to `CHUNK` elements."""
+    """`_write_strip` that zeroes the blocks whose mask is False, of runs that fit a few vectors."""
     run = runs.length
     together = form.lanes // math.gcd(form.lanes, run)  # whole lines
     together *= max(1, _in_a_step(form, runs.flat) // (together * run))
