@@ -94,9 +94,11 @@ def shape_of(b: Builder, strip: Strip, runs: Runs) -> Shape:
         return b.load(b.gep(strip.elements, [b.add(row, loop)]))
 
     size = entry(_WORD(0), b.sub(strip.turns, _WORD(1))) if runs.long else _WORD(runs.length)
-    if runs.flat:
-        return Shape(size, _WORD(1), _WORD(1), _WORD(0))
+    # Of a single row, too: where LLVM knows that it is one, it reads blocks before it knows whether they take a detour,
+    # and has no registers left. Blocks of nine adjacent elements took a tenth longer to write.
     rows = b.sdiv(length_in(b, strip.elements, strip.turns), size)
+    if runs.flat:
+        return Shape(size, rows, _WORD(1), _WORD(0))
     several = b.icmp_signed(">", rows, _WORD(1))
     # The elements of a run are a loop of their own, inside of those over rows, but for runs of one.
     over_rows = _WORD(1 if runs.length == 1 and not runs.long else 2)
@@ -190,7 +192,7 @@ def over_rows(
             take(Rows(b.gep(grid.start, [at]), block, count, shape.size, rows, step, b.sub(further, at), row, last))
 
         if runs.flat:
-            take_rows(_WORD(1), zero, zero, ir.IntType(1)(1), following)
+            take_rows(shape.rows, zero, zero, ir.IntType(1)(1), following)
         else:
             with _up_to(b, zero, shape.rows) as (row, go_on_from):
                 rows = _WORD(1)
