@@ -120,6 +120,7 @@ def interrupted(call: Callable[[], None], at: int) -> bool:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 asks only now whether instructions are traced anywhere
     sys.settrace(trace)
     try:
         call()

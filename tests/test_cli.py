@@ -583,7 +583,8 @@ class Owner:
         text=True,
         timeout=60,
     )
-    assert process.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert "KeyboardInterrupt" in process.stderr.splitlines()  # Python 3.12 says in what class body, behind it
+    assert "slow reference" not in process.stderr
     assert process.returncode != 0
 
 
