@@ -209,7 +209,7 @@ def searcher(signed: bool) -> Function:
 @cache
 def looking_searcher(signed: bool) -> Function:
     """A `searcher` that first looks at the keys near the expected limit, by a surveyor at the address `look`."""
-    separate = search.separator(signed)
+    separate, search_all = search.separator(signed), searcher(signed)
     real_of, key_at = search.reals(signed)
 
     @standalone
@@ -217,11 +217,8 @@ def looking_searcher(signed: bool) -> Function:
         look: int, read: int, source: Any, i: int, n: int, k: int, guess: Any, expected: tuple[float, float, float],
         scratch: Any,
     ) -> tuple[Any, int, int, Any, tuple[float, float, float]]:  # fmt: skip
-        keys, _mask, _keep, sums, norms, making = scratch
-        center, spacing, reach = expected
-        if k <= 0:
-            return ~np.uint64(0), 0, 0, guess, expected
-        if reach > 0 and k < n:
+        keys, (center, spacing, reach) = scratch[0], expected
+        if reach > 0 and 0 < k < n:
             step = reach * spacing * np.sqrt(np.float64(k) * np.float64(n - k) / np.float64(n))
             low, high = key_at(center - step, keys), key_at(center + step, keys)
             above, inside, _ = call_surveyor(look, read, source, i, i + n, low, high, low, keys, 0, True, scratch)
@@ -237,16 +234,15 @@ def looking_searcher(signed: bool) -> Function:
                 center += WEIGHT * (real_of(limit, keys) - center)
                 reach *= 0.9
                 return limit, ties, inside, limit, (center, spacing, REACH if reach < REACH else reach)
-        call_reader(read, source, i, i + n, keys, sums, norms, making)
-        if k >= n:
-            return np.uint64(0), n, n, guess, expected
-        limit, ties, spacing = separate(keys, 0, n, k, guess, spacing)
-        center = real_of(limit, keys)
+        limit, ties, count, guess, expected = search_all(look, read, source, i, n, k, guess, expected, scratch)
+        if not 0 < k < n:
+            return limit, ties, count, guess, expected
+        center, spacing = real_of(limit, keys), expected[1]
         if reach >= FAR_REACH or not abs(center) < np.inf or not spacing < np.inf:
             reach = -PAUSE
         else:
             reach = 2.0 * reach if reach > 0 else reach + 1.0 if reach < 0 else REACH
-        return limit, ties, n, limit, (center, spacing, reach)
+        return limit, ties, count, guess, (center, spacing, reach)
 
     return search_scope
 

@@ -3,9 +3,10 @@
 LLVM's vectoriser reaches the bandwidth of memory in plain sums only. What limits the loops of
 this package are shuffles inside a vector and, where the hardware does not prefetch (virtual machines), the
 latency of memory; neither can be said in Python. So each intrinsic emits the vector instructions
-for one `step` of a loop; LLVM fits them to the machine (AVX-512, AVX2, NEON), whatever their width.
-A step also asks for memory that is needed a little later: measured, 2:4 in place takes 10 ms with
-that and 16 ms without (256 MiB, two threads), and one burst for many steps is no help.
+of a `step`, and mostly of the walk around it (`rows`), over which Numba would take longer; LLVM fits them to
+the machine (AVX-512, AVX2, NEON), whatever their width. A step also asks for memory that is needed a little
+later: measured, 2:4 in place takes 10 ms with that and 16 ms without (256 MiB, two threads), and one burst
+for many steps is no help.
 
 Floats are taken as integers: magnitudes of one format order like their bits without the sign.
 """
