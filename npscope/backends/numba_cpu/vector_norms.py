@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial, reduce
 from typing import Any
 
 from llvmlite import ir
@@ -44,6 +44,7 @@ from npscope.backends.numba_cpu.vectors import (
     planes_of,
     prefetch,
     shuffle,
+    side_by_side,
     single_of,
     splat,
     step,
@@ -316,6 +317,9 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
     run, long, many = runs.length, runs.long, takes_many(runs)
     flat = runs.flat and run <= MOST_FLAT  # folded without keeping sums
     together = many or flat  # `LANES` blocks are measured at a time
+    lanes = _lanes_folded(form, run, code)
+    # Numbers of float64 are as wide as sums, so that to deal out four takes less than to fold them.
+    folds = flat and lanes > 0 and (form.bits < 64 or run > 4)
     word = ir.IntType(64)
 
     def emit(b: Builder, here: Rows, sums: Value, norms: Value, making: Value, doubt: Value) -> Value:
@@ -349,7 +353,11 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
         def take(totals: Sequence[_Total], vectors: Sequence[Value]) -> None:
             for i, bits in enumerate(vectors):
                 totals[i % len(totals)].take(bits)
-                if least is not None:
+            take_least(vectors)
+
+        def take_least(vectors: Sequence[Value]) -> None:
+            if least is not None:
+                for bits in vectors:
                     least.take(bits)
 
         def places_of(total: _Total, block: Value) -> list[Value]:
@@ -412,7 +420,7 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
                 here = b.gep(place, [b.mul(loop.index, distance)])
                 take(parts, planes(here) if deals else read(here, LANES * run))
             places = places_of(parts[0], block)
-            values = joined_with(_dealt_out(b, code, [part.values for part in parts]), places)
+            values = joined_with(dealt_out([part.values for part in parts]), places)
             if code == INF:
                 put(values, places)
                 return
@@ -422,15 +430,45 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
                 with otherwise:
                     put(values, places)
 
-        def add_flat(at: Value, block: Value) -> None:
-            place, _ = whole_vectors(at, block)
+        def dealt_out(parts: Sequence[list[Value]]) -> list[Value]:
+            """The totals of `LANES` blocks, a lane for each, from those of their elements as they lie."""
+            join = partial(_joined, b, code)
+            whole = [list(values) for values in zip(*parts, strict=True)]
+            if not lanes or len(parts) == 1:
+                return reduce(join, map(list, zip(*(planes_of(b, values) for values in whole), strict=True)))
+            rows = [side_by_side(b, values) for values in whole]
 
             def total_of(i: int) -> list[Value]:
-                total = _Total(b, form, code, 0)
-                take([total], read(b.gep(place, [INT32(i * run)]), run))
+                starts = range(i * run, (i + 1) * run, lanes)
+                return reduce(join, ([shuffle(b, row, range(e, e + lanes)) for row in rows] for e in starts))
+
+            return _folded(b, form, code, total_of, lanes)
+
+        def add_flat(at: Value, block: Value) -> None:
+            place, _ = whole_vectors(at, block)
+            narrow = form.bits < 32  # as float32, vectors are made of whole vectors in half of the instructions
+            vectors = []
+            if narrow or least is not None:
+                vectors = read(place, LANES * run)
+                take_least(vectors)
+            else:
+                ahead.fetch(LANES * run)
+
+            def total_of(i: int) -> list[Value]:
+                total = _Total(b, form, code, 0 if code == INF else lanes)
+                for e in range(0, run, lanes):
+                    again = max(0, e + lanes - run)  # elements that were taken before
+                    start = i * run + e - again
+                    if narrow:
+                        bits = shuffle(b, vectors[start // LANES], [start % LANES + k for k in range(lanes)])
+                    else:
+                        bits = _read(b, place, start, lanes, form, code)
+                    if again:
+                        bits = b.and_(bits, ir.Constant(bits.type, [-(k >= again) for k in range(lanes)]))
+                    total.take(bits)
                 return total.values
 
-            close(block, _folded(b, form, code, total_of))
+            close(block, _folded(b, form, code, total_of, PARTIAL if code == INF else lanes))
 
         def add_one(at: Value, block: Value) -> None:
             total = _Total(b, form, code, 0)
@@ -482,7 +520,7 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
             b.store(bits, b.gep(doubts, [b.udiv(block, number(LANES))]))
             b.store(b.or_(b.load(found), bits), found)
 
-        add = add_many if many else add_flat if flat else add_one
+        add = add_flat if folds else add_many if many else add_one
         with cgutils.for_range_slice(b, number(0), count, number(LANES if together else 1)) as (block, _):
             at = b.gep(source, [b.mul(block, size)])
             add(at, block)
@@ -513,17 +551,17 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
     return emit
 
 
-def _dealt_out(b: Builder, code: int, parts: list[list[Value]]) -> list[Value]:
-    """The totals of adjacent blocks, in a lane each, from those of their elements: as many lanes a block as parts."""
-    while len(parts) > 1:
-        joined = []
-        for x, y in zip(parts[::2], parts[1::2], strict=True):
-            evens, odds = (
-                [shuffle(b, p, range(start, 2 * LANES, 2), q) for p, q in zip(x, y, strict=True)] for start in (0, 1)
-            )
-            joined.append(_joined(b, code, evens, odds))
-        parts = joined
-    return parts[0]
+def _lanes_folded(form: Format, run: int, code: int) -> int:
+    """Lanes of the sums that are folded where runs are short; 0 where numbers are dealt out to their blocks before.
+
+    Folding takes half of the shuffles for 1x8, and a quarter less time for 1x4: those take turns with roots. Maxima are
+    as narrow as numbers, which it does not help.
+    """
+    if code == INF:
+        return LANES if run == LANES else 0
+    lanes = 4 if run < PARTIAL or has_only_avx2() else PARTIAL
+    # Only float32 is read again where a run is no whole number of such parts.
+    return lanes if run >= lanes and (form.bits == 32 or run % lanes == 0) else 0
 
 
 def _kept_totals(b: Builder, form: Format, code: int, source: Value) -> Callable[[int], list[Value]]:
@@ -538,14 +576,17 @@ def _kept_totals(b: Builder, form: Format, code: int, source: Value) -> Callable
     return total_of
 
 
-def _folded(b: Builder, form: Format, code: int, total_of: Callable[[int], list[Value]]) -> list[Value]:
-    """The totals of `LANES` blocks that are in many lanes each, a lane for each: a tree of cheap shuffles."""
+def _folded(
+    b: Builder, form: Format, code: int, total_of: Callable[[int], list[Value]], lanes: int = PARTIAL
+) -> list[Value]:
+    """The totals of `LANES` blocks that are in so many lanes each, a lane for each: a tree of cheap shuffles."""
     # Inside the parts of 16 bytes of which vectors are made, then whole parts: the order comes out right.
     if code == INF and form.bits <= 32:
         orders = [[0, 2, 8, 10, 4, 6, 12, 14]] * 2 + [[0, 1, 2, 3, 8, 9, 10, 11]]
         strides = [1, 1, 4]
     else:
-        orders = [[0, 8, 2, 10, 4, 12, 6, 14]] + [[0, 1, 4, 5, 8, 9, 12, 13]] * 2
+        orders = [[i + side for i in range(0, lanes, 2) for side in (0, lanes)]]
+        orders += [[i + side for i in range(0, 2 * lanes, 4) for side in (0, 1)]] * (lanes.bit_length() - 2)
         strides = [1, 2, 2]
 
     def folded(first: int, level: int) -> list[Value]:
@@ -564,8 +605,8 @@ def _folded(b: Builder, form: Format, code: int, total_of: Callable[[int], list[
         )
         return _joined(b, code, near, far)
 
-    halves = [folded(first, len(orders)) for first in range(0, LANES, LANES // 2)]
-    return [shuffle(b, p, range(LANES), q) for p, q in zip(*halves, strict=True)]
+    parts = [folded(first, len(orders)) for first in range(0, LANES, 1 << len(orders))]
+    return [side_by_side(b, values) for values in zip(*parts, strict=True)]
 
 
 def _wide(b: Builder, form: Format, code: int, totals: Sequence[Value]) -> tuple[Value, Value]:

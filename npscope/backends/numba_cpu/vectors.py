@@ -299,7 +299,7 @@ def planes_of(b: Builder, vectors: list[Value]) -> list[Value]:
     # Parts that follow each other, to the same place in all vectors: no element leaves its part then, which takes AVX2
     # an instruction more each time.
     parts = [shuffle(b, v, range(i, i + part)) for v in vectors for i in range(0, vector.count, part)]
-    return _planes_in_parts(b, [_side_by_side(b, parts[i :: len(vectors)]) for i in range(len(vectors))], part)
+    return _planes_in_parts(b, [side_by_side(b, parts[i :: len(vectors)]) for i in range(len(vectors))], part)
 
 
 def _planes_in_parts(b: Builder, vectors: list[Value], part: int) -> list[Value]:
@@ -319,7 +319,7 @@ def _planes_in_parts(b: Builder, vectors: list[Value], part: int) -> list[Value]
     return [plane for both in zip(*planes, strict=True) for plane in both]
 
 
-def _side_by_side(b: Builder, vectors: Sequence[Value]) -> Value:
+def side_by_side(b: Builder, vectors: Sequence[Value]) -> Value:
     """A power of two of vectors as one."""
     while len(vectors) > 1:
         order = range(2 * vectors[0].type.count)
