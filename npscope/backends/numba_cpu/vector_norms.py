@@ -318,6 +318,7 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
     flat = runs.flat and run <= MOST_FLAT  # folded without keeping sums
     together = many or flat  # `LANES` blocks are measured at a time
     lanes = _lanes_folded(form, run, code)
+    length = max(run, lanes)  # elements of one block, or of several that are folded together
     # Numbers of float64 are as wide as sums, so that to deal out four takes less than to fold them.
     folds = flat and lanes > 0 and (form.bits < 64 or run > 4)
     word = ir.IntType(64)
@@ -439,10 +440,10 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
             rows = [side_by_side(b, values) for values in whole]
 
             def total_of(i: int) -> list[Value]:
-                starts = range(i * run, (i + 1) * run, lanes)
+                starts = range(i * length, (i + 1) * length, lanes)
                 return reduce(join, ([shuffle(b, row, range(e, e + lanes)) for row in rows] for e in starts))
 
-            return _folded(b, form, code, total_of, lanes)
+            return _folded(b, form, code, total_of, lanes, length // run)
 
         def add_flat(at: Value, block: Value) -> None:
             place, _ = whole_vectors(at, block)
@@ -456,9 +457,9 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
 
             def total_of(i: int) -> list[Value]:
                 total = _Total(b, form, code, 0 if code == INF else lanes)
-                for e in range(0, run, lanes):
-                    again = max(0, e + lanes - run)  # elements that were taken before
-                    start = i * run + e - again
+                for e in range(0, length, lanes):
+                    again = max(0, e + lanes - length)  # elements that were taken before
+                    start = i * length + e - again
                     if narrow:
                         bits = shuffle(b, vectors[start // LANES], [start % LANES + k for k in range(lanes)])
                     else:
@@ -468,7 +469,7 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
                     total.take(bits)
                 return total.values
 
-            close(block, _folded(b, form, code, total_of, PARTIAL if code == INF else lanes))
+            close(block, _folded(b, form, code, total_of, PARTIAL if code == INF else lanes, length // run))
 
         def add_one(at: Value, block: Value) -> None:
             total = _Total(b, form, code, 0)
@@ -554,14 +555,16 @@ def _rows_taker(form: Format, runs: Runs, code: int) -> Callable[[Builder, Rows,
 def _lanes_folded(form: Format, run: int, code: int) -> int:
     """Lanes of the sums that are folded where runs are short; 0 where numbers are dealt out to their blocks before.
 
-    Folding takes half of the shuffles for 1x8, and a quarter less time for 1x4: those take turns with roots. Maxima are
-    as narrow as numbers, which it does not help.
+    Folding takes half of the shuffles for 1x8, and with AVX2 a quarter less time for 1x4: those take turns with roots.
+    Maxima are as narrow as numbers, which it does not help.
     """
     if code == INF:
         return LANES if run == LANES else 0
-    lanes = 4 if run < PARTIAL or has_only_avx2() else PARTIAL
-    # Only float32 is read again where a run is no whole number of such parts.
-    return lanes if run >= lanes and (form.bits == 32 or run % lanes == 0) else 0
+    lanes = 4 if has_only_avx2() else PARTIAL
+    whole = run == 4 or run % lanes == 0
+    # To read elements again, to fill lanes, pays for float32; but with AVX-512 not for a few that are left.
+    fits = whole or (form.bits == 32 and (lanes == 4 or run % 4 == 0))
+    return lanes if run >= 4 and fits else 0
 
 
 def _kept_totals(b: Builder, form: Format, code: int, source: Value) -> Callable[[int], list[Value]]:
@@ -577,20 +580,32 @@ def _kept_totals(b: Builder, form: Format, code: int, source: Value) -> Callable
 
 
 def _folded(
-    b: Builder, form: Format, code: int, total_of: Callable[[int], list[Value]], lanes: int = PARTIAL
+    b: Builder, form: Format, code: int, total_of: Callable[[int], list[Value]], lanes: int = PARTIAL, several: int = 1
 ) -> list[Value]:
-    """The totals of `LANES` blocks that are in so many lanes each, a lane for each: a tree of cheap shuffles."""
-    # Inside the parts of 16 bytes of which vectors are made, then whole parts: the order comes out right.
+    """The totals of `LANES` blocks, a lane for each, by a tree of cheap shuffles.
+
+    From those that ``total_of(i)`` has in so many lanes, one of a block, or `several` side by side.
+    """
+    # Inside the parts of 16 bytes of which vectors are made, then whole parts: the order of single blocks comes out
+    # right.
     if code == INF and form.bits <= 32:
         orders = [[0, 2, 8, 10, 4, 6, 12, 14]] * 2 + [[0, 1, 2, 3, 8, 9, 10, 11]]
         strides = [1, 1, 4]
     else:
         orders = [[i + side for i in range(0, lanes, 2) for side in (0, lanes)]]
-        orders += [[i + side for i in range(0, 2 * lanes, 4) for side in (0, 1)]] * (lanes.bit_length() - 2)
+        orders += [[i + side for i in range(0, 2 * lanes, 4) for side in (0, 1)]] * (
+            (lanes // several).bit_length() - 2
+        )
         strides = [1, 2, 2]
+    together = 1 << len(orders)  # of what `total_of` has, in one vector in the end
+    blocks = [[i * several + lane * several // lanes for lane in range(lanes)] for i in range(together)]
+    for order in orders:
+        pairs = zip(blocks[::2], blocks[1::2], strict=True)
+        blocks = [[[*x, *y][place] for place in order] for x, y in pairs]
+    in_order = sorted(range(lanes), key=blocks[0].__getitem__)
 
     def folded(first: int, level: int) -> list[Value]:
-        """Of 2 ** level blocks: joined as soon as they are there, so that few are kept in registers."""
+        """Of 2 ** level of them: joined as soon as they are there, so that few are kept in registers."""
         if level == 0:
             total = total_of(first)
             if code == INF:
@@ -605,8 +620,8 @@ def _folded(
         )
         return _joined(b, code, near, far)
 
-    parts = [folded(first, len(orders)) for first in range(0, LANES, 1 << len(orders))]
-    return [side_by_side(b, values) for values in zip(*parts, strict=True)]
+    parts = [folded(first, len(orders)) for first in range(0, LANES // several, together)]
+    return [side_by_side(b, [shuffle(b, part, in_order) for part in values]) for values in zip(*parts, strict=True)]
 
 
 def _wide(b: Builder, form: Format, code: int, totals: Sequence[Value]) -> tuple[Value, Value]:
