@@ -19,6 +19,7 @@ from npscope.backends.numba_cpu.vectors import (
     copy_rows,
     fma,
     load,
+    room_for,
     shuffle,
     splat,
     step,
@@ -66,7 +67,7 @@ def _take_rows(
     word, length = count.type, together * run
     several = together > 1
     spare_elements, spare_numbers = (
-        b.bitcast(cgutils.alloca_once(b, ir.ArrayType(place.type.pointee, size)), place.type) if several else place
+        room_for(b, size, place) if several else place
         for place, size in ((source, TOGETHER * length), (numbers, together))
     )
     with cgutils.for_range_slice(b, word(0), count, word(together)) as (block, _):
