@@ -196,7 +196,7 @@ def _lie_apart(a: Any, b: Any) -> bool:
 
 def as_destination(out: Any, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """`out` checked as the place for a result read from `x`."""
-    if out is not x:  # which is an array for sure
+    if out is not x and not (type(out) is type(x) is np.ndarray and out.dtype == dtype):  # what most are, seen at once
         require_array(out, "out")
         require_alike(x, out, "x", "out")
     if tuple(out.shape) != shape:

@@ -41,6 +41,12 @@ def code_of(ord: float, elements: int) -> int:
     return nk.INF if elements == 1 else _CODES.get(ord, nk.POWER)
 
 
+def _measure_all(measure: int, strip: int, norm_bytes: int, leaf: Operand, total: int, norm: np.ndarray) -> None:
+    """What `LineNorms` would do with all blocks of a leaf at once: to make them takes a tenth of a small call."""
+    loan = Loan(lines.NormBuffers, lines.STRIP_BLOCKS, norm_bytes)
+    lines.norms_of_blocks(measure, *leaf.raw, 0, total, strip, norm, _NONE, *loan.work.all)
+
+
 class LineNorms:
     """The norms of up to `length` blocks of a part that one kernel measures line by line, at the address `measure`.
 
@@ -182,8 +188,8 @@ class Measuring(NamedTuple):
     """Bytes of work arrays that a block takes then."""
     piece: int
     """Elements of a piece that suit it."""
-    fills_any: bool
-    """Whether `fill_into` needs no arrays of its own."""
+    at_once: Callable[[Operand, int, np.ndarray], None] | None
+    """What writes the norms of all so many blocks of a leaf; None if that, or `fill_into`, needs arrays of its own."""
 
 
 @kept_for_one
@@ -192,10 +198,10 @@ def measuring_of(places: tuple[Placement, ...], ord: float) -> Measuring:
     elements, (norm, exact, _) = sum(place.cut.elements for place in places), measure_of(places)
     code, layout, workspace = code_of(ord, elements), places[0].layout, workspace_of(elements, exact)
     if len(places) > 1 or layout is None or not lines.can_sum(layout, code, wide=True):
-        return Measuring(partial(PassNorms, ord, code, norm, exact), workspace, PIECE_ELEMENTS, False)
+        return Measuring(partial(PassNorms, ord, code, norm, exact), workspace, PIECE_ELEMENTS, None)
     measure, strip = lines.measurer_address(layout.compiled, code, places[0].unit, norm), lines.strip_blocks(layout)
     make = partial(LineNorms, measure, strip, code == nk.INF, norm)
-    return Measuring(make, workspace, STRIPS_ELEMENTS, True)
+    return Measuring(make, workspace, STRIPS_ELEMENTS, partial(_measure_all, measure, strip, norm.itemsize))
 
 
 def norm_ranges(
@@ -277,16 +283,16 @@ def columns_of(table: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
 def norms_into(part: Part, walk: _Walk, columns: np.ndarray) -> None:
     """The norms of a part into its columns of a table."""
     total = walk.scopes * walk.blocks
-    leaves = [Operand(leaf.array, place) for leaf, place in zip(part, walk.places, strict=True)]
     # Parts may have norms of another precision than the table.
     in_order = walk.in_order and columns.flags.c_contiguous and columns.dtype == walk.norm
-    make, workspace, piece, fills_any = walk.measuring
-    if in_order and fills_any and is_one_piece(total, walk.elements, piece):
-        make(leaves, 0).fill_into(0, total, columns.reshape(-1))  # a job of it would be a tenth of a small call
+    make, workspace, piece, at_once = walk.measuring
+    if at_once is not None and in_order and is_one_piece(total, walk.elements, piece):
+        at_once(Operand(part[0].array, walk.places[0]), total, columns.reshape(-1))
         return
+    leaves = [Operand(leaf.array, place) for leaf, place in zip(part, walk.places, strict=True)]
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
-        works = [make(leaves, 0 if in_order and fills_any else length) for _ in range(slots)]
+        works = [make(leaves, 0 if in_order and at_once else length) for _ in range(slots)]
         if in_order:
             dense = columns.reshape(-1)
             return lambda slot, i0, i1: works[slot].fill_into(i0, i1, dense[i0:i1])

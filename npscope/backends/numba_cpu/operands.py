@@ -285,16 +285,17 @@ class Operand:
     def buffer(self) -> np.ndarray:
         """The memory as one flat writable array: one kernel signature, whatever flags and strides the leaf has."""
         if self._buffer is None:
-            array, place = self.array, self.place
-            flags = array.flags
-            if type(array) is np.ndarray and flags.writeable and flags.forc:
-                self._buffer = array.ravel("K")
-                if array.dtype != place.unit:
-                    self._buffer = self._buffer.view(place.unit)
-            else:
-                address: int = array.__array_interface__["data"][0]
-                self._buffer = np.asarray(_Memory(array, address + place.low, place.length, place.unit))
+            self._buffer = self._flat(self.place.unit)
         return self._buffer
+
+    def _flat(self, unit: np.dtype) -> np.ndarray:
+        array, flags = self.array, self.array.flags
+        if type(array) is np.ndarray and flags.writeable and flags.forc:
+            flat = array.ravel("K")
+            return flat if flat.dtype == unit else flat.view(unit)
+        place, address = self.place, array.__array_interface__["data"][0]
+        length = place.length * place.unit.itemsize // unit.itemsize
+        return np.asarray(_Memory(array, address + place.low, length, unit))
 
     @property
     def where(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
@@ -325,7 +326,7 @@ class Operand:
 
     def _bytes(self) -> np.ndarray:
         if self._raw is None:
-            self._raw = self.buffer.view(_BYTE)
+            self._raw = self._flat(_BYTE)
         return self._raw
 
 
