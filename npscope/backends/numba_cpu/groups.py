@@ -11,7 +11,7 @@ import numpy as np
 from npscope.backends.numba_cpu import lines
 from npscope.backends.numba_cpu.operands import Operand, Placement
 from npscope.backends.numba_cpu.orders import in_memory_order
-from npscope.backends.numba_cpu.pieces import STRIPS_ELEMENTS, ranges
+from npscope.backends.numba_cpu.pieces import STRIPS_ELEMENTS, is_one_piece, ranges
 from npscope.backends.numba_cpu.vector_selection import MAX_GROUP
 from npscope.backends.numba_cpu.vectors import Format, format_of
 from npscope.tiling import Leaf, Parts
@@ -62,6 +62,8 @@ def _adjacent_job(read: Operand, written: Operand, kernel: Any, k: int) -> Calla
     """The job for groups of adjacent elements."""
     here, there = read.place, written.place
     n, where = here.cut.blocks, (read.buffer, here.origin, here.grid, written.buffer, there.origin, there.grid)
+    if is_one_piece(there.cut.scopes, n, STRIPS_ELEMENTS):  # as `ranges` would, which takes a twentieth of a small call
+        return lambda: kernel(*where, 0, there.cut.scopes * n, k)
 
     def make_work(slots: int, length: int) -> Callable[[int, int, int], None]:
         return lambda slot, s0, s1: kernel(*where, s0 * n, s1 * n, k)

@@ -306,8 +306,11 @@ def read_blocks(read: int, source: Any, i0: int, i1: int, strip: int, out: Any, 
     keys, _mask, _keep, sums, norms, making = scratch
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
-        call_reader(read, source, i, stop, keys, sums, norms, making)
-        vectors.copy_numbers(keys, 0, stop - i, out, i - i0)
+        if stop + SLACK <= i1:  # what a reader writes behind its blocks, the next strip overwrites
+            call_reader(read, source, i, stop, out[i - i0 :], sums, norms, making)
+        else:
+            call_reader(read, source, i, stop, keys, sums, norms, making)
+            vectors.copy_numbers(keys, 0, stop - i, out, i - i0)
 
 
 @kernel
