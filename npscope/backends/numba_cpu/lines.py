@@ -241,8 +241,11 @@ def norms_of_blocks(
     """
     for i in range(i0, i1, strip):
         stop = least(i1, i + strip)
-        call_measurer(measure, buffer, origin, grid, elements, i, stop, sums, norms, making)
-        copy_numbers(norms, 0, stop - i, out, i - i0)
+        if stop + LANES <= i1:  # what is written behind the blocks of a strip, the next one overwrites
+            call_measurer(measure, buffer, origin, grid, elements, i, stop, sums, out[i - i0 :], making)
+        else:
+            call_measurer(measure, buffer, origin, grid, elements, i, stop, sums, norms, making)
+            copy_numbers(norms, 0, stop - i, out, i - i0)
         if wide.size:
             copy_numbers(sums, 0, stop - i, wide, i - i0)
 
