@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from npscope.backends.numba_cpu import planes, secular, vector_shrinkage
+from npscope.backends.numba_cpu import planes, secular, vector_search, vector_shrinkage
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
@@ -25,6 +25,14 @@ from npscope.backends.numba_cpu.secular import PAIRS, RATE, WIDTH
 from npscope.backends.numba_cpu.vectors import LANES, Format, copy_numbers
 
 # --- looking at the metric ----------------------------------------------------------
+
+
+@kernel
+def ends_of(words: Any, i0: int, i1: int) -> tuple[int, int]:
+    """The least and the largest of entries [i0, i1)."""
+    make_small()
+    ends: tuple[int, int] = vector_search.ends_of(words, i0, i1 - i0)
+    return ends
 
 
 # --- dealing ------------------------------------------------------------------------

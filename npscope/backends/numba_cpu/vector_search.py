@@ -14,13 +14,17 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from npscope.backends.numba_cpu.rows import over_lanes
 from npscope.backends.numba_cpu.vectors import (
+    LINE,
     Builder,
     Value,
+    broadcast,
     call,
     first_lanes,
     load,
     narrow,
+    prefetch,
     splat,
     step,
     store,
@@ -167,3 +171,28 @@ tie_border = step(_tie_border, 5, types.UniTuple(types.int64, 2))
 
 That is n where there is none.
 """
+
+
+def _ends_of(b: Builder, keys: Value, n: Value) -> Value:
+    line = vector_of(keys.type.pointee.width, 8 * LINE // keys.type.pointee.width)
+    least, most = (cgutils.alloca_once_value(b, splat(line, end)) for end in (-1, 0))
+
+    def take(e: Value, count: int) -> None:
+        here = b.gep(keys, [e])
+        if count > 1:
+            prefetch(b, here, LINE)
+            found = load(b, here, line)
+        else:
+            found = broadcast(b, b.load(here), line.count)
+        for place, sign in ((least, "<"), (most, ">")):
+            kept = b.load(place)
+            b.store(b.select(b.icmp_unsigned(sign, found, kept), found, kept), place)
+
+    over_lanes(b, n, line.count, take)
+    names = (f"llvm.vector.reduce.{end}.v{line.count}i{line.element.width}" for end in ("umin", "umax"))
+    ends = (call(b, name, line.element, [b.load(place)]) for name, place in zip(names, (least, most), strict=True))
+    return cgutils.pack_array(b, [end if end.type == _WORD else b.zext(end, _WORD) for end in ends])
+
+
+ends_of = step(_ends_of, 3, types.UniTuple(types.uint64, 2))
+"""``ends_of(keys, i, n)``: the least and the largest of n keys."""
