@@ -24,6 +24,7 @@ from numba import types  # noqa: E402
 
 from npscope.backends.numba_cpu import (  # noqa: E402
     conditioned,
+    lines,
     shrinkage,
     strips,
     vector_norms,
@@ -35,6 +36,7 @@ from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exa
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, standalone  # noqa: E402
 from npscope.backends.numba_cpu.nests import length_of, place  # noqa: E402
 from npscope.backends.numba_cpu.operands import Competitors  # noqa: E402
+from npscope.backends.numba_cpu.rows import Runs  # noqa: E402
 from npscope.dtypes import kind_of  # noqa: E402
 from npscope.tiling import Leaf, array_cut  # noqa: E402
 
@@ -402,6 +404,54 @@ def test_groups_of_keys_are_ranked_with_ties_and_nan(rng, width, n, sizes):
         for row, first, kept in zip(expected, order, keep, strict=True):
             row[first[:kept]] = True
         np.testing.assert_array_equal(mask, expected)
+
+
+def _measuring(measure):
+    @kernel
+    def norms_of(words, grid, elements, blocks, sums, norms, making):
+        measure(
+            words, 0, grid, 0, 1, elements, 0, elements.shape[1], 0, blocks, sums, 0, norms, 0, making, 0
+        )  # fmt: skip
+
+    return norms_of
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [("float32", n) for n in (4, 5, 8, 9, 12, 16)]
+    + [(name, n) for name in ("float16", "float64") for n in (4, 12, 16)],
+)
+def test_sums_of_short_runs_are_those_of_their_blocks(rng, monkeypatch, name, run, rows, narrow):
+    """Whatever the machine can. Of small integers all sums are exact."""
+    monkeypatch.setattr(vector_norms, "has_only_avx2", lambda: narrow)
+    form, blocks = vectors.format_of(kind_of(dtype(name))), 2 * vectors.LANES + 5
+    numbers = rng.integers(-9, 10, (rows, blocks, run)).astype(name)
+    grid = np.asarray([[blocks], [run]], dtype=np.int64)
+    elements = np.asarray([[rows, run], [blocks * run, 1]], dtype=np.int64)
+    elements = np.ascontiguousarray(elements[:, 1:]) if rows == 1 else elements
+    buffers = lines.NormBuffers(blocks, 8 if form.bits == 64 else 4)
+    for code, expected in (
+        (vector_norms.TWO, np.sqrt((numbers.astype(np.float64) ** 2).sum(axis=(0, 2)))),
+        (vector_norms.ONE, np.abs(numbers.astype(np.float64)).sum(axis=(0, 2))),
+    ):
+        norms_of = _measuring(vector_norms.measure_strip.__wrapped__(form, Runs(run, False, rows == 1), code))
+        norms_of(numbers.reshape(-1).view(f"u{form.bits // 8}"), grid, elements, blocks, *buffers.all)
+        np.testing.assert_array_equal(buffers.sums[:blocks], expected)
+        np.testing.assert_array_equal(buffers.norms[:blocks], expected.astype(buffers.norms.dtype))
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_the_ends_of_words_are_found_at_any_place(rng, width):
+    words = rng.integers(9, 1 << width - 1, 150, dtype=f"u{width // 8}")
+    for start, stop in ((0, 1), (0, 150), (3, 35), (7, 140)):
+        for changed in (start, stop - 1, (start + stop) // 2):
+            own = words.copy()
+            own[changed] = 5
+            assert conditioned.ends_of(own, start, stop) == (5, own[start:stop].max())
+            own[changed] = np.iinfo(own.dtype).max
+            assert conditioned.ends_of(own, start, stop) == (own[start:stop].min(), own[changed])
 
 
 @pytest.mark.parametrize("narrow", [False, True])
