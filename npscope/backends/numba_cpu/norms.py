@@ -42,7 +42,7 @@ def code_of(ord: float, elements: int) -> int:
 
 
 def _measure_all(measure: int, strip: int, norm_bytes: int, leaf: Operand, total: int, norm: np.ndarray) -> None:
-    """What `LineNorms` would do with all blocks of a leaf at once: to make them takes a tenth of a small call."""
+    """The norms of all blocks of a leaf, as `LineNorms` writes them: to make such takes a twentieth of a small call."""
     loan = Loan(lines.NormBuffers, lines.STRIP_BLOCKS, norm_bytes)
     lines.norms_of_blocks(measure, *leaf.raw, 0, total, strip, norm, _NONE, *loan.work.all)
 

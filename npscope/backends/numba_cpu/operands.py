@@ -289,6 +289,7 @@ class Operand:
         return self._buffer
 
     def _flat(self, unit: np.dtype) -> np.ndarray:
+        """The memory in other units."""
         array, flags = self.array, self.array.flags
         if type(array) is np.ndarray and flags.writeable and flags.forc:
             flat = array.ravel("K")

@@ -31,8 +31,8 @@ from npscope.backends.numba_cpu.vectors import (
     on_floats,
     planes_of,
     prefetch,
-    room_for,
     shuffle,
+    spare_room,
     splat,
     step,
     store,
@@ -99,7 +99,7 @@ def keep_groups(form: Format, n: int, marks: bool) -> Any:
     ) -> None:  # fmt: skip
         word = ir.IntType(64)
         grids = [Grid(source, grid, loops), Grid(target, grid2, loops2)]
-        spare, spare2 = (room_for(b, lanes, place) for place in (source, target))
+        spare, spare2 = (spare_room(b, lanes, place) for place in (source, target))
         with over_ranges(b, grids, i, stop) as (first, after, (at, at2)):
             here, there, count, done = b.gep(source, [at]), b.gep(target, [at2]), b.sub(after, first), word(0)
             for several in (True, False) if sorts else (False,):

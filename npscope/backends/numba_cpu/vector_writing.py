@@ -19,8 +19,8 @@ from npscope.backends.numba_cpu.vectors import (
     copy_rows,
     fma,
     load,
-    room_for,
     shuffle,
+    spare_room,
     splat,
     step,
     store,
@@ -67,7 +67,7 @@ def _take_rows(
     word, length = count.type, together * run
     several = together > 1
     spare_elements, spare_numbers = (
-        room_for(b, size, place) if several else place
+        spare_room(b, size, place) if several else place
         for place, size in ((source, TOGETHER * length), (numbers, together))
     )
     with cgutils.for_range_slice(b, word(0), count, word(together)) as (block, _):

@@ -337,7 +337,7 @@ def _size_of(place: Value) -> int:
     return _bits_of(place.type.pointee) // 8
 
 
-def room_for(b: Builder, count: int, place: Value) -> Value:
+def spare_room(b: Builder, count: int, place: Value) -> Value:
     """Room on the stack for so many numbers like that at an address.
 
     It is not cleared: what Numba's own way to make it writes with each call was a thirteenth of dropping blocks.
