@@ -437,6 +437,30 @@ def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data
             np.testing.assert_array_equal(found[3], expected[3])
 
 
+@pytest.mark.parametrize("n", [3000, 20000])
+@pytest.mark.parametrize("data", ["normal", "with ties", "of zeros", "one scope apart"])
+def test_few_and_many_keys_near_the_limits_of_rows(monkeypatch, data, n):
+    """Those of several rows are searched together where they are few; where they are many, row by row."""
+    monkeypatch.setattr(
+        pytest.importorskip("npscope.backends.numba_cpu.scope_strips"), "WIDE_ELEMENTS", 0
+    )  # fmt: skip
+    rows = 40
+    x = np.random.default_rng(8).standard_normal((rows, n)).astype(np.float32)
+    if data == "with ties":
+        x = np.round(x * 64) / 64
+    elif data == "of zeros":
+        x[np.abs(x) < 0.7] = 0.0
+    elif data == "one scope apart":
+        x[21] *= 1000.0
+    for k in (1, n // 3, n // 2, n):
+        with npscope.use_backend("numba"):
+            found = npscope.kth_largest(x, k), npscope.topk_mask(x, k), npscope.keep_largest(x, k, (1, 1), (1, -1))
+        with npscope.use_backend("reference"):
+            expected = npscope.kth_largest(x, k), npscope.topk_mask(x, k), npscope.keep_largest(x, k, (1, 1), (1, -1))
+        for here, there in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(here, there)
+
+
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("elements", [0, 1 << 23], ids=["wide", "narrow"])
 @pytest.mark.parametrize("name", ["float32", "float16", "float64", "int8"])

@@ -282,34 +282,26 @@ def _mean_spacing(b: Builder, line: _Line, bounds: _Bounds, some: Value, spacing
 
 
 class _Found(NamedTuple):
-    """Limits and ties of all lanes, as `search.separator` finds them, for any k; where the next search starts."""
+    """Places of the limits and ties of all lanes, as `search.separator` finds them, and what is known in the end."""
 
-    planes: _Planes
     limits: Value
     ties: Value
-    next: Value
+    bounds: _Bounds
 
 
 def _search(
-    b: Builder, planes: _Planes, rows: Value, keep: Value, guess: Value, spacing: Value, signed: bool
-) -> _Found:
-    """The limits of `rows` scopes of which `keep` says how many are kept. It is read for all lanes.
+    b: Builder, planes: _Planes, line: _Line, wanted: Value, some: Value, bounds: _Bounds, every: Value,
+    guesses: Value, limits: Value, ties: Value, spacing: Value,
+) -> _Found:  # fmt: skip
+    """The limits of `some` of the lanes, and ties, `every` where all keys from there on are kept; of others as given.
 
-    Invariant, by lane: more than that many keys are at least `low`, fewer are above `high`.
+    Invariant, by lane: more keys are at least `low` than are `wanted`, fewer are above `high`.
     """
-    n = planes.n
-    line = _Line(b, planes.start.type.pointee.element.width, signed)
     vector = line.vector
-    zeros, one, ones, none = splat(vector, 0), splat(vector, 1), splat(vector, -1), splat(_COUNTS, 0)
-    every = broadcast(b, b.trunc(n, INT32), LANES)
-    wanted = b.trunc(load(b, keep, vector_of(64, LANES)), _COUNTS)
-    empty = b.icmp_signed("<=", wanted, none)
-    some = b.and_(b.not_(empty), b.icmp_signed("<", wanted, every))
-    some = b.and_(some, first_lanes(b, rows, LANES))
-    first = _resized(b, broadcast(b, guess, LANES), vector)
-    low, high, from_low, above_high = (_stored(b, x) for x in (zeros, ones, every, none))
-    limits, ties = _stored(b, b.select(empty, ones, zeros)), _stored(b, b.select(empty, none, every))
-    guesses, searched, bold = _stored(b, first), _stored(b, some), _stored(b, spacing)
+    one = splat(vector, 1)
+    low, high, from_low, above_high = (_stored(b, x) for x in bounds)
+    limits, ties = _stored(b, limits), _stored(b, ties)
+    guesses, searched, bold = _stored(b, guesses), _stored(b, some), _stored(b, spacing)
     with cgutils.for_range(b, _WORD(1 << 32)) as loop:
         open_ = b.load(searched)
         with b.if_then(b.icmp_unsigned("==", b.bitcast(open_, ir.IntType(LANES)), ir.IntType(LANES)(0))):
@@ -342,17 +334,44 @@ def _search(
         middle = b.add(bounds.low, b.lshr(b.sub(bounds.high, bounds.low), one))
         halves = b.and_(late, b.trunc(loop.index, ir.IntType(1)))
         b.store(b.select(halves, middle, following), guesses)
-    bounds = _Bounds(*map(b.load, (low, high, from_low, above_high)))
-    mean = _mean_of_keys(b, b.select(some, b.load(limits), first))
-    spread = _mean_spacing(b, line, bounds, some, spacing)
-    return _Found(planes, limits, ties, cgutils.pack_struct(b, [mean, spread]))
+    return _Found(limits, ties, _Bounds(*map(b.load, (low, high, from_low, above_high))))
+
+
+class _Scopes(NamedTuple):
+    """What `_search` finds of scopes that are in planes as a whole, for any k; and where the next search starts."""
+
+    planes: _Planes
+    limits: Value
+    ties: Value
+    next: Value
+
+
+def _search_scopes(
+    b: Builder, planes: _Planes, rows: Value, keep: Value, guess: Value, spacing: Value, signed: bool
+) -> _Scopes:
+    """The limits of `rows` scopes of which `keep` says how many are kept. It is read for all lanes."""
+    line = _Line(b, planes.start.type.pointee.element.width, signed)
+    zeros, ones, none = splat(line.vector, 0), splat(line.vector, -1), splat(_COUNTS, 0)
+    every = broadcast(b, b.trunc(planes.n, INT32), LANES)
+    wanted = b.trunc(load(b, keep, vector_of(64, LANES)), _COUNTS)
+    empty = b.icmp_signed("<=", wanted, none)
+    some = b.and_(b.not_(empty), b.icmp_signed("<", wanted, every))
+    some = b.and_(some, first_lanes(b, rows, LANES))
+    first = _resized(b, broadcast(b, guess, LANES), line.vector)
+    found = _search(
+        b, planes, line, wanted, some, _Bounds(zeros, ones, every, none), every, first,
+        b.select(empty, ones, zeros), b.select(empty, none, every), spacing,
+    )  # fmt: skip
+    mean = _mean_of_keys(b, b.select(some, b.load(found.limits), first))
+    spread = _mean_spacing(b, line, found.bounds, some, spacing)
+    return _Scopes(planes, found.limits, found.ties, cgutils.pack_struct(b, [mean, spread]))
 
 
 NEXT: Any = types.Tuple((types.uint64, types.float64))
 """The guess and the spacing with which the next search starts."""
 
 
-def _each(b: Builder, found: _Found, rows: Value, use: Callable[[Value, Value, Value], None]) -> None:
+def _each(b: Builder, found: _Scopes, rows: Value, use: Callable[[Value, Value, Value], None]) -> None:
     """``use(row, limit, ties)`` for each row."""
     limits, ties = (b.bitcast(place, place.type.pointee.element.as_pointer()) for place in (found.limits, found.ties))
     with cgutils.for_range(b, rows) as loop:
@@ -370,7 +389,7 @@ def mark_rows(signed: bool) -> Any:
     def emit(
         b: Builder, keys: Value, n: Value, rows: Value, keep: Value, mask: Value, guess: Value, spacing: Value
     ) -> Value:
-        found = _search(b, _Planes.of_rows(b, keys, n, n, rows), rows, keep, guess, spacing, signed)
+        found = _search_scopes(b, _Planes.of_rows(b, keys, n, n, rows), rows, keep, guess, spacing, signed)
 
         def mark(row: Value, limit: Value, ties: Value) -> None:
             at = b.mul(row, n)
@@ -393,7 +412,7 @@ def mark_planes(signed: bool) -> Any:
         b: Builder, keys: Value, pitch: Value, n: Value, rows: Value, keep: Value, mask: Value, guess: Value,
         spacing: Value,
     ) -> Value:  # fmt: skip
-        found = _search(b, _Planes.of_planes(b, keys, pitch, n), rows, keep, guess, spacing, signed)
+        found = _search_scopes(b, _Planes.of_planes(b, keys, pitch, n), rows, keep, guess, spacing, signed)
         limits = b.load(found.limits)
         left = _stored(b, b.load(found.ties))
         partial, some = b.icmp_signed("<", rows, _WORD(LANES)), first_lanes(b, rows, LANES)
@@ -425,7 +444,7 @@ def limits_of_rows(signed: bool) -> Any:
         b: Builder, keys: Value, pitch: Value, n: Value, rows: Value, keep: Value, limits: Value, ties: Value,
         guess: Value, spacing: Value,
     ) -> Value:  # fmt: skip
-        found = _search(b, _Planes.of_rows(b, keys, pitch, n, rows), rows, keep, guess, spacing, signed)
+        found = _search_scopes(b, _Planes.of_rows(b, keys, pitch, n, rows), rows, keep, guess, spacing, signed)
         store(b, b.load(found.limits), limits)
         store(b, b.load(found.ties), ties)
         return found.next
@@ -440,7 +459,7 @@ def kth_of_rows(signed: bool) -> Any:
     def emit(
         b: Builder, keys: Value, n: Value, rows: Value, keep: Value, target: Value, guess: Value, spacing: Value
     ) -> Value:
-        found = _search(b, _Planes.of_rows(b, keys, n, n, rows), rows, keep, guess, spacing, signed)
+        found = _search_scopes(b, _Planes.of_rows(b, keys, n, n, rows), rows, keep, guess, spacing, signed)
         kth, _ = found.planes.neighbours_of(b, b.load(found.limits))
 
         def put(row: Value, key: Value, ties: Value) -> None:
@@ -450,3 +469,38 @@ def kth_of_rows(signed: bool) -> Any:
         return found.next
 
     return step(emit, 10, NEXT)
+
+
+@cache
+def limits_in_windows(signed: bool) -> Any:
+    """``(keys, i, pitch, most, n, rows, low, high, limits, l, wanted, w, counts, c, exact, spacing)``: limits.
+
+    Of `rows` scopes of n keys, of which those in [low, high] are in a row each, `counts` of them and at most `most`,
+    so far apart. So many of these are `wanted`, but not all; ties are written in their place, n if they are all.
+    `limits` are the least keys of those that are wanted if they are to be `exact`. Where the count is 0 all stays.
+    """
+
+    def emit(
+        b: Builder, keys: Value, pitch: Value, most: Value, n: Value, rows: Value, low: Value, high: Value,
+        limits: Value, wanted: Value, counts: Value, exact: Value, spacing: Value,
+    ) -> None:  # fmt: skip
+        key = vector_of(keys.type.pointee.width, LANES)
+        with cgutils.for_range(b, rows) as row:  # zeros behind the keys of each, as they are behind planes
+            here, count = b.gep(keys, [b.mul(row.index, pitch)]), b.sext(b.load(b.gep(counts, [row.index])), _WORD)
+            with cgutils.for_range_slice(b, count, most, _WORD(LANES)) as (e, _):
+                store(b, splat(key, 0), b.gep(here, [e]))
+        planes = _Planes.of_rows(b, keys, pitch, most, rows)
+        line = _Line(b, key.element.width, signed)
+        bottom, top = (_resized(b, broadcast(b, end, LANES), key) for end in (low, high))
+        before, asked, known = load(b, limits, key), load(b, wanted, _COUNTS), load(b, counts, _COUNTS)
+        some = b.and_(b.icmp_signed(">", known, splat(_COUNTS, 0)), first_lanes(b, rows, LANES))
+        bounds, every = _Bounds(bottom, top, known, splat(_COUNTS, 0)), broadcast(b, b.trunc(n, INT32), LANES)
+        first = _next_guess(b, line, bounds, asked, known, spacing)
+        found = _search(b, planes, line, asked, some, bounds, every, first, before, asked, spacing)
+        with b.if_then(exact):
+            least, _ = planes.neighbours_of(b, b.load(found.limits))
+            b.store(b.select(some, least, before), found.limits)
+        store(b, b.load(found.limits), limits)
+        store(b, b.load(found.ties), wanted)
+
+    return step(emit, 16)

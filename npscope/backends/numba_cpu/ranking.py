@@ -35,6 +35,9 @@ And of a strip that is made longer, so that as many scopes as are searched toget
 """
 
 
+WINDOWS_ELEMENTS = 1 << 15
+"""Elements of a strip of scopes that are searched together by the keys near their limits: a quarter of that cache."""
+
 PLANES_ELEMENTS = 1 << 18
 """Elements of a strip that is read block by block of all scopes: half as many took a third longer for 4x4 and 1x4."""
 
@@ -218,6 +221,12 @@ class Ranking:
         return alone and few_bytes and self.scopes >= max(2, workers_for(self.scopes * self.elements))
 
     @property
+    def is_wide(self) -> bool:
+        """Whether scopes of elements are so large, and so many, that to look near their expected limits first pays."""
+        large = self.group == 0 and self.elements == self.blocks >= scope_strips.WIDE_SCOPE
+        return large and self.scopes * self.blocks >= scope_strips.WIDE_ELEMENTS
+
+    @property
     def reads_by_itself(self) -> bool:
         """Whether there is one part, and kernels had better read its scopes one after another."""
         return len(self.parts) == 1 and not (self.planes[0] is not None and self.parts[0].leaves[0].place.in_tiles)
@@ -243,6 +252,8 @@ class Ranking:
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
         rows = max(1, strip // self.blocks)
+        if self.is_wide:
+            rows = max(rows, min(LANES, WINDOWS_ELEMENTS // self.blocks))
         if self.group == IN_LANES:
             rows = whole_lanes(max(rows, LANES if LANES * self.elements <= TILES_ELEMENTS else 1))
         if len(self.parts) > 1 or not self.parts[0].leaves[0].place.across:
@@ -356,9 +367,8 @@ def search_of(ranking: Ranking, *, kept: bool = False) -> tuple[int, int]:
     """
     turned = ranking.sources[0] is not None and ranking.sources[0].turner is not None
     unit = ranking.key if kept or turned else ranking.parts[0].leaves[0].place.unit
-    wide = ranking.blocks >= scope_strips.WIDE_SCOPE and ranking.scopes * ranking.blocks >= scope_strips.WIDE_ELEMENTS
     look: int | None = None
-    if wide and not kept:
+    if ranking.is_wide and not kept:
         look = (
             strips.dense_surveyor(ranking.key, crowded=False) if turned else line_surveyor_of(ranking, 0, crowded=False)
         )

@@ -4,8 +4,8 @@ Their steps are those of `strips`, and what decides, at its address as well:
 
 select(keys, rows, n, keep, mask, guess, spacing)
     the mask of the first-ranked keys, see `search.selector`;
-seek(look, read, source, i, n, k, guess, expected, scratch)
-    the limit of one scope, see `searcher`;
+seek(look, read, source, i, pitch, r0, r1, n, keep, exact, ends, guess, expected, scratch)
+    the limits of scopes, see `searcher`;
 turn(source, i, stop, keys, pitch)
     the keys of scopes that lie side by side, see `side_by_side.columns_turner`.
 """
@@ -22,8 +22,8 @@ from npscope.backends.numba_cpu import lines, search, vector_selection
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
-from npscope.backends.numba_cpu.lane_search import NEXT
-from npscope.backends.numba_cpu.scalars import least
+from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, NEXT, limits_in_windows
+from npscope.backends.numba_cpu.scalars import greatest, least
 from npscope.backends.numba_cpu.strips import (
     KEEP,
     MASK,
@@ -32,14 +32,16 @@ from npscope.backends.numba_cpu.strips import (
     call_reader,
     call_surveyor,
     call_writer,
+    ends_type,
     scratch_type,
 )
-from npscope.backends.numba_cpu.vector_search import neighbours_of, tie_border
+from npscope.backends.numba_cpu.vector_search import SLACK, neighbours_of, tie_border
+from npscope.backends.numba_cpu.vectors import copy_numbers
 
 _EXPECTED = types.UniTuple(types.float64, 3)
-_LIMIT = types.Tuple((types.uint64, types.int64, types.int64, types.uint64, _EXPECTED))
+_SEARCHED = types.Tuple((types.uint64, _EXPECTED))
 _call_selector, _call_limiter, _call_finder = caller(7, NEXT), caller(9, NEXT), caller(8, NEXT)
-_call_searcher, _call_turner, _call_columns_cutter = caller(9, _LIMIT), caller(5), caller(7)
+_call_searcher, _call_turner, _call_columns_cutter = caller(14, _SEARCHED), caller(5), caller(7)
 
 
 @cache
@@ -165,115 +167,184 @@ WIDE_SCOPE = 512
 WIDE_ELEMENTS = 1 << 23
 """Elements from which on that pays: it takes a fifth of a second to compile, and saves a millisecond for so many."""
 
-REACH, FAR_REACH, WEIGHT = 3.0, 24.0, 0.25
+REACH, FAR_REACH, LAG = 3.0, 24.0, 3
 """Standard deviations of a rank between the expected limit and the ends of a look: at least, and after misses; and
-how much a new limit counts in what is expected next."""
+scopes that count as much as a new one in what is expected next."""
 
 FIRST_EXPECTED = (0.0, search.FIRST_SPACING, 0.0)
 """What is expected of the first scope."""
 
+CROWD = 6.0
+"""Times the deviation of ranks, of which twice that is expected in a look, from which on many keys must be equal."""
+
 PAUSE = 32.0
-"""Scopes that are searched without a look after one that reached far and missed: they are not like each other."""
+"""Scopes that are searched without a look after one that reached far and missed: they are not like each other.
+
+Or that found a crowd of equal keys: the limit of the scope before tells more than they do.
+"""
+
+
+WINDOW = MOST_KEYS + SLACK
+"""Entries of a work array for the keys near the expected limit of one of `LANES` scopes."""
+
+WINDOWS = (LANES - 1) * WINDOW
+"""Entries for all of them but the last, behind which all keys of a scope have room."""
 
 
 @cache
 def searcher(signed: bool) -> Function:
-    """``search_scope(look, read, source, i, n, k, guess, expected, scratch)``: a `search.separator` of n keys.
+    """``search(look, read, source, i, pitch, r0, r1, n, keep, exact, ends, guess, expected, scratch)``: ends of scopes.
 
-    It reads all of them; `look` is for a `looking_searcher`, so that kernels call both alike.
+    Those of scopes [r0, r1), of n keys each, from i on and so far apart. The r-th has the `keep[r]` first-ranked above
+    its limit, and equal to it before its border. Or if they are to be `exact`, the limit is the last of these itself.
+    It reads all keys; `look` is for a `looking_searcher`, so that kernels call both alike.
 
-    Returns (limit, ties, count, guess, expected): limit and ties for any k. All keys that can be the least from `limit`
-    on are among the first `count` in the work array; those are the scope as it is if `count` is n. `guess` is the key
-    where a search starts. What is `expected` of the next scope: its limit, as a number; the distance between keys near
-    it; and how far off it may be, 0 for unknown, and below zero the scopes that are not looked at first.
+    Returns (guess, expected): the key where the next search starts; and what is expected of the next scope: its limit,
+    as a number; the distance between keys near it; and how far off it may be, 0 for unknown, and below zero the scopes
+    that are not looked at first.
     """
     separate = search.separator(signed)
 
     @standalone
-    def search_scope(
-        look: int, read: int, source: Any, i: int, n: int, k: int, guess: Any, expected: tuple[float, float, float],
-        scratch: Any,
-    ) -> tuple[Any, int, int, Any, tuple[float, float, float]]:  # fmt: skip
+    def search_scopes(
+        look: int, read: int, source: Any, i: int, pitch: int, r0: int, r1: int, n: int, keep: Any, exact: bool,
+        ends: Any, guess: Any, expected: tuple[float, float, float], scratch: Any,
+    ) -> tuple[Any, tuple[float, float, float]]:  # fmt: skip
         keys, _mask, _keep, sums, norms, making = scratch
-        if k <= 0:
-            return ~np.uint64(0), 0, 0, guess, expected
-        call_reader(read, source, i, i + n, keys, sums, norms, making)
-        if k >= n:
-            return np.uint64(0), n, n, guess, expected
-        limit, ties, spacing = separate(keys, 0, n, k, guess, expected[1])
-        return limit, ties, n, limit, (expected[0], spacing, expected[2])
+        limits, borders, _counts = ends
+        center, spacing, reach = expected
+        for r in range(r0, r1):
+            at, k, limit, border = i + r * pitch, keep[r], ~np.uint64(0), 0
+            if k > 0:
+                call_reader(read, source, at, at + n, keys, sums, norms, making)
+                limit, border = np.uint64(0), n
+                if k < n:
+                    limit, border, spacing = separate(keys, 0, n, k, guess, spacing)
+                    guess = limit
+                if border == n and exact:
+                    limit, _ = neighbours_of(keys, 0, n, limit)
+                elif border < n and not exact:
+                    border, _ = tie_border(keys, 0, n, limit, border)
+            limits[r], borders[r] = limit, border
+        return guess, (center, spacing, reach)
 
-    return search_scope
+    return search_scopes
 
 
 @cache
 def looking_searcher(signed: bool) -> Function:
-    """A `searcher` that first looks at the keys near the expected limit, by a surveyor at the address `look`."""
-    separate, search_all = search.separator(signed), searcher(signed)
+    """A `searcher` that first looks at the keys near the expected limit, by a surveyor at the address `look`.
+
+    Those of up to `LANES` scopes, until one misses, which is searched as a whole. Where they are few they are searched
+    together.
+    """
+    separate, search_all, search_windows = search.separator(signed), searcher(signed), limits_in_windows(signed)
     real_of, key_at = search.reals(signed)
 
     @standalone
-    def search_scope(
-        look: int, read: int, source: Any, i: int, n: int, k: int, guess: Any, expected: tuple[float, float, float],
-        scratch: Any,
-    ) -> tuple[Any, int, int, Any, tuple[float, float, float]]:  # fmt: skip
-        keys, (center, spacing, reach) = scratch[0], expected
-        if reach > 0 and 0 < k < n:
-            step = reach * spacing * np.sqrt(np.float64(k) * np.float64(n - k) / np.float64(n))
-            low, high = key_at(center - step, keys), key_at(center + step, keys)
-            above, inside, _ = call_surveyor(look, read, source, i, i + n, low, high, low, keys, 0, True, scratch)
-            if above < k <= above + inside:
-                limit, ties = low, n
-                bottom, top = real_of(low, keys), real_of(high, keys)
-                spacing = (top - bottom) / np.float64(inside)
-                if k < above + inside:
+    def search_scopes(
+        look: int, read: int, source: Any, i: int, pitch: int, r0: int, r1: int, n: int, keep: Any, exact: bool,
+        ends: Any, guess: Any, expected: tuple[float, float, float], scratch: Any,
+    ) -> tuple[Any, tuple[float, float, float]]:  # fmt: skip
+        keys, _mask, _keep, sums, norms, making = scratch
+        limits, borders, counts = ends
+        first = r0
+        while first < r1:
+            (center, spacing, reach), k = expected, keep[first]
+            ranks = reach * np.sqrt(np.float64(k) * np.float64(n - k) / np.float64(n))
+            low, high = key_at(center - ranks * spacing, keys), key_at(center + ranks * spacing, keys)
+            bottom, top = real_of(low, keys), real_of(high, keys)
+            r, stop, most, total, limit_sum = first, least(r1, first + LANES), 0, 0, 0.0
+            while r < stop and reach > 0 and 0 < keep[r] < n:
+                k, at, start = keep[r], i + r * pitch, (r - first) * WINDOW
+                above, inside, _ = call_surveyor(
+                    look, read, source, at, at + n, low, high, low, keys, start, True, scratch
+                )
+                if not above < k <= above + inside:
+                    break
+                limit, ties, count = low, n, 0
+                if k < above + inside and inside <= MOST_KEYS:
+                    ties, count, most = k - above, inside, greatest(most, inside)
+                elif k < above + inside:
                     # Where it would be if keys lay evenly in between: nearer than that of the scope before.
-                    start = key_at(top - spacing * np.float64(k - above), keys)
-                    limit, ties, _ = separate(keys, 0, inside, k - above, start, spacing)
+                    near = (top - bottom) / np.float64(inside)
+                    guess = key_at(top - near * np.float64(k - above), keys)
+                    limit, ties, _ = separate(keys, start, inside, k - above, guess, near)
                     ties = n if ties == inside else ties
-                center += WEIGHT * (real_of(limit, keys) - center)
-                reach *= 0.9
-                return limit, ties, inside, limit, (center, spacing, REACH if reach < REACH else reach)
-        limit, ties, count, guess, expected = search_all(look, read, source, i, n, k, guess, expected, scratch)
-        if not 0 < k < n:
-            return limit, ties, count, guess, expected
-        center, spacing = real_of(limit, keys), expected[1]
-        if reach >= FAR_REACH or not abs(center) < np.inf or not spacing < np.inf:
-            reach = -PAUSE
-        else:
-            reach = 2.0 * reach if reach > 0 else reach + 1.0 if reach < 0 else REACH
-        return limit, ties, count, guess, (center, spacing, reach)
+                if count == 0 and ties == n and exact:
+                    limit, _ = neighbours_of(keys, start, inside, limit)
+                limits[r], borders[r], counts[r] = limit, ties, count
+                total += inside
+                r += 1
+                if count == 0:  # to wait for others gains nothing, and what is expected next is known better
+                    stop = r
+            if r > first:
+                scopes = r - first
+                spacing = (top - bottom) * np.float64(scopes) / np.float64(total)
+                if most > 0:
+                    search_windows(
+                        keys, 0, WINDOW, most, n, scopes, low, high, limits, first, borders, first, counts, first,
+                        exact, spacing,
+                    )  # fmt: skip
+                for j in range(first, r):
+                    limit_sum += real_of(np.uint64(limits[j]), keys)
+                    if borders[j] < n and not exact:
+                        at = i + j * pitch
+                        call_reader(read, source, at, at + n, keys, sums, norms, making)
+                        borders[j], _ = tie_border(keys, 0, n, np.uint64(limits[j]), np.int64(borders[j]))
+                guess = np.uint64(limits[r - 1])
+                share = np.float64(scopes) / np.float64(scopes + LAG)
+                center += share * (limit_sum / np.float64(scopes) - center)
+                reach += share * (REACH - reach)
+                if np.float64(total) > CROWD * ranks * np.float64(scopes):
+                    reach = -PAUSE
+            expected = center, spacing, reach
+            if r < stop:
+                k = keep[r]
+                guess, expected = search_all(
+                    look, read, source, i, pitch, r, r + 1, n, keep, exact, ends, guess, expected, scratch
+                )
+                center, spacing = real_of(guess, keys), expected[1]
+                if reach >= FAR_REACH or not abs(center) < np.inf or not spacing < np.inf:
+                    reach = -PAUSE
+                else:
+                    reach = 2.0 * reach if reach > 0 else reach + 1.0 if reach < 0 else REACH
+                if 0 < k < n:
+                    expected = center, spacing, reach
+                r += 1
+            first = r
+        return guess, expected
 
-    return search_scope
+    return search_scopes
 
 
 @cache
-def searcher_address(search_scope: Function, unit: np.dtype, key: np.dtype) -> int:
+def searcher_address(search_scopes: Function, unit: np.dtype, key: np.dtype) -> int:
     """Where the code of a `searcher` is, for buffers and keys of these dtypes."""
-    where = types.int64, types.int64, lines.where_type(unit), types.int64, types.int64, types.int64
-    return address_of(search_scope, *where, types.uint64, _EXPECTED, scratch_type(key), result=_LIMIT)
+    where = types.int64, types.int64, lines.where_type(unit), *[types.int64] * 5
+    return address_of(
+        search_scopes, *where, KEEP, types.boolean, ends_type(key), types.uint64, _EXPECTED, scratch_type(key),
+        result=_SEARCHED,
+    )  # fmt: skip
 
 
 @kernel
 def cut_in_scopes(
     seek: int, look: int, read: int, cut: int, source: Any, target: Any, counts: Numbers, s0: int, s1: int, n: int,
-    rows: int, scratch: Any,
+    rows: int, ends: Any, scratch: Any,
 ) -> None:  # fmt: skip
     """As `keep_in_scopes`, for elements in scopes that are searched by a `searcher`, and cut by their limit."""
-    keys, _mask, keep, sums, norms, making = scratch
+    _keys, _mask, keep, _sums, _norms, _making = scratch
+    limits, borders, _counts = ends
     guess, expected = search.FIRST_GUESS, FIRST_EXPECTED
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
         load_numbers(*counts, s, stop, keep)
+        guess, expected = _call_searcher(
+            seek, look, read, source, s * n, n, 0, stop - s, n, keep, False, ends, guess, expected, scratch
+        )
         for r in range(stop - s):
-            i, border = (s + r) * n, n
-            limit, ties, count, guess, expected = _call_searcher(
-                seek, look, read, source, i, n, keep[r], guess, expected, scratch
-            )
-            if ties < n:
-                if count < n:
-                    call_reader(read, source, i, i + n, keys, sums, norms, making)
-                border, _ = tie_border(keys, 0, n, limit, ties)
+            i, border, limit = (s + r) * n, np.int64(borders[r]), np.uint64(limits[r])
             call_cutter(cut, source, target, i, i + border, limit, 1)
             if border < n:
                 call_cutter(cut, source, target, i + border, i + n, limit, 0)
@@ -292,8 +363,8 @@ def strip_end(s: int, s1: int, rows: int, past: int, line: int) -> Any:
 @kernel
 def cut_in_columns(
     turn: int, array: Any, past: int, line: int, limit_rows: int, seek: int, look: int, read: int, turned: Any,
-    source: Any, pitch: int, cut: int, target: Any, limits: Any, borders: Any, counts: Numbers, s0: int, s1: int,
-    n: int, rows: int, scratch: Any,
+    source: Any, pitch: int, cut: int, target: Any, counts: Numbers, s0: int, s1: int, n: int, rows: int, ends: Any,
+    scratch: Any,
 ) -> None:  # fmt: skip
     """As `cut_in_scopes`, for scopes of adjacent elements side by side: strip by strip, `turn` reads their keys.
 
@@ -304,6 +375,7 @@ def cut_in_columns(
     longer, so that strips end where lines do, of the first row of scopes and those that are whole lines from it.
     """
     _keys, _mask, keep, _sums, _norms, _making = scratch
+    limits, borders, _counts = ends
     guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, FIRST_EXPECTED
     s = s0
     while s < s1:
@@ -314,13 +386,10 @@ def cut_in_columns(
             guess, spacing = _call_limiter(
                 limit_rows, turned, pitch, stop - s, n, keep, limits, borders, guess, spacing
             )
-        for r in range(0 if limit_rows != 0 else stop - s):
-            limit, ties, _, guess, expected = _call_searcher(
-                seek, look, read, source, r * pitch, n, keep[r], guess, expected, scratch
+        else:
+            guess, expected = _call_searcher(
+                seek, look, read, source, 0, pitch, 0, stop - s, n, keep, False, ends, guess, expected, scratch
             )
-            limits[r], borders[r] = limit, n
-            if ties < n:
-                borders[r], _ = tie_border(turned, r * pitch, n, limit, ties)
         _call_columns_cutter(cut, array, target, s, stop, n, limits, borders)
         s = stop
 
@@ -342,13 +411,13 @@ def kth_in_lanes(
 @kernel
 def kth_of_scopes(
     turn: int, array: Any, past: int, line: int, seek: int, look: int, read: int, turned: Any, source: Any,
-    pitch: int, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, scratch: Any,
+    pitch: int, counts: Numbers, s0: int, s1: int, n: int, rows: int, found: Any, ends: Any, scratch: Any,
 ) -> None:  # fmt: skip
     """Find the k-th largest key of scopes [s0, s1), by a `searcher`.
 
     If `turn` is not 0, it reads the keys of an `array` strip by strip, as for `cut_in_columns`; else `line` is 1.
     """
-    keys, _mask, keep, _sums, _norms, _making = scratch
+    _keys, _mask, keep, _sums, _norms, _making = scratch
     guess, expected = search.FIRST_GUESS, FIRST_EXPECTED
     s = s0
     while s < s1:
@@ -357,11 +426,8 @@ def kth_of_scopes(
         if turn != 0:
             _call_turner(turn, array, s * n, stop * n, turned, pitch)
             start = 0
-        for r in range(stop - s):
-            limit, ties, count, guess, expected = _call_searcher(
-                seek, look, read, source, (start + r) * pitch, n, keep[r], guess, expected, scratch
-            )
-            if ties == n:
-                limit, _ = neighbours_of(keys, 0, count, limit)
-            found[s + r] = guess = limit
+        guess, expected = _call_searcher(
+            seek, look, read, source, start * pitch, pitch, 0, stop - s, n, keep, True, ends, guess, expected, scratch
+        )
+        copy_numbers(ends[0], 0, stop - s, found, s)
         s = stop

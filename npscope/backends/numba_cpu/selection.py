@@ -43,9 +43,11 @@ def _scratch(
 ) -> Loan[Scratch]:
     """Work arrays of one thread for strips of so many scopes, of which `counts` says how many blocks are kept.
 
-    For the keys and masks of all of them, unless they are searched `one_by_one`. `measured` as for `Scratch`.
+    For the keys and masks of all of them, unless they are searched `one_by_one`, or by those near their limits.
+    `measured` as for `Scratch`.
     """
-    scratch = Loan(Scratch, ranking.blocks * (1 if one_by_one else rows), rows, ranking.key, measured)
+    blocks = ranking.blocks + scope_strips.WINDOWS if one_by_one else ranking.blocks * rows
+    scratch = Loan(Scratch, blocks, rows, ranking.key, measured)
     nk.fill_in(scratch.work.keep, counts)
     return scratch
 
@@ -56,7 +58,7 @@ def _measured(ranking: Ranking, rows: int) -> int:
 
 
 class _Columns:
-    """Work arrays of one thread for strips of so many scopes, side by side, of n elements: their keys, and their ends.
+    """The keys of strips of so many scopes, side by side, of n elements: work arrays of one thread.
 
     Keys that are a power of two apart would share a few lines of a cache: tiles took three times as long to turn. Apart
     by some lines and a part of one they take a third less than by whole lines.
@@ -65,9 +67,7 @@ class _Columns:
     def __init__(self, rows: int, n: int, key: np.dtype) -> None:
         self.pitch = -(-n // 64) * 64 + 24
         self.keys = np.empty(rows * self.pitch + SLACK, dtype=key)
-        self.limits = np.zeros(rows + SLACK, dtype=key)
-        self.borders = np.zeros(rows + SLACK, dtype=np.int32)
-        self.nbytes = self.keys.nbytes + self.limits.nbytes + self.borders.nbytes
+        self.nbytes = self.keys.nbytes
 
 
 class ScopeWork:
@@ -203,10 +203,12 @@ def _strips_job(ranking: Ranking, counts: Operand, source: Source, written: Oper
     measured = _measured(ranking, rows)
 
     def make_kernel() -> Callable[[int, int], None]:
-        loan = _scratch(ranking, rows, limits, measured=measured)
+        loan = _scratch(ranking, rows, limits, measured=measured, one_by_one=cut is not None)
 
         def run(s0: int, s1: int) -> None:
-            kernel(*steps, source.where, where, limits, s0, s1, ranking.blocks, rows, loan.work.all)
+            work = loan.work
+            ends = [] if cut is None else [work.ends]
+            kernel(*steps, source.where, where, limits, s0, s1, ranking.blocks, rows, *ends, work.all)
 
         return run
 
@@ -262,12 +264,12 @@ def _columns_job(
     def make_kernel() -> Callable[[int, int], None]:
         loan = _scratch(ranking, rows, limits, one_by_one=True)
         columns = Loan(_Columns, rows, ranking.blocks, ranking.key)
-        keys, ends = dense(columns.work.keys), (columns.work.limits, columns.work.borders)
+        keys = dense(columns.work.keys)
 
         def run(s0: int, s1: int) -> None:
             scope_strips.cut_in_columns(
-                turn, source.where, *line, *steps, columns.work.keys, keys, columns.work.pitch, cut, target, *ends,
-                limits, s0, s1, ranking.blocks, rows, loan.work.all,
+                turn, source.where, *line, *steps, columns.work.keys, keys, columns.work.pitch, cut, target, limits, s0,
+                s1, ranking.blocks, rows, loan.work.ends, loan.work.all,
             )  # fmt: skip
 
         return run
@@ -343,7 +345,7 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
 
             def work(slot: int, s0: int, s1: int) -> None:
                 own = works[slot]
-                find(read, own.load(s0, s1), s0, s1, own.rows, own.scratch.work.all)
+                find(read, own.load(s0, s1), s0, s1, own.rows, own.scratch.work)
 
             return work
 
@@ -352,29 +354,30 @@ def _kth_job(ranking: Ranking, counts: Operand, found: np.ndarray) -> Callable[[
     rows, read, where = ranking.scopes_of_a_strip(source.strip), source.read, source.where
 
     def make_kernel() -> Callable[[int, int], None]:
-        loan = _scratch(ranking, rows, limits, measured=_measured(ranking, rows))
-        return lambda s0, s1: find(read, where, s0, s1, rows, loan.work.all)
+        one_by_one = ranking.group != IN_LANES
+        loan = _scratch(ranking, rows, limits, measured=_measured(ranking, rows), one_by_one=one_by_one)
+        return lambda s0, s1: find(read, where, s0, s1, rows, loan.work)
 
     return _by_strips(ranking, make_kernel)
 
 
 def _kth_finder(
     ranking: Ranking, limits: nk.Numbers, found: np.ndarray, source: Source | None
-) -> Callable[[int, Where, int, int, int, Any], None]:
+) -> Callable[[int, Where, int, int, int, Scratch], None]:
     """``find(read, where, s0, s1, rows, scratch)``: the k-th largest keys of scopes [s0, s1), in strips of `rows`."""
     n = ranking.blocks
     if ranking.group == IN_LANES:
         lanes = scope_strips.finder_address(ranking.key, ranking.signed)
 
-        def find_in_lanes(read: int, where: Where, s0: int, s1: int, rows: int, scratch: Any) -> None:
-            scope_strips.kth_in_lanes(read, lanes, where, limits, s0, s1, n, rows, found, scratch)
+        def find_in_lanes(read: int, where: Where, s0: int, s1: int, rows: int, scratch: Scratch) -> None:
+            scope_strips.kth_in_lanes(read, lanes, where, limits, s0, s1, n, rows, found, scratch.all)
 
         return find_in_lanes
     seek = search_of(ranking, kept=source is None)
 
-    def find(read: int, where: Where, s0: int, s1: int, rows: int, scratch: Any) -> None:
+    def find(read: int, where: Where, s0: int, s1: int, rows: int, scratch: Scratch) -> None:
         scope_strips.kth_of_scopes(
-            0, where, 0, 1, *seek, read, found, where, n, limits, s0, s1, n, rows, found, scratch
+            0, where, 0, 1, *seek, read, found, where, n, limits, s0, s1, n, rows, found, scratch.ends, scratch.all
         )
 
     return find
@@ -396,7 +399,7 @@ def _kth_in_columns_job(
             keys, pitch = columns.work.keys, columns.work.pitch
             scope_strips.kth_of_scopes(
                 turn, source.where, *line, *seek, read, keys, dense(keys), pitch, limits, s0, s1, ranking.blocks, rows,
-                found, loan.work.all,
+                found, loan.work.ends, loan.work.all,
             )  # fmt: skip
 
         return run

@@ -47,11 +47,16 @@ class Scratch:
         self.mask = np.zeros(blocks + SLACK, dtype=np.bool_)
         self.keep = np.zeros(scopes + SLACK, dtype=np.int64)
         self.norms = lines.NormBuffers(measured, 4)
+        # Where scopes end, and how many of their keys are in windows meanwhile.
+        self.ends = (
+            np.zeros(scopes + SLACK, dtype=key), *(np.zeros(scopes + SLACK, dtype=np.int32) for _ in range(2)),
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
         """Their memory."""
-        return self.keys.nbytes + self.mask.nbytes + self.keep.nbytes + self.norms.nbytes
+        ends = sum(numbers.nbytes for numbers in self.ends)
+        return self.keys.nbytes + self.mask.nbytes + self.keep.nbytes + ends + self.norms.nbytes
 
     @property
     def all(self) -> tuple[np.ndarray, ...]:
@@ -70,6 +75,11 @@ call_reader, call_writer, call_cutter, call_surveyor = caller(7), caller(4), cal
 def scratch_type(key: np.dtype) -> Any:
     """The type of `Scratch.all`."""
     return types.Tuple((array_of(key), MASK, KEEP, _WIDE, array_of(np.float32), array_of(np.int64)))
+
+
+def ends_type(key: np.dtype) -> Any:
+    """The type of `Scratch.ends`: limits, borders and counts."""
+    return types.Tuple((array_of(key), array_of(np.int32), array_of(np.int32)))
 
 
 @cache
