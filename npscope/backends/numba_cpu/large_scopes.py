@@ -34,6 +34,11 @@ SAMPLE_RUN, SAMPLE_PLACES = 32, 256
 FEW_KEYS = 1 << 15
 """Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms."""
 
+LOOK_ELEMENTS = 1 << 14
+"""Keys that are looked at at once: of 4096, a look of 64 Mi float32 takes 0.9 ms longer, for what it has found last is
+not yet in the cache when it is made keys.
+"""
+
 MOST_READ_AGAIN = 8
 """Elements of a block whose norm is formed again in every pass: to keep those of 8x1 takes longer, of 3x3 less."""
 
@@ -77,7 +82,7 @@ class LargeScopes:
             dense(self.norm_keys, columns.start) if p in self.lasting or source is None else source.where
             for p, (source, columns) in enumerate(zip(ranking.sources, ranking.columns, strict=True))
         ]
-        room = min(ranking.blocks + 2 * STRIP_ELEMENTS, FOUND_BYTES // ranking.key.itemsize)
+        room = min(ranking.blocks + 2 * LOOK_ELEMENTS, FOUND_BYTES // ranking.key.itemsize)
         self.found = [np.empty(room, dtype=ranking.key) for _ in range(self.workers)]
         # By part: blocks that are read at a time. Those of several elements are measured each time.
         self.strips = [
@@ -86,6 +91,9 @@ class LargeScopes:
         ]
         again = [p for p, part in enumerate(ranking.parts) if p not in self.lasting and part.elements > 1]
         measured = max((self.strips[p] for p in again), default=0)
+        # And that are looked at: more where no work array takes their keys.
+        alone = [p in self.lasting or ranking.adjacent_form(p) is not None for p in range(len(ranking.parts))]
+        self.looks = [LOOK_ELEMENTS if one else strip for one, strip in zip(alone, self.strips, strict=True)]
         self.works = [Scratch(STRIP_ELEMENTS, 0, ranking.key, measured).all for _ in range(self.workers)]
         # So many that the bracket, 2 * MARGIN standard deviations of a share, holds two thirds of what can be kept: of
         # all of it, every other one would hold more, and take another pass.
@@ -180,7 +188,7 @@ class LargeScopes:
             p0, p1 = self.bundles[i]
             p, self.stores[i] = self.pieces[p0].part, (slot, ends[slot])
             ends[slot] = scope_passes.survey(
-                *looks[p], self.places[p], self.first_of(p, scope), self.bounds, p0, p1, self.strips[p], self.strips[p],
+                *looks[p], self.places[p], self.first_of(p, scope), self.bounds, p0, p1, self.looks[p], self.looks[p],
                 *look.limits, self.found[slot], ends[slot], self.counts, self.works[slot],
             )  # fmt: skip
 
@@ -188,14 +196,20 @@ class LargeScopes:
         above, inside, _, equal = self.counts.sum(axis=1).tolist()
         return Survey(above, inside, equal, [keys[:end] for keys, end in zip(self.found, ends, strict=True)])
 
-    def _collected(self) -> list[np.ndarray]:
-        """The keys that the last survey collected, by piece."""
-        found = []
-        for (p0, p1), (slot, start) in zip(self.bundles, self.stores, strict=True):
-            for stored in self.counts[2, p0:p1].tolist():
-                found.append(self.found[slot][start : start + stored])
-                start += stored
-        return found
+    def _survey_keys(
+        self, look: Look, keys: np.ndarray, bounds: np.ndarray, pieces: tuple[int, int], counts: np.ndarray,
+        found: np.ndarray, slot: int,
+    ) -> int:  # fmt: skip
+        """As `scope_passes.survey`, of some `pieces` of keys that were collected, between rows of `bounds`."""
+        if self.looks_alike:
+            (address, _), unit = self._looks_at(0, look), self.ranking.parts[0].leaves[0].place.unit
+        else:
+            address, unit = strips.dense_surveyor(self.ranking.key, crowded=look.is_crowded), self.ranking.key
+        end: int = scope_passes.survey(
+            address, 0, dense(keys.view(unit)), 0, bounds, *pieces, LOOK_ELEMENTS, LOOK_ELEMENTS, *look.limits, found,
+            0, counts, self.works[slot],
+        )  # fmt: skip
+        return end
 
     def nth(self, scope: int, k: int) -> Nth:
         """The k-th largest key of a scope."""
@@ -204,10 +218,18 @@ class LargeScopes:
 
     def equal_by_piece(self, key: int) -> np.ndarray:
         """How many keys of each piece equal the k-th, after `nth`."""
-        if self.look.low <= key <= self.look.high and self.counts[2].any():
-            return np.asarray([np.count_nonzero(keys == key) for keys in self._collected()])
-        equal: np.ndarray = self.counts[1 if key == self.look.low else 3]  # that key was looked at alone, or as a crowd
-        return equal
+        _above, inside, stored, crowd = self.counts
+        if not self.look.low <= key <= self.look.high or not stored.any():
+            return inside if key == self.look.low else crowd  # it was looked at alone, or as a crowd
+        bounds, counts = np.zeros((2, len(self.pieces)), dtype=np.int64), np.zeros_like(self.counts)
+        for (p0, p1), (_, start) in zip(self.bundles, self.stores, strict=True):
+            bounds[1, p0:p1] = start + np.cumsum(stored[p0:p1])
+            bounds[0, p0:p1] = bounds[1, p0:p1] - stored[p0:p1]
+        for bundle, (slot, _) in zip(self.bundles, self.stores, strict=True):
+            keys = self.found[slot]
+            self._survey_keys(Look(key, key, key), keys, bounds, bundle, counts, keys[:0], slot)
+        _above, inside, _stored, _crowd = counts
+        return inside
 
     def _nth_of(self, pieces: list[np.ndarray], k: int) -> Nth:
         """`nth` among some keys, by passes over them while they are many."""
@@ -216,23 +238,18 @@ class LargeScopes:
             keys = partitioned(np.concatenate(pieces), [count - k])
             limit = keys[count - k]
             return Nth(int(limit), k - int(np.count_nonzero(keys > limit)), int(np.count_nonzero(keys == limit)))
-        narrower = np.empty(count // 2 + SLACK, dtype=self.ranking.key)
-        unit = self.ranking.parts[0].leaves[0].place.unit if self.looks_alike else self.ranking.key
+        narrower = [np.empty(keys.size // 2 + SLACK, dtype=self.ranking.key) for keys in pieces]
+        bounds = np.asarray([[0] * len(pieces), [keys.size for keys in pieces]])
 
         def survey(look: Look) -> Survey:
-            end, counts, total = 0, _counts_of_one(), np.zeros(4, dtype=np.int64)
-            if self.looks_alike:
-                address, _ = self._looks_at(0, look)
-            else:
-                address = strips.dense_surveyor(self.ranking.key, crowded=look.is_crowded)
-            for keys in pieces:
-                end = scope_passes.survey(
-                    address, 0, dense(keys.view(unit)), 0, *_one_piece(keys.size), STRIP_ELEMENTS,
-                    STRIP_ELEMENTS, *look.limits, narrower, end, counts, self.works[0],
-                )  # fmt: skip
-                total += counts[:, 0]
-            above, inside, _, equal = total.tolist()
-            return Survey(above, inside, equal, [narrower[:end]])
+            ends, counts = [0] * len(pieces), np.zeros((4, len(pieces)), dtype=np.int64)
+
+            def use(slot: int, i: int) -> None:
+                ends[i] = self._survey_keys(look, pieces[i], bounds, (i, i + 1), counts, narrower[i], slot)
+
+            self.each(len(pieces), use)
+            above, inside, _, equal = counts.sum(axis=1).tolist()
+            return Survey(above, inside, equal, [keys[:end] for keys, end in zip(narrower, ends, strict=True)])
 
         return narrow(k, count, self.ranking.width, sample_of(pieces, FEW_KEYS // 4), survey, self._nth_of)
 
