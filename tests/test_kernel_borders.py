@@ -18,6 +18,8 @@ pytest.importorskip("numba")
 from npscope.backends.numba_cpu import scope_strips, search
 from npscope.backends.numba_cpu.jit import kernel
 from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
+from npscope.backends.numba_cpu.vectors import format_of
+from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, array_cut
 
 
@@ -415,20 +417,22 @@ def test_parts_of_one_block_beside_large_ones_in_another_order_of_memory(rng):
 
 
 @pytest.mark.parametrize("signed", [False, True])
-def test_a_search_finds_its_limit_and_leaves_a_distance_to_go_on_with(rng, signed):
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16"])
+def test_a_search_finds_its_limit_and_leaves_a_distance_to_go_on_with(rng, name, signed):
     """Among keys that are all apart, or of which many are equal; each search starts with what the last one left."""
-    separate = search.separator(signed)
+    form, width = format_of(kind_of(strategies.dtype(name))), 8 * strategies.dtype(name).itemsize
+    separate = search.separator(form if signed else None)
 
     @kernel
     def separate_here(keys, n, k, guess, spacing):
         return separate(keys, 0, n, k, guess, spacing)
 
     guess, spacing = search.FIRST_GUESS, search.FIRST_SPACING
-    for n, values in itertools.product((2, 63, 65, 300), (1, 2, 3, 1 << 20)):
-        x = rng.integers(-values, values + 1, n).astype(np.float32)
-        bits = x.view(np.uint32)
-        keys = np.where(bits >> 31, ~bits, bits ^ np.uint32(1 << 31)) if signed else bits & np.uint32((1 << 31) - 1)
-        room = np.concatenate([keys, rng.integers(0, 1 << 32, SLACK, dtype=np.uint32)])
+    for n, values in itertools.product((2, 63, 65, 300), (1, 2, 3, 1 << 15)):
+        bits = rng.integers(-values, values + 1, n).astype(strategies.dtype(name)).view(f"u{width // 8}")
+        top = bits.dtype.type(1 << (width - 1))
+        keys = np.where(bits & top, ~bits, bits ^ top) if signed else bits & ~top
+        room = np.concatenate([keys, rng.integers(0, 1 << width, SLACK, dtype=bits.dtype)])
         for k in range(1, n, 1 + n // 7):
             limit, ties, spacing = separate_here(room, n, k, np.uint64(guess), spacing)
             above = np.count_nonzero(keys > limit)

@@ -45,7 +45,7 @@ class Codec:
     1 keeps the bits), ``value`` reads a real number as float64, ``soften(buffer, i, t, h)`` is the
     proximal step of t * |x| in the metric h: towards zero by t / h, +0.0 where h * |x| is <= t as
     rounded to the norm's dtype; NaN stays, and everything for t = 0. ``narrow_key`` is the magnitude of an integer, or
-    of a float of 16 or 8 bits, as an ordered integer of its own width: more of them fit a vector.
+    of a float of 16 or 8 bits, as an ordered integer of its own `width`, as signed keys are: more of them fit a vector.
     """
 
     unit: np.dtype
@@ -54,16 +54,15 @@ class Codec:
     key32: Function
     key64: Function
     signed_key: Function
-    signed_width: int
     keep: Function
     scale: Function
     soften: Function
     narrow_key: Function | None
-    narrow_width: int
+    width: int
 
     def key_of_width(self, bits: int) -> Function:
         """The key that is an integer of so many bits."""
-        if self.narrow_key is not None and bits == self.narrow_width:
+        if self.narrow_key is not None and bits == self.width:
             return self.narrow_key
         return self.key64 if bits == 64 else self.key32
 
@@ -282,16 +281,11 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     def key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(np.float64(decode(fetch(buffer, i))))
 
-    if narrow:
+    signed_key_of_number = signed_key_of_float32 if narrow else signed_key_of_float64
 
-        @inner
-        def signed_key(buffer: Any, i: int) -> Bits:
-            return signed_key_of_float32(decode(fetch(buffer, i)))
-    else:
-
-        @inner
-        def signed_key(buffer: Any, i: int) -> Bits:
-            return signed_key_of_float64(fetch(buffer, i))
+    @inner
+    def signed_key(buffer: Any, i: int) -> Bits:
+        return signed_key_of_number(fetch(buffer, i))
 
     @inner
     def keep(buffer: Any, i: int, kept: bool) -> None:
@@ -319,27 +313,36 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
         moved = zero if number(h * abs(x)) <= limit else moved
         place(buffer, i, raw if (x != x) | (limit == number(0)) else moved)
 
-    narrow_key = _narrow_key(kind.name, fetch) if kind.name in _STORAGE else None
-    signed_width, narrow_width = 32 if narrow else 64, 8 * zero.itemsize
-    return Codec(
-        unit, magnitude, value, key32, key64, signed_key, signed_width, keep, scale, soften, narrow_key, narrow_width
-    )  # fmt: skip
+    narrow_key, width = None, 8 * zero.itemsize
+    if kind.name in _STORAGE:
+        narrow_key, signed_key = _narrow_keys(kind.name, fetch)
+    return Codec(unit, magnitude, value, key32, key64, signed_key, keep, scale, soften, narrow_key, width)
 
 
 _LARGEST = {"float16": 0x7C00, "bfloat16": 0x7F80, "float8_e4m3fn": 0x7E, "float8_e5m2": 0x7C}
 """Bits of the largest magnitude that is a number: infinity, where there is one."""
 
 
-def _narrow_key(name: str, fetch: Function) -> Function:
+def _narrow_keys(name: str, fetch: Function) -> tuple[Function, Function]:
+    """Keys of floats of 16 or 8 bits: of their magnitudes, and of signed numbers."""
     word = np.dtype(_STORAGE[name]).type
-    nan, sign, largest = word(-1 & np.iinfo(word).max), word(np.iinfo(word).max >> 1), word(_LARGEST[name])
+    nan, top, largest = np.iinfo(word).max, word(1 << (np.iinfo(word).bits - 1)), word(_LARGEST[name])
+    below_top = word(top - 1)
 
     @inner
     def narrow_key(buffer: Any, i: int) -> Bits:
-        bits = word(fetch(buffer, i) & sign)
-        return nan if bits > largest else bits
+        size = word(fetch(buffer, i) & below_top)
+        return word(nan) if size > largest else size
 
-    return narrow_key
+    @inner
+    def signed_key(buffer: Any, i: int) -> Bits:
+        bits = word(fetch(buffer, i))
+        size = word(bits & below_top)
+        if size > largest:
+            return word(nan)
+        return word(~bits) if bits != size and size != word(0) else word(size | top)
+
+    return narrow_key, signed_key
 
 
 def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:
@@ -395,7 +398,7 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
         pass
 
     key64 = exact_key if kind.is_wide_integer else float_key64
-    return Codec(unit, magnitude, value, key32, key64, signed_key, width, keep, scale, soften, exact_key, width)
+    return Codec(unit, magnitude, value, key32, key64, signed_key, keep, scale, soften, exact_key, width)
 
 
 # Magnitudes of complex numbers are the same as norms of the two real ones that they are made of, bit by bit: they are
@@ -474,4 +477,4 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
             return
         scale(buffer, i, 0.0 if weighted <= limit else (size - limit / h) / size)
 
-    return Codec(unit, magnitude, magnitude, key32, key64, key64, 64, keep, scale, soften, None, 0)
+    return Codec(unit, magnitude, magnitude, key32, key64, key64, keep, scale, soften, None, 64)

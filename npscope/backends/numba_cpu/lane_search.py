@@ -20,13 +20,17 @@ from npscope.backends.numba_cpu.vector_search import emit_mark
 from npscope.backends.numba_cpu.vectors import (
     INT32,
     Builder,
+    Format,
     Value,
     broadcast,
     call,
     first_lanes,
     load,
     planes_of,
+    rounded_to,
     shuffle,
+    signed_bits_of,
+    single_of,
     splat,
     step,
     store,
@@ -171,7 +175,7 @@ def _sum(b: Builder, numbers: Value, add: Callable[[Value, Value], Value]) -> Va
 class _Line:
     """The numbers along which keys are spread evenly enough to guess between them (`search.reals`), in vectors."""
 
-    def __init__(self, b: Builder, width: int, signed: bool) -> None:
+    def __init__(self, b: Builder, width: int, signed: Format | None) -> None:
         self.b, self.signed = b, signed
         self.vector = vector_of(width, LANES)
         self.wide = width > 32
@@ -198,24 +202,27 @@ class _Line:
         """Counts as numbers."""
         return self.b.sitofp(numbers, self.real)
 
-    def _number_of(self, keys: Value) -> Value:
+    def _number_of(self, keys: Value, form: Format) -> Value:
         """The float of a signed key."""
-        b, sign = self.b, _sign(self.vector)
-        bits = b.select(b.icmp_signed("<", keys, splat(self.vector, 0)), b.xor(keys, sign), b.not_(keys))
-        return b.bitcast(bits, self.real)
+        bits = signed_bits_of(self.b, keys)
+        return self.b.bitcast(bits, self.real) if self.wide else single_of(self.b, bits, form, "keep")
+
+    def _bits_of(self, numbers: Value, form: Format) -> Value:
+        """The bits of the float near a number: of one beyond them, or NaN, of any."""
+        return self.b.bitcast(numbers, self.vector) if self.wide else rounded_to(self.b, numbers, form)
 
     def distance(self, low: Value, high: Value) -> Value:
         """From one key to a larger one."""
         b = self.b
-        if self.signed:
-            return b.fsub(self._number_of(high), self._number_of(low))
+        if self.signed is not None:
+            return b.fsub(self._number_of(high, self.signed), self._number_of(low, self.signed))
         return b.uitofp(b.sub(high, low), self.real)
 
     def moved(self, keys: Value, distance: Value) -> Value:
         """The key so far above another, about; any key where that is beyond all of them, or the distance is NaN."""
         b = self.b
-        if self.signed:
-            bits = b.bitcast(b.fadd(self._number_of(keys), distance), self.vector)
+        if self.signed is not None:
+            bits = self._bits_of(b.fadd(self._number_of(keys, self.signed), distance), self.signed)
             return b.select(
                 b.icmp_signed("<", bits, splat(self.vector, 0)), b.not_(bits), b.xor(bits, _sign(self.vector))
             )
@@ -250,7 +257,7 @@ def _next_guess(b: Builder, line: _Line, bounds: _Bounds, wanted: Value, count: 
     away = b.fmul(line.scalar(spacing), line.count(b.sub(count, wanted)))
     reach = line.distance(low, high)
     between = line.moved(low, b.fmul(reach, share))
-    if line.signed:
+    if line.signed is not None:
         beyond = line.moved(b.select(known_low, low, high), away)
     else:
         beyond = line.moved(low, b.select(known_low, away, b.fadd(reach, away)))
@@ -347,7 +354,7 @@ class _Scopes(NamedTuple):
 
 
 def _search_scopes(
-    b: Builder, planes: _Planes, rows: Value, keep: Value, guess: Value, spacing: Value, signed: bool
+    b: Builder, planes: _Planes, rows: Value, keep: Value, guess: Value, spacing: Value, signed: Format | None
 ) -> _Scopes:
     """The limits of `rows` scopes of which `keep` says how many are kept. It is read for all lanes."""
     line = _Line(b, planes.start.type.pointee.element.width, signed)
@@ -380,7 +387,7 @@ def _each(b: Builder, found: _Scopes, rows: Value, use: Callable[[Value, Value, 
 
 
 @cache
-def mark_rows(signed: bool) -> Any:
+def mark_rows(signed: Format | None) -> Any:
     """``(keys, start, n, rows, keep, r, mask, at, guess, spacing)``: mask of the `keep[r]` first-ranked of each row.
 
     Of up to `LANES` rows of n keys, which lie one after the other. Returns where to start the `NEXT` search.
@@ -402,7 +409,7 @@ def mark_rows(signed: bool) -> Any:
 
 
 @cache
-def mark_planes(signed: bool) -> Any:
+def mark_planes(signed: Format | None) -> Any:
     """``(keys, start, pitch, n, rows, keep, r, mask, at, guess, spacing)``: as `mark_rows`, side by side.
 
     The j-th keys of all rows, and their masks, lie so far from the next ones.
@@ -434,7 +441,7 @@ def mark_planes(signed: bool) -> Any:
 
 
 @cache
-def limits_of_rows(signed: bool) -> Any:
+def limits_of_rows(signed: Format | None) -> Any:
     """``(keys, start, pitch, n, rows, keep, r, limits, l, ties, t, guess, spacing)``: as `mark_rows`, limits and ties.
 
     Those of `LANES` rows are written, which lie so far apart.
@@ -453,7 +460,7 @@ def limits_of_rows(signed: bool) -> Any:
 
 
 @cache
-def kth_of_rows(signed: bool) -> Any:
+def kth_of_rows(signed: Format | None) -> Any:
     """``(keys, start, n, rows, keep, r, found, f, guess, spacing)``: as `mark_rows`, the `keep[r]`-th largest keys."""
 
     def emit(
@@ -472,7 +479,7 @@ def kth_of_rows(signed: bool) -> Any:
 
 
 @cache
-def limits_in_windows(signed: bool) -> Any:
+def limits_in_windows(signed: Format | None) -> Any:
     """``(keys, i, pitch, most, n, rows, low, high, limits, l, wanted, w, counts, c, exact, spacing)``: limits.
 
     Of `rows` scopes of n keys, of which those in [low, high] are in a row each, `counts` of them and at most `most`,

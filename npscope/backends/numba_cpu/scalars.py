@@ -7,6 +7,7 @@ a tenth of the first call of a kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,15 @@ from llvmlite import ir
 from numba import types
 
 from npscope.backends.numba_cpu.jit import intrinsic_of
-from npscope.backends.numba_cpu.vectors import INT32, all_keys_of, format_of, vector_of
-from npscope.dtypes import kind_of
+from npscope.backends.numba_cpu.vectors import (
+    INT32,
+    Format,
+    all_keys_of,
+    rounded_to,
+    signed_bits_of,
+    single_of,
+    vector_of,
+)
 
 SAFE_LEAST = 1e-280
 """A sum of squares of float64 from here to infinity lost nothing to under- or overflow."""
@@ -82,32 +90,41 @@ def _on_keys(name: str, argument: Any, result: Any, emit: Callable[..., Any], do
     return intrinsic_of(typed, name, doc, 2)
 
 
-_SIGNED: dict[int, Any] = {bits: format_of(kind_of(np.dtype(f"float{bits}"))) for bits in (32, 64)}
+def emit_float_of_key(b: Any, key: Any, form: Format) -> Any:
+    """`float_of_signed_key`, for code that LLVM is given."""
+    if form.bits == 64:
+        return b.bitcast(signed_bits_of(b, key), ir.DoubleType())
+    word = b.trunc(key, ir.IntType(form.bits))
+    bits = b.bitcast(signed_bits_of(b, word), vector_of(form.bits, 1))
+    return b.fpext(b.extract_element(single_of(b, bits, form, "keep"), INT32(0)), ir.DoubleType())
 
 
-def emit_float_of_key(b: Any, key: Any, bits: int) -> Any:
-    """`float_of_signed_key`, for code that LLVM is given: of keys of so many bits."""
-    word = key if bits == 64 else b.trunc(key, ir.IntType(bits))
-    sign = word.type(1 << (bits - 1))
-    word = b.select(b.icmp_unsigned(">=", word, sign), b.xor(word, sign), b.not_(word))
-    return b.bitcast(word, ir.DoubleType()) if bits == 64 else b.fpext(b.bitcast(word, ir.FloatType()), ir.DoubleType())
+def emit_key_near_float(b: Any, number: Any, form: Format) -> Any:
+    """The key of the float near a number, as `emit_float_of_key`; of one that is beyond them or NaN, any."""
+    if form.bits == 64:
+        bits = b.bitcast(number, vector_of(64, 1))
+    else:
+        single = b.bitcast(b.fptrunc(number, ir.FloatType()), ir.VectorType(ir.FloatType(), 1))
+        bits = rounded_to(b, single, form)
+    key = b.extract_element(all_keys_of(b, bits, form, True), INT32(0))
+    return key if form.bits == 64 else b.zext(key, ir.IntType(64))
 
 
-def emit_key_near_float(b: Any, number: Any, bits: int) -> Any:
-    """The key of the float nearest to a number, as `emit_float_of_key`."""
-    number = number if bits == 64 else b.fptrunc(number, ir.FloatType())
-    keys = all_keys_of(b, b.bitcast(number, vector_of(bits, 1)), _SIGNED[bits], True)
-    key = b.extract_element(keys, INT32(0))
-    return key if bits == 64 else b.zext(key, ir.IntType(64))
+UNSIGNED = 0.0, 1.8e19
+"""The least number that has a key, and a bound of them, where keys are their own numbers."""
 
 
-REALS = {False: (0.0, 1.8e19), True: (-np.finfo(np.float64).max, np.inf)}
-"""The least number that has a key, and a bound of them: of keys of signed floats or not."""
+def numbers_within(signed: Format | None) -> tuple[float, float]:
+    """The same, of keys of `signed` floats of a format, or of others."""
+    if signed is None:
+        return UNSIGNED
+    largest = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}.get(signed.name)
+    return (-np.finfo(np.float64).max, np.inf) if largest is None else (-largest, largest)
 
 
-def _key_at(b: Any, number: Any, bits: int, *, signed: bool) -> Any:
-    word, (first, beyond) = ir.IntType(64), REALS[signed]
-    near = emit_key_near_float(b, number, bits) if signed else b.fptoui(number, word)
+def _key_at(b: Any, number: Any, bits: int, signed: Format | None) -> Any:
+    word, (first, beyond) = ir.IntType(64), numbers_within(signed)
+    near = b.fptoui(number, word) if signed is None else emit_key_near_float(b, number, signed)
     last, zero = word((1 << bits) - 1), word(0)
     near = b.select(b.icmp_unsigned("<", near, last), near, last)
     near = b.select(b.fcmp_ordered(">=", number, number.type(beyond)), last, near)
@@ -119,17 +136,29 @@ number_of_key = _on_keys(
     "``number_of_key(key, keys)``: the key as a float64.",
 )  # fmt: skip
 key_at = _on_keys(
-    "key_at", types.float64, types.uint64, lambda b, number, bits: _key_at(b, number, bits, signed=False),
+    "key_at", types.float64, types.uint64, lambda b, number, bits: _key_at(b, number, bits, None),
     "``key_at(number, keys)``: the last key up to a number; the first or the last of all for numbers beyond, or NaN.",
 )  # fmt: skip
-float_of_signed_key = _on_keys(
-    "float_of_signed_key", types.uint64, types.float64, emit_float_of_key,
-    "``float_of_signed_key(key, keys)``: the float that it is the key of, as a float64.",
-)  # fmt: skip
-signed_key_at = _on_keys(
-    "signed_key_at", types.float64, types.uint64, lambda b, number, bits: _key_at(b, number, bits, signed=True),
-    "``signed_key_at(number, keys)``: the key of the float nearest to it; else as `key_at`.",
-)  # fmt: skip
+
+
+@cache
+def float_of_signed_key(form: Format) -> Any:
+    """``float_of_key(key, keys)``: the float of this format that it is the key of, as a float64."""
+    return _on_keys(
+        "float_of_key", types.uint64, types.float64, lambda b, key, bits: emit_float_of_key(b, key, form),
+        "``float_of_key(key, keys)``: see `float_of_signed_key`.",
+    )  # fmt: skip
+
+
+@cache
+def signed_key_at(form: Format) -> Any:
+    """``key_at(number, keys)``: the key of the float of this format near a number; else as `key_at`."""
+    return _on_keys(
+        "key_at", types.float64, types.uint64, lambda b, number, bits: _key_at(b, number, bits, form),
+        "``key_at(number, keys)``: see `signed_key_at`.",
+    )  # fmt: skip
+
+
 largest_key = _on_keys(
     "largest_key", types.uint64, types.uint64, lambda b, zero, bits: zero.type((1 << bits) - 1),
     "``largest_key(0, keys)``: all ones.",

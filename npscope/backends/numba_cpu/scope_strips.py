@@ -36,7 +36,7 @@ from npscope.backends.numba_cpu.strips import (
     scratch_type,
 )
 from npscope.backends.numba_cpu.vector_search import SLACK, neighbours_of, tie_border
-from npscope.backends.numba_cpu.vectors import copy_numbers
+from npscope.backends.numba_cpu.vectors import Format, copy_numbers
 
 _EXPECTED = types.UniTuple(types.float64, 3)
 _SEARCHED = types.Tuple((types.uint64, _EXPECTED))
@@ -45,28 +45,28 @@ _call_searcher, _call_turner, _call_columns_cutter = caller(14, _SEARCHED), call
 
 
 @cache
-def selector_address(group: int, key: np.dtype, signed: bool, sizes: bool) -> int:
+def selector_address(group: int, key: np.dtype, signed: Format | None, sizes: bool) -> int:
     """Where the code of a `search.selector` is, for keys of this dtype."""
     select = search.selector(group, 8 * key.itemsize, signed, sizes)
     return address_of(select, array_of(key), *RANGE, KEEP, MASK, types.uint64, types.float64, result=NEXT)
 
 
 @cache
-def plane_selector_address(group: int, key: np.dtype, signed: bool) -> int:
+def plane_selector_address(group: int, key: np.dtype, signed: Format | None) -> int:
     """Where the code of a `search.plane_selector` is, for keys of this dtype."""
     select = search.plane_selector(group, signed)
     return address_of(select, array_of(key), *RANGE, KEEP, MASK, types.uint64, types.float64, result=NEXT)
 
 
 @cache
-def limiter_address(key: np.dtype, signed: bool) -> int:
+def limiter_address(key: np.dtype, signed: Format | None) -> int:
     """Where the code of a `search.limiter` is, for keys of this dtype."""
     rows = types.int64, types.int64, types.int64, KEEP, array_of(key), array_of(np.int32)
     return address_of(search.limiter(signed), array_of(key), *rows, types.uint64, types.float64, result=NEXT)
 
 
 @cache
-def finder_address(key: np.dtype, signed: bool) -> int:
+def finder_address(key: np.dtype, signed: Format | None) -> int:
     """Where the code of a `search.finder` is, for keys of this dtype."""
     rows = types.int64, types.int64, KEEP, array_of(key), types.int64
     return address_of(search.finder(signed), array_of(key), *rows, types.uint64, types.float64, result=NEXT)
@@ -192,7 +192,7 @@ WINDOWS = (LANES - 1) * WINDOW
 
 
 @cache
-def searcher(signed: bool) -> Function:
+def searcher(signed: Format | None) -> Function:
     """``search(look, read, source, i, pitch, r0, r1, n, keep, exact, ends, guess, expected, scratch)``: ends of scopes.
 
     Those of scopes [r0, r1), of n keys each, from i on and so far apart. The r-th has the `keep[r]` first-ranked above
@@ -232,7 +232,7 @@ def searcher(signed: bool) -> Function:
 
 
 @cache
-def looking_searcher(signed: bool) -> Function:
+def looking_searcher(signed: Format | None) -> Function:
     """A `searcher` that first looks at the keys near the expected limit, by a surveyor at the address `look`.
 
     Those of up to `LANES` scopes, until one misses, which is searched as a whole. Where they are few they are searched

@@ -23,17 +23,17 @@ from npscope.backends.numba_cpu import vector_selection
 from npscope.backends.numba_cpu.jit import standalone
 from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, kth_of_rows, limits_of_rows, mark_planes, mark_rows
 from npscope.backends.numba_cpu.scalars import (
-    REALS,
     emit_float_of_key,
     emit_key_near_float,
     float_of_signed_key,
     key_at,
     least,
     number_of_key,
+    numbers_within,
     signed_key_at,
 )
 from npscope.backends.numba_cpu.vector_search import emit_count_from, emit_neighbours_of, mark, tie_border
-from npscope.backends.numba_cpu.vectors import Builder, Value, call, step
+from npscope.backends.numba_cpu.vectors import Builder, Format, Value, call, step
 
 QUICK_PROBES = 6
 """Guesses before the search always looks for the keys next to a guess; normal data needs 5.8 in rows of 1024."""
@@ -45,22 +45,22 @@ FIRST_GUESS, FIRST_SPACING = np.uint64(1 << 30), 65536.0
 # --- numbers along which keys are spread evenly enough to interpolate ----------------------------
 
 
-def reals(signed: bool) -> tuple[Any, Any]:
-    """(number of a key, key at a number), for keys of signed floats or not.
+def reals(signed: Format | None) -> tuple[Any, Any]:
+    """(number of a key, key at a number), for keys of signed floats of a format, or of others.
 
     Both take an array of such keys as their last argument. Signed keys stand for their floats: they crowd around zero,
     by their exponents, where 14 guesses are needed and not 6.
     """
-    return (float_of_signed_key, signed_key_at) if signed else (number_of_key, key_at)
+    return (number_of_key, key_at) if signed is None else (float_of_signed_key(signed), signed_key_at(signed))
 
 
 @cache
-def separator(signed: bool) -> Any:
+def separator(signed: Format | None) -> Any:
     """``separate(keys, start, n, k, guess, spacing)``: (limit, ties, spacing), for 0 < k < n.
 
     The first-ranked k of n keys are those above `limit` and the first `ties` equal to it. Where `ties` is n,
     exactly k keys are at least `limit`, which need not be one of them. `spacing` says how far apart keys lie
-    near there, for the next guess. `signed`: the keys are of signed floats.
+    near there, for the next guess. Keys are of `signed` floats of a format, or of others.
     """
     separate_keys = _separate_keys(signed)
 
@@ -72,16 +72,16 @@ def separator(signed: bool) -> Any:
     return separate
 
 
-def _separate_keys(signed: bool) -> Any:
+def _separate_keys(signed: Format | None) -> Any:
     """``(keys, start, n, k, guess, spacing)``: what a `separator` does, written for LLVM: Numba took 260 ms over it."""
     word, real, flag = ir.IntType(64), ir.DoubleType(), ir.IntType(1)
-    first, beyond = REALS[signed]
+    first, beyond = numbers_within(signed)
 
     def emit(b: Builder, keys: Value, n: Value, k: Value, guess: Value, start_spacing: Value) -> Value:
         bits = keys.type.pointee.width
 
         def real_of(key: Value) -> Value:
-            return emit_float_of_key(b, key, bits) if signed else b.uitofp(key, real)
+            return b.uitofp(key, real) if signed is None else emit_float_of_key(b, key, signed)
 
         def real_number(count: Value) -> Value:
             return b.sitofp(count, real)
@@ -159,7 +159,7 @@ def _separate_keys(signed: bool) -> Any:
         halves = b.and_(late, b.icmp_unsigned("!=", b.and_(b.load(probes), one), zero))
         has_key = b.and_(b.fcmp_ordered(">=", x, real(first)), b.fcmp_ordered("<", x, real(beyond)))
         with b.if_then(b.and_(has_key, b.not_(halves))):
-            b.store(emit_key_near_float(b, x, bits) if signed else b.fptoui(x, word), p)
+            b.store(b.fptoui(x, word) if signed is None else emit_key_near_float(b, x, signed), p)
         b.branch(head)
 
         b.position_at_end(ends)
@@ -187,7 +187,7 @@ def group_of(n: int) -> int:
 
 
 @cache
-def selector(group: int, width: int, signed: bool, sizes: bool) -> Any:
+def selector(group: int, width: int, signed: Format | None, sizes: bool) -> Any:
     """``select(keys, rows, n, keep, mask, guess, spacing)``: mask of the `keep` first-ranked of every n keys.
 
     Returns where to start the next search. Groups of n keys of `width` bits are ranked side by side in a vector, or
@@ -240,7 +240,7 @@ def selector(group: int, width: int, signed: bool, sizes: bool) -> Any:
 
 
 @cache
-def limiter(signed: bool) -> Any:
+def limiter(signed: Format | None) -> Any:
     """``limit(keys, pitch, rows, n, keep, limits, borders, guess, spacing)``: limits of rows so far apart, and borders.
 
     Of those equal to its limit a row keeps the ones before its border. Returns where to start the next search. Both
@@ -264,7 +264,7 @@ def limiter(signed: bool) -> Any:
 
 
 @cache
-def finder(signed: bool) -> Any:
+def finder(signed: Format | None) -> Any:
     """``find(keys, rows, n, k, found, s, guess, spacing)``: the k-th largest of every n keys, from entry s on.
 
     Returns where to start the next search. Nothing is written beyond them; n is as for a `limiter`.
@@ -283,12 +283,12 @@ def finder(signed: bool) -> Any:
 
 
 @cache
-def plane_selector(group: int, signed: bool) -> Any:
+def plane_selector(group: int, signed: Format | None) -> Any:
     """As a `selector`, for keys in planes, and masks: the first of all scopes, the second, ... `group` is not 0."""
     return _lanes_of_planes(signed) if group == IN_LANES else _rank_planes
 
 
-def _lanes_of_planes(signed: bool) -> Any:
+def _lanes_of_planes(signed: Format | None) -> Any:
     mark_lanes = mark_planes(signed)
 
     @standalone

@@ -424,6 +424,6 @@ def _values_of_keys(keys: np.ndarray, parts: Parts, ord: float | None, integers:
     kind = kind_of(dtype)
     if kind.is_integer:
         return (keys ^ sign if kind.family == "int" else keys).view(dtype)
-    values = np.where(keys >= sign, keys ^ sign, ~keys).view(f"f{keys.itemsize}")
+    values = np.where(keys >= sign, keys ^ sign, ~keys).view(dtype)
     values[keys == ~unsigned.type(0)] = np.nan
-    return values.astype(dtype)
+    return values

@@ -238,6 +238,13 @@ def all_keys_of(b: Builder, bits: Value, form: Format, signed: bool) -> Value:
     return b.select(b.icmp_unsigned(">", size, splat(bits.type, form.inf)), splat(bits.type, 2 * top - 1), keys)
 
 
+def signed_bits_of(b: Builder, keys: Value) -> Value:
+    """The bits of signed floats that have these keys, in vectors or not."""
+    top = ir.Constant(keys.type, -(1 << (_bits_of(getattr(keys.type, "element", keys.type)) - 1)))
+    zero = ir.Constant(keys.type, 0)
+    return b.select(b.icmp_signed("<", keys, zero), b.xor(keys, top), b.not_(keys))
+
+
 Sign = Literal["drop", "any", "keep"]
 """What becomes of the sign of a number that is read: `any` is whatever costs least."""
 
