@@ -24,9 +24,11 @@ from numba import types  # noqa: E402
 
 from npscope.backends.numba_cpu import (  # noqa: E402
     conditioned,
+    doubts,
     lines,
     shrinkage,
     strips,
+    totals,
     vector_norms,
     vector_selection,
     vector_shrinkage,
@@ -425,7 +427,7 @@ def _measuring(measure):
 )
 def test_sums_of_short_runs_are_those_of_their_blocks(rng, monkeypatch, name, run, rows, narrow):
     """Whatever the machine can. Of small integers all sums are exact."""
-    monkeypatch.setattr(vector_norms, "has_only_avx2", lambda: narrow)
+    monkeypatch.setattr(totals, "has_only_avx2", lambda: narrow)
     form, blocks = vectors.format_of(kind_of(dtype(name))), 2 * vectors.LANES + 5
     numbers = rng.integers(-9, 10, (rows, blocks, run)).astype(name)
     grid = np.asarray([[blocks], [run]], dtype=np.int64)
@@ -433,8 +435,8 @@ def test_sums_of_short_runs_are_those_of_their_blocks(rng, monkeypatch, name, ru
     elements = np.ascontiguousarray(elements[:, 1:]) if rows == 1 else elements
     buffers = lines.NormBuffers(blocks, 8 if form.bits == 64 else 4)
     for code, expected in (
-        (vector_norms.TWO, np.sqrt((numbers.astype(np.float64) ** 2).sum(axis=(0, 2)))),
-        (vector_norms.ONE, np.abs(numbers.astype(np.float64)).sum(axis=(0, 2))),
+        (totals.TWO, np.sqrt((numbers.astype(np.float64) ** 2).sum(axis=(0, 2)))),
+        (totals.ONE, np.abs(numbers.astype(np.float64)).sum(axis=(0, 2))),
     ):
         norms_of = _measuring(vector_norms.measure_strip.__wrapped__(form, Runs(run, False, rows == 1), code))
         norms_of(numbers.reshape(-1).view(f"u{form.bits // 8}"), grid, elements, blocks, *buffers.all)
@@ -455,12 +457,12 @@ def test_the_ends_of_words_are_found_at_any_place(rng, width):
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("doubt", [3, vector_norms.MOST_DOUBT])
+@pytest.mark.parametrize("doubt", [3, doubts.MOST_DOUBT])
 def test_one_root_that_may_be_rounded_wrong_is_seen_among_any(monkeypatch, narrow, doubt):
-    monkeypatch.setattr(vector_norms, "has_only_avx2", lambda: narrow)
+    monkeypatch.setattr(doubts, "has_only_avx2", lambda: narrow)
 
     def take_all(b, numbers, doubt):
-        roots, lanes = vector_norms._Roots(b, doubt), ir.VectorType(ir.DoubleType(), vectors.LANES)
+        roots, lanes = doubts.Roots(b, doubt), ir.VectorType(ir.DoubleType(), vectors.LANES)
         for i in range(2):
             place = b.gep(numbers, [vectors.INT32(i * vectors.LANES)])
             roots.take(b.load(b.bitcast(place, lanes.as_pointer()), align=8))
@@ -477,7 +479,7 @@ def test_one_root_that_may_be_rounded_wrong_is_seen_among_any(monkeypatch, narro
         numbers = np.resize(sure, 2 * vectors.LANES)
         assert not are_unsure(numbers, doubt)
         for units in (-doubt - 1, -doubt, 0, doubt - 1, doubt):
-            numbers[lane : lane + 1] = np.asarray([(1 << 62) + vector_norms.ROUNDING_BORDER + units]).view(np.float64)
+            numbers[lane : lane + 1] = np.asarray([(1 << 62) + doubts.ROUNDING_BORDER + units]).view(np.float64)
             assert are_unsure(numbers, doubt) == (-doubt <= units < doubt)
 
 

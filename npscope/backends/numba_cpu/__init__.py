@@ -12,7 +12,8 @@ To read it in order:
   `loans` (work arrays);
 - how a call is divided: `pieces`, on threads;
 - how code is made: `jit`, `scalars`, `vectors` and `lanes` (LLVM vectors), `codecs` (elements);
-- norms: `lines` and `vector_norms` (blocks in rows), `kernels`, `exact`, `arithmetic` (any block), `norms`;
+- norms: `lines`, `vector_norms`, `totals` and `doubts` (blocks in rows), `kernels`, `exact`, `arithmetic` (any block),
+  `norms`;
 - who is kept: `ranking` (keys, and what reads them), `search`, `vector_search` and `lane_search` (the k-th key of a
   scope), `strips` (the steps of kernels), `scope_strips` (whole scopes), `scope_passes` (large ones), `planes` and
   `side_by_side` (scopes that lie side by side), `vector_selection`, `groups` (n:m), `brackets`, `large_scopes` and

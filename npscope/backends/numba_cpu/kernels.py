@@ -43,15 +43,9 @@ from npscope.backends.numba_cpu.jit import (
 from npscope.backends.numba_cpu.nests import NEST, place
 from npscope.backends.numba_cpu.operands import Operand
 from npscope.backends.numba_cpu.scalars import SAFE_LEAST, least
-from npscope.backends.numba_cpu.vector_norms import (
-    INF as INF,
-)
-from npscope.backends.numba_cpu.vector_norms import (
-    ONE as ONE,
-)
-from npscope.backends.numba_cpu.vector_norms import (
-    TWO as TWO,
-)
+from npscope.backends.numba_cpu.totals import INF as INF
+from npscope.backends.numba_cpu.totals import ONE as ONE
+from npscope.backends.numba_cpu.totals import TWO as TWO
 from npscope.backends.numba_cpu.vectors import Format
 
 POWER = 3

@@ -17,23 +17,16 @@ from numba import types
 
 from npscope.backends.numba_cpu import vector_norms, vector_selection, vector_writing
 from npscope.backends.numba_cpu.codecs import Function
+from npscope.backends.numba_cpu.doubts import MOST_DOUBT, additions_of
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout
 from npscope.backends.numba_cpu.rows import TOGETHER, Runs
 from npscope.backends.numba_cpu.scalars import least
-from npscope.backends.numba_cpu.vector_norms import (
-    INF,
-    JOINS,
-    MOST_DOUBT,
-    ONE,
-    PART_BLOCKS,
-    PARTIAL,
-    PARTS,
-    TWO,
-)
+from npscope.backends.numba_cpu.totals import INF, ONE, PARTIAL, TWO, takes_many
+from npscope.backends.numba_cpu.vector_norms import PART_BLOCKS, PARTS
 from npscope.backends.numba_cpu.vector_norms import STRIP_BLOCKS as STRIP_BLOCKS
-from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, copy_numbers
+from npscope.backends.numba_cpu.vectors import LANES, LINE, Format, copy_numbers
 
 MOST_DROPPED = 32
 """Elements of a run up to which blocks are dropped in vectors of several."""
@@ -75,20 +68,12 @@ def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
         return False
     if layout.form.is_integer and layout.form.bits > 16:  # float32 does not hold them
         return False
-    return code == INF or layout.form.bits == 64 or _additions(layout.run, layout.rows) <= MOST_DOUBT
-
-
-def _additions(run: int, rows: int) -> int:
-    """Additions in sequence for blocks of so many adjacent numbers in so many rows."""
-    if run < LANES:
-        return run * rows
-    several = -(-run // LANES) if run <= CHUNK else -(-run // CHUNK) + CHUNK // LANES
-    return LANES // PARTIAL * several * rows + JOINS
+    return code == INF or layout.form.bits == 64 or additions_of(layout.run, layout.rows) <= MOST_DOUBT
 
 
 def strip_blocks(layout: Layout) -> int:
     """Blocks of a strip."""
-    most = STRIP_BLOCKS if vector_norms.takes_many(_runs_of(layout)) else PART_BLOCKS
+    most = STRIP_BLOCKS if takes_many(_runs_of(layout)) else PART_BLOCKS
     columns = max(SHORT_RUN, STRIP_RUN // layout.rows)
     return max(1, min(most, columns // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
 
