@@ -73,7 +73,7 @@ def can_sum(layout: Layout | None, code: int, *, wide: bool = False) -> bool:
 
 def strip_blocks(layout: Layout) -> int:
     """Blocks of a strip."""
-    most = STRIP_BLOCKS if takes_many(_runs_of(layout)) else PART_BLOCKS
+    most = STRIP_BLOCKS if takes_many(layout.runs) else PART_BLOCKS
     columns = max(SHORT_RUN, STRIP_RUN // layout.rows)
     return max(1, min(most, columns // layout.run, STRIP_ELEMENTS // (layout.run * layout.rows)))
 
@@ -87,7 +87,7 @@ def measurer(layout: Layout, code: int) -> Any:
     In float64 they are left in `sums`, unless they are maxima. Sums in the making stand in `making`.
     """
     # The norm of one element is its magnitude, whatever the order.
-    return _measurer(layout.form, _runs_of(layout), INF if layout.run * layout.rows == 1 else code)
+    return _measurer(layout.form, layout.runs, INF if layout.run * layout.rows == 1 else code)
 
 
 @cache
@@ -121,12 +121,6 @@ def _measurer(form: Format, runs: Runs, code: int) -> Any:
     return measure
 
 
-def _runs_of(layout: Layout) -> Runs:
-    """The runs of which code for a layout is made: long ones once for all, but for what does not fill a vector."""
-    long = layout.is_long
-    return Runs(layout.run % LANES if long else layout.run, long, layout.rows == 1 and not long)
-
-
 # --- strips --------------------------------------------------------------------------------------
 
 
@@ -134,14 +128,14 @@ def dropper(layout: Layout) -> Any:
     """``drop(target, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
     if layout.run > MOST_DROPPED:
         return element_writer(layout.codec.keep, True)
-    return _row_writer(vector_writing.drop_strip(layout.form, _runs_of(layout)))
+    return _row_writer(vector_writing.drop_strip(layout.form, layout.runs))
 
 
 def scaler(layout: Layout, shrinks: bool) -> Any:
     """``scale(target, i, stop, factors)``: multiply the blocks of a strip by factors; `shrinks` as in `scale_strip`."""
     if layout.form.name not in ("float32", "float64") or layout.is_long:
         return element_writer(layout.codec.scale, 1.0)
-    return _row_writer(vector_writing.scale_strip(layout.form, _runs_of(layout), shrinks))
+    return _row_writer(vector_writing.scale_strip(layout.form, layout.runs, shrinks))
 
 
 @cache

@@ -199,7 +199,7 @@ def measuring_of(places: tuple[Placement, ...], ord: float) -> Measuring:
     code, layout, workspace = code_of(ord, elements), places[0].layout, workspace_of(elements, exact)
     if len(places) > 1 or layout is None or not lines.can_sum(layout, code, wide=True):
         return Measuring(partial(PassNorms, ord, code, norm, exact), workspace, PIECE_ELEMENTS, None)
-    measure, strip = lines.measurer_address(layout.compiled, code, places[0].unit, norm), lines.strip_blocks(layout)
+    measure, strip = lines.measurer_address(layout, code, places[0].unit, norm), lines.strip_blocks(layout)
     make = partial(LineNorms, measure, strip, code == nk.INF, norm)
     return Measuring(make, workspace, STRIPS_ELEMENTS, partial(_measure_all, measure, strip, norm.itemsize))
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from npscope.backends.numba_cpu.codecs import Codec, codec
 from npscope.backends.numba_cpu.orders import Positions
+from npscope.backends.numba_cpu.rows import Runs
 from npscope.backends.numba_cpu.vectors import CHUNK, LANES, LINE, Format, format_of
 from npscope.dtypes import Kind, common_norm, kind_of
 from npscope.tiling import MAX_NDIM, Cut, Dim, Leaf, Part, Parts
@@ -67,13 +68,13 @@ class Layout:
         return self.run > CHUNK
 
     @property
-    def compiled(self) -> Layout:
-        """The layout whose kernels serve this one: one for all that have rows, and for all long runs that end alike.
+    def runs(self) -> Runs:
+        """What is compiled for it: the same for all that have rows, and for all long runs that end alike.
 
         Rows of 4096 and of 14336 elements take half a second to compile only once.
         """
-        run, rows = (2 * CHUNK + self.run % LANES, 1) if self.is_long else (self.run, min(self.rows, 2))
-        return layout_of(self.form, self.codec, run, rows)
+        long = self.is_long
+        return Runs(self.run % LANES if long else self.run, long, self.rows == 1 and not long)
 
 
 layout_of = cache(Layout)

@@ -155,7 +155,7 @@ def source_of(
         return Source(address(read), leaf.raw, STRIP_ELEMENTS)
     code = code_of(ord, part.elements)
     if leaf.layout is not None and lines.can_sum(leaf.layout, code):
-        read = strips.norm_reader(leaf.layout.compiled, code)
+        read = strips.norm_reader(lines.measurer(leaf.layout, code))
         return Source(address(read), leaf.raw, lines.strip_blocks(leaf.layout))
     return None
 

@@ -153,8 +153,7 @@ def shrink_job(source: Competitors, written: Competitors, thresholds: Leaf) -> C
     """The job that shrinks every block of `written` by its norm in `source`, whose elements it has by then."""
     x = written.leaves[0]
     if x.layout is not None and not source.spans_leaves and source.exact and lines.can_sum(x.layout, nk.TWO):
-        layout, unit = x.layout.compiled, x.place.unit
-        measure = lines.measurer_address(layout, nk.TWO, unit, source.norm)
+        measure = lines.measurer_address(x.layout, nk.TWO, x.place.unit, source.norm)
         head: tuple[Any, ...] = (measure, strips.scaler(x, shrinks=True), *x.raw)
         strip, t = lines.strip_blocks(x.layout), _thresholds(thresholds, written)
         return in_place(

@@ -27,7 +27,7 @@ from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.nests import length_of, place
-from npscope.backends.numba_cpu.operands import Layout, Operand
+from npscope.backends.numba_cpu.operands import Operand
 from npscope.backends.numba_cpu.scalars import largest_key, least
 from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark_not_below
 
@@ -159,9 +159,8 @@ def dense_surveyor(key: np.dtype, *, crowded: bool) -> int:
 
 
 @cache
-def norm_reader(layout: Layout, code: int) -> Function:
-    """Read blocks by their norms."""
-    measure = lines.measurer(layout, code)
+def norm_reader(measure: Function) -> Function:
+    """Read blocks by their norms, as a `lines.measurer` finds them."""
 
     @standalone
     def read(
@@ -181,7 +180,7 @@ def norm_reader(layout: Layout, code: int) -> Function:
 def dropper(operand: Operand) -> int:
     """Write +0.0 to the blocks whose mask is False."""
     codec: Any = operand.codec
-    write = lines.element_writer(codec.keep, True) if operand.layout is None else lines.dropper(operand.layout.compiled)
+    write = lines.element_writer(codec.keep, True) if operand.layout is None else lines.dropper(operand.layout)
     return writer_address(write, operand.place.unit)
 
 
@@ -189,7 +188,7 @@ def scaler(operand: Operand, *, shrinks: bool) -> int:
     """Multiply blocks by factors; `shrinks` as for `scale_strip`."""
     codec: Any = operand.codec
     layout = operand.layout
-    scale = lines.element_writer(codec.scale, 1.0) if layout is None else lines.scaler(layout.compiled, shrinks)
+    scale = lines.element_writer(codec.scale, 1.0) if layout is None else lines.scaler(layout, shrinks)
     return lines.scaler_address(scale, operand.place.unit)
 
 
