@@ -441,9 +441,7 @@ def test_what_is_expected_of_a_row_never_changes_what_is_found(monkeypatch, data
 @pytest.mark.parametrize("data", ["normal", "with ties", "of zeros", "one scope apart"])
 def test_few_and_many_keys_near_the_limits_of_rows(monkeypatch, data, n):
     """Those of several rows are searched together where they are few; where they are many, row by row."""
-    monkeypatch.setattr(
-        pytest.importorskip("npscope.backends.numba_cpu.scope_strips"), "WIDE_ELEMENTS", 0
-    )  # fmt: skip
+    monkeypatch.setattr(pytest.importorskip("npscope.backends.numba_cpu.scope_strips"), "WIDE_ELEMENTS", 0)
     rows = 40
     x = np.random.default_rng(8).standard_normal((rows, n)).astype(np.float32)
     if data == "with ties":
@@ -514,6 +512,24 @@ def test_passes_over_large_scopes(passes, data):
                 passes.clear()
                 np.testing.assert_equal(npscope.kth_largest(x, nnz), ascending[-nnz])
                 assert 1 <= len(passes) <= 2, (elements, nnz, passes)
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_passes_over_what_many_threads_have_collected(monkeypatch, rng, name):
+    """One narrows it, as a rule, though each thread has found a part of it only."""
+    large_scopes = pytest.importorskip("npscope.backends.numba_cpu.large_scopes")
+    looks, survey = set(), large_scopes.LargeScopes._survey_keys
+    monkeypatch.setattr(
+        large_scopes.LargeScopes, "_survey_keys", lambda self, look, *rest: looks.add(look) or survey(self, look, *rest)
+    )
+    monkeypatch.setattr(large_scopes, "workers_for", lambda elements: 8)
+    x = rng.standard_normal(3_000_000).astype(name)
+    ascending = np.sort(x)
+    for k in (x.size // 10, x.size // 2):
+        looks.clear()
+        with npscope.use_backend("numba"):
+            assert npscope.kth_largest(x, k) == ascending[-k]
+        assert 1 <= len(looks) <= 2
 
 
 def test_large_scopes_of_signed_beside_unsigned_integers(monkeypatch):

@@ -281,12 +281,6 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     def key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(np.float64(decode(fetch(buffer, i))))
 
-    signed_key_of_number = signed_key_of_float32 if narrow else signed_key_of_float64
-
-    @inner
-    def signed_key(buffer: Any, i: int) -> Bits:
-        return signed_key_of_number(fetch(buffer, i))
-
     @inner
     def keep(buffer: Any, i: int, kept: bool) -> None:
         place(buffer, i, fetch(buffer, i) if kept else zero)
@@ -316,6 +310,13 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     narrow_key, width = None, 8 * zero.itemsize
     if kind.name in _STORAGE:
         narrow_key, signed_key = _narrow_keys(kind.name, fetch)
+    else:
+        signed_key_of_number = signed_key_of_float32 if narrow else signed_key_of_float64
+
+        @inner
+        def signed_key(buffer: Any, i: int) -> Bits:
+            return signed_key_of_number(fetch(buffer, i))
+
     return Codec(unit, magnitude, value, key32, key64, signed_key, keep, scale, soften, narrow_key, width)
 
 

@@ -249,19 +249,24 @@ class _Bounds(NamedTuple):
         return b.icmp_unsigned("!=", self.low, splat(vector, 0)), b.icmp_unsigned("!=", self.high, splat(vector, -1))
 
 
+def _between(b: Builder, line: _Line, bounds: _Bounds, wanted: Value) -> Value:
+    """Where the wanted key would be if keys lay evenly between the bounds."""
+    low, high, from_low, above_high = bounds
+    share = b.fdiv(line.count(b.sub(from_low, wanted)), line.count(b.sub(from_low, above_high)))
+    return line.moved(low, b.fmul(line.distance(low, high), share))
+
+
 def _next_guess(b: Builder, line: _Line, bounds: _Bounds, wanted: Value, count: Value, spacing: Value) -> Value:
     """Between the two bounds, or as far beyond the only one as keys were apart before, by the last `count`."""
-    low, high, from_low, above_high = bounds
+    low, high, _, _ = bounds
     known_low, known_high = bounds.known(b)
-    share = b.fdiv(line.count(b.sub(from_low, wanted)), line.count(b.sub(from_low, above_high)))
     away = b.fmul(line.scalar(spacing), line.count(b.sub(count, wanted)))
     reach = line.distance(low, high)
-    between = line.moved(low, b.fmul(reach, share))
     if line.signed is not None:
         beyond = line.moved(b.select(known_low, low, high), away)
     else:
         beyond = line.moved(low, b.select(known_low, away, b.fadd(reach, away)))
-    return b.select(b.and_(known_low, known_high), between, beyond)
+    return b.select(b.and_(known_low, known_high), _between(b, line, bounds, wanted), beyond)
 
 
 def _mean_of_keys(b: Builder, keys: Value) -> Value:
@@ -502,7 +507,7 @@ def limits_in_windows(signed: Format | None) -> Any:
         before, asked, known = load(b, limits, key), load(b, wanted, _COUNTS), load(b, counts, _COUNTS)
         some = b.and_(b.icmp_signed(">", known, splat(_COUNTS, 0)), first_lanes(b, rows, LANES))
         bounds, every = _Bounds(bottom, top, known, splat(_COUNTS, 0)), broadcast(b, b.trunc(n, INT32), LANES)
-        first = _next_guess(b, line, bounds, asked, known, spacing)
+        first = _between(b, line, bounds, asked)
         found = _search(b, planes, line, asked, some, bounds, every, first, before, asked, spacing)
         with b.if_then(exact):
             least, _ = planes.neighbours_of(b, b.load(found.limits))

@@ -202,11 +202,11 @@ class LargeScopes:
     ) -> int:  # fmt: skip
         """As `scope_passes.survey`, of some `pieces` of keys that were collected, between rows of `bounds`."""
         if self.looks_alike:
-            (address, _), unit = self._looks_at(0, look), self.ranking.parts[0].leaves[0].place.unit
+            address, _ = self._looks_at(0, look)
         else:
-            address, unit = strips.dense_surveyor(self.ranking.key, crowded=look.is_crowded), self.ranking.key
+            address = strips.dense_surveyor(self.ranking.key, crowded=look.is_crowded)
         end: int = scope_passes.survey(
-            address, 0, dense(keys.view(unit)), 0, bounds, *pieces, LOOK_ELEMENTS, LOOK_ELEMENTS, *look.limits, found,
+            address, 0, dense(keys), 0, bounds, *pieces, LOOK_ELEMENTS, LOOK_ELEMENTS, *look.limits, found,
             0, counts, self.works[slot],
         )  # fmt: skip
         return end
@@ -225,9 +225,12 @@ class LargeScopes:
         for (p0, p1), (_, start) in zip(self.bundles, self.stores, strict=True):
             bounds[1, p0:p1] = start + np.cumsum(stored[p0:p1])
             bounds[0, p0:p1] = bounds[1, p0:p1] - stored[p0:p1]
-        for bundle, (slot, _) in zip(self.bundles, self.stores, strict=True):
-            keys = self.found[slot]
-            self._survey_keys(Look(key, key, key), keys, bounds, bundle, counts, keys[:0], slot)
+
+        def use(slot: int, i: int) -> None:
+            keys = self.found[self.stores[i][0]]
+            self._survey_keys(Look(key, key, key), keys, bounds, self.bundles[i], counts, keys[:0], slot)
+
+        self.each(len(self.bundles), use)
         _above, inside, _stored, _crowd = counts
         return inside
 
@@ -238,7 +241,9 @@ class LargeScopes:
             keys = partitioned(np.concatenate(pieces), [count - k])
             limit = keys[count - k]
             return Nth(int(limit), k - int(np.count_nonzero(keys > limit)), int(np.count_nonzero(keys == limit)))
-        narrower = [np.empty(keys.size // 2 + SLACK, dtype=self.ranking.key) for keys in pieces]
+        # A look stores what it finds only where all that it looks at would fit.
+        rooms = [min(keys.size, keys.size // 2 + LOOK_ELEMENTS) + SLACK for keys in pieces]
+        narrower = [np.empty(room, dtype=self.ranking.key) for room in rooms]
         bounds = np.asarray([[0] * len(pieces), [keys.size for keys in pieces]])
 
         def survey(look: Look) -> Survey:
@@ -249,6 +254,8 @@ class LargeScopes:
 
             self.each(len(pieces), use)
             above, inside, _, equal = counts.sum(axis=1).tolist()
+            if inside > count // 2:  # too many to go on with: some are a sample
+                ends = [end // 2 for end in ends]
             return Survey(above, inside, equal, [keys[:end] for keys, end in zip(narrower, ends, strict=True)])
 
         return narrow(k, count, self.ranking.width, sample_of(pieces, FEW_KEYS // 4), survey, self._nth_of)

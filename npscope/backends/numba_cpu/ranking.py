@@ -228,7 +228,10 @@ class Ranking:
     def is_wide(self) -> bool:
         """Whether scopes of elements are so large, and so many, that to look near their expected limits first pays."""
         large = self.group == 0 and self.elements == self.blocks >= scope_strips.WIDE_SCOPE
-        return large and self.scopes * self.blocks >= scope_strips.WIDE_ELEMENTS
+        if not large or len(self.parts) > 1 or self.scopes * self.blocks < scope_strips.WIDE_ELEMENTS:
+            return False
+        turned = self.sources[0] is not None and self.sources[0].turner is not None
+        return turned or self.adjacent_form(0) is not None
 
     @property
     def reads_by_itself(self) -> bool:

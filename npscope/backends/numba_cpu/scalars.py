@@ -110,14 +110,10 @@ def emit_key_near_float(b: Any, number: Any, form: Format) -> Any:
     return key if form.bits == 64 else b.zext(key, ir.IntType(64))
 
 
-UNSIGNED = 0.0, 1.8e19
-"""The least number that has a key, and a bound of them, where keys are their own numbers."""
-
-
 def numbers_within(signed: Format | None) -> tuple[float, float]:
-    """The same, of keys of `signed` floats of a format, or of others."""
+    """The least number that has a key, and a bound of them: of `signed` floats, or where keys are their own numbers."""
     if signed is None:
-        return UNSIGNED
+        return 0.0, 1.8e19
     largest = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}.get(signed.name)
     return (-np.finfo(np.float64).max, np.inf) if largest is None else (-largest, largest)
 

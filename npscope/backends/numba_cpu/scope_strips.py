@@ -164,8 +164,8 @@ def keep_in_planes(
 WIDE_SCOPE = 512
 """Keys of a scope from which on those near the expected limit are looked at first; fewer are searched as fast."""
 
-WIDE_ELEMENTS = 1 << 23
-"""Elements from which on that pays: it takes a fifth of a second to compile, and saves a millisecond for so many."""
+WIDE_ELEMENTS = 1 << 24
+"""Elements from which on that pays: it takes half a second and more to compile, and saves 5 ms for so many."""
 
 REACH, FAR_REACH, LAG = 3.0, 24.0, 3
 """Standard deviations of a rank between the expected limit and the ends of a look: at least, and after misses; and
@@ -196,8 +196,8 @@ def searcher(signed: Format | None) -> Function:
     """``search(look, read, source, i, pitch, r0, r1, n, keep, exact, ends, guess, expected, scratch)``: ends of scopes.
 
     Those of scopes [r0, r1), of n keys each, from i on and so far apart. The r-th has the `keep[r]` first-ranked above
-    its limit, and equal to it before its border. Or if they are to be `exact`, the limit is the last of these itself.
-    It reads all keys; `look` is for a `looking_searcher`, so that kernels call both alike.
+    its limit, and equal to it before its border. Or if they are to be `exact`, the limit is the last of these itself,
+    and the border means nothing. It reads all keys; `look` is for a `looking_searcher`: kernels call both alike.
 
     Returns (guess, expected): the key where the next search starts; and what is expected of the next scope: its limit,
     as a number; the distance between keys near it; and how far off it may be, 0 for unknown, and below zero the scopes
@@ -254,7 +254,7 @@ def looking_searcher(signed: Format | None) -> Function:
             ranks = reach * np.sqrt(np.float64(k) * np.float64(n - k) / np.float64(n))
             low, high = key_at(center - ranks * spacing, keys), key_at(center + ranks * spacing, keys)
             bottom, top = real_of(low, keys), real_of(high, keys)
-            r, stop, most, total, limit_sum = first, least(r1, first + LANES), 0, 0, 0.0
+            r, stop, most, total, whole = first, least(r1, first + LANES), 0, 0, True
             while r < stop and reach > 0 and 0 < keep[r] < n:
                 k, at, start = keep[r], i + r * pitch, (r - first) * WINDOW
                 above, inside, _ = call_surveyor(
@@ -277,9 +277,10 @@ def looking_searcher(signed: Format | None) -> Function:
                 total += inside
                 r += 1
                 if count == 0:  # to wait for others gains nothing, and what is expected next is known better
-                    stop = r
+                    whole = False
+                    break
             if r > first:
-                scopes = r - first
+                scopes, limit_sum = r - first, 0.0
                 spacing = (top - bottom) * np.float64(scopes) / np.float64(total)
                 if most > 0:
                     search_windows(
@@ -299,7 +300,7 @@ def looking_searcher(signed: Format | None) -> Function:
                 if np.float64(total) > CROWD * ranks * np.float64(scopes):
                     reach = -PAUSE
             expected = center, spacing, reach
-            if r < stop:
+            if whole and r < stop:
                 k = keep[r]
                 guess, expected = search_all(
                     look, read, source, i, pitch, r, r + 1, n, keep, exact, ends, guess, expected, scratch
