@@ -38,7 +38,7 @@ And of a strip that is made longer, so that as many scopes as are searched toget
 WINDOWS_ELEMENTS = 1 << 16
 """Elements of a strip of scopes that are searched together by the keys near their limits, 16 of 4096: half that cache.
 
-Sixteen took a quarter less than four of 1024, and a tenth less than eight of 4096.
+Sixteen took a quarter less than four of 1024, and a twentieth less than eight of 4096.
 """
 
 PLANES_ELEMENTS = 1 << 18
