@@ -283,10 +283,10 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
     the metric, and the `weigher_address` of both, or 0 for `mus` to be written instead. Returns whether all iterations
     ended.
     """
-    measure, classify = secular.measure(), secular.classify(narrow, quick)
+    measure, classify, start = secular.measure(), secular.classify(narrow), secular.start()
     look, turns, decide = secular.look(single), secular.looks(single), secular.decide(exact, narrow, single)
     sum_secular, advance, approach = secular.sum_secular(single), secular.advance(single), secular.approach()
-    begin, finish = secular.begin(single, quick), secular.finish()
+    begin, finish = secular.begin(single), secular.finish()
 
     @kernel
     def solve(
@@ -304,7 +304,11 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
                 _deal_both(deal_v, deal_h, leaves, weights, i, stop, e0, e1, v, h, pitch)
                 if not quick:
                     measure(v, 0, h, 0, s, 0, count, e0, e1, pitch)
-            if classify(v, 0, h, 0, s, 0, limits, 0, count, total, pitch):
+            if quick:
+                careful, left = divmod(start(v, 0, h, 0, s, 0, limits, 0, count, total, pitch), secular.MANY)
+            else:
+                careful, left = classify(s, 0, limits, 0, count), 0
+            if careful:
                 for turn in range(turns):
                     for e0 in range(0, total, chunk):
                         e1 = least(total, e0 + chunk)
@@ -312,9 +316,10 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
                             _deal_both(deal_v, deal_h, leaves, weights, i, stop, e0, e1, v, h, pitch)
                         look(v, 0, h, 0, s, 0, count, e0, e1, pitch, turn)
                 decide(s, 0, limits, 0, count)
-            left = begin(s, 0, limits, 0, count)
-            if single and left and chunk == total:
-                approach(v, 0, h, 0, s, 0, count, total, pitch)
+            if careful or not quick:
+                left = begin(s, 0, limits, 0, count)
+                if single and left and chunk == total:
+                    approach(v, 0, h, 0, s, 0, count, total, pitch)
             steps = 0
             while left:
                 if steps == max_iter:

@@ -22,6 +22,7 @@ from npscope.backends.numba_cpu.vectors import (
     Value,
     broadcast,
     first_lanes,
+    has_only_avx2,
     shuffle,
     splat,
     step,
@@ -40,8 +41,9 @@ ROWS, DISTANCE = 21, WIDTH + LANES
 
 A block is v * UNIT, by a power of two, and LIMIT its threshold;
 NORM = ||h v||, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE is in [LOW, HIGH].
-ACTIVE is 1 while it is sought, 0 for the zero block (LIMIT = 1, RATE = 0), the unchanged one (LIMIT = 0, RATE = 1) and
-one whose RATE is found, -1 for a block that needs a closer look. What that sees is in the rows from TOP on.
+ACTIVE, in float32, is 2 where it is to be sought and 1 while it is, 0 for the zero block (LIMIT = 1, RATE = 0), the
+unchanged one (LIMIT = 0, RATE = 1) and one whose RATE is found, -1 for a block that needs a closer look. What that sees
+is in the rows from TOP on.
 """
 
 NEAR = 2.0**-20
@@ -63,7 +65,7 @@ class _Rows:
         self.b, self.start = b, start
 
     def _place(self, row: int) -> Value:
-        vector = ir.VectorType(_DOUBLE, LANES)
+        vector = ir.VectorType(_SINGLE if row == ACTIVE else _DOUBLE, LANES)
         return self.b.bitcast(self.b.gep(self.start, [INT32(row)]), vector.as_pointer())
 
     def __getitem__(self, row: int) -> Lanes:
@@ -164,74 +166,38 @@ def measure() -> Any:
     return _over_blocks(emit, 3, 3)
 
 
-QUICK_ELEMENTS, QUICK_NEAR, QUICK_SLACK = 64, 2.0**-15, 0.25
-"""Blocks of up to so many elements may be looked at in float32; how near norms then are too near; and what ends move.
-
-Sums over them take 67 roundings of 2 ** -24 at most, less than 2 ** -17, so that norms are right to 2 ** -18. One that
-is 2 ** -15 of itself from its threshold is on its right side, and the gap right to an eighth. MEAN and SPREAD are right
-to 2 ** -16: ends moved by a quarter of themselves enclose the root, as 0.75 * 9 / 8 < 1 < 1.25 * 7 / 8. What
-underflows is off by 2 ** -150: nothing beside sums of squares from 2 ** -90 on, nor times h, whose span in an ordinary
-metric is less than 2 ** 27.
-"""
-
-
 @cache
-def classify(narrow: bool, quick: bool) -> Any:
-    """``(v, i, h, j, rows, k, limits, m, blocks, count, pitch)``: norms, means, and what ACTIVE and RATE become.
+def classify(narrow: bool) -> Any:
+    """``(rows, k, limits, m, blocks)``: norms, means, and what ACTIVE and RATE become, by what `measure` has found.
 
-    From the sums that `measure` has found, or for `quick` blocks from their `count` elements, in float32. Returns how
-    many blocks need a closer look. Lanes behind the blocks are unchanged ones. Pruned arrays have
-    many blocks of zeros: if norms are `narrow`, float32, no other has squares that sum to zero in float64.
+    Returns how many blocks need a closer look. Lanes behind the blocks are unchanged ones. Pruned arrays have many
+    blocks of zeros: if norms are `narrow`, float32, no other has squares that sum to zero in float64.
     """
-    # Below, underflow matters: of the float32 nearest to a norm, or for `quick` blocks of their squares.
-    least, largest = (2.0**-90, 2.0**100) if quick else (2.0**-252, 1e76) if narrow else (1e-100, 1e100)
-    near = QUICK_NEAR if quick else NEAR
+    least, largest = (2.0**-252, 1e76) if narrow else (1e-100, 1e100)  # of squares, not to underflow as a float32
 
-    def in_single(
-        b: Builder, v: Value, h: Value, count: Value, pitch: Value
-    ) -> tuple[Lanes, Lanes, Lanes, Lanes]:  # fmt: skip
-        words = vector_of(32, LANES)
-
-        def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
-            x, c = xs[0], cs[0]
-            p = c * x
-            p = p * p
-            bits = b.or_(*(b.bitcast(number.value, words) for number in (so_far[3], x)))
-            marks = Lanes(b, b.bitcast(bits, x.value.type))
-            return [so_far[0] + p, x.times_plus(x, so_far[1]), p.times_plus(c, so_far[2]), marks]
-
-        zeros = splat(ir.VectorType(_SINGLE, LANES), 0.0)
-        squares, plain, bends, marks = _add_up(b, (v, h), count, pitch, [zeros] * 4, 1, take)
-        sizes = b.and_(b.bitcast(marks.value, words), splat(words, (1 << 31) - 1))
-        return squares, plain, bends, Lanes(b, b.icmp_unsigned("==", sizes, splat(words, 0)))
-
-    def emit(
-        b: Builder, v: Value, h: Value, start: Value, limits: Value, count: Value, pitch: Value, left: Value
-    ) -> Value:
+    def emit(b: Builder, start: Value, limits: Value, left: Value) -> Value:
         s, limit = _Rows(b, start), _load(b, limits).to(_DOUBLE)
-        if quick:
-            squares, plain, bends, is_zero = in_single(b, v, h, count, pitch)
-        else:
-            squares, plain, bends = s[SQUARES], s[SLOPES], s[BENDS]
-            is_zero = plain.is_equal(0.0)
-        root, inverse = squares.root(), 1.0 / squares
-        norm, mean, spread = (x.to(_DOUBLE) for x in (root, bends * inverse, (plain * inverse).root()))
+        squares, plain, bends = s[SQUARES], s[SLOPES], s[BENDS]
+        norm = squares.root()
         ordinary = (
-            (squares > least) & (squares < (largest if quick else 1e100))
-            & (plain > (least if quick else 1e-100)) & (plain < largest) & (limit < float("inf"))
-            & ((norm - limit).size() > norm * near)
+            (squares > least) & (squares < 1e100) & (plain > 1e-100) & (plain < largest) & (limit < float("inf"))
+            & ((norm - limit).size() > norm * NEAR)
         )  # fmt: skip
-        if quick:  # h may be as small as 2 ** -40, or as large as that is small
-            ordinary &= (bends > 2.0**-120) & (bends < 2.0**120)
         same = plain.is_nan() | limit.is_equal(0.0) | ~Lanes(b, first_lanes(b, left, LANES))
-        known = same | is_zero if narrow else same
+        known = same | plain.is_equal(0.0) if narrow else same
         careful, one = ~ordinary & ~known, _number(norm, 1.0)
-        active = ordinary & ~known & (norm > limit)
-        s[UNIT], s[NORM], s[MEAN], s[SPREAD] = one, norm, mean, spread
-        s[ACTIVE], s[RATE] = choose(careful, -1.0, choose(active, one, 0.0)), choose(same, one, 0.0)
+        s[UNIT], s[NORM], s[MEAN], s[SPREAD] = one, norm, bends / squares, (plain / squares).root()
+        s[RATE] = choose(same, one, 0.0)
+        _set_state(s, careful, ordinary & ~known & (norm > limit), 2.0)
         return careful.count()
 
-    return _over_blocks(emit, 4, 2, types.int64, told_left=True)
+    return _over_blocks(emit, 2, 0, types.int64, told_left=True)
+
+
+def _set_state(s: _Rows, careful: Lanes, active: Lanes, state: float) -> None:
+    """ACTIVE of blocks that need a closer look, of those with a root, in this `state`, and of all others."""
+    sought = Lanes(s.b, splat(ir.VectorType(_SINGLE, LANES), state))
+    s[ACTIVE] = choose(careful, -1.0, choose(active, sought, 0.0))
 
 
 def _safe_unit(top: Lanes) -> Lanes:
@@ -362,42 +328,55 @@ def decide(exact: bool, narrow: bool, single: bool) -> Any:
         mean = s[CUBES] / s[WEIGHED if single else SHARES]
         for row, numbers in ((UNIT, unit), (NORM, norm), (MEAN, mean), (SPREAD, size / norm)):
             s[row] = choose(active, numbers, s[row])
-        s[ACTIVE] = choose(careful, choose(active, one, 0.0), s[ACTIVE])
+        state = s[ACTIVE]
+        s[ACTIVE] = choose(careful, choose(active, _number(state, 2.0), 0.0), state)
         s[RATE] = choose(infinite & careful & (limit < inf), one, s[RATE])
 
     return _over_blocks(emit, 2, 0)
 
 
-@cache
-def begin(single: bool, quick: bool) -> Any:
-    """``(rows, i, limits, j, blocks)``: the bracket of every active block, and where its iteration starts; how many.
+def _with_powers(sums: Sequence[Lanes], q: Lanes, p: Lanes) -> list[Lanes]:
+    """Sums of q ** 2, q ** 2 p and q ** 2 p ** 2, with those of one more element."""
+    slope = q * p
+    return [a.times_plus(b, so_far) for a, b, so_far in zip((q, q, slope), (q, slope, slope), sums, strict=True)]
+
+
+def _first_rate(limit: Lanes, norm: Lanes, mean: Lanes, spread: Lanes, real: ir.Type) -> tuple[Lanes, Lanes]:
+    """Where an iteration starts, found in `real` numbers, and 1 / (MEAN * SPREAD) in these.
 
     The reciprocal norm, times RATE + LIMIT, is a concave function y of RATE / NORM, between
-    MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM. The start
-    is exact for z - (1 - 1 / (MEAN * SPREAD)) * (z - tau) ** 2 / z, where z is the tangent: the same slope at
-    infinity. It is found in float32 if that is `single`; norms beyond that start at the end of their bracket. The ends
-    of `quick` blocks are moved by `QUICK_SLACK`, in which an error of float32 is lost.
+    MEAN * RATE / NORM + tau, its tangent at 0, and RATE / NORM / SPREAD + tau, with tau = LIMIT / NORM: so the root
+    is between (NORM - LIMIT) / MEAN and (NORM - LIMIT) * SPREAD. The start is exact for
+    z - (1 - 1 / (MEAN * SPREAD)) * (z - tau) ** 2 / z, where z is the tangent: the same slope at infinity. Norms beyond
+    that start at the end of their bracket.
     """
-    real = _SINGLE if single else _DOUBLE
+    tau, unlike = limit.to(real) / norm.to(real), 1.0 / (mean * spread).to(real)
+    under = 1.0 - 4.0 * (1.0 - unlike) * tau * (1.0 - tau)
+    root = choose(under > 0.0, under, 0.0).to(_SINGLE).root().to(real)  # good enough for a start
+    return ((1.0 - 2.0 * tau + root) * 0.5).to(norm.value.type.element) * spread * norm, unlike
+
+
+@cache
+def begin(single: bool) -> Any:
+    """``(rows, i, limits, j, blocks)``: the bracket of every block that is to be sought, and where it starts.
+
+    LIMIT and RATE, too, of those that are not; how many are sought from now on. The start is found in float32 if that
+    is `single`.
+    """
 
     def emit(b: Builder, start: Value, limits: Value) -> Value:
-        s = _Rows(b, start)
-        active, rate, norm, mean, spread = s[ACTIVE] > 0.0, s[RATE], s[NORM], s[MEAN], s[SPREAD]
+        s, state = _Rows(b, start), _Rows(b, start)[ACTIVE]
+        fresh, sought, rate, norm = state > 1.0, state.is_equal(1.0), s[RATE], s[NORM]
         limit = _load(b, limits).to(_DOUBLE) * s[UNIT]
+        first, _ = _first_rate(limit, norm, s[MEAN], s[SPREAD], _SINGLE if single else _DOUBLE)
         gap = norm - limit
-        tau, unlike = limit.to(real) / norm.to(real), 1.0 / (mean * spread).to(real)
-        high = gap * spread
-        low = high * unlike.to(_DOUBLE) if quick else gap / mean
-        under = 1.0 - 4.0 * (1.0 - unlike) * tau * (1.0 - tau)
-        root = choose(under > 0.0, under, 0.0).to(_SINGLE).root().to(real)  # good enough for a start
-        first = ((1.0 - 2.0 * tau + root) * 0.5).to(_DOUBLE) * spread * norm
-        if quick:
-            low, high = low * (1.0 - QUICK_SLACK), high * (1.0 + QUICK_SLACK)
+        low, high = gap / s[MEAN], gap * s[SPREAD]
         first = choose(first < high, first, high)
         first = choose(first > low, first, low)
-        s[LOW], s[HIGH] = low, high
-        s[LIMIT], s[RATE] = choose(active, limit, 1.0 - rate), choose(active, first, rate)
-        return active.count()
+        s[LOW], s[HIGH] = choose(fresh, low, s[LOW]), choose(fresh, high, s[HIGH])
+        s[LIMIT] = choose(fresh, limit, choose(sought, s[LIMIT], 1.0 - rate))
+        s[RATE], s[ACTIVE] = choose(fresh, first, rate), choose(fresh, _number(state, 1.0), state)
+        return (fresh | sought).count()
 
     return _over_blocks(emit, 2, 0, types.int64)
 
@@ -417,12 +396,14 @@ def sum_secular(single: bool) -> Any:
     stays in the range of float64 if p = h / (h + mu) and q * RATE = v * p: mu = LIMIT / RATE is at most the largest h
     by the relative distance of two float32.
     """
-    together = 2 if single else 1  # rows that share a division
+    # Rows that share a division: those of AVX2 are as fast as what it takes to share them.
+    together = 2 if single and not has_only_avx2() else 1
 
     def emit(b: Builder, v: Value, h: Value, start: Value, first: Value, stop: Value, pitch: Value) -> None:
         s = _Rows(b, start)
         unit, limit, rate = s[UNIT], s[LIMIT], s[RATE]
-        mu = limit / rate
+        inverse = 1.0 / rate
+        mu = limit * inverse
 
         def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
             weights = [c.to(_DOUBLE) if single else c * rate for c in cs]
@@ -430,15 +411,13 @@ def sum_secular(single: bool) -> Any:
             for x, c, w, r in zip(xs, cs, weights, inverses, strict=True):
                 p = w * r
                 q = x.to(_DOUBLE) * p if single else c * (x * unit) * r
-                q = q * q
-                slope = q * p
-                so_far = [so_far[0] + q, so_far[1] + slope, slope.times_plus(p, so_far[2])]
+                so_far = _with_powers(so_far, q, p)
             return so_far
 
         zeros = splat(ir.VectorType(_DOUBLE, LANES), 0.0)
         sums = _add_up(b, (v, h), b.sub(stop, first), pitch, [zeros] * 3, together, take)
         if single:
-            scale = 1.0 / (rate * rate)
+            scale = inverse * inverse
             sums = [x * scale for x in sums]
         _add_to(s, first, sums)
 
@@ -450,33 +429,113 @@ def approach() -> Any:
     """``(v, i, h, j, rows, k, blocks, count, pitch)``: a step to the root for every active block, by sums in float32.
 
     As `sum_secular` and `advance` by Halley do, in a third of the time. It proves nothing, so that the bracket stays.
-    With p = h / (h + mu) and q = v * p / RATE. Where these leave the range of float32 the step is none, or goes astray.
     """
 
     def emit(b: Builder, v: Value, h: Value, start: Value, count: Value, pitch: Value) -> None:
         s = _Rows(b, start)
-        rate, limit = s[RATE].to(_SINGLE), s[LIMIT].to(_SINGLE)
-        mu, enlarge = limit / rate, 1.0 / rate
-
-        def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
-            p = cs[0] * (1.0 / (cs[0] + mu))
-            q = xs[0] * enlarge * p
-            q = q * q
-            slope = q * p
-            return [so_far[0] + q, so_far[1] + slope, slope.times_plus(p, so_far[2])]
-
-        zeros = splat(ir.VectorType(_SINGLE, LANES), 0.0)
-        squares, slopes, bends = _add_up(b, (v, h), count, pitch, [zeros] * 3, 1, take)
-        over, square = squares.root() - 1.0, slopes * slopes
-        bend, most = 1.5 * over * (bends * squares - square), 0.5 * square
-        share = over * squares * slopes / (square - choose(bend < most, bend, most))
-        share = choose(share.size() < 1.0, share, 0.0).to(_DOUBLE)
+        share = _step_in_single(b, (v, h), count, pitch, s[RATE].to(_SINGLE), s[LIMIT].to(_SINGLE)).to(_DOUBLE)
         at = s[RATE]
         following = at + at * share
         following = choose(following > s[LOW], following, s[LOW])
         s[RATE] = choose(s[ACTIVE] > 0.0, choose(following < s[HIGH], following, s[HIGH]), at)
 
     return _over_blocks(emit, 3, 2)
+
+
+def _step_in_single(
+    b: Builder, planes: Sequence[Value], count: Value, pitch: Value, rate: Lanes, limit: Lanes
+) -> Lanes:
+    """By which part of itself RATE is to move to the root, by sums over q = v * p and p = h / (h + mu).
+
+    Where these leave the range of float32 it is none, or leads astray.
+    """
+    enlarge = 1.0 / rate
+    mu = limit * enlarge
+
+    def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
+        for x, c, inverse in zip(xs, cs, _inverses([c + mu for c in cs]), strict=True):
+            p = c * inverse
+            so_far = _with_powers(so_far, x * p, p)
+        return so_far
+
+    zeros = splat(ir.VectorType(_SINGLE, LANES), 0.0)
+    squares, slopes, bends = _add_up(b, planes, count, pitch, [zeros] * 3, 2, take)
+    over, inverse = squares.root() * enlarge - 1.0, 1.0 / squares
+    slope, bend = slopes * inverse, bends * inverse
+    square = slope * slope
+    bend, most = 1.5 * over * (bend - square), 0.5 * square
+    share = over * slope / (square - choose(bend < most, bend, most))
+    return choose(share.size() < 1.0, share, 0.0)
+
+
+QUICK_ELEMENTS, QUICK_NEAR, QUICK_SLACK = 64, 2.0**-15, 0.25
+"""Blocks of up to so many elements may be looked at in float32; how near norms then are too near; and what ends move.
+
+Sums over them take 67 roundings of 2 ** -24 at most, less than 2 ** -17, so that norms are right to 2 ** -18. One that
+is 2 ** -15 of itself from its threshold is on its right side, and the gap right to an eighth. MEAN and SPREAD are right
+to 2 ** -16: ends moved by a quarter of themselves enclose the root, as 0.75 * 9 / 8 < 1 < 1.25 * 7 / 8. What
+underflows is off by 2 ** -150: nothing beside sums of squares from 2 ** -90 on, nor times h, whose span in an ordinary
+metric is less than 2 ** 27.
+"""
+
+MANY = 1 << 32
+"""More blocks than a strip has: two counts in one number."""
+
+
+@cache
+def start() -> Any:
+    """``(v, i, h, j, rows, k, limits, m, blocks, count, pitch)``: all that comes before sums in float64, in float32.
+
+    What `measure`, `classify`, `begin` and `approach` do one after another, for blocks of up to `QUICK_ELEMENTS` in an
+    ordinary metric. Returns how many blocks are sought, plus `MANY` for each that needs a closer look, which has to
+    `begin` after it.
+    """
+    words = vector_of(32, LANES)
+
+    def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
+        b, x, c = xs[0].b, xs[0], cs[0]
+        p = c * x
+        p = p * p
+        marks = b.or_(*(b.bitcast(number.value, words) for number in (so_far[3], x)))
+        marks = Lanes(b, b.bitcast(marks, x.value.type))
+        return [so_far[0] + p, x.times_plus(x, so_far[1]), p.times_plus(c, so_far[2]), marks]
+
+    def emit(
+        b: Builder, v: Value, h: Value, start: Value, limits: Value, count: Value, pitch: Value, left: Value
+    ) -> Value:
+        s, given = _Rows(b, start), _load(b, limits)
+        limit, zeros = given.to(_SINGLE), splat(ir.VectorType(_SINGLE, LANES), 0.0)
+        squares, plain, bends, marks = _add_up(b, (v, h), count, pitch, [zeros] * 4, 1, take)
+        sizes = b.and_(b.bitcast(marks.value, words), splat(words, (1 << 31) - 1))
+        is_zero = Lanes(b, b.icmp_unsigned("==", sizes, splat(words, 0)))
+        norm, inverse = squares.root(), 1.0 / squares
+        gap, mean, spread = norm - limit, bends * inverse, (plain * inverse).root()
+        ordinary = (
+            (squares > 2.0**-90) & (squares < 2.0**100) & (plain > 2.0**-90) & (plain < 2.0**100)
+            & (bends > 2.0**-120) & (bends < 2.0**120)  # h may be as small as 2 ** -40, or as large as that is small
+            & (limit < float("inf")) & (gap.size() > norm * QUICK_NEAR)
+        )  # fmt: skip
+        same = plain.is_nan() | given.is_equal(0.0) | ~Lanes(b, first_lanes(b, left, LANES))
+        known = same | is_zero
+        careful, active = ~ordinary & ~known, ordinary & ~known & (gap > 0.0)
+        first, unlike = _first_rate(limit, norm, mean, spread, _SINGLE)
+        high = gap * spread
+        low, high = high * unlike * (1.0 - QUICK_SLACK), high * (1.0 + QUICK_SLACK)
+
+        def within(rate: Lanes) -> Lanes:
+            rate = choose(rate < high, rate, high)
+            return choose(rate > low, rate, low)
+
+        rate = within(first)
+        share = _step_in_single(b, (v, h), count, pitch, rate, limit)
+        one = _number(rate, 1.0)
+        rate = choose(active, within(rate + rate * share), choose(same, one, 0.0))
+        s[LIMIT] = choose(active, given, choose(same, 0.0, _number(given, 1.0))).to(_DOUBLE)
+        s[LOW], s[HIGH], s[RATE] = low.to(_DOUBLE), high.to(_DOUBLE), rate.to(_DOUBLE)
+        _set_state(s, careful, active, 1.0)
+        return b.add(active.count(), b.mul(careful.count(), ir.IntType(64)(MANY)))
+
+    return _over_blocks(emit, 4, 2, types.int64, told_left=True)
 
 
 @cache
@@ -493,25 +552,31 @@ def advance(single: bool) -> Any:
     def emit(b: Builder, start: Value, near: Value, floor: Value, bends: Value) -> Value:
         s = _Rows(b, start)
         active, at, exact = s[ACTIVE] > 0.0, s[RATE], s[SQUARES]
-        low, high = choose(exact >= 1.0, at, s[LOW]), choose(exact <= 1.0, at, s[HIGH])
         squares, inverse = exact.to(real), 1.0 / s[SLOPES].to(real)
         over = (exact - 1.0).to(real) / (squares.root() + 1.0)
         newton = over * squares * inverse
         bend = 1.5 * over * (s[BENDS].to(real) * inverse * (squares * inverse) - 1.0)
         bend = choose(Lanes(b, b.icmp_signed("!=", bends, bends.type(0))), bend, 0.0)
         bend = choose(bend < 0.5, bend, 0.5)
-        following = at + at * (newton / (1.0 - bend)).to(_DOUBLE)
-        beyond = active & ~(following.size() < float("inf"))
-        following = choose(following > low, following, low)
-        following = choose(following < high, following, high)
+        share = choose(active, newton / (1.0 - bend), 0.0)
         up, down = (Lanes(b, broadcast(b, x, LANES)) for x in (near, floor))
-        moves = active & ((following > at * (up + 1.0)) | (following < at * down)) | beyond
-        s[LOW], s[HIGH], s[RATE] = low, high, choose(active, following, at)
-        s[ACTIVE] = choose(moves, _number(at, 1.0), 0.0)
-        with b.if_then(b.icmp_signed("!=", beyond.count(), ir.IntType(64)(0)), likely=False):
-            # Sums overflow: the bracket is halved instead.
-            s[RATE] = choose(beyond, low.root() * high.root(), s[RATE])
-        return moves.count()
+        wide = share.to(_DOUBLE)
+        s[RATE], s[ACTIVE] = at + at * wide, choose(active, 0.0, s[ACTIVE])
+        large = (~((share <= up.to(real)) & (share >= (down - 1.0).to(real)))).count()
+        going = cgutils.alloca_once_value(b, large.type(0))
+        with b.if_then(b.icmp_signed("!=", large, large.type(0)), likely=False):
+            # Only where steps go on the bracket matters: most blocks need one step.
+            low, high = choose(exact >= 1.0, at, s[LOW]), choose(exact <= 1.0, at, s[HIGH])
+            beyond = active & ~(share.size() < float("inf"))
+            following = at + at * wide
+            following = choose(following > low, following, low)
+            following = choose(following < high, following, high)
+            moves = active & ((following > at * (up + 1.0)) | (following < at * down)) | beyond
+            # Where sums overflow, it is halved instead.
+            s[RATE] = choose(beyond, low.root() * high.root(), choose(active, following, at))
+            s[LOW], s[HIGH], s[ACTIVE] = low, high, choose(moves, _number(s[ACTIVE], 1.0), 0.0)
+            b.store(moves.count(), going)
+        return b.load(going)
 
     return _over_blocks(emit, 1, 3, types.int64)
 

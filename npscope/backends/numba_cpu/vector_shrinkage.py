@@ -21,7 +21,6 @@ from npscope.backends.numba_cpu.vectors import (
     fma,
     load,
     load_masked,
-    on_floats,
     prefetch,
     rounded_to,
     shuffle,
@@ -93,15 +92,16 @@ def weigh_strip(form: Format, metric: Format, run: int, paired: bool) -> Any:
     def weighed_in_pairs(b: Builder, x: Value, weights: Value, mus: Value) -> tuple[Value, Value, Value]:
         v, c = (single_of(b, number, form, "keep") for number, form in ((x, form), (weights, metric)))
         high, low = (shuffle(b, mus, [2 * owner + half for owner in owners]) for half in (0, 1))
-        total = b.fadd(c, high)
-        moved = b.fsub(total, c)
-        low = b.fadd(low, b.fadd(b.fsub(c, b.fsub(total, moved)), b.fsub(high, moved)))
+        total, larger = b.fadd(c, high), b.fcmp_ordered(">", c, high)
+        most, least = b.select(larger, c, high), b.select(larger, high, c)
+        low = b.fadd(low, b.fsub(least, b.fsub(total, most)))  # with what the sum lost (Dekker 1971)
         inverse = b.fdiv(splat(single, 1.0), total)
         factor = b.fmul(c, inverse)
         minus = b.fneg(factor)
         rest = b.fmul(fma(b, minus, low, fma(b, minus, total, c)), inverse)
-        product = on_floats(b, "copysign", fma(b, v, factor, b.fmul(v, rest)), v)
+        product = fma(b, v, factor, b.fmul(v, rest))
         gone, stays = (b.fcmp_ordered("==", high, splat(single, edge)) for edge in (math.inf, 0.0))
+        stays = b.or_(stays, b.fcmp_ordered("==", v, splat(single, 0.0)))  # the sum of its products is +0.0
         return rounded_to(b, product, form), gone, stays
 
     def weigh(b: Builder, array: Value, h: Value, mus: Value, left: Value | None) -> None:
@@ -116,7 +116,7 @@ def weigh_strip(form: Format, metric: Format, run: int, paired: bool) -> Any:
             x, weights = load_masked(b, array, bits, mask), load_masked(b, h, metric_bits, mask)
         find = weighed_in_pairs if paired else weighed
         found, gone, stays = find(b, x, weights, b.load(b.bitcast(mus, owned.as_pointer()), align=8))
-        found = b.select(stays, x, b.select(gone, splat(bits, 0), found))
+        found = b.select(gone, splat(bits, 0), b.select(stays, x, found))
         if mask is None:
             store(b, found, array)
         else:
