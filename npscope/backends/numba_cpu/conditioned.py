@@ -40,8 +40,8 @@ def ends_of(words: Any, i0: int, i1: int) -> tuple[int, int]:
 PLANES = 1 << 15
 """Numbers in the planes of one operand at most, 128 KiB or twice that; larger blocks are dealt again for every step."""
 
-STRIP_NUMBERS = 1024
-"""Numbers in the planes where that gives a strip of a few vectors of blocks: 8 or 16 KiB for both operands."""
+STRIP_NUMBERS = 2048
+"""Numbers in the planes where that gives a strip of a few vectors of blocks: 16 or 32 KiB for both operands."""
 
 
 def strip_pitch(elements: int) -> int:
