@@ -79,8 +79,9 @@ def begin(x: Any) -> Backend:
 # --- shared steps --------------------------------------------------------------------------------
 
 
-def _cuts(x: Array, block: Block, scope: Block = ()) -> tuple[Cut, Tiling, Tiling]:
-    return array_cut(tuple(x.shape), as_ints(block, "block shape"), as_ints(scope, "scope shape"))
+def _cuts(x: Array, block: Block, scope: Block | None = None) -> tuple[Cut, Tiling, Tiling]:
+    sizes = () if scope is None else as_ints(scope, "scope shape")
+    return array_cut(tuple(x.shape), as_ints(block, "block shape"), sizes)
 
 
 def _one(leaf: Leaf) -> Parts:
@@ -92,8 +93,11 @@ def _as_block_grid(table: Array, scopes: Tiling) -> Array:
     return regroup(table, (*scopes.grid, *scopes.tile), interleaved(len(scopes.grid)), scopes.shape)
 
 
-def _destination(backend: Backend, x: Array, out: Array | None) -> Array:
+def _destination(x: Array, out: Array | None) -> Array:
     """Where a writer puts its result: `out`, or a new array like `x`."""
+    if out is x:  # all else fits
+        op.require_writable(x, "out")
+        return x
     if out is not None:
         return op.as_destination(out, x, tuple(x.shape), x.dtype)
     if op.is_cupy(x):
@@ -159,9 +163,7 @@ def block_norms(x: Array, block: Block, *, ord: float = 2, out: Array | None = N
         geometry, blocks, _ = _cuts(x, block)
         p = op.as_ord(ord)
         if out is not None:
-            norm = kind_of(x.dtype).norm
-            dtype = np.dtype(norm) if op.is_numpy(x) else getattr(array_namespace(x), norm)
-            op.as_destination(out, x, blocks.grid, dtype)
+            op.as_destination(out, x, blocks.grid, op.norm_dtype(x))
         # Blocks are measured in any order, so in that of memory: to turn the norms of a view takes as long as they do.
         axes, place = op.axes_in_memory(x), out
         if axes is not None:
@@ -411,8 +413,9 @@ def keep_largest(
         counts = as_counts(nnz, scopes.grid, low=0, high=geometry.blocks, what="nnz")
         ranked = x if scores is None else op.as_scores(scores, x, tuple(x.shape), "scores")
         p = op.as_ord(ord)
-        target = _target(x, _destination(backend, x, out), geometry)
-        _require_unread(target, ranked, "scores")
+        target = _target(x, _destination(x, out), geometry)
+        if scores is not None:
+            _require_unread(target, ranked, "scores")
         result = backend.prune(_one(target), _one(Leaf(ranked, geometry)), op.scope_leaf(counts), p)
         return _stored(x, out, target, result[0])
 
@@ -457,10 +460,11 @@ def hard_threshold(
         geometry, blocks, _ = _cuts(x, block)
         ranked = x if scores is None else op.as_scores(scores, x, tuple(x.shape), "scores")
         p = op.as_ord(ord)
-        target = _target(x, _destination(backend, x, out), geometry)
+        target = _target(x, _destination(x, out), geometry)
         dtype = kind_of(ranked.dtype).norm
         t = op.as_grid(thresholds, x, blocks.grid, dtype, "thresholds", written=[target.array])
-        _require_unread(target, ranked, "scores")
+        if scores is not None:
+            _require_unread(target, ranked, "scores")
         result = backend.threshold(_one(target), _one(Leaf(ranked, geometry)), op.block_leaf(t), p)
         return _stored(x, out, target, result[0])
 
@@ -522,7 +526,7 @@ def soft_threshold(
         op.require_shrinkable(x, "x")
         geometry, blocks, _ = _cuts(x, block)
         steps, tolerance = op.as_iteration(max_iter, rtol)
-        target = _target(x, _destination(backend, x, out), geometry)
+        target = _target(x, _destination(x, out), geometry)
         dtype = kind_of(x.dtype).norm
         t = op.as_grid(thresholds, x, blocks.grid, dtype, "thresholds", signed=False, written=[target.array])
         metric: Parts | None = None

@@ -50,7 +50,7 @@ _CUPY: set[type] = set()
 
 def is_strided(array: Any) -> bool:
     """Whether `array` is memory with strides, that may be windowed and written: of NumPy or CuPy."""
-    return is_numpy(array) or is_cupy(array)
+    return type(array) is np.ndarray or is_numpy(array) or is_cupy(array)  # what most are, without a call
 
 
 def geometry(array: Any) -> np.ndarray:
@@ -145,18 +145,18 @@ def _place(array: Any) -> tuple[str, Any]:
 
 def require_writable(array: Any, what: str) -> None:
     """KindError for immutable arrays; SpecError for read-only ones and windows that meet themselves."""
-    if not is_strided(array):
-        import array_api_compat
-
-        if not array_api_compat.is_writeable_array(array):
-            raise KindError(f"{what} is immutable ({type(array).__name__}); use the functions, which return new arrays")
-        return
     if is_numpy(array):
         flags = array.flags
         if not flags.writeable:
             raise SpecError(f"{what} is read-only; pass a copy, or use the functions, which return new arrays")
         if flags.c_contiguous:  # as most are, which takes less to see
             return
+    elif not is_cupy(array):
+        import array_api_compat
+
+        if not array_api_compat.is_writeable_array(array):
+            raise KindError(f"{what} is immutable ({type(array).__name__}); use the functions, which return new arrays")
+        return
     if meets_itself(array.shape, array.strides, array.itemsize):
         raise SpecError(f"{what} is a window that meets itself: it can be read, but not written; pass a copy")
 
@@ -174,7 +174,7 @@ def require_no_overlap(written: Any, read: Any, what: str, read_what: str, *, un
     """SpecError if `written` shares memory with `read`; being the same window is allowed if `unless_same`."""
     if read is written and unless_same:
         return
-    if is_numpy(written) and is_numpy(read):
+    if type(written) is type(read) is np.ndarray or (is_numpy(written) and is_numpy(read)):
         here, there = written, read
     elif not (is_strided(written) and is_strided(read)) or (is_cupy(read) and _lie_apart(written, read)):
         return
@@ -236,6 +236,15 @@ def as_table(place: Any) -> Any:
     else:
         fits = is_cupy(place) and place.flags.c_contiguous
     return place.reshape(1, -1) if fits else None
+
+
+_NORMS = {norm: np.dtype(norm) for norm in ("float32", "float64")}
+
+
+def norm_dtype(x: Any) -> Any:
+    """The dtype of the norms of an array, in its own library."""
+    norm = kind_of(x.dtype).norm
+    return _NORMS[norm] if is_numpy(x) else getattr(array_namespace(x), norm)
 
 
 _PLAIN_NUMBERS = (float, int)

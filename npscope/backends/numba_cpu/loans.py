@@ -47,9 +47,10 @@ class Loan(Generic[W]):
     def __init__(self, make: Callable[..., W], *arguments: Any) -> None:
         kept = _kept(make, arguments)
         try:
-            self.work: W = kept.pop().work
+            work: W = kept.pop().work
         except IndexError:  # also where another thread took the last
-            self.work = make(*arguments)
-        if self.work.nbytes <= KEPT_BYTES:
-            self._return = _Return(self, kept.append)
-            self._return.work = self.work
+            work = make(*arguments)
+        self.work = work
+        if work.nbytes <= KEPT_BYTES:
+            self._return = back = _Return(self, kept.append)
+            back.work = work

@@ -260,16 +260,21 @@ def _walk(places: tuple[Placement, ...], ord: float | None) -> _Walk:
     return _Walk(places, measuring, cut.scopes, blocks, elements, measure_of(places)[0], table, order == sorted(order))
 
 
+def _walk_of(part: Part, ord: float | None) -> _Walk:
+    """How the blocks of a part are walked."""
+    return _walk((place_of(part[0]),) if len(part) == 1 else tuple(map(place_of, part)), ord)
+
+
 def norms(parts: Parts, ord: float | None, out: np.ndarray | None = None) -> np.ndarray:
     """Norm of every block: ``(S, n)`` in the norm's dtype, in `out` if given."""
-    walks = [_walk(tuple(map(place_of, part)), ord) for part in parts]
-    first, *others = walks
-    if not others:  # what is needed for more parts takes a tenth of the time of a small call
-        result = np.empty((first.scopes, first.blocks), first.norm) if out is None else out
-        norms_into(parts[0], first, result)
+    if len(parts) == 1:  # what is needed for more parts takes a tenth of the time of a small call
+        walk = _walk_of(parts[0], ord)
+        result = np.empty((walk.scopes, walk.blocks), walk.norm) if out is None else out
+        norms_into(parts[0], walk, result)
         return result
+    walks = [_walk_of(part, ord) for part in parts]
     blocks = [walk.blocks for walk in walks]
-    result = np.empty((first.scopes, sum(blocks)), max([walk.norm for walk in walks])) if out is None else out
+    result = np.empty((walks[0].scopes, sum(blocks)), max([walk.norm for walk in walks])) if out is None else out
     for part, walk, place in zip(parts, walks, columns_of(result, blocks), strict=True):
         norms_into(part, walk, place)
     return result
