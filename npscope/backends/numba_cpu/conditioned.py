@@ -318,8 +318,8 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
                 decide(s, 0, limits, 0, count)
             if careful or not quick:
                 left = begin(s, 0, limits, 0, count)
-                if single and left and chunk == total:
-                    approach(v, 0, h, 0, s, 0, count, total, pitch)
+            if single and not quick and left and chunk == total:
+                approach(v, 0, h, 0, s, 0, count, total, pitch)
             steps = 0
             while left:
                 if steps == max_iter:
