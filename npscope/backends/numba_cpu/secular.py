@@ -562,18 +562,19 @@ def advance(single: bool) -> Any:
         up, down = (Lanes(b, broadcast(b, x, LANES)) for x in (near, floor))
         wide = share.to(_DOUBLE)
         s[RATE], s[ACTIVE] = at + at * wide, choose(active, 0.0, s[ACTIVE])
-        large = (~((share <= up.to(real)) & (share >= (down - 1.0).to(real)))).count()
-        going = cgutils.alloca_once_value(b, large.type(0))
-        with b.if_then(b.icmp_signed("!=", large, large.type(0)), likely=False):
-            # Only where steps go on the bracket matters: most blocks need one step.
+        large = ~((share <= up.to(real)) & (share >= (down - 1.0).to(real)))
+        many = large.count()
+        going = cgutils.alloca_once_value(b, many.type(0))
+        with b.if_then(b.icmp_signed("!=", many, many.type(0)), likely=False):
+            # Nothing here is for small steps, for which no bracket matters: a block depends on no neighbour.
             low, high = choose(exact >= 1.0, at, s[LOW]), choose(exact <= 1.0, at, s[HIGH])
             beyond = active & ~(share.size() < float("inf"))
             following = at + at * wide
             following = choose(following > low, following, low)
             following = choose(following < high, following, high)
-            moves = active & ((following > at * (up + 1.0)) | (following < at * down)) | beyond
+            moves = large & ((following > at * (up + 1.0)) | (following < at * down)) | beyond
             # Where sums overflow, it is halved instead.
-            s[RATE] = choose(beyond, low.root() * high.root(), choose(active, following, at))
+            s[RATE] = choose(beyond, low.root() * high.root(), choose(large, following, s[RATE]))
             s[LOW], s[HIGH], s[ACTIVE] = low, high, choose(moves, _number(s[ACTIVE], 1.0), 0.0)
             b.store(moves.count(), going)
         return b.load(going)
