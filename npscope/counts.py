@@ -86,7 +86,7 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
     there: their backend clamps them, and only ``config(check=True)`` reads them.
     """
     if type(value) is int:  # what most are; to look for arrays first takes longer than all else
-        return _everywhere(_as_count(value, low, high, what), shape)
+        return _everywhere(_within(value, low, high, what), shape)
     if is_cupy(value):
         return _on_device(value, shape, low, high, what)
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__") and getattr(value, "ndim", 0) > 0:
@@ -138,7 +138,10 @@ def _on_host(value: Any, what: str) -> np.ndarray:
 def _as_count(value: Any, low: int, high: int, what: str) -> int:
     if isinstance(value, list | tuple | np.ma.MaskedArray):
         raise KindError(f"{what} must be an integer or an integer array, not {type(value).__name__}; use numpy.asarray")
-    count = as_int(value, what)
+    return _within(as_int(value, what), low, high, what)
+
+
+def _within(count: int, low: int, high: int, what: str) -> int:
     if not low <= count <= high:
         raise SpecError(f"{what} = {count} is outside [{low}, {high}]")
     return count
