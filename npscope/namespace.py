@@ -79,9 +79,8 @@ def begin(x: Any) -> Backend:
 # --- shared steps --------------------------------------------------------------------------------
 
 
-def _cuts(x: Array, block: Block, scope: Block | None = None) -> tuple[Cut, Tiling, Tiling]:
-    sizes = () if scope is None else as_ints(scope, "scope shape")
-    return array_cut(tuple(x.shape), as_ints(block, "block shape"), sizes)
+def _cuts(x: Array, block: Block, scope: Block = ()) -> tuple[Cut, Tiling, Tiling]:
+    return array_cut(tuple(x.shape), as_ints(block, "block shape"), as_ints(scope, "scope shape"))
 
 
 def _one(leaf: Leaf) -> Parts:

@@ -263,6 +263,8 @@ B = [
     ),
     Case("case34-structured", K, "dtype", lambda x: npscope.block_norms(np.zeros((4, 6), dtype=[("a", "f4")]), (1, 2))),
     Case("case34-scores", K, "dtype", keep(scores=np.zeros((4, 6), dtype=object))),
+    Case("no-scope", K, "scope shape must be", lambda x: npscope.keep_largest(x, 1, (1, 2), None)),
+    Case("no-scope-mask", K, "scope shape must be", lambda x: npscope.block_mask(x, 1, (1, 2), None)),
     Case("case36", K, "bool", lambda x: npscope.block_norms(x > 0, (1, 2))),
     Case("case37", K, "longdouble|float128", lambda x: npscope.block_norms(x.astype(np.longdouble), (1, 2))),
     Case(
