@@ -562,11 +562,13 @@ def advance(single: bool) -> Any:
         up, down = (Lanes(b, broadcast(b, x, LANES)) for x in (near, floor))
         wide = share.to(_DOUBLE)
         s[RATE], s[ACTIVE] = at + at * wide, choose(active, 0.0, s[ACTIVE])
-        large = ~((share <= up.to(real)) & (share >= (down - 1.0).to(real)))
+        most, lowest = up.to(real), (down - 1.0).to(real)
+        large = ~((share <= most) & (share >= choose(lowest > -1.0 * most, lowest, -1.0 * most)))
         many = large.count()
         going = cgutils.alloca_once_value(b, many.type(0))
         with b.if_then(b.icmp_signed("!=", many, many.type(0)), likely=False):
-            # Nothing here is for small steps, for which no bracket matters: a block depends on no neighbour.
+            # A small step is the last, wherever the bracket ends, and nothing here changes it: a block depends on no
+            # neighbour. A large fall may be the last, too, but not beyond the bracket.
             low, high = choose(exact >= 1.0, at, s[LOW]), choose(exact <= 1.0, at, s[HIGH])
             beyond = active & ~(share.size() < float("inf"))
             following = at + at * wide
