@@ -433,7 +433,7 @@ def approach() -> Any:
 
     def emit(b: Builder, v: Value, h: Value, start: Value, count: Value, pitch: Value) -> None:
         s = _Rows(b, start)
-        share = _step_in_single(b, (v, h), count, pitch, s[RATE].to(_SINGLE), s[LIMIT].to(_SINGLE)).to(_DOUBLE)
+        share = _step_in_single(b, (v, h), count, pitch, s[RATE].to(_SINGLE), s[LIMIT].to(_SINGLE), 1).to(_DOUBLE)
         at = s[RATE]
         following = at + at * share
         following = choose(following > s[LOW], following, s[LOW])
@@ -443,11 +443,12 @@ def approach() -> Any:
 
 
 def _step_in_single(
-    b: Builder, planes: Sequence[Value], count: Value, pitch: Value, rate: Lanes, limit: Lanes
+    b: Builder, planes: Sequence[Value], count: Value, pitch: Value, rate: Lanes, limit: Lanes, together: int
 ) -> Lanes:
     """By which part of itself RATE is to move to the root, by sums over q = v * p and p = h / (h + mu).
 
-    Where these leave the range of float32 it is none, or leads astray.
+    So many rows `together` share a division: in an ordinary metric the product of two is in the range of float32. Where
+    numbers leave that, the step is none, or leads astray.
     """
     enlarge = 1.0 / rate
     mu = limit * enlarge
@@ -459,7 +460,7 @@ def _step_in_single(
         return so_far
 
     zeros = splat(ir.VectorType(_SINGLE, LANES), 0.0)
-    squares, slopes, bends = _add_up(b, planes, count, pitch, [zeros] * 3, 2, take)
+    squares, slopes, bends = _add_up(b, planes, count, pitch, [zeros] * 3, together, take)
     over, inverse = squares.root() * enlarge - 1.0, 1.0 / squares
     slope, bend = slopes * inverse, bends * inverse
     square = slope * slope
@@ -527,7 +528,7 @@ def start() -> Any:
             return choose(rate > low, rate, low)
 
         rate = within(first)
-        share = _step_in_single(b, (v, h), count, pitch, rate, limit)
+        share = _step_in_single(b, (v, h), count, pitch, rate, limit, 2)
         one = _number(rate, 1.0)
         rate = choose(active, within(rate + rate * share), choose(same, one, 0.0))
         s[LIMIT] = choose(active, given, choose(same, 0.0, _number(given, 1.0))).to(_DOUBLE)
