@@ -42,6 +42,10 @@ def _run(parser: ArgumentParser, arguments: list[str]) -> int:
     return code or 0
 
 
+RAISED_AGAIN_S = 0.01
+"""After so long a signal is sent once more whose exception Python ignored."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal asked the process to end."""
 
@@ -52,19 +56,35 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Context in which SIGINT, SIGTERM and SIGHUP raise `Stopped`, unless the caller ignores them."""
+    """Context in which SIGINT, SIGTERM and SIGHUP raise `Stopped`, unless the caller ignores them.
+
+    Python ignores what is raised in a callback of a weak reference, such as the one that drops the lock of a module
+    that was imported, or in a `__del__`: such a signal is sent again, until it is raised elsewhere.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
+    def unraisable(ignored: sys.UnraisableHookArgs) -> None:
+        if isinstance(ignored.exc_value, Stopped):
+            again = [threading.main_thread().ident, ignored.exc_value.number]
+            timer = threading.Timer(RAISED_AGAIN_S, signal.pthread_kill, again)
+            timer.daemon = True
+            timer.start()
+        else:
+            hook(ignored)
+
     before: dict[int, Any] = {}
+    hook = sys.unraisablehook
     if threading.current_thread() is threading.main_thread() and sys.platform != "win32":
         for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(ending) is not signal.SIG_IGN:
                 before[ending] = signal.signal(ending, stop)
+        sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
