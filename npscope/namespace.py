@@ -94,7 +94,7 @@ def _as_block_grid(table: Array, scopes: Tiling) -> Array:
 
 def _destination(x: Array, out: Array | None) -> Array:
     """Where a writer puts its result: `out`, or a new array like `x`."""
-    if out is x:  # all else fits
+    if out is x:  # whose shape and dtype fit, and which is read where it is written
         op.require_writable(x, "out")
         return x
     if out is not None:

@@ -278,12 +278,12 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
     """The kernel that solves the blocks [i0, i1) strip by strip, and multiplies their elements by ``h / (h + mu)``.
 
     Zero blocks get an infinite mu, unchanged ones 0. Norms are `exact`, `narrow` ones float32, and planes if they are
-    `single`; norms are looked at in float32 first if blocks are `quick`: `single` ones of up to `QUICK_ELEMENTS`, in
-    an ordinary metric. `deal_v`, `deal_h` and `weigh` are the `dealer_address` of the leaves and of the `weights` in
-    the metric, and the `weigher_address` of both, or 0 for `mus` to be written instead. Returns whether all iterations
-    ended.
+    `single`; all that comes before sums in float64 is done in float32 if blocks are `quick`: `single` ones of up to
+    `QUICK_ELEMENTS`, in an ordinary metric. `deal_v`, `deal_h` and `weigh` are the `dealer_address` of the leaves and
+    of the `weights` in the metric, and the `weigher_address` of both, or 0 for `mus` to be written instead. Returns
+    whether all iterations ended.
     """
-    measure, classify, start = secular.measure(), secular.classify(narrow), secular.start()
+    measure, classify, begin_quickly = secular.measure(), secular.classify(narrow), secular.begin_quickly()
     look, turns, decide = secular.look(single), secular.looks(single), secular.decide(exact, narrow, single)
     sum_secular, advance, approach = secular.sum_secular(single), secular.advance(single), secular.approach()
     begin, finish = secular.begin(single), secular.finish()
@@ -305,7 +305,8 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
                 if not quick:
                     measure(v, 0, h, 0, s, 0, count, e0, e1, pitch)
             if quick:
-                careful, left = divmod(start(v, 0, h, 0, s, 0, limits, 0, count, total, pitch), secular.MANY)
+                counts = begin_quickly(v, 0, h, 0, s, 0, limits, 0, count, total, pitch)
+                careful, left = divmod(counts, secular.MANY)  # blocks that need a closer look, and that are sought
             else:
                 careful, left = classify(s, 0, limits, 0, count), 0
             if careful:

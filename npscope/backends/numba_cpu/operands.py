@@ -318,8 +318,8 @@ class Operand:
 
         So one kernel serves all dtypes. The other numbers count in units of the buffer.
         """
-        place, raw = self.place, self._raw
-        return self._bytes() if raw is None else raw, place.origin, place.grid, place.elements
+        place = self.place
+        return self._bytes(), place.origin, place.grid, place.elements
 
     @property
     def raw_across(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:

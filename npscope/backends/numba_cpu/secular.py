@@ -473,10 +473,10 @@ QUICK_ELEMENTS, QUICK_NEAR, QUICK_SLACK = 64, 2.0**-15, 0.25
 """Blocks of up to so many elements may be looked at in float32; how near norms then are too near; and what ends move.
 
 Sums over them take 67 roundings of 2 ** -24 at most, less than 2 ** -17, so that norms are right to 2 ** -18. One that
-is 2 ** -15 of itself from its threshold is on its right side, and the gap right to an eighth. MEAN and SPREAD are right
-to 2 ** -16: ends moved by a quarter of themselves enclose the root, as 0.75 * 9 / 8 < 1 < 1.25 * 7 / 8. What
-underflows is off by 2 ** -150: nothing beside sums of squares from 2 ** -90 on, nor times h, whose span in an ordinary
-metric is less than 2 ** 27.
+is 2 ** -15 of itself from its threshold is on its right side, and the gap, 2 ** 3 times that error, right to an eighth.
+MEAN and SPREAD are right to 2 ** -16: ends moved by a quarter of themselves enclose the root, as 0.75 * 9 / 8 < 1 <
+1.25 * 7 / 8. What underflows is off by 2 ** -150: nothing beside sums of squares from 2 ** -90 on, nor times h, whose
+span in an ordinary metric is less than 2 ** 27.
 """
 
 MANY = 1 << 32
@@ -484,7 +484,7 @@ MANY = 1 << 32
 
 
 @cache
-def start() -> Any:
+def begin_quickly() -> Any:
     """``(v, i, h, j, rows, k, limits, m, blocks, count, pitch)``: all that comes before sums in float64, in float32.
 
     What `measure`, `classify`, `begin` and `approach` do one after another, for blocks of up to `QUICK_ELEMENTS` in an
