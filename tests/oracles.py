@@ -469,7 +469,7 @@ def shrink_factors(v: Sequence[Any], t: float, name: str, h: Sequence[Any] | Non
 
 
 def _conditioned_factors(squares: list[Fraction], h: list[Fraction], t: Fraction, size: Fraction) -> list[Fraction]:
-    """h / (h + mu), mu by bisection: ``mu * ||h v / (h + mu)|| == t`` and the left side grows with mu."""
+    """h / (h + mu), mu by bisection of its logarithm: ``mu * ||h v / (h + mu)|| == t``, and the left side grows."""
     with mpmath.workprec(220):
         hs = [mpmath.mpf(x.numerator) / x.denominator for x in h]
         vs = [mpmath.sqrt(mpmath.mpf(x.numerator) / x.denominator) for x in squares]
@@ -477,7 +477,7 @@ def _conditioned_factors(squares: list[Fraction], h: list[Fraction], t: Fraction
         gap = mpmath.mpf((size - t).numerator) / (size - t).denominator
         low, high = limit * min(hs) / gap, limit * max(hs) / gap
         for _ in range(180):
-            mu = (low + high) / 2
+            mu = mpmath.sqrt(low * high)
             if mu * mpmath.norm([a * x / (a + mu) for a, x in zip(hs, vs, strict=True)]) < limit:
                 low = mu
             else:

@@ -599,6 +599,22 @@ def test_one_step_suffices_where_the_metric_is_the_same_everywhere(xp, rng):
     np.testing.assert_allclose(got, xp.call(npscope.soft_threshold, x, 1.0, (1, 3)), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("largest", "smallest"), [(136, -143), (143, -143), (149, -149), (300, -300)])
+def test_small_elements_that_weigh_as_much_as_the_largest(xp, rng, largest, smallest):
+    """What is done against the overflow of large elements must not lose small ones, of large weights."""
+    powers = np.concatenate([[largest], rng.uniform(smallest, smallest + 10, 3), rng.uniform(-largest, largest, 3)])
+    x = 10.0 ** (powers + rng.uniform(-1, 1, (8, 7)))
+    h = 10.0 ** np.clip(rng.uniform(-1, 1, x.shape) - powers, -149, 149)
+    share, t, expected = rng.choice([1e-9, 0.01, 0.5, 0.99], 8).tolist(), [], []
+    for v, w, part in zip(x.tolist(), h.tolist(), share, strict=True):
+        with mpmath.workprec(200):
+            t.append([part * float(mpmath.norm([mpmath.mpf(a) * b for a, b in zip(v, w, strict=True)]))])
+        factors = o.shrink_factors(v, t[-1][0], "float64", w)
+        expected.append([float(Fraction(a) * factor) for a, factor in zip(v, factors, strict=True)])
+    got = xp.call(npscope.soft_threshold, x, np.asarray(t), (1, 7), conditioner=h, max_iter=200)
+    np.testing.assert_allclose(got, expected, rtol=1e-11, atol=5e-324)
+
+
 @pytest.mark.parametrize("size", [1e-150, 1e-120, 1e-110, 1.0, 1e110, 1e150])
 def test_metrics_whose_third_power_leaves_float64(xp, size):
     got = xp.call(

@@ -478,7 +478,9 @@ def _conditioned_factors(part: Part, thresholds: Leaf, metric: Part, max_iter: i
     has_nan, has_inf = xp.isnan(norm), xp.isinf(norm)
     v = xp.where(xp.isfinite(size), size, 0.0)
     unit = _safe_unit(xp, v)
-    hv, t = h * (v * unit), t * unit[..., 0]  # the step is homogeneous: prox of (c v, c t) is c times that of (v, t)
+    # The step is homogeneous: prox of (c v, c t) is c times that of (v, t). Both factors of h v take a root of c, as
+    # small elements may weigh most: beside large ones, c v of them would be subnormal.
+    hv, t = (h * xp.sqrt(unit)) * (v * xp.sqrt(unit)), t * unit[..., 0]
     norm, wide = _summed_norm(xp, hv, 2, all(kind.rounds_correctly for kind in kinds))
     zero = xp.where(has_inf, xp.isinf(t), norm <= xp.astype(t, norm.dtype))
     same = has_nan | (t == 0) | (has_inf & xp.isfinite(t))

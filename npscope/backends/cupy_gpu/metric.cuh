@@ -19,6 +19,10 @@ __device__ inline double safe_unit(double top) {
     return top > 0.0 && top < 1.0 / SAFE_TOP ? SAFE_UNIT : 1.0;
 }
 
+// h v times a unit, by the root of it: each factor takes one. Small elements may weigh most: beside large ones, v times
+// the unit would be subnormal, and h v may overflow.
+__device__ inline double weighed(double v, double h, double root) { return (h * root) * (v * root); }
+
 // Calls use(|v|, h) for every element of a block that a lane has.
 template <class Use>
 __device__ inline void each(const Block& block, const Leaves& metrics, int lane, Use use) {
@@ -56,12 +60,12 @@ __device__ inline double solved(const Block& block, const Leaves& metrics, int l
     if (failure || !(t >= 0.0)) return not_a_number();
     if (top != top || t == 0.0) return 0.0;
     bool infinite = isinf(top);
-    double unit = infinite ? 1.0 : safe_unit(top), widest = 0.0;
+    double unit = infinite ? 1.0 : safe_unit(top), root = sqrt(unit), widest = 0.0;
     Pair size = {0.0, 0.0}, sum = {0.0, 0.0};
     if (!infinite) {
         each(block, metrics, lane, [&](double v, double h) {
+            widest = larger(widest, weighed(v, h, root));
             v *= unit;
-            widest = larger(widest, h * v);
             accumulate(size, v * v);
         });
         widest = largest_of(widest);
@@ -72,7 +76,7 @@ __device__ inline double solved(const Block& block, const Leaves& metrics, int l
     if (infinite) return isinf(t) ? INFINITE : 0.0;
     double scale = safe_unit(widest), limit = t * unit;
     each(block, metrics, lane, [&](double v, double h) {
-        double w = h * (v * unit) * scale;
+        double w = weighed(v, h, root) * scale;
         accumulate(sum, w * w);
     });
     sum = total_of(sum);
@@ -84,7 +88,7 @@ __device__ inline double solved(const Block& block, const Leaves& metrics, int l
     for (int step = 0; step < limits.steps; step++) {
         double squares = 0.0, slope = 0.0;
         each(block, metrics, lane, [&](double v, double h) {
-            double g = h / most, inverse = 1.0 / (g * sigma + tau), q = h * (v * unit) / norm * inverse;
+            double g = h / most, inverse = 1.0 / (g * sigma + tau), q = weighed(v, h, root) / norm * inverse;
             squares += q * q;
             slope += q * q * (g * inverse);
         });

@@ -286,7 +286,7 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
     measure, classify, begin_quickly = secular.measure(), secular.classify(narrow), secular.begin_quickly()
     look, turns, decide = secular.look(single), secular.looks(single), secular.decide(exact, narrow, single)
     sum_secular, advance, approach = secular.sum_secular(single), secular.advance(single), secular.approach()
-    begin, finish = secular.begin(single), secular.finish()
+    begin, finish = secular.begin(single), secular.finish(single)
 
     @kernel
     def solve(

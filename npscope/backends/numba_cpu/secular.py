@@ -39,8 +39,10 @@ ROWS, DISTANCE = 21, WIDTH + LANES
 ) = (row * DISTANCE for row in range(ROWS))  # fmt: skip
 """Where the numbers of a strip of blocks lie in one work array. Vectors from any block of a strip on lie within it.
 
-A block is v * UNIT, by a power of two, and LIMIT its threshold;
+A block is v * UNIT in the metric h * UNIT, by a power of two, and LIMIT its threshold, of UNIT ** 2. In these numbers
 NORM = ||h v||, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE is in [LOW, HIGH].
+Both factors take the unit, as small elements may weigh most: v * UNIT ** 2 of them would be subnormal, and so would
+RATE.
 ACTIVE, in float32, is 2 where it is to be sought and 1 while it is, 0 for the zero block (LIMIT = 1, RATE = 0), the
 unchanged one (LIMIT = 0, RATE = 1) and one whose RATE is found, -1 for a block that needs a closer look. What that sees
 is in the rows from TOP on.
@@ -201,7 +203,7 @@ def _set_state(s: _Rows, careful: Lanes, active: Lanes, state: float) -> None:
 
 
 def _safe_unit(top: Lanes) -> Lanes:
-    """A power of two that brings `top` where it may be squared; 1 where it already is."""
+    """A power of four that brings `top` where it may be squared; 1 where it already is."""
     small = (top > 0.0) & (top < 1.0 / SAFE_TOP)
     return choose(top > SAFE_TOP, 1.0 / SAFE_UNIT, choose(small, _number(top, SAFE_UNIT), 1.0))
 
@@ -227,7 +229,8 @@ def look(single: bool) -> Any:
     """``(v, i, h, j, rows, k, blocks, first, stop, pitch, turn)``: what decides on blocks that need a closer look.
 
     As `measure`, by sums that neither overflow nor round amiss, in as many turns over all elements as it `looks`: the
-    TOP; of v * UNIT then the sum of squares, and WIDEST, the largest magnitude of h v; and sums of h v in its own unit.
+    TOP; then the sum of squares of v, by its safe unit, and WIDEST, the largest h v * UNIT ** 2; and sums of these by
+    theirs.
     """
 
     def emit(
@@ -261,24 +264,26 @@ def look(single: bool) -> Any:
             over_rows((TOP,), take)
 
         def at_size() -> None:
-            unit = _safe_unit(s[TOP])
+            safe = _safe_unit(s[TOP])
+            unit = safe.root()
 
             def take(so_far: list[Lanes], x: list[Lanes], c: list[Lanes]) -> list[Lanes]:
-                wide = x[0] * unit
+                wide, weighed = x[0] * safe, (c[0] * unit) * (x[0] * unit)
                 total, lost = _two_sum(so_far[1], wide * wide)
-                return [_larger(c[0] * wide.size(), so_far[0]), total, so_far[2] + lost]
+                return [_larger(weighed.size(), so_far[0]), total, so_far[2] + lost]
 
             over_rows((WIDEST, SIZE, SIZE_LOST), take)
 
         def at_weighed() -> None:
-            unit, scale, inverse = _safe_unit(s[TOP]), _safe_unit(s[WIDEST]), 1.0 / s[WIDEST]
+            unit, scale, inverse = _safe_unit(s[TOP]).root(), _safe_unit(s[WIDEST]), 1.0 / s[WIDEST]
 
             def take(so_far: list[Lanes], x: list[Lanes], c: list[Lanes]) -> list[Lanes]:
-                weighed = c[0] * (x[0] * unit)
+                weight = c[0] * unit
+                weighed = weight * (x[0] * unit)
                 scaled, share = weighed * scale, weighed * inverse
                 total, lost = _two_sum(so_far[0], scaled * scaled)
                 share = share * share  # of numbers near 1, or the third power leaves the range
-                return [total, so_far[1] + lost, so_far[2] + share, share.times_plus(c[0], so_far[3])]
+                return [total, so_far[1] + lost, so_far[2] + share, share.times_plus(weight, so_far[3])]
 
             over_rows((WEIGHED, WEIGHED_LOST, SHARES, CUBES), take)
 
@@ -312,21 +317,22 @@ def decide(exact: bool, narrow: bool, single: bool) -> Any:
     def emit(b: Builder, start: Value, limits: Value) -> None:
         s, limit, inf = _Rows(b, start), _load(b, limits).to(_DOUBLE), float("inf")
         careful, one = s[ACTIVE] < 0.0, _number(limit, 1.0)
-        unit, scale = (one, one) if single else (_safe_unit(s[TOP]), _safe_unit(s[WIDEST]))
+        safe, scale = (one, one) if single else (_safe_unit(s[TOP]), _safe_unit(s[WIDEST]))
+        unit = one if single else safe.root()
         size, norm = (s[SIZE] + s[SIZE_LOST]).root(), (s[WEIGHED] + s[WEIGHED_LOST]).root() / scale
         infinite = s[SIZE].is_equal(inf) if single else s[TOP].is_equal(inf)
         if narrow:
-            infinite |= unit.is_equal(1.0) & ((s[SIZE] - BEYOND) + s[SIZE_LOST] >= 0.0)
+            infinite |= safe.is_equal(1.0) & ((s[SIZE] - BEYOND) + s[SIZE_LOST] >= 0.0)
         else:
-            infinite |= (size / unit).is_equal(inf)
+            infinite |= (size / safe).is_equal(inf)
         rounded = norm
         if exact:
             rounded = choose(scale.is_equal(1.0), _rounded_root(s[WEIGHED], s[WEIGHED_LOST]), norm)
         if narrow:
             rounded = rounded.to(_SINGLE).to(_DOUBLE)
-        active = careful & ~infinite & (rounded > limit * unit)
+        active = careful & ~infinite & (rounded > limit * safe)
         mean = s[CUBES] / s[WEIGHED if single else SHARES]
-        for row, numbers in ((UNIT, unit), (NORM, norm), (MEAN, mean), (SPREAD, size / norm)):
+        for row, numbers in ((UNIT, unit), (NORM, norm), (MEAN, mean), (SPREAD, size / (norm * unit))):
             s[row] = choose(active, numbers, s[row])
         state = s[ACTIVE]
         s[ACTIVE] = choose(careful, choose(active, _number(state, 2.0), 0.0), state)
@@ -367,7 +373,7 @@ def begin(single: bool) -> Any:
     def emit(b: Builder, start: Value, limits: Value) -> Value:
         s, state = _Rows(b, start), _Rows(b, start)[ACTIVE]
         fresh, sought, rate, norm = state > 1.0, state.is_equal(1.0), s[RATE], s[NORM]
-        limit = _load(b, limits).to(_DOUBLE) * s[UNIT]
+        limit = _load(b, limits).to(_DOUBLE) * s[UNIT] * s[UNIT]
         first, _ = _first_rate(limit, norm, s[MEAN], s[SPREAD], _SINGLE if single else _DOUBLE)
         gap = norm - limit
         low, high = gap / s[MEAN], gap * s[SPREAD]
@@ -392,7 +398,7 @@ def _add_to(s: _Rows, first: Value, sums: Sequence[Lanes]) -> None:
 def sum_secular(single: bool) -> Any:
     """``(v, i, h, j, rows, k, blocks, first, stop, pitch)``: sums of q ** 2, q ** 2 p and q ** 2 p ** 2, as `measure`.
 
-    With d = h * RATE + LIMIT, q = h * v * UNIT / d, p = h * RATE / d. Planes of float32 need no UNIT, and everything
+    With d = h * RATE + LIMIT, q = h * v / d, p = h * RATE / d. Planes of float32 need no UNIT, and everything
     stays in the range of float64 if p = h / (h + mu) and q * RATE = v * p: mu = LIMIT / RATE is at most the largest h
     by the relative distance of two float32.
     """
@@ -406,11 +412,11 @@ def sum_secular(single: bool) -> Any:
         mu = limit * inverse
 
         def take(so_far: list[Lanes], xs: list[Lanes], cs: list[Lanes]) -> list[Lanes]:
-            weights = [c.to(_DOUBLE) if single else c * rate for c in cs]
-            inverses = _inverses([w + (mu if single else limit) for w in weights])
-            for x, c, w, r in zip(xs, cs, weights, inverses, strict=True):
-                p = w * r
-                q = x.to(_DOUBLE) * p if single else c * (x * unit) * r
+            weights = [c.to(_DOUBLE) if single else c * unit for c in cs]
+            inverses = _inverses([w + mu if single else w * rate + limit for w in weights])
+            for x, w, r in zip(xs, weights, inverses, strict=True):
+                p = w * r if single else w * rate * r
+                q = x.to(_DOUBLE) * p if single else w * (x * unit) * r
                 so_far = _with_powers(so_far, q, p)
             return so_far
 
@@ -586,12 +592,12 @@ def advance(single: bool) -> Any:
 
 
 @cache
-def finish() -> Any:
+def finish(single: bool) -> Any:
     """``(rows, i, blocks)``: RATE becomes mu, infinite for zero blocks, 0 for unchanged ones, PAIRS its two float32."""
 
     def emit(b: Builder, start: Value) -> None:
         s = _Rows(b, start)
-        mu = s[LIMIT] / s[RATE]
+        mu = (s[LIMIT] if single else s[LIMIT] / s[UNIT]) / s[RATE]
         high = mu.to(_SINGLE)
         low = (mu - high.to(_DOUBLE)).to(_SINGLE)
         pairs = shuffle(b, high.value, [lane + half for lane in range(LANES) for half in (0, LANES)], low.value)
