@@ -18,6 +18,9 @@ from npscope.bench import TABLE as CORE
 from npscope.bench import Case, Setup, numpy_keep_largest, numpy_norms, split
 from npscope.clock import Call
 
+OURS = "npscope numba"
+"""The contender that bars are for."""
+
 HARD = 4.0  # about the median norm of a 4x4 block of normal data
 
 

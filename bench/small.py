@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 
-from bench.cases import SMALL, TABLE
+from bench.cases import OURS, SMALL, TABLE
 from npscope.bench import Case, Plan, contenders, fresh
 from npscope.clock import Row, Timed, significant, summary
 from npscope.options import thread_count
@@ -43,7 +43,7 @@ def _measure(case: Case, plan: Plan) -> list[Row]:
         Row(
             "small", case.name, case.group, name, case.dtype, case.data, pristine.size, thread_count(), plan.rounds,
             *summary(entry.seconds), first_ms=significant(1e3 * firsts[name]),
-            bar=CALL_MS if name == "npscope numba" else None, judged_by="ms",
+            bar=CALL_MS if name == OURS else None, judged_by="ms",
         )
         for name, entry in timed.items()
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import cold, small
-from bench.cases import CURVES, HOSTILE, TABLE, WARM, of_size
+from bench.cases import CURVES, HOSTILE, OURS, TABLE, WARM, of_size
 from npscope.bench import Case, Plan, environment, measure
 from npscope.clock import Row, arithmetic_of, steps
 from npscope.options import config, thread_count
@@ -62,23 +62,23 @@ def _warm(case: Case, plan: Plan, only: str, before: Found) -> list[Row]:
         before.unable.append({"case": case.name, "contender": contender, "reason": reason})
 
     rows = measure(case, TABLE, plan, only=(only,), unable=unable)
-    return [row if row.contender == "npscope numba" else replace(row, bar=None) for row in rows]
+    return [row if row.contender == OURS else replace(row, bar=None) for row in rows]
 
 
 def _hostile(case: Case, plan: Plan, before: Found) -> list[Row]:
     normal = {(row.case, row.contender): row.median_ms for row in before.rows if row.section == "warm"}
-    rows = measure(case, TABLE, plan, section="hostile", only=("npscope numba",))
+    rows = measure(case, TABLE, plan, section="hostile", only=(OURS,))
     return [replace(row, judged_by="ratio", base_ms=normal.get((row.case, row.contender))) for row in rows]
 
 
 def _size(case: Case, plan: Plan, before: Found) -> list[Row]:
-    rows = measure(replace(case, bar=None), TABLE, plan, section="size", only=("npscope numba", "numpy"))
+    rows = measure(replace(case, bar=None), TABLE, plan, section="size", only=(OURS, "numpy"))
     return [row for row in rows if row.elements == max(r.elements for r in rows)]
 
 
 def _threads(case: Case, plan: Plan, threads: int, before: Found) -> list[Row]:
     with config(threads=threads):
-        return measure(replace(case, bar=None), TABLE, plan, section="threads", only=("npscope numba",))
+        return measure(replace(case, bar=None), TABLE, plan, section="threads", only=(OURS,))
 
 
 def run(

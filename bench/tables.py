@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.cases import OURS
+from bench.cold import WITHOUT_SCIPY
 from npscope.cli.report import milliseconds
 from npscope.clock import FAILED_ABOVE, Row
-
-OURS = "npscope numba"
 
 TITLES = {
     "hostile": "Hostile data: time as a multiple of that of normal data",
@@ -166,8 +166,13 @@ def _small_table(rows: Sequence[Row]) -> str:
 
 
 def _cold_table(rows: Sequence[Row]) -> str:
-    lines = [[row.case, milliseconds(row.median_ms), _spread(row), _bar(row), _verdict(row)] for row in rows]
-    return table(["what", "ms", "spread", "bar", ""], lines)
+    bare = {row.case: milliseconds(row.median_ms) for row in rows if row.contender == WITHOUT_SCIPY}
+    lines = [
+        [row.case, milliseconds(row.median_ms), _spread(row), bare.get(row.case, ""), _bar(row), _verdict(row)]
+        for row in rows
+        if row.contender != WITHOUT_SCIPY
+    ]
+    return table(["what", "ms", "spread", "without SciPy", "bar", ""], lines)
 
 
 def _curve_table(rows: Sequence[Row]) -> str:
