@@ -446,6 +446,12 @@ def test_conditioned_at_the_ends_of_an_ordinary_metric(xp, rng, name, run):
         assert_shrunk(got, x, (2, run), t, h)
 
 
+def test_planes_hold_quick_blocks_as_a_whole():
+    conditioned = pytest.importorskip("npscope.backends.numba_cpu.conditioned")
+    assert not any(map(conditioned.in_parts, range(1, conditioned.secular.QUICK_ELEMENTS + 1)))
+    assert conditioned.in_parts(1 << 20)
+
+
 def test_ordinary_metrics_need_no_more_steps_than_they_may_take(rng, monkeypatch):
     """What is solved and written at once cannot fail: here it would, as metrics beyond do."""
     shrinkage = pytest.importorskip("npscope.backends.numba_cpu.shrinkage")

@@ -57,7 +57,7 @@ def plane_numbers(elements: int) -> int:
     return min(elements * strip_pitch(elements), PLANES)
 
 
-def _in_parts(elements: int) -> bool:
+def in_parts(elements: int) -> bool:
     """Whether such blocks are too large for planes, and dealt in parts."""
     return plane_numbers(elements) < elements * strip_pitch(elements)
 
@@ -162,7 +162,7 @@ _call_dealer = caller(8)
 def dealer_address(readings: tuple[Reading, ...], elements: int, plane: np.dtype) -> int:
     """Where the code is that deals blocks of so many elements, which are read like this, into planes of this dtype."""
     leaves = type_of_chain(readings)
-    if _in_parts(elements):
+    if in_parts(elements):
         readings = tuple((codec, None) for codec, _ in readings)
     return address_of(_chain_dealer(readings), leaves, *[types.int64] * 5, array_of(plane), types.int64)
 
@@ -279,9 +279,9 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
 
     Zero blocks get an infinite mu, unchanged ones 0. Norms are `exact`, `narrow` ones float32, and planes if they are
     `single`; all that comes before sums in float64 is done in float32 if blocks are `quick`: `single` ones of up to
-    `QUICK_ELEMENTS`, in an ordinary metric. `deal_v`, `deal_h` and `weigh` are the `dealer_address` of the leaves and
-    of the `weights` in the metric, and the `weigher_address` of both, or 0 for `mus` to be written instead. Returns
-    whether all iterations ended.
+    `QUICK_ELEMENTS`, in an ordinary metric. These are never dealt again, and what they do not need is not compiled.
+    `deal_v`, `deal_h` and `weigh` are the `dealer_address` of the leaves and of the `weights` in the metric, and the
+    `weigher_address` of both, or 0 for `mus` to be written instead. Returns whether all iterations ended.
     """
     measure, classify, begin_quickly = secular.measure(), secular.classify(narrow), secular.begin_quickly()
     look, turns, decide = secular.look(single), secular.looks(single), secular.decide(exact, narrow, single)
@@ -313,7 +313,7 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
                 for turn in range(turns):
                     for e0 in range(0, total, chunk):
                         e1 = least(total, e0 + chunk)
-                        if chunk < total:
+                        if not quick and chunk < total:
                             _deal_both(deal_v, deal_h, leaves, weights, i, stop, e0, e1, v, h, pitch)
                         look(v, 0, h, 0, s, 0, count, e0, e1, pitch, turn)
                 decide(s, 0, limits, 0, count)
@@ -329,7 +329,7 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
                 close, floor = near_halley if bends else near, 1.0 - near if steps <= BENDING else 0.0
                 for e0 in range(0, total, chunk):
                     e1 = least(total, e0 + chunk)
-                    if chunk < total:
+                    if not quick and chunk < total:
                         _deal_both(deal_v, deal_h, leaves, weights, i, stop, e0, e1, v, h, pitch)
                     sum_secular(v, 0, h, 0, s, 0, count, e0, e1, pitch)
                 left = advance(s, 0, count, close, floor, bends)
