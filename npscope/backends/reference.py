@@ -35,6 +35,9 @@ _SAFE_TOP, _SAFE_UNIT = 2.0**450, 2.0**600
 
 _UNIT = 2.0**-52
 
+_SHORT = 1 - 2.0**-40
+"""Norms below this are not 1 but for rounding."""
+
 
 def _namespace_of(array: Array) -> ModuleType:
     xp: ModuleType = array_api_compat.array_namespace(array)
@@ -178,7 +181,7 @@ def _summed_norm(xp: ModuleType, size: Array, p: float, rounded: bool) -> tuple[
 
 
 def _safe_unit(xp: ModuleType, size: Array) -> Array:
-    """A power of two for each block that brings its magnitudes where they may be squared; mostly 1."""
+    """A power of four for each block that brings its magnitudes where they may be squared; mostly 1."""
     top = xp.max(size, axis=-1, keepdims=True)
     small = (top < 1 / _SAFE_TOP) & (top > 0)
     return xp.where(top > _SAFE_TOP, 1 / _SAFE_UNIT, xp.where(small, _SAFE_UNIT, xp.ones_like(top)))
@@ -480,7 +483,8 @@ def _conditioned_factors(part: Part, thresholds: Leaf, metric: Part, max_iter: i
     unit = _safe_unit(xp, v)
     # The step is homogeneous: prox of (c v, c t) is c times that of (v, t). Both factors of h v take a root of c, as
     # small elements may weigh most: beside large ones, c v of them would be subnormal.
-    hv, t = (h * xp.sqrt(unit)) * (v * xp.sqrt(unit)), t * unit[..., 0]
+    root = xp.sqrt(unit)
+    hv, t = (h * root) * (v * root), t * unit[..., 0]
     norm, wide = _summed_norm(xp, hv, 2, all(kind.rounds_correctly for kind in kinds))
     zero = xp.where(has_inf, xp.isinf(t), norm <= xp.astype(t, norm.dtype))
     same = has_nan | (t == 0) | (has_inf & xp.isfinite(t))
@@ -499,7 +503,7 @@ def _secular_root(
     """Sigma with ``||w / (g * sigma + tau)|| = 1``, for ``||w|| = 1``, ``0 < g <= max g = 1``, ``0 < tau < 1``.
 
     Newton on the reciprocal norm, which is monotone from the left end of the bracket
-    ``[(1 - tau) / max g, (1 - tau) / min g]``; where the norm overflows, the bracket is halved instead.
+    ``[(1 - tau) / max g, (1 - tau) / min g]``; where it overflows, the bracket is halved, maybe beyond the root.
     """
     sigma, low, high = start, start, start / xp.min(g, axis=-1, keepdims=True)
     for _ in range(max_iter):
@@ -510,8 +514,9 @@ def _secular_root(
         newton = sigma + (norm - 1) * norm * norm / slope
         halved = xp.sqrt(low) * xp.sqrt(high)
         following = xp.where(xp.isfinite(newton), xp.minimum(xp.maximum(newton, low), high), halved)
-        # From the left every step rises; one that does not has reached the rounding of the norm.
-        open_ = open_ & ((following > sigma * (1 + rtol)) | ~xp.isfinite(norm))
+        # From the left every step rises; one that does not has reached the rounding of the norm, unless from the right.
+        falls = (following < sigma * (1 - rtol)) & (norm < _SHORT)
+        open_ = open_ & ((following > sigma * (1 + rtol)) | falls | ~xp.isfinite(norm))
         sigma = following
         if not xp.any(open_):
             return sigma

@@ -1,8 +1,8 @@
 // The proximal step in a diagonal metric: a block is solved for its mu, then it is h / (h + mu) times itself.
 //
 // With w = H v / ||H v||, g = h / max h and tau = t / ||H v||, sigma solves ||w / (g sigma + tau)|| = 1, by Newton's
-// method on the reciprocal norm, which rises monotonically from (1 - tau) / max g; where the norm overflows the
-// bracket is halved. Owners as in owners.cuh.
+// method on the reciprocal norm, which rises monotonically from (1 - tau) / max g; where it overflows the bracket is
+// halved, maybe beyond the root, so that the next step falls. Owners as in owners.cuh.
 
 #pragma once
 
@@ -10,6 +10,7 @@
 
 #define SAFE_TOP 2.9073548971824276e135    // 2^450: up to here numbers may be squared and summed
 #define SAFE_UNIT 4.149515568880993e180    // 2^600: brings any other there
+#define SHORT (1.0 - 0x1p-40)              // norms below this are not 1 but for rounding
 #define INFINITE __longlong_as_double(0x7FF0000000000000LL)
 
 enum Failure { BAD_METRIC = 1, NOT_CONVERGED = 2 };
@@ -102,7 +103,8 @@ __device__ inline double solved(const Block& block, const Leaves& metrics, int l
             next = fmin(fmax(newton, low), high);
         else
             next = sqrt(low) * sqrt(high);
-        bool open = next > sigma * (1.0 + limits.rtol) || !isfinite(length);
+        bool falls = next < sigma * (1.0 - limits.rtol) && length < SHORT;
+        bool open = next > sigma * (1.0 + limits.rtol) || falls || !isfinite(length);
         sigma = next;
         if (!open) return tau / sigma * most;
     }

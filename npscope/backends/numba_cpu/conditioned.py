@@ -251,6 +251,10 @@ BENDING = 2
 """Steps by Halley's method, whose error is the cube of Newton's start; with ordinary metrics none follow."""
 
 
+SHORT = 1.0 - 2.0**-40
+"""Squares of norms below this are not 1 but for rounding, be they sums of thousands."""
+
+
 def near_enough(rtol: float, single: bool) -> tuple[float, float]:
     """The relative size of the last step, by Newton or by Halley, for a relative accuracy of `rtol` after it.
 
@@ -326,13 +330,13 @@ def solve_kernel(exact: bool, narrow: bool, single: bool, quick: bool) -> Any:
                 if steps == max_iter:
                     return False
                 bends = steps < BENDING
-                close, floor = near_halley if bends else near, 1.0 - near if steps <= BENDING else 0.0
+                close, short = near_halley if bends else near, 1.0 if steps <= BENDING else SHORT
                 for e0 in range(0, total, chunk):
                     e1 = least(total, e0 + chunk)
                     if not quick and chunk < total:
                         _deal_both(deal_v, deal_h, leaves, weights, i, stop, e0, e1, v, h, pitch)
                     sum_secular(v, 0, h, 0, s, 0, count, e0, e1, pitch)
-                left = advance(s, 0, count, close, floor, bends)
+                left = advance(s, 0, count, close, 1.0 - near, short, bends)
                 steps += 1
             finish(s, 0, count)
             if weigh:

@@ -39,7 +39,7 @@ ROWS, DISTANCE = 21, WIDTH + LANES
 ) = (row * DISTANCE for row in range(ROWS))  # fmt: skip
 """Where the numbers of a strip of blocks lie in one work array. Vectors from any block of a strip on lie within it.
 
-A block is v * UNIT in the metric h * UNIT, by a power of two, and LIMIT its threshold, of UNIT ** 2. In these numbers
+A block is v * UNIT in the metric h * UNIT, by a power of two, and LIMIT its threshold, by UNIT ** 2. In these numbers
 NORM = ||h v||, MEAN the mean of h weighted by (h v) ** 2, SPREAD = ||v|| / ||h v||. The root RATE is in [LOW, HIGH].
 Both factors take the unit, as small elements may weigh most: v * UNIT ** 2 of them would be subnormal, and so would
 RATE.
@@ -398,9 +398,9 @@ def _add_to(s: _Rows, first: Value, sums: Sequence[Lanes]) -> None:
 def sum_secular(single: bool) -> Any:
     """``(v, i, h, j, rows, k, blocks, first, stop, pitch)``: sums of q ** 2, q ** 2 p and q ** 2 p ** 2, as `measure`.
 
-    With d = h * RATE + LIMIT, q = h * v / d, p = h * RATE / d. Planes of float32 need no UNIT, and everything
-    stays in the range of float64 if p = h / (h + mu) and q * RATE = v * p: mu = LIMIT / RATE is at most the largest h
-    by the relative distance of two float32.
+    With d = h * RATE + LIMIT, q = h * v / d, p = h * RATE / d, all by UNIT. Planes of float32 need none: all of them
+    stays in the range of float64 if p = h / (h + mu) and q * RATE = v * p, as mu = LIMIT / RATE is at most the largest
+    h by the relative distance of two float32.
     """
     # Rows that share a division: those of AVX2 are as fast as what it takes to share them.
     together = 2 if single and not has_only_avx2() else 1
@@ -415,7 +415,7 @@ def sum_secular(single: bool) -> Any:
             weights = [c.to(_DOUBLE) if single else c * unit for c in cs]
             inverses = _inverses([w + mu if single else w * rate + limit for w in weights])
             for x, w, r in zip(xs, weights, inverses, strict=True):
-                p = w * r if single else w * rate * r
+                p = w * r if single else w * r * rate  # w * rate may underflow, where it is nothing beside LIMIT
                 q = x.to(_DOUBLE) * p if single else w * (x * unit) * r
                 so_far = _with_powers(so_far, q, p)
             return so_far
@@ -547,16 +547,16 @@ def begin_quickly() -> Any:
 
 @cache
 def advance(single: bool) -> Any:
-    """``(rows, i, blocks, near, floor, bends)``: a safeguarded step to the root for every active block; how many go on.
+    """``(rows, i, blocks, near, floor, short, bends)``: a safeguarded step for every active block; how many go on.
 
     By Halley if it `bends`, else by Newton. Newton steps rise to the root of a concave function from its left, so that
-    one which does not has reached the rounding of the norm, unless it comes from a start or a Halley step. So a step
-    that falls goes on only if it falls below `floor` of RATE, which is 0 for it to end. The step itself, which is
-    small, is found in float32 if that is `single`.
+    one which does not has reached the rounding of the norm, unless it comes from a start, a Halley step or an end of
+    the bracket. So a step that falls goes on only if it falls below `floor` of RATE, from a square of the norm that is
+    less than `short`. The step itself, which is small, is found in float32 if that is `single`.
     """
     real = _SINGLE if single else _DOUBLE
 
-    def emit(b: Builder, start: Value, near: Value, floor: Value, bends: Value) -> Value:
+    def emit(b: Builder, start: Value, near: Value, floor: Value, short: Value, bends: Value) -> Value:
         s = _Rows(b, start)
         active, at, exact = s[ACTIVE] > 0.0, s[RATE], s[SQUARES]
         squares, inverse = exact.to(real), 1.0 / s[SLOPES].to(real)
@@ -581,14 +581,15 @@ def advance(single: bool) -> Any:
             following = at + at * wide
             following = choose(following > low, following, low)
             following = choose(following < high, following, high)
-            moves = large & ((following > at * (up + 1.0)) | (following < at * down)) | beyond
+            falls = (following < at * down) & (exact < Lanes(b, broadcast(b, short, LANES)))
+            moves = large & ((following > at * (up + 1.0)) | falls) | beyond
             # Where sums overflow, it is halved instead.
             s[RATE] = choose(beyond, low.root() * high.root(), choose(large, following, s[RATE]))
             s[LOW], s[HIGH], s[ACTIVE] = low, high, choose(moves, _number(s[ACTIVE], 1.0), 0.0)
             b.store(moves.count(), going)
         return b.load(going)
 
-    return _over_blocks(emit, 1, 3, types.int64)
+    return _over_blocks(emit, 1, 4, types.int64)
 
 
 @cache
