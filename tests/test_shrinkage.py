@@ -646,6 +646,15 @@ def test_metrics_whose_third_power_leaves_float64(xp, size):
     np.testing.assert_allclose(got, 0.7, rtol=1e-12)
 
 
+def test_complex_norms_decide_as_rounded_in_a_metric_as_without(xp):
+    xp.require("complex64")
+    x = np.asarray([[1, 2e-4], [1, 2e-3]], dtype=np.complex64)
+    assert np.array_equal(xp.call(npscope.block_norms, x, (1, 2)) <= 1, [[True], [False]])
+    for metric in ({}, {"conditioner": np.ones((2, 2), np.float32)}):
+        got = xp.call(npscope.soft_threshold, x, np.float32(1), (1, 2), **metric)
+        assert np.array_equal(got == 0, [[True, True], [False, False]])
+
+
 def test_a_norm_that_is_subnormal_decides_as_rounded(xp):
     x, h = np.full((1, 2), 2.0**-23 * 0.72, dtype=np.float32), np.full((1, 2), 2.0**-126, dtype=np.float32)
     got = xp.call(npscope.soft_threshold, x, np.float32(2.0**-149), (1, 2), conditioner=h)

@@ -486,6 +486,7 @@ def _conditioned_factors(part: Part, thresholds: Leaf, metric: Part, max_iter: i
     root = xp.sqrt(unit)
     hv, t = (h * root) * (v * root), t * unit[..., 0]
     norm, wide = _summed_norm(xp, hv, 2, all(kind.rounds_correctly for kind in kinds))
+    norm = xp.astype(norm, getattr(xp, common_norm(kinds)))
     zero = xp.where(has_inf, xp.isinf(t), norm <= xp.astype(t, norm.dtype))
     same = has_nan | (t == 0) | (has_inf & xp.isfinite(t))
     open_ = ~(zero | same)
