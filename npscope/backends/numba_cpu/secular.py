@@ -398,9 +398,9 @@ def _add_to(s: _Rows, first: Value, sums: Sequence[Lanes]) -> None:
 def sum_secular(single: bool) -> Any:
     """``(v, i, h, j, rows, k, blocks, first, stop, pitch)``: sums of q ** 2, q ** 2 p and q ** 2 p ** 2, as `measure`.
 
-    With d = h * RATE + LIMIT, q = h * v / d, p = h * RATE / d, all by UNIT. Planes of float32 need none: all of them
-    stays in the range of float64 if p = h / (h + mu) and q * RATE = v * p, as mu = LIMIT / RATE is at most the largest
-    h by the relative distance of two float32.
+    With d = h * RATE + LIMIT, q = h * v / d, p = h * RATE / d, all by UNIT. Planes of float32 need none: what comes of
+    them stays in the range of float64 if p = h / (h + mu) and q * RATE = v * p, as mu = LIMIT / RATE is at most the
+    largest h by the relative distance of two float32.
     """
     # Rows that share a division: those of AVX2 are as fast as what it takes to share them.
     together = 2 if single and not has_only_avx2() else 1
