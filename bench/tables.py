@@ -226,7 +226,7 @@ def _bar(row: Row) -> str:
 
 def _measured(row: Row) -> str:
     if row.cost is None:
-        return f"{row.fraction:.2g}"
+        return f"{row.fraction:.3g}"  # a digit more than elsewhere, for 0.599 is not 0.6
     if row.judged_by == "ratio":
         return f"{row.cost:.2f} x"
     return f"{row.cost:.0f} ms" if row.cost >= 1 else f"{1e3 * row.cost:.3g} us"

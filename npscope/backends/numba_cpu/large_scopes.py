@@ -13,7 +13,7 @@ from npscope.backends import threads
 from npscope.backends.numba_cpu import scope_passes, strips
 from npscope.backends.numba_cpu.brackets import MARGIN, Look, Nth, Sample, Survey, narrow, partitioned, sample_of
 from npscope.backends.numba_cpu.norms import put, workspace_of
-from npscope.backends.numba_cpu.pieces import PIECE_ELEMENTS, PIECES_PER_THREAD, STRIPS_ELEMENTS, ranges, workers_for
+from npscope.backends.numba_cpu.pieces import PIECE_ELEMENTS, STRIPS_ELEMENTS, ranges, workers_for
 from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, dense, surveyor_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch
 from npscope.backends.numba_cpu.vector_search import SLACK
@@ -33,6 +33,13 @@ SAMPLE_RUN, SAMPLE_PLACES = 32, 256
 
 FEW_KEYS = 1 << 15
 """Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms."""
+
+PIECE_GROWTH, PIECES_EACH = 2, 16
+"""A piece is so many times larger than elsewhere if each thread still has so many of them, or bundles of smaller ones.
+
+What Python does for a piece takes some 30 us, as all that it needs has left the caches meanwhile: to keep half of all
+4x4 blocks took 2 to 4 % less so. With four bundles for a thread, one thread often had five and the other three.
+"""
 
 LOOK_ELEMENTS = 1 << 14
 """Keys that are looked at at once: of 4096, a look of 64 Mi float32 takes 0.9 ms longer, for what it has found last is
@@ -71,7 +78,9 @@ class LargeScopes:
         ]
         self.lasting = [i for i, direct in enumerate(read_blocks) if not direct]
         self.norm_keys = np.empty(ranking.scopes * ranking.blocks if self.lasting else 0, dtype=ranking.key)
-        lengths = [max(1, STRIPS_ELEMENTS // part.elements) for part in ranking.parts]
+        each = ranking.elements // (self.workers * PIECES_EACH)
+        piece = min(max(STRIPS_ELEMENTS, each), PIECE_GROWTH * STRIPS_ELEMENTS)
+        lengths = [max(1, piece // part.elements) for part in ranking.parts]
         self.pieces = [
             _Piece(p, b0, min(part.blocks, b0 + length))
             for p, (part, length) in enumerate(zip(ranking.parts, lengths, strict=True))
@@ -102,7 +111,7 @@ class LargeScopes:
         # Keys of magnitudes are magnitudes: what looks at the elements of a single part looks at them as well.
         self.looks_alike = len(ranking.parts) == 1 and ranking.ord is not None and ranking.adjacent_form(0) is not None
         # Pieces are surveyed several at a time: to look at one whose keys are in cache takes as long as to call for it.
-        several = max(1, len(self.pieces) // (self.workers * PIECES_PER_THREAD))
+        several = max(1, len(self.pieces) // (self.workers * PIECES_EACH))
         counts = [-(-part.blocks // length) for part, length in zip(ranking.parts, lengths, strict=True)]
         self.bundles = [
             (start, min(stop, start + several))
@@ -115,7 +124,7 @@ class LargeScopes:
         self.counts = np.zeros((4, len(self.pieces)), dtype=np.int64)
         # By bundle: the work array where keys were stored, and from where on.
         self.stores = [(0, 0)] * len(self.bundles)
-        self._keep_norms()
+        self._keep_norms(piece)
 
     def each(self, pieces: int, use: Callable[[int, int], None], *, shielded: bool = False) -> None:
         """``use(slot, piece)`` for so many, on the pool."""
@@ -136,8 +145,8 @@ class LargeScopes:
         source = self.ranking.sources[p]
         return strips.dense_reader(self.ranking.key) if p in self.lasting or source is None else source.read
 
-    def _keep_norms(self) -> None:
-        """The keys of all blocks whose norms take more than a look."""
+    def _keep_norms(self, elements: int) -> None:
+        """The keys of all blocks whose norms take more than a look, in pieces of so many elements."""
         ranking = self.ranking
         for p in self.lasting:
             part, columns = ranking.parts[p], ranking.columns[p]
@@ -159,7 +168,7 @@ class LargeScopes:
 
                 return work
 
-            piece = PIECE_ELEMENTS if ranking.sources[p] is None else STRIPS_ELEMENTS
+            piece = PIECE_ELEMENTS if ranking.sources[p] is None else elements
             workspace = workspace_of(part.elements, part.exact)
             ranges(part.total, part.elements, make_work, workspace=workspace, piece=piece)()
 
