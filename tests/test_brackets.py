@@ -57,13 +57,31 @@ def test_the_kth_is_found_whatever_the_sample_says(rng, data, sample, room, run)
     for k in (1, 2, COUNT // 3, COUNT // 2, COUNT - 1, COUNT):
         looks.clear()
         given = brackets.Sample(SAMPLES[sample](rng, keys).astype(np.uint32), run)
-        nth = brackets.narrow(k, COUNT, WIDTH, given, survey, nth_of)
+
+        def draw(low, high, share, given=given):
+            assert np.count_nonzero((keys >= low) & (keys <= high)) == pytest.approx(share * COUNT)
+            return given
+
+        nth = brackets.narrow(k, COUNT, WIDTH, draw, survey, nth_of)
         expected = np.sort(keys)[COUNT - k]
         assert nth.key == expected
         assert nth.ties == k - int((keys > expected).sum())
         assert nth.equal == int((keys == expected).sum())
         if sample == "good" and room == COUNT and run == 1:
             assert len(looks) <= 2
+
+
+def test_a_sample_of_a_range_of_collected_keys(rng):
+    """About as many as were asked for, or all that there are, and none beside the range."""
+    pieces = [rng.integers(0, 1000, size).astype(np.uint32) for size in (5000, 0, 9000)]
+    keys = np.concatenate(pieces)
+    for low, high in ((0, 1000), (100, 120), (999, 1000)):
+        inside = keys[(keys >= low) & (keys <= high)]
+        for size in (1, 100, 20_000):
+            sample = brackets.sample_of(pieces, size, low, high, inside.size / keys.size)
+            assert sample.run == 1
+            assert np.isin(sample.keys, inside).all()
+            assert min(size, inside.size) <= sample.keys.size <= min(2 * size + 2, inside.size)
 
 
 def test_the_design_effect_of_a_sample():

@@ -514,6 +514,22 @@ def test_passes_over_large_scopes(passes, data):
                 assert 1 <= len(passes) <= 2, (elements, nnz, passes)
 
 
+@pytest.mark.parametrize("block", [(1,), (4,)])
+def test_passes_over_sorted_arrays(passes, monkeypatch, block):
+    """Neighbours are all alike, so that more keys are near the k-th than there is room for: a new sample is taken."""
+    monkeypatch.setattr(pytest.importorskip("npscope.backends.numba_cpu.large_scopes"), "FOUND_BYTES", 1 << 18)
+    x = np.sort(np.random.default_rng(3).standard_normal(1 << 22).astype(np.float32))
+    for array in (x, np.sort(np.abs(x))):
+        norms = np.sort(npscope.block_norms(array, block))
+        spec = npscope.ScopeSpec(npscope.BlockSpec(array, block), (-1,))
+        with npscope.use_backend("numba"):
+            for share in (0.03, 0.1, 0.3, 0.44, 0.5, 0.9):
+                passes.clear()
+                k = int(share * norms.size)
+                assert spec.kth_largest(nnz=k) == norms[-k]
+                assert len(passes) <= 3, (share, passes)
+
+
 @pytest.mark.parametrize("name", ["float32", "float64"])
 def test_passes_over_what_many_threads_have_collected(monkeypatch, rng, name):
     """One narrows it, as a rule, though each thread has found a part of it only."""

@@ -83,15 +83,16 @@ class Survey(NamedTuple):
 
 
 def narrow(
-    k: int, count: int, width: int, sample: Sample, survey: Callable[[Look], Survey],
+    k: int, count: int, width: int, draw: Callable[[int, int, float], Sample], survey: Callable[[Look], Survey],
     nth_of: Callable[[list[np.ndarray], int], Nth],
 ) -> Nth:  # fmt: skip
-    """The k-th largest of `count` keys of so many bits, from a sample of them and what looks at all.
+    """The k-th largest of `count` keys of so many bits, from samples of them and what looks at all.
 
-    `nth_of` finds it among the keys that a look has collected.
+    ``draw(low, high, share)`` samples the keys in [low, high], which are such a share of all; `nth_of` finds the k-th
+    of those that a look has collected.
     """
     bracket = _Bracket(0, (1 << width) - 1, 0, count)
-    overflowed = False
+    sample, overflowed = draw(bracket.low, bracket.high, 1.0), False
     for guesses in range(MAX_GUESSES + 2 * width):
         look = _next_look(sample, bracket, k, overflowed, halves=guesses >= MAX_GUESSES)
         low, high, crowd = look
@@ -111,14 +112,17 @@ def narrow(
         elif sum([keys.size for keys in found]) == inside:
             return nth_of(found, k - above)
         else:
+            # What was collected while there was room is no sample: of a sorted array it is one end of the range.
             bracket, overflowed = _Bracket(low, high, above, inside), True
-            sample = sample_of(found, sample.keys.size)
+            sample = draw(low, high, inside / count)
     raise AssertionError("a bracket narrows with every pass")
 
 
-def sample_of(pieces: list[np.ndarray], size: int) -> Sample:
-    """About `size` of some keys, or all of them."""
-    step = max(1, sum([keys.size for keys in pieces]) // max(1, size))
+def sample_of(pieces: list[np.ndarray], size: int, low: int, high: int, share: float) -> Sample:
+    """About `size` of those of some keys that are in [low, high], which are such a share of them; or all of these."""
+    step = max(1, int(share * sum([keys.size for keys in pieces])) // max(1, size))
+    if share < 1:
+        pieces = [keys[(keys >= keys.dtype.type(low)) & (keys <= keys.dtype.type(high))] for keys in pieces]
     return Sample(np.concatenate([keys[::step] for keys in pieces]), 1)
 
 

@@ -31,6 +31,9 @@ than among 2 %.
 SAMPLE_RUN, SAMPLE_PLACES = 32, 256
 """Adjacent keys that are sampled at a place, where to go takes as long as to read them; fewer if places were fewer."""
 
+LEAST_STEP = 16
+"""Keys of a scope for each that is seen, at least, where a sample of a narrow range sees more than it takes."""
+
 FEW_KEYS = 1 << 15
 """Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms."""
 
@@ -172,18 +175,20 @@ class LargeScopes:
             workspace = workspace_of(part.elements, part.exact)
             ranges(part.total, part.elements, make_work, workspace=workspace, piece=piece)()
 
-    def _sample(self, scope: int) -> Sample:
-        """Some keys of a scope."""
-        everything, found = Look(0, (1 << self.ranking.width) - 1, 0), []
+    def _sample(self, scope: int, low: int, high: int, share: float) -> Sample:
+        """Some keys of a scope in [low, high], which are such a share of all."""
+        look, found = Look(low, high, low), []
         most = max(1, min(SAMPLE_RUN, self.sampled // SAMPLE_PLACES))
+        seen = min(self.sampled / share, max(self.sampled, self.ranking.blocks // LEAST_STEP))
         for p, part in enumerate(self.ranking.parts):
-            places = max(1, self.sampled * part.blocks // (self.ranking.blocks * most))
+            places = max(1, int(seen * part.blocks) // (self.ranking.blocks * most))
             step = max(1, part.blocks // places)
             run = min(step, most)
-            keys = np.empty(-(-part.blocks // step) * run + SLACK, dtype=self.ranking.key)
+            room = -(-part.blocks // step) * run
+            keys = np.empty((room if share == 1 else min(room, 2 * self.sampled)) + SLACK, dtype=self.ranking.key)
             stored = scope_passes.survey(
-                *self._looks_at(p, everything), self.places[p], self.first_of(p, scope), *_one_piece(part.blocks), step,
-                run, *everything.limits, keys, 0, _counts_of_one(), self.works[0],
+                *self._looks_at(p, look), self.places[p], self.first_of(p, scope), *_one_piece(part.blocks), step,
+                run, *look.limits, keys, 0, _counts_of_one(), self.works[0],
             )  # fmt: skip
             found.append(keys[:stored])
         return Sample(np.concatenate(found), most)
@@ -223,7 +228,7 @@ class LargeScopes:
     def nth(self, scope: int, k: int) -> Nth:
         """The k-th largest key of a scope."""
         blocks, width = self.ranking.blocks, self.ranking.width
-        return narrow(k, blocks, width, self._sample(scope), partial(self._survey, scope), self._nth_of)
+        return narrow(k, blocks, width, partial(self._sample, scope), partial(self._survey, scope), self._nth_of)
 
     def equal_by_piece(self, key: int) -> np.ndarray:
         """How many keys of each piece equal the k-th, after `nth`."""
@@ -263,11 +268,11 @@ class LargeScopes:
 
             self.each(len(pieces), use)
             above, inside, _, equal = counts.sum(axis=1).tolist()
-            if inside > count // 2:  # too many to go on with: some are a sample
-                ends = [end // 2 for end in ends]
+            if inside > count // 2:  # too many to go on with
+                ends = [0] * len(pieces)
             return Survey(above, inside, equal, [keys[:end] for keys, end in zip(narrower, ends, strict=True)])
 
-        return narrow(k, count, self.ranking.width, sample_of(pieces, FEW_KEYS // 4), survey, self._nth_of)
+        return narrow(k, count, self.ranking.width, partial(sample_of, pieces, FEW_KEYS // 4), survey, self._nth_of)
 
     def limit_of(self, scope: int, k: int) -> Nth:
         """`nth`, for any k; 0 blocks are above the largest key, and all above key 0 or equal to it."""
