@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -54,23 +56,32 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def _send_again(thread: int, number: int) -> None:
+    """Send a thread a signal in a moment."""
+    time.sleep(RAISED_AGAIN_S)
+    signal.pthread_kill(thread, number)
+
+
 @contextmanager
 def _signals_raise() -> Iterator[None]:
     """Context in which SIGINT, SIGTERM and SIGHUP raise `Stopped`, unless the caller ignores them.
 
     Python ignores what is raised in a callback of a weak reference, such as the one that drops the lock of a module
-    that was imported, or in a `__del__`: such a signal is sent again, until it is raised elsewhere.
+    that was imported, or in a `__del__`: such a signal is sent again, until it is raised elsewhere. Nor is it raised
+    while Python says so: it would be ignored there, and lost.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code is unraisable.__code__:
+                _thread.start_new_thread(_send_again, (threading.get_ident(), number))
+                return
+            frame = frame.f_back
         raise Stopped(number)
 
     def unraisable(ignored: sys.UnraisableHookArgs) -> None:
         if isinstance(ignored.exc_value, Stopped):
-            again = [threading.main_thread().ident, ignored.exc_value.number]
-            timer = threading.Timer(RAISED_AGAIN_S, signal.pthread_kill, again)
-            timer.daemon = True
-            timer.start()
+            _thread.start_new_thread(_send_again, (threading.get_ident(), ignored.exc_value.number))
         else:
             hook(ignored)
 
