@@ -514,6 +514,54 @@ def test_passes_over_large_scopes(passes, data):
                 assert 1 <= len(passes) <= 2, (elements, nnz, passes)
 
 
+def test_equal_keys_are_counted_in_whatever_order_they_were_stored(monkeypatch):
+    """A look that stores nothing changes nothing that another one has yet to read."""
+    large_scopes = pytest.importorskip("npscope.backends.numba_cpu.large_scopes").LargeScopes
+    step, count = [1], large_scopes.equal_by_piece
+
+    def backwards(self, key):
+        step[0] = -1
+        try:
+            return count(self, key)
+        finally:
+            step[0] = 1
+
+    def each(self, pieces, use, *, shielded=False):
+        for piece in range(pieces)[:: step[0]]:
+            use(0, piece)
+
+    monkeypatch.setattr(large_scopes, "equal_by_piece", backwards)
+    monkeypatch.setattr(large_scopes, "each", each)
+    x = (1 + 1e-5 * np.random.default_rng(0).standard_normal(4_000_000)).astype(np.float32)
+    ascending = np.sort(x)
+    for k in (1_200_000, 2_800_000, 3_600_000):
+        expected = x > ascending[-k]
+        expected[np.flatnonzero(x == ascending[-k])[: k - np.count_nonzero(expected)]] = True
+        with npscope.use_backend("numba"):
+            np.testing.assert_array_equal(npscope.block_mask(x, k, (1,), (-1,)), expected)
+
+
+def test_places_of_a_sample_do_not_fall_into_step_with_a_period():
+    """Whatever the distance is: places in a saw were three times as many at some phases, by one multiplication."""
+    mixed = pytest.importorskip("npscope.backends.numba_cpu.scope_passes").mixed
+
+    @pytest.importorskip("npscope.backends.numba_cpu.jit").kernel
+    def mix_all(numbers):
+        for i in range(numbers.size):
+            numbers[i] = mixed(numbers[i])
+
+    for step in (1230, 4096, 9424, 11_690, 14_263, 16_323):
+        starts = np.arange(0, 8000 * step, step)
+        numbers = starts.astype(np.uint64)
+        mix_all(numbers)
+        places = starts + (numbers % np.uint64(step - 31)).astype(np.int64)
+        for period in (256, 1024, 4096, 65536):
+            counts = np.bincount(places % period * 16 // period, minlength=16)
+            if step * 16 > period:  # else whole sixteenths are passed one after another
+                expected = starts.size / 16
+                assert ((counts - expected) ** 2).sum() / expected < 15 * 4, (step, period, counts)
+
+
 @pytest.mark.parametrize("block", [(1,), (4,)])
 def test_passes_over_sorted_arrays(passes, monkeypatch, block):
     """Neighbours are all alike, so that more keys are near the k-th than there is room for: a new sample is taken."""

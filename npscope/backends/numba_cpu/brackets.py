@@ -44,7 +44,7 @@ class Look(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Some keys of a scope, so many adjacent ones from each place."""
+    """Some keys of a scope, up to so many adjacent ones from each place."""
 
     keys: np.ndarray
     run: int
@@ -114,16 +114,16 @@ def narrow(
         else:
             # What was collected while there was room is no sample: of a sorted array it is one end of the range.
             bracket, overflowed = _Bracket(low, high, above, inside), True
-            sample = draw(low, high, inside / count)
+            if guesses + 1 < MAX_GUESSES:
+                sample = draw(low, high, inside / count)
     raise AssertionError("a bracket narrows with every pass")
 
 
 def sample_of(pieces: list[np.ndarray], size: int, low: int, high: int, share: float) -> Sample:
     """About `size` of those of some keys that are in [low, high], which are such a share of them; or all of these."""
     step = max(1, int(share * sum([keys.size for keys in pieces])) // max(1, size))
-    if share < 1:
-        pieces = [keys[(keys >= keys.dtype.type(low)) & (keys <= keys.dtype.type(high))] for keys in pieces]
-    return Sample(np.concatenate([keys[::step] for keys in pieces]), 1)
+    keys = np.concatenate([keys[::step] for keys in pieces])
+    return Sample(keys if share == 1 else keys[(keys >= keys.dtype.type(low)) & (keys <= keys.dtype.type(high))], 1)
 
 
 def partitioned(keys: np.ndarray, places: list[int]) -> np.ndarray:

@@ -31,9 +31,6 @@ than among 2 %.
 SAMPLE_RUN, SAMPLE_PLACES = 32, 256
 """Adjacent keys that are sampled at a place, where to go takes as long as to read them; fewer if places were fewer."""
 
-LEAST_STEP = 16
-"""Keys of a scope for each that is seen, at least, where a sample of a narrow range sees more than it takes."""
-
 FEW_KEYS = 1 << 15
 """Keys that NumPy partitions to find one by its rank; of a million that takes 8 ms."""
 
@@ -177,21 +174,22 @@ class LargeScopes:
 
     def _sample(self, scope: int, low: int, high: int, share: float) -> Sample:
         """Some keys of a scope in [low, high], which are such a share of all."""
-        look, found = Look(low, high, low), []
+        look, end = Look(low, high, low), 0
         most = max(1, min(SAMPLE_RUN, self.sampled // SAMPLE_PLACES))
-        seen = min(self.sampled / share, max(self.sampled, self.ranking.blocks // LEAST_STEP))
-        for p, part in enumerate(self.ranking.parts):
-            places = max(1, int(seen * part.blocks) // (self.ranking.blocks * most))
+        walks = []
+        for part in self.ranking.parts:
+            places = max(1, int(self.sampled / share * part.blocks) // (self.ranking.blocks * most))
             step = max(1, part.blocks // places)
-            run = min(step, most)
-            room = -(-part.blocks // step) * run
-            keys = np.empty((room if share == 1 else min(room, 2 * self.sampled)) + SLACK, dtype=self.ranking.key)
-            stored = scope_passes.survey(
-                *self._looks_at(p, look), self.places[p], self.first_of(p, scope), *_one_piece(part.blocks), step,
-                run, *look.limits, keys, 0, _counts_of_one(), self.works[0],
+            walks.append((part.blocks, step, min(step, most)))
+        # Of a part of the keys, twice as many as are expected: where they stand is random enough.
+        seen = sum(-(-blocks // step) * run for blocks, step, run in walks)
+        keys = np.empty((seen if share == 1 else min(seen, 2 * self.sampled)) + SLACK, dtype=self.ranking.key)
+        for p, (blocks, step, run) in enumerate(walks):
+            end = scope_passes.survey(
+                *self._looks_at(p, look), self.places[p], self.first_of(p, scope), *_one_piece(blocks), step, run,
+                *look.limits, keys, end, _counts_of_one(), self.works[0],
             )  # fmt: skip
-            found.append(keys[:stored])
-        return Sample(np.concatenate(found), most)
+        return Sample(keys[:end], most)
 
     def _survey(self, scope: int, look: Look) -> Survey:
         """Count the keys of every piece above, inside and beside a look, and collect those inside."""
@@ -242,7 +240,8 @@ class LargeScopes:
 
         def use(slot: int, i: int) -> None:
             keys = self.found[self.stores[i][0]]
-            self._survey_keys(Look(key, key, key), keys, bounds, self.bundles[i], counts, keys[:0], slot)
+            nowhere = np.empty(SLACK, dtype=keys.dtype)  # a look writes there, also if it stores nothing
+            self._survey_keys(Look(key, key, key), keys, bounds, self.bundles[i], counts, nowhere, slot)
 
         self.each(len(self.bundles), use)
         _above, inside, _stored, _crowd = counts

@@ -11,7 +11,7 @@ cut(source, target, i, stop, limit, equal)
     adjacent elements, those neither above a limit nor equal to it, if `equal` is 1, as +0.0; or which are;
 look(read, source, i, stop, low, high, crowd, found, end, stores, scratch)
     how many keys of blocks [i, stop) are above `high`, in [low, high], and equal to `crowd`; those inside are
-    appended to `found` from `end` on if `stores`, which writes up to `SLACK` entries more than it needs.
+    appended to `found` from `end` on if `stores`; up to `SLACK` entries behind them are overwritten, also if not.
 """
 
 from __future__ import annotations

@@ -530,7 +530,8 @@ def survey_strip(form: Format, signed: bool, crowded: bool) -> Any:
     """``(source, o, grid, 0, loops, i, stop, low, high, crowd, found, end, stores)``: look at elements [i, stop).
 
     Returns how many of the keys are above `high`, how many in [low, high], and if it is `crowded` how many equal
-    `crowd`. Those inside are written to `found`, from `end` on if it `stores`. All else as for `cut_strip`.
+    `crowd`. Those inside are written to `found` from `end` on, one after another if it `stores`; else a few entries
+    there are written all the same. All else as for `cut_strip`.
     """
     word, by_number = ir.IntType(64), _is_compared_as_number(form, crowded)
 
