@@ -267,9 +267,8 @@ class LargeScopes:
 
             self.each(len(pieces), use)
             above, inside, _, equal = counts.sum(axis=1).tolist()
-            if inside > count // 2:  # too many to go on with
-                ends = [0] * len(pieces)
-            return Survey(above, inside, equal, [keys[:end] for keys, end in zip(narrower, ends, strict=True)])
+            found = [keys[:end] for keys, end in zip(narrower, ends, strict=True)]
+            return Survey(above, inside, equal, found if inside <= count // 2 else [])  # else too many to go on with
 
         return narrow(k, count, self.ranking.width, partial(sample_of, pieces, FEW_KEYS // 4), survey, self._nth_of)
 
