@@ -56,10 +56,14 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def _send_again(thread: int, number: int) -> None:
-    """Send a thread a signal in a moment."""
-    time.sleep(RAISED_AGAIN_S)
-    signal.pthread_kill(thread, number)
+def _send_again(number: int) -> None:
+    """Send this thread a signal in a moment: by another thread, of which nothing is waited for meanwhile."""
+
+    def send(thread: int) -> None:
+        time.sleep(RAISED_AGAIN_S)
+        signal.pthread_kill(thread, number)
+
+    _thread.start_new_thread(send, (threading.get_ident(),))
 
 
 @contextmanager
@@ -74,14 +78,14 @@ def _signals_raise() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         while frame is not None:
             if frame.f_code is unraisable.__code__:
-                _thread.start_new_thread(_send_again, (threading.get_ident(), number))
+                _send_again(number)
                 return
             frame = frame.f_back
         raise Stopped(number)
 
     def unraisable(ignored: sys.UnraisableHookArgs) -> None:
         if isinstance(ignored.exc_value, Stopped):
-            _thread.start_new_thread(_send_again, (threading.get_ident(), ignored.exc_value.number))
+            _send_again(ignored.exc_value.number)
         else:
             hook(ignored)
 
