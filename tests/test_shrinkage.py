@@ -633,6 +633,22 @@ def test_small_elements_that_weigh_as_much_as_the_largest(xp, rng, largest, smal
     ],
 )
 def test_a_step_beyond_the_root_is_not_the_last(xp, x, h, t):
+    _assert_shrunk_as_exactly(xp, x, h, t)
+
+
+@pytest.mark.parametrize(
+    ("x", "h", "t"),
+    [
+        ([-5.6e-135, 2.6e-165, 1.32140297e-314], [1e-150, 1e-150, 1e150], 1.3214029702211436e-164),
+        ([5.37e-313, 9.1e-53, 2.33e-312], [1.5e149, 8.7e-111, 1e150], 1.233e-162),
+    ],
+)
+def test_subnormal_elements_that_weigh_most_beside_larger_ones(xp, x, h, t):
+    """The root of the secular equation is in proportion to them, and must not be subnormal itself."""
+    _assert_shrunk_as_exactly(xp, x, h, t)
+
+
+def _assert_shrunk_as_exactly(xp, x, h, t):
     expected = [float(Fraction(a) * factor) for a, factor in zip(x, o.shrink_factors(x, t, "float64", h), strict=True)]
     got = xp.call(npscope.soft_threshold, np.asarray([x]), t, (1, len(x)), conditioner=np.asarray([h]))
     np.testing.assert_allclose(got[0], expected, rtol=1e-11, atol=5e-324)

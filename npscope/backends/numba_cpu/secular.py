@@ -331,8 +331,12 @@ def decide(exact: bool, narrow: bool, single: bool) -> Any:
         if narrow:
             rounded = rounded.to(_SINGLE).to(_DOUBLE)
         active = careful & ~infinite & (rounded > limit * safe)
-        mean = s[CUBES] / s[WEIGHED if single else SHARES]
-        for row, numbers in ((UNIT, unit), (NORM, norm), (MEAN, mean), (SPREAD, size / (norm * unit))):
+        mean, spread = s[CUBES] / s[WEIGHED if single else SHARES], size / (norm * unit)
+        if not single:  # what weighs most may be small beside TOP, and RATE in proportion to it, by no unit subnormal
+            lifted = unit.is_equal(1.0) & (norm < mean * (1.0 / SAFE_TOP))
+            lift = choose(lifted, _number(unit, SAFE_UNIT).root(), one)
+            unit, norm, mean, spread = unit * lift, norm * lift * lift, mean * lift, spread / lift
+        for row, numbers in ((UNIT, unit), (NORM, norm), (MEAN, mean), (SPREAD, spread)):
             s[row] = choose(active, numbers, s[row])
         state = s[ACTIVE]
         s[ACTIVE] = choose(careful, choose(active, _number(state, 2.0), 0.0), state)
