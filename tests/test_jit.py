@@ -336,22 +336,19 @@ def test_leaves_have_the_types_for_which_the_code_is_that_they_are_given_to(layo
 def test_chosen_keys_are_put_side_by_side(rng, monkeypatch, width, by_table):
     """Whatever the machine can: the code for each kind runs on all."""
     monkeypatch.setattr(vector_selection, "has_only_avx2", lambda: by_table)
-    collect, lanes = vector_selection.collect.__wrapped__(width), 512 // width
+    survey_strip, lanes = vector_selection.survey_strip.__wrapped__(vectors.KEYS[width], False, True), 512 // width
 
     @kernel
-    def collect_all(keys, found, low, span):
-        count = 0
-        for i in range(0, keys.size, lanes):
-            count += collect(keys, i, found, count, low, span)
-        return count
+    def collect(keys, low, high, found):
+        return survey_strip(keys, 0, strips.LINE, 0, 1, 0, keys.size, low, high, low, found, 0, True)
 
     for most in (4, 200):  # nearly all of them, or few
         keys = rng.integers(0, most, 64 * lanes).astype(f"u{width // 8}")
         found = np.zeros(keys.size + lanes, dtype=keys.dtype)
         expected = keys[(keys >= 1) & (keys <= 3)]
-        count = collect_all(keys, found, keys.dtype.type(1), keys.dtype.type(2))
-        assert count == expected.size
-        np.testing.assert_array_equal(found[:count], expected)
+        above, inside, equal = collect(keys, np.uint64(1), np.uint64(3), found)
+        assert (above, inside, equal) == ((keys > 3).sum(), expected.size, (keys == 1).sum())
+        np.testing.assert_array_equal(found[:inside], expected)
 
 
 @pytest.mark.parametrize("in_parts", [False, True])

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 import npscope as ns
 
 pytest.importorskip("numba")
+from numba import types
+
 from npscope.backends.numba_cpu import scope_strips, search
 from npscope.backends.numba_cpu.jit import kernel
 from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, limits_in_windows
-from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark, neighbours_of, tie_border
-from npscope.backends.numba_cpu.vectors import format_of
+from npscope.backends.numba_cpu.vector_search import SLACK, emit_count_from, mark, neighbours_of, tie_border
+from npscope.backends.numba_cpu.vectors import format_of, step
 from npscope.dtypes import kind_of
 from npscope.tiling import Leaf, array_cut
 
@@ -214,6 +216,8 @@ def test_rows_of_few_blocks_of_any_length(rng, run, dtype, ord):
 
 
 # --- what looks at keys --------------------------------------------------------------------------
+
+count_from = step(emit_count_from, 4, types.int64)
 
 
 @kernel

@@ -305,12 +305,9 @@ class KeyWork:
 _FLAT = np.asarray([[1], [0]], dtype=np.int64)
 
 
-_LINE = np.asarray([[1 << 62], [1]], dtype=np.int64)
-
-
 def dense(array: np.ndarray, origin: int = 0) -> Where:
     """A flat array whose entry 0 is block `-origin`, as kernels take an operand that they hand on (`Operand.raw`)."""
-    return array.view(np.uint8), origin, _LINE, _FLAT
+    return array.view(np.uint8), origin, strips.LINE, _FLAT
 
 
 def cutter_of(ranking: Ranking, p: int, written: Operand | None) -> int | None:
@@ -340,7 +337,7 @@ def surveyor_of(ranking: Ranking, p: int, *, crowded: bool) -> tuple[int, int]:
     if look is not None or source is None:  # without a source, what has been kept is looked at
         return look or 0, 0
     unit = ranking.parts[p].leaves[0].place.unit
-    return strips.surveyor_address(strips.surveyor(ranking.width), unit, ranking.key), source.read
+    return strips.surveyor_address(strips.surveyor(ranking.width, crowded), unit, ranking.key), source.read
 
 
 def columns_cutter_of(ranking: Ranking, turner: Turner, written: Operand) -> int | None:

@@ -153,9 +153,3 @@ def signed_key_at(form: Format) -> Any:
         "key_at", types.float64, types.uint64, lambda b, number, bits: _key_at(b, number, bits, form),
         "``key_at(number, keys)``: see `signed_key_at`.",
     )  # fmt: skip
-
-
-largest_key = _on_keys(
-    "largest_key", types.uint64, types.uint64, lambda b, zero, bits: zero.type((1 << bits) - 1),
-    "``largest_key(0, keys)``: all ones.",
-)  # fmt: skip

@@ -24,18 +24,21 @@ from numba import types
 
 from npscope.backends.numba_cpu import lines, vector_norms, vector_selection, vectors
 from npscope.backends.numba_cpu.codecs import Function
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, merged, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.nests import length_of, place
 from npscope.backends.numba_cpu.operands import Operand
-from npscope.backends.numba_cpu.scalars import largest_key, least
-from npscope.backends.numba_cpu.vector_search import SLACK, count_from, mark_not_below
+from npscope.backends.numba_cpu.scalars import least
+from npscope.backends.numba_cpu.vector_search import SLACK, mark_not_below
 
 STRIP_ELEMENTS = 4096
 """Elements of a strip, where a scope is no larger: 16 KiB of float32."""
 
 Where = tuple[np.ndarray, int, np.ndarray, np.ndarray]
 """Buffer, origin, grid and elements of an operand, the buffer in bytes where a kernel only hands it on."""
+
+LINE = np.asarray([[1 << 62], [1]], dtype=np.int64)
+"""The grid of blocks that are single numbers, one after another, however many."""
 
 
 class Scratch:
@@ -245,44 +248,6 @@ def marker() -> int:
 # --- looking --------------------------------------------------------------------------------------
 
 
-@merged
-def _count_above(keys: Any, count: int, key: Any) -> int:
-    """How many of the first keys are above one of them."""
-    last = np.uint64(key)
-    return 0 if last == largest_key(0, keys) else count_from(keys, 0, count, last + np.uint64(1))
-
-
-@cache
-def surveyor(width: int) -> Function:
-    """Look at keys that `read` reads."""
-    lanes_ = 8 * vectors.LINE // width
-    collect = vector_selection.collect(width)
-
-    @standalone
-    def look(
-        read: int, source: Any, i: int, stop: int, low: Any, high: Any, crowd: Any, found: Any, end: int, stores: bool,
-        scratch: Any,
-    ) -> tuple[int, int, int]:  # fmt: skip
-        keys, _mask, _keep, sums, norms, making = scratch
-        call_reader(read, source, i, stop, keys, sums, norms, making)
-        count = stop - i
-        above, equal = _count_above(keys, count, high), 0
-        if crowd < low or crowd > high:
-            equal = count_from(keys, 0, count, crowd) - _count_above(keys, count, crowd)
-        if not stores:
-            return above, count_from(keys, 0, count, low) - above, equal
-        bottom, span = keys.dtype.type(low), keys.dtype.type(high - low)
-        start, whole = end, count - count % lanes_
-        for e in range(0, whole, lanes_):
-            end += collect(keys, e, found, end, bottom, span)
-        for e in range(whole, count):
-            found[end] = keys[e]
-            end += keys[e] - bottom <= span
-        return above, end - start, equal
-
-    return look
-
-
 @cache
 def line_surveyor(form: vectors.Format, signed: bool, crowded: bool) -> Function:
     """Look at adjacent elements, each once, as a `line_reader` reads them; `read` is not called.
@@ -300,6 +265,27 @@ def line_surveyor(form: vectors.Format, signed: bool, crowded: bool) -> Function
         data, origin, grid, _ = source
         counts: tuple[int, int, int] = survey_strip(
             data, origin, grid, 0, grid.shape[1], i, stop, low, high, crowd, found, end, stores
+        )
+        return counts
+
+    return look
+
+
+@cache
+def surveyor(width: int, crowded: bool) -> Function:
+    """Look at keys that `read` reads, once they are there as a `line_surveyor` does."""
+    survey_strip = vector_selection.survey_strip(vectors.KEYS[width], False, crowded)
+
+    @standalone
+    def look(
+        read: int, source: Any, i: int, stop: int, low: Any, high: Any, crowd: Any, found: Any, end: int, stores: bool,
+        scratch: Any,
+    ) -> tuple[int, int, int]:  # fmt: skip
+        make_small()
+        keys, _mask, _keep, sums, norms, making = scratch
+        call_reader(read, source, i, stop, keys, sums, norms, making)
+        counts: tuple[int, int, int] = survey_strip(
+            keys, 0, LINE, 0, 1, 0, stop - i, low, high, crowd, found, end, stores
         )
         return counts
 

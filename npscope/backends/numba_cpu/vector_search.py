@@ -72,7 +72,7 @@ def _without_first(b: Builder, bits: Value, count: Value) -> Value:
 
 
 def emit_count_from(b: Builder, keys: Value, n: Value, limit: Value) -> Value:
-    """Write `count_from`."""
+    """How many of n keys are at least `limit`."""
     found = cgutils.alloca_once_value(b, _WORD(0))
     border = narrow(b, limit, vector_of(keys.type.pointee.width, SLACK))
     with _chunks(b, keys, n) as (_, some, inside, _):
@@ -144,9 +144,6 @@ def _tie_border(b: Builder, keys: Value, n: Value, limit: Value, ties: Value) ->
 
 
 _PAIR: Any = types.UniTuple(types.uint64, 2)
-
-count_from = step(emit_count_from, 4, types.int64)
-"""``count_from(keys, start, n, limit)``: how many of n keys are at least `limit`."""
 
 neighbours_of = step(emit_neighbours_of, 4, _PAIR)
 """``neighbours_of(keys, start, n, limit)``: (least key that is at least `limit`, largest below it).

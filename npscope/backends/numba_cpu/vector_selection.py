@@ -454,24 +454,6 @@ def _orders(b: Builder, lanes: int, words: int) -> Value:
 
 
 @cache
-def collect(width: int) -> Any:
-    """``(keys, i, found, j, low, span)``: append the keys of a line with ``key - low <= span``; how many those are.
-
-    Without a branch: one that is rarely taken costs more in mistakes than the stores do.
-    """
-    vector = vector_of(width, 8 * LINE // width)
-
-    def emit(b: Builder, keys: Value, found: Value, low: Value, span: Value) -> Value:
-        own = load(b, keys, vector)
-        offset = b.sub(own, broadcast(b, low, vector.count))
-        inside = b.icmp_unsigned("<=", offset, broadcast(b, span, vector.count))
-        _append(b, own, inside, found)
-        return _count(b, inside)
-
-    return step(emit, 6, types.int64)
-
-
-@cache
 def read_strip(form: Format, signed: bool) -> Any:
     """``(source, o, grid, 0, loops, i, stop, keys, 0)``: the keys of elements [i, stop), as for `cut_strip`."""
 
