@@ -35,7 +35,15 @@ from npscope.backends.numba_cpu import (  # noqa: E402
     vectors,
 )
 from npscope.backends.numba_cpu.exact import EXACT_WORDS, add_exactly, round_exactly  # noqa: E402
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, standalone  # noqa: E402
+from npscope.backends.numba_cpu.jit import (  # noqa: E402
+    address_of,
+    array_of,
+    caller,
+    inner,
+    inner_any_order,
+    kernel,
+    standalone,
+)
 from npscope.backends.numba_cpu.nests import length_of, place  # noqa: E402
 from npscope.backends.numba_cpu.operands import Competitors  # noqa: E402
 from npscope.backends.numba_cpu.rows import Runs  # noqa: E402
@@ -329,6 +337,28 @@ def test_leaves_have_the_types_for_which_the_code_is_that_they_are_given_to(layo
             leaves = conditioned.chained([(*x.where, x.size) for x in some])
             assert numba.typeof(leaves) == conditioned.type_of_chain(readings)
             assert [x.raw[0].ctypes.data for x in some] == [x.buffer.ctypes.data for x in some]
+
+
+def test_what_a_sum_in_any_order_adds_up_is_computed_as_written():
+    """The first caller of a function decides how it is compiled, if it does not itself."""
+
+    @inner
+    def difference(x, square):
+        return x * x - square  # 0.0, but for a square that is not rounded
+
+    @inner_any_order
+    def total_of(numbers, squares):
+        total = 0.0
+        for i in range(numbers.size):
+            total += difference(numbers[i], squares[i])
+        return total
+
+    @kernel
+    def total(numbers, squares):
+        return total_of(numbers, squares)
+
+    numbers = 1 + np.arange(1, 100) * 2.0**-40
+    assert total(numbers, numbers * numbers) == 0.0
 
 
 @pytest.mark.parametrize("by_table", [False, True])

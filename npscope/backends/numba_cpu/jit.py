@@ -21,8 +21,10 @@ from numba.extending import intrinsic
 
 Compiled = TypeVar("Compiled", bound=Callable[..., Any])
 
-_KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False}
-_INNER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "_nrt": False, "no_cpython_wrapper": True}
+# Without a `fastmath` of its own, what is called has that of its first caller: that of a sum in any order.
+_ALL: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "no_cfunc_wrapper": True, "_nrt": False}
+_KERNEL: dict[str, Any] = {**_ALL, "nogil": True}
+_INNER: dict[str, Any] = {**_ALL, "no_cpython_wrapper": True}
 
 
 class _Collection:
@@ -106,7 +108,7 @@ def merged(function: Compiled) -> Compiled:
 
 def inner_any_order(function: Compiled) -> Compiled:
     """Compile a sum whose order is free, because it is rounded exactly later. NaN and infinity stay true."""
-    compiled: Compiled = _jitted(function, fastmath={"reassoc", "contract", "arcp"}, **_INNER)
+    compiled: Compiled = _jitted(function, **{**_INNER, "fastmath": {"reassoc", "contract"}})
     return compiled
 
 
