@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from npscope.backends.numba_cpu.jit import inner, merged
-from npscope.backends.numba_cpu.scalars import SAFE_LEAST, bits_of, float_of
+from npscope.backends.numba_cpu.scalars import SAFE_LEAST, bits_of, float_of, or_zero
 from npscope.dtypes import Kind
 
 Function = Callable[..., Any]
@@ -41,7 +41,7 @@ class Codec:
     ``magnitude(buffer, i)`` is |x| as float64 (NaN if any part is), ``key32`` and ``key64`` are
     magnitudes as ordered integers (equal values, equal keys; NaN the largest), ``signed_key``
     orders signed values, ``keep(buffer, i, kept)`` writes +0.0
-    unless `kept`, by select, ``scale`` multiplies by a float64 (0 writes +0.0,
+    unless `kept`, without a branch, ``drop`` whatever `kept` is, ``scale`` multiplies by a float64 (0 writes +0.0,
     1 keeps the bits), ``value`` reads a real number as float64, ``soften(buffer, i, t, h)`` is the
     proximal step of t * |x| in the metric h: towards zero by t / h, +0.0 where h * |x| is <= t as
     rounded to the norm's dtype; NaN stays, and everything for t = 0. ``narrow_key`` is the magnitude of an integer, or
@@ -55,6 +55,7 @@ class Codec:
     key64: Function
     signed_key: Function
     keep: Function
+    drop: Function
     scale: Function
     soften: Function
     narrow_key: Function | None
@@ -283,7 +284,11 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
 
     @inner
     def keep(buffer: Any, i: int, kept: bool) -> None:
-        place(buffer, i, fetch(buffer, i) if kept else zero)
+        place(buffer, i, or_zero(fetch(buffer, i), kept))
+
+    @inner
+    def drop(buffer: Any, i: int, kept: bool) -> None:
+        place(buffer, i, zero)
 
     encode = _ENCODE.get(kind.name, np.float64 if kind.name == "float64" else np.float32)
     number = np.float32 if narrow else np.float64
@@ -317,7 +322,7 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
         def signed_key(buffer: Any, i: int) -> Bits:
             return signed_key_of_number(fetch(buffer, i))
 
-    return Codec(unit, magnitude, value, key32, key64, signed_key, keep, scale, soften, narrow_key, width)
+    return Codec(unit, magnitude, value, key32, key64, signed_key, keep, drop, scale, soften, narrow_key, width)
 
 
 _LARGEST = {"float16": 0x7C00, "bfloat16": 0x7F80, "float8_e4m3fn": 0x7E, "float8_e5m2": 0x7C}
@@ -388,7 +393,11 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
 
     @inner
     def keep(buffer: Any, i: int, kept: bool) -> None:
-        place(buffer, i, fetch(buffer, i) if kept else zero)
+        place(buffer, i, or_zero(fetch(buffer, i), kept))
+
+    @inner
+    def drop(buffer: Any, i: int, kept: bool) -> None:
+        place(buffer, i, zero)
 
     @inner
     def scale(buffer: Any, i: int, factor: float) -> None:
@@ -399,7 +408,7 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
         pass
 
     key64 = exact_key if kind.is_wide_integer else float_key64
-    return Codec(unit, magnitude, value, key32, key64, signed_key, keep, scale, soften, exact_key, width)
+    return Codec(unit, magnitude, value, key32, key64, signed_key, keep, drop, scale, soften, exact_key, width)
 
 
 # Magnitudes of complex numbers are the same as norms of the two real ones that they are made of, bit by bit: they are
@@ -460,7 +469,12 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
     @inner
     def keep(buffer: Any, i: int, kept: bool) -> None:
         for part in (i, i + step):
-            place(buffer, part, fetch(buffer, part) if kept else zero)
+            place(buffer, part, or_zero(fetch(buffer, part), kept))
+
+    @inner
+    def drop(buffer: Any, i: int, kept: bool) -> None:
+        for part in (i, i + step):
+            place(buffer, part, zero)
 
     @inner
     def scale(buffer: Any, i: int, factor: float) -> None:
@@ -478,4 +492,4 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
             return
         scale(buffer, i, 0.0 if weighted <= limit else (size - limit / h) / size)
 
-    return Codec(unit, magnitude, magnitude, key32, key64, key64, keep, scale, soften, None, 64)
+    return Codec(unit, magnitude, magnitude, key32, key64, key64, keep, drop, scale, soften, None, 64)

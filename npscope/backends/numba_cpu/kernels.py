@@ -313,21 +313,24 @@ def kernels(codec: Codec) -> SimpleNamespace:
     ) -> None:  # fmt: skip
         """Add elements [e0, e1) of every block to its sum hi + lo, or their maximum to hi (code INF)."""
         run, step = elements[0, -1], elements[1, -1]
-        for i in range(i0, i1):
-            at = origin + place(i, grid)
-            a, b = hi[i - i0], lo[i - i0]
-            e = e0
-            while e < e1:
-                count = least(least(e1 - e, run - e % run), chunk)
-                first = at + place(e, elements)
-                if code == INF:
-                    if not np.isnan(a):
-                        a = run_max(buffer, first, step, count, a)
-                else:
-                    a, error = two_sum(a, run_sum(buffer, first, step, count, code == TWO))
-                    b += error
-                e += count
-            hi[i - i0], lo[i - i0] = a, b
+        width, stride = grid[0, -1], grid[1, -1]
+        e = e0
+        while e < e1:
+            count = least(least(e1 - e, run - e % run), chunk)
+            start = origin + place(e, elements)
+            i = i0
+            while i < i1:
+                stop = least(i1, i + width - i % width)
+                at = start + place(i, grid)
+                for j in range(stop - i):
+                    block, here = np.uintp(i - i0 + j), at + j * stride
+                    if code != INF:
+                        hi[block], error = two_sum(hi[block], run_sum(buffer, here, step, count, code == TWO))
+                        lo[block] += error
+                    elif not np.isnan(hi[block]):
+                        hi[block] = run_max(buffer, here, step, count, hi[block])
+                i = stop
+            e += count
 
     @kernel
     def accumulate_scaled(

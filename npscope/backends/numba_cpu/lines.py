@@ -127,14 +127,14 @@ def _measurer(form: Format, runs: Runs, code: int) -> Any:
 def dropper(layout: Layout) -> Any:
     """``drop(target, i, stop, mask)``: zero the blocks of a strip whose mask is False."""
     if layout.run > MOST_DROPPED:
-        return element_writer(layout.codec.keep, True)
+        return element_writer(layout.codec.keep, layout.codec.drop, True)
     return _row_writer(vector_writing.drop_strip(layout.form, layout.runs))
 
 
 def scaler(layout: Layout, shrinks: bool) -> Any:
     """``scale(target, i, stop, factors)``: multiply the blocks of a strip by factors; `shrinks` as in `scale_strip`."""
     if layout.form.name not in ("float32", "float64") or layout.is_long:
-        return element_writer(layout.codec.scale, 1.0)
+        return element_writer(layout.codec.scale, layout.codec.scale, 1.0)
     return _row_writer(vector_writing.scale_strip(layout.form, layout.runs, shrinks))
 
 
@@ -152,8 +152,12 @@ def _row_writer(write_strip: Any) -> Any:
 
 
 @cache
-def element_writer(write_one: Function, same: float) -> Any:
-    """``write(target, i, stop, numbers)``: change blocks by a number each, element by element; `same` leaves them."""
+def element_writer(write_one: Function, change_one: Function, same: float) -> Any:
+    """``write(target, i, stop, numbers)``: change blocks by a number each, element by element; `same` leaves them.
+
+    Elements in short runs are written side by side, and all of them: a branch for each block is as often mistaken as
+    not. Of long ones those that stay are not even read, and the others written by `change_one`.
+    """
 
     @standalone
     def write(target: Any, i: int, stop: int, numbers: Any) -> None:
@@ -165,13 +169,18 @@ def element_writer(write_one: Function, same: float) -> Any:
         while i < stop:
             after = least(stop, i + width - i % width)
             at = origin + place(i, grid)
-            for j in range(after - i):
-                number = numbers[i - start + j]
-                if number != same:
-                    for e in range(0, total, run):
-                        first = at + j * stride + place(e, elements)
-                        for r in range(run):
-                            write_one(buffer, first + r * step, number)
+            for e in range(0, total, run):
+                first = at + place(e, elements)
+                if run <= MOST_DROPPED:
+                    for r in range(run):
+                        for j in range(after - i):
+                            write_one(buffer, first + r * step + j * stride, numbers[np.uintp(i - start + j)])
+                else:
+                    for j in range(after - i):
+                        number = numbers[np.uintp(i - start + j)]
+                        if number != same:
+                            for r in range(run):
+                                change_one(buffer, first + j * stride + r * step, number)
             i = after
 
     return write

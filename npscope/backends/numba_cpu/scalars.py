@@ -52,6 +52,25 @@ def _bitcast(name: str, result_of: dict[Any, Any], doc: str) -> Any:
     return intrinsic_of(typed, name, doc, 1)
 
 
+def _or_zero(typing_context: Any, number: Any, kept: Any) -> Any:
+    if not isinstance(number, types.Number) or not isinstance(kept, types.Boolean):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        raw, kept = values
+        word = ir.IntType(context.get_abi_sizeof(raw.type) * 8)
+        # What LLVM knows nothing about: else it branches around the load of the number, as often mistaken as not.
+        unknown = ir.InlineAsm(ir.FunctionType(word, [word]), "", "=r,0", side_effect=False)
+        return builder.select(
+            kept, builder.bitcast(builder.call(unknown, [builder.bitcast(raw, word)]), raw.type), raw.type(0)
+        )
+
+    return number(number, kept), generate
+
+
+or_zero = intrinsic_of(_or_zero, "or_zero", "``or_zero(number, kept)``: the number, or 0 unless `kept`; no branch.", 2)
+
+
 def _choice(name: str, extreme: str, doc: str) -> Any:
     def typed(typing_context: Any, a: Any, b: Any) -> Any:
         common: Any = typing_context.unify_types(types.unliteral(a), types.unliteral(b))

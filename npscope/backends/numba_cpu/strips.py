@@ -183,7 +183,9 @@ def norm_reader(measure: Function) -> Function:
 def dropper(operand: Operand) -> int:
     """Write +0.0 to the blocks whose mask is False."""
     codec: Any = operand.codec
-    write = lines.element_writer(codec.keep, True) if operand.layout is None else lines.dropper(operand.layout)
+    write = (
+        lines.element_writer(codec.keep, codec.drop, True) if operand.layout is None else lines.dropper(operand.layout)
+    )
     return writer_address(write, operand.place.unit)
 
 
@@ -191,7 +193,7 @@ def scaler(operand: Operand, *, shrinks: bool) -> int:
     """Multiply blocks by factors; `shrinks` as for `scale_strip`."""
     codec: Any = operand.codec
     layout = operand.layout
-    scale = lines.element_writer(codec.scale, 1.0) if layout is None else lines.scaler(layout, shrinks)
+    scale = lines.element_writer(codec.scale, codec.scale, 1.0) if layout is None else lines.scaler(layout, shrinks)
     return lines.scaler_address(scale, operand.place.unit)
 
 
