@@ -133,7 +133,11 @@ def losses(results: Results) -> str:
     if compared:
         ahead = list(_faster_peers(compared))
         parts.append(_listed("Others are faster than npscope numba at: ", ahead) or "Nothing else was faster.")
-    failed = [f"{_label(row)} by {row.contender} ({row.fraction})" for row in results.rows if row.verdict == "failed"]
+    failed = [
+        f"{_label(row)} of {_mib(row)} MiB by {row.contender} ({row.fraction})"
+        for row in results.rows
+        if row.verdict == "failed"
+    ]
     parts.append(_listed(f"Failed measurements (above {FAILED_ABOVE} of the floor): ", failed))
     return "\n\n".join(part for part in parts if part)
 
@@ -180,7 +184,7 @@ def _cold_table(rows: Sequence[Row]) -> str:
 def _curve_table(rows: Sequence[Row]) -> str:
     lines = [
         [
-            row.case, f"{row.elements * 4 / 2**20:g}", str(row.threads), row.contender,
+            row.case, _mib(row), str(row.threads), row.contender,
             milliseconds(row.floor_ms or 0), milliseconds(row.median_ms), f"{row.fraction:.2g}",
         ]
         for row in rows
@@ -238,6 +242,11 @@ def _verdict(row: Row) -> str:
 
 def _label(row: Row) -> str:
     return row.case if row.data == "normal" else f"{row.case}, {row.data}"
+
+
+def _mib(row: Row) -> str:
+    """The size of as many float32."""
+    return f"{row.elements * 4 / 2**20:g}"
 
 
 def _listed(title: str, entries: Sequence[str]) -> str:

@@ -374,7 +374,7 @@ def test_the_report_says_all_and_hides_no_loss(results):
     assert "2:4, constant (4.00 x, bar 3 x)" in document
     assert "first call: 2:4 (1600 ms, bar 1500 ms)" in document
     assert "2:4 (numpy 1.60 x)" in document
-    assert "Failed measurements (above 1.05 of the floor): 4x4 norms by npscope numba (1.2)." in document
+    assert "Failed measurements (above 1.05 of the floor): 4x4 norms of 4 MiB by npscope numba (1.2)." in document
     assert "14.1" in document
     assert "![tiny-roofline.png](tiny-roofline.png)" in document
 
