@@ -459,6 +459,23 @@ def test_few_and_many_keys_near_the_limits_of_rows(monkeypatch, data, n):
             np.testing.assert_array_equal(here, there)
 
 
+@pytest.mark.parametrize(
+    ("name", "score"), [("complex64", "float32"), ("complex128", "float64"), ("complex64", "int32")]
+)
+@pytest.mark.parametrize("scope", [(1, 4), (1, 16), (1, 64), (1, 512), (4, 4), (-1, -1)])
+def test_complex_numbers_that_are_ranked_by_scores(xp, rng, name, score, scope):
+    """Scores may be as wide as the parts of the numbers, of which there are two."""
+    xp.require(name)
+    xp.require(score)
+    x = (rng.standard_normal((16, 512)) + 1j * rng.standard_normal((16, 512))).astype(name)
+    scores = (100 * rng.standard_normal(x.shape)).astype(score)
+    n = (scope[0] % 17) * (scope[1] % 513)
+    got = xp.call(npscope.keep_largest, x, n // 4, (1, 1), scope, scores=scores)
+    mask = xp.call(npscope.block_mask, scores, n // 4, (1, 1), scope)
+    assert int(mask.sum()) == n // 4 * (x.size // n)
+    assert same_bits(got, np.where(mask, x, 0).astype(name))
+
+
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("elements", [0, 1 << 23], ids=["wide", "narrow"])
 @pytest.mark.parametrize("name", ["float32", "float16", "float64", "int8"])

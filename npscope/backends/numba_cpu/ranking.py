@@ -311,9 +311,12 @@ def dense(array: np.ndarray, origin: int = 0) -> Where:
 
 
 def cutter_of(ranking: Ranking, p: int, written: Operand | None) -> int | None:
-    """How adjacent elements are zeroed or marked by their own keys; None where those of part p or `written` are not."""
+    """How adjacent elements are zeroed or marked by their own keys; None where those of part p or `written` are not.
+
+    A complex number that is ranked by a score is written as two real ones.
+    """
     form = ranking.adjacent_form(p)
-    if written is None or form is None:
+    if written is None or form is None or written.size > 1:
         return None
     marks = written.codec is None
     if not (written.place.is_line_by_line if marks else written.layout is not None and written.layout.form == form):
