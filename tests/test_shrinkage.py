@@ -648,6 +648,14 @@ def test_subnormal_elements_that_weigh_most_beside_larger_ones(xp, x, h, t):
     _assert_shrunk_as_exactly(xp, x, h, t)
 
 
+def test_a_subnormal_number_that_is_all_of_its_shift_becomes_plus_zero(xp):
+    """Although it weighs more than its threshold: t / h is rounded to it."""
+    x, h, t = np.asarray([[-5e-324, 5e-324]]), np.full((1, 2), 3.1557258317119493e65), 1.559135565229097e-258
+    assert (h * np.abs(x) > t).all()
+    got = xp.call(npscope.soft_threshold, x, t, (1, 1), conditioner=h)
+    assert same_bits(got, np.zeros((1, 2)))
+
+
 def _assert_shrunk_as_exactly(xp, x, h, t):
     expected = [float(Fraction(a) * factor) for a, factor in zip(x, o.shrink_factors(x, t, "float64", h), strict=True)]
     got = xp.call(npscope.soft_threshold, np.asarray([x]), t, (1, len(x)), conditioner=np.asarray([h]))

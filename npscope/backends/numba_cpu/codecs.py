@@ -309,7 +309,8 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
         x, limit = number(decode(raw)), number(t)
         size = difference(abs(x), limit / h)
         moved = encode(number(size if x > number(0) else -size))
-        moved = zero if number(h * abs(x)) <= limit else moved
+        # A subnormal number may be all of its shift, t / h, and still weigh more than t.
+        moved = zero if (number(h * abs(x)) <= limit) | (size == number(0)) else moved
         place(buffer, i, raw if (x != x) | (limit == number(0)) else moved)
 
     narrow_key, width = None, 8 * zero.itemsize
