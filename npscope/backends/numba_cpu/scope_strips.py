@@ -20,7 +20,7 @@ from numba import types
 
 from npscope.backends.numba_cpu import lines, search, vector_selection
 from npscope.backends.numba_cpu.codecs import Function
-from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, merged, standalone
+from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
 from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, NEXT, limits_in_windows
 from npscope.backends.numba_cpu.scalars import greatest, least
@@ -210,6 +210,7 @@ def searcher(signed: Format | None) -> Function:
         look: int, read: int, source: Any, i: int, pitch: int, r0: int, r1: int, n: int, keep: Any, exact: bool,
         ends: Any, guess: Any, expected: tuple[float, float, float], scratch: Any,
     ) -> tuple[Any, tuple[float, float, float]]:  # fmt: skip
+        make_small()
         keys, _mask, _keep, sums, norms, making = scratch
         limits, borders, _counts = ends
         center, spacing, reach = expected
@@ -246,6 +247,7 @@ def looking_searcher(signed: Format | None) -> Function:
         look: int, read: int, source: Any, i: int, pitch: int, r0: int, r1: int, n: int, keep: Any, exact: bool,
         ends: Any, guess: Any, expected: tuple[float, float, float], scratch: Any,
     ) -> tuple[Any, tuple[float, float, float]]:  # fmt: skip
+        make_small()
         keys, _mask, _keep, sums, norms, making = scratch
         limits, borders, counts = ends
         first = r0
