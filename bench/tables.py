@@ -124,11 +124,12 @@ def notes(results: Results) -> str:
 
 def losses(results: Results) -> str:
     """Bars that were missed, peers that were faster, and figures that cannot be right."""
-    judged = [row for row in results.rows if row.verdict in ("met", "missed")]
+    judged = [row for row in results.rows if row.verdict and row.bar is not None]
+    met = [row for row in judged if row.verdict == "met"]  # not those that cannot be right
     missed = [f"{_label(row)} ({_measured(row)}, bar {_bar(row)})" for row in judged if row.verdict == "missed"]
     parts = []
     if judged:
-        parts.append(f"Bars met: {len(judged) - len(missed)} of {len(judged)}." + _listed(" Missed: ", missed))
+        parts.append(f"Bars met: {len(met)} of {len(judged)}." + _listed(" Missed: ", missed))
     compared = [row for row in results.rows if row.section in ("warm", "small")]
     if compared:
         ahead = list(_faster_peers(compared))

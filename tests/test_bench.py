@@ -369,7 +369,7 @@ def test_the_report_says_all_and_hides_no_loss(results):
     assert document.splitlines()[2].startswith("A CPU with AVX2, 2 threads of 2 cores, 8.0 GiB")
     assert "| 2:4 | 1 | 2 (0.5) | 1.25 (0.8) | ~16 (0.06) |" in document
     assert "sparsekit raises `RuntimeError: no driver`" in document
-    assert "Bars met: 2 of 5." in document
+    assert "Bars met: 2 of 6." in document
     assert "soft 1x1 (0.5, bar 0.8)" in document
     assert "2:4, constant (4.00 x, bar 3 x)" in document
     assert "first call: 2:4 (1600 ms, bar 1500 ms)" in document
