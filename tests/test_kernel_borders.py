@@ -19,7 +19,6 @@ from numba import types
 
 from npscope.backends.numba_cpu import scope_strips, search
 from npscope.backends.numba_cpu.jit import kernel
-from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, limits_in_windows
 from npscope.backends.numba_cpu.vector_search import SLACK, emit_count_from, mark, neighbours_of, tie_border
 from npscope.backends.numba_cpu.vectors import format_of, step
 from npscope.dtypes import kind_of
@@ -447,45 +446,6 @@ def test_a_search_finds_its_limit_and_leaves_a_distance_to_go_on_with(rng, name,
             else:
                 assert 0 < ties == k - above < np.count_nonzero(keys == limit)
             guess = limit
-
-
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16"])
-def test_windows_of_keys_are_searched_together(rng, name, signed):
-    """Keys that are all apart, few ones, one; windows that are empty or full. Rows without keys or behind all stay."""
-    form, width = format_of(kind_of(strategies.dtype(name))), 8 * strategies.dtype(name).itemsize
-    search_windows = limits_in_windows(form if signed else None)
-    n, pitch, key = 10 * MOST_KEYS, MOST_KEYS + SLACK, np.dtype(f"u{width // 8}")
-
-    @kernel
-    def search_here(keys, most, rows, low, high, limits, wanted, counts, exact, spacing):
-        search_windows(keys, 0, pitch, most, n, rows, low, high, limits, 0, wanted, 0, counts, 0, exact, spacing)
-
-    first, last = (np.asarray(x, strategies.dtype(name)).view(key).item() for x in (0.5, 2.0))
-    turn = 1 << (width - 1) if signed else 0
-    for rows, distinct, exact in itertools.product((1, 5, LANES), (1, 3, last - first), (False, True)):
-        low, high = first | turn, (first + distinct - 1) | turn
-        windows = [rng.integers(low, high, rng.choice([0, 2, 17, MOST_KEYS]), key, endpoint=True) for _ in range(rows)]
-        counts = np.asarray([*map(len, windows), *[7] * (LANES - rows)], np.int32)
-        keys = rng.integers(0, 1 << width, LANES * pitch, key)  # what is behind the keys of a row means nothing
-        for row, window in enumerate(windows):
-            keys[row * pitch : row * pitch + window.size] = window
-        limits, wanted = rng.integers(0, 1 << width, LANES, key), rng.integers(1, np.maximum(counts, 2), dtype=np.int32)
-        old_limits, old_wanted = limits.copy(), wanted.copy()
-        most, spacing = int(counts[:rows].max()), 1.0 / n
-        if most:
-            search_here(keys, most, rows, np.uint64(low), np.uint64(high), limits, wanted, counts, exact, spacing)
-        for row, window in enumerate(windows):
-            limit, ties, k = limits[row], wanted[row], old_wanted[row]
-            if ties == n:
-                assert np.count_nonzero(window >= limit) == k
-                assert not exact or limit in window
-            elif window.size:
-                assert 0 < ties == k - np.count_nonzero(window > limit) < np.count_nonzero(window == limit)
-        still = [*np.flatnonzero(counts[:rows] == 0), *range(rows, LANES)]
-        assert np.array_equal(limits[still], old_limits[still])
-        assert np.array_equal(wanted[still], old_wanted[still])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])

@@ -481,38 +481,3 @@ def kth_of_rows(signed: Format | None) -> Any:
         return found.next
 
     return step(emit, 10, NEXT)
-
-
-@cache
-def limits_in_windows(signed: Format | None) -> Any:
-    """``(keys, i, pitch, most, n, rows, low, high, limits, l, wanted, w, counts, c, exact, spacing)``: limits.
-
-    Of `rows` scopes of n keys, of which those in [low, high] are in a row each, `counts` of them and at most `most`,
-    so far apart. So many of these are `wanted`, but not all; ties are written in their place, n if they are all.
-    `limits` are the least keys of those that are wanted if they are to be `exact`. Where the count is 0 all stays.
-    """
-
-    def emit(
-        b: Builder, keys: Value, pitch: Value, most: Value, n: Value, rows: Value, low: Value, high: Value,
-        limits: Value, wanted: Value, counts: Value, exact: Value, spacing: Value,
-    ) -> None:  # fmt: skip
-        key = vector_of(keys.type.pointee.width, LANES)
-        with cgutils.for_range(b, rows) as row:  # zeros behind the keys of each, as they are behind planes
-            here, count = b.gep(keys, [b.mul(row.index, pitch)]), b.sext(b.load(b.gep(counts, [row.index])), _WORD)
-            with cgutils.for_range_slice(b, count, most, _WORD(LANES)) as (e, _):
-                store(b, splat(key, 0), b.gep(here, [e]))
-        planes = _Planes.of_rows(b, keys, pitch, most, rows)
-        line = _Line(b, key.element.width, signed)
-        bottom, top = (_resized(b, broadcast(b, end, LANES), key) for end in (low, high))
-        before, asked, known = load(b, limits, key), load(b, wanted, _COUNTS), load(b, counts, _COUNTS)
-        some = b.and_(b.icmp_signed(">", known, splat(_COUNTS, 0)), first_lanes(b, rows, LANES))
-        bounds, every = _Bounds(bottom, top, known, splat(_COUNTS, 0)), broadcast(b, b.trunc(n, INT32), LANES)
-        first = _between(b, line, bounds, asked)
-        found = _search(b, planes, line, asked, some, bounds, every, first, before, asked, spacing)
-        with b.if_then(exact):
-            least, _ = planes.neighbours_of(b, b.load(found.limits))
-            b.store(b.select(some, least, before), found.limits)
-        store(b, b.load(found.limits), limits)
-        store(b, b.load(found.ties), wanted)
-
-    return step(emit, 16)

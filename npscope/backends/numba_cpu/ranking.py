@@ -34,13 +34,6 @@ TILES_ELEMENTS = 1 << 17
 And of a strip that is made longer, so that as many scopes as are searched together are in it: half of the second cache.
 """
 
-
-WINDOWS_ELEMENTS = 1 << 16
-"""Elements of a strip of scopes that are searched together by the keys near their limits, 16 of 4096: half that cache.
-
-Sixteen took a quarter less than four of 1024, and a twentieth less than eight of 4096.
-"""
-
 PLANES_ELEMENTS = 1 << 18
 """Elements of a strip that is read block by block of all scopes: half as many took a third longer for 4x4 and 1x4."""
 
@@ -259,8 +252,6 @@ class Ranking:
     def scopes_of_a_strip(self, strip: int) -> int:
         """Whole scopes that make a strip of about `strip` blocks."""
         rows = max(1, strip // self.blocks)
-        if self.is_wide:
-            rows = max(rows, min(LANES, WINDOWS_ELEMENTS // self.blocks))
         if self.group == IN_LANES:
             rows = whole_lanes(max(rows, LANES if LANES * self.elements <= TILES_ELEMENTS else 1))
         if len(self.parts) > 1 or not self.parts[0].leaves[0].place.across:

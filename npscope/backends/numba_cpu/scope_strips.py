@@ -22,8 +22,8 @@ from npscope.backends.numba_cpu import lines, search, vector_selection
 from npscope.backends.numba_cpu.codecs import Function
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, merged, standalone
 from npscope.backends.numba_cpu.kernels import Numbers, load_numbers
-from npscope.backends.numba_cpu.lane_search import LANES, MOST_KEYS, NEXT, limits_in_windows
-from npscope.backends.numba_cpu.scalars import greatest, least
+from npscope.backends.numba_cpu.lane_search import NEXT
+from npscope.backends.numba_cpu.scalars import least
 from npscope.backends.numba_cpu.strips import (
     KEEP,
     MASK,
@@ -35,7 +35,7 @@ from npscope.backends.numba_cpu.strips import (
     ends_type,
     scratch_type,
 )
-from npscope.backends.numba_cpu.vector_search import SLACK, neighbours_of, tie_border
+from npscope.backends.numba_cpu.vector_search import neighbours_of, tie_border
 from npscope.backends.numba_cpu.vectors import Format, copy_numbers
 
 _EXPECTED = types.UniTuple(types.float64, 3)
@@ -165,11 +165,11 @@ WIDE_SCOPE = 512
 """Keys of a scope from which on those near the expected limit are looked at first; fewer are searched as fast."""
 
 WIDE_ELEMENTS = 1 << 24
-"""Elements from which on that pays: it takes half a second and more to compile, and saves 5 ms for so many."""
+"""Elements from which on that pays: it takes a third of a second to compile, and saves 3 ms for so many."""
 
-REACH, FAR_REACH, LAG = 3.0, 24.0, 3
-"""Standard deviations of a rank between the expected limit and the ends of a look: at least, and after misses; and
-scopes that count as much as a new one in what is expected next."""
+REACH, FAR_REACH, SHARE = 3.0, 24.0, 0.25
+"""Standard deviations of a rank between the expected limit and the ends of a look: at least, and after misses; and the
+share of a scope in what is expected of the next one."""
 
 FIRST_EXPECTED = (0.0, search.FIRST_SPACING, 0.0)
 """What is expected of the first scope."""
@@ -182,13 +182,6 @@ PAUSE = 32.0
 
 Or that found a crowd of equal keys: the limit of the scope before tells more than they do.
 """
-
-
-WINDOW = MOST_KEYS + SLACK
-"""Entries of a work array for the keys near the expected limit of one of `LANES` scopes."""
-
-WINDOWS = (LANES - 1) * WINDOW
-"""Entries for all of them but the last, behind which all keys of a scope have room."""
 
 
 @cache
@@ -212,7 +205,7 @@ def searcher(signed: Format | None) -> Function:
     ) -> tuple[Any, tuple[float, float, float]]:  # fmt: skip
         make_small()
         keys, _mask, _keep, sums, norms, making = scratch
-        limits, borders, _counts = ends
+        limits, borders = ends
         center, spacing, reach = expected
         for r in range(r0, r1):
             at, k, limit, border = i + r * pitch, keep[r], ~np.uint64(0), 0
@@ -236,10 +229,10 @@ def searcher(signed: Format | None) -> Function:
 def looking_searcher(signed: Format | None) -> Function:
     """A `searcher` that first looks at the keys near the expected limit, by a surveyor at the address `look`.
 
-    Those of up to `LANES` scopes, until one misses, which is searched as a whole. Where they are few they are searched
-    together.
+    A scope that misses them is searched as a whole. To wait for `LANES` scopes and search what was found of them
+    together took a tenth less, and twice as long to compile.
     """
-    separate, search_all, search_windows = search.separator(signed), searcher(signed), limits_in_windows(signed)
+    separate, search_all = search.separator(signed), searcher(signed)
     real_of, key_at = search.reals(signed)
 
     @standalone
@@ -249,61 +242,33 @@ def looking_searcher(signed: Format | None) -> Function:
     ) -> tuple[Any, tuple[float, float, float]]:  # fmt: skip
         make_small()
         keys, _mask, _keep, sums, norms, making = scratch
-        limits, borders, counts = ends
-        first = r0
-        while first < r1:
-            (center, spacing, reach), k = expected, keep[first]
-            ranks = reach * np.sqrt(np.float64(k) * np.float64(n - k) / np.float64(n))
-            low, high = key_at(center - ranks * spacing, keys), key_at(center + ranks * spacing, keys)
-            bottom, top = real_of(low, keys), real_of(high, keys)
-            r, stop, most, total, whole = first, least(r1, first + LANES), 0, 0, True
-            while r < stop and reach > 0 and 0 < keep[r] < n:
-                k, at, start = keep[r], i + r * pitch, (r - first) * WINDOW
-                above, inside, _ = call_surveyor(
-                    look, read, source, at, at + n, low, high, low, keys, start, True, scratch
-                )
-                if not above < k <= above + inside:
-                    break
-                limit, ties, count = low, n, 0
-                if k < above + inside and inside <= MOST_KEYS:
-                    ties, count, most = k - above, inside, greatest(most, inside)
-                elif k < above + inside:
-                    # Where it would be if keys lay evenly in between: nearer than that of the scope before.
-                    near = (top - bottom) / np.float64(inside)
-                    guess = key_at(top - near * np.float64(k - above), keys)
-                    limit, ties, _ = separate(keys, start, inside, k - above, guess, near)
-                    ties = n if ties == inside else ties
-                if count == 0 and ties == n and exact:
-                    limit, _ = neighbours_of(keys, start, inside, limit)
-                limits[r], borders[r], counts[r] = limit, ties, count
-                total += inside
-                r += 1
-                if count == 0:  # to wait for others gains nothing, and what is expected next is known better
-                    whole = False
-                    break
-            if r > first:
-                scopes, limit_sum = r - first, 0.0
-                spacing = (top - bottom) * np.float64(scopes) / np.float64(total)
-                if most > 0:
-                    search_windows(
-                        keys, 0, WINDOW, most, n, scopes, low, high, limits, first, borders, first, counts, first,
-                        exact, spacing,
-                    )  # fmt: skip
-                for j in range(first, r):
-                    limit_sum += real_of(np.uint64(limits[j]), keys)
-                    if borders[j] < n and not exact:
-                        at = i + j * pitch
+        limits, borders = ends
+        for r in range(r0, r1):
+            (center, spacing, reach), k, at, found = expected, keep[r], i + r * pitch, False
+            if reach > 0 and 0 < k < n:
+                ranks = reach * np.sqrt(np.float64(k) * np.float64(n - k) / np.float64(n))
+                low, high = key_at(center - ranks * spacing, keys), key_at(center + ranks * spacing, keys)
+                above, inside, _ = call_surveyor(look, read, source, at, at + n, low, high, low, keys, 0, True, scratch)
+                found = above < k <= above + inside
+                if found:
+                    top = real_of(high, keys)
+                    spacing = (top - real_of(low, keys)) / np.float64(inside)
+                    limit, border = low, n
+                    if k < above + inside:
+                        # Where it would be if keys lay evenly in between: nearer than that of the scope before.
+                        guess = key_at(top - spacing * np.float64(k - above), keys)
+                        limit, border, _ = separate(keys, 0, inside, k - above, guess, spacing)
+                        border = n if border == inside else border
+                    if border == n and exact:
+                        limit, _ = neighbours_of(keys, 0, inside, limit)
+                    elif border < n and not exact:
                         call_reader(read, source, at, at + n, keys, sums, norms, making)
-                        borders[j], _ = tie_border(keys, 0, n, np.uint64(limits[j]), np.int64(borders[j]))
-                guess = np.uint64(limits[r - 1])
-                share = np.float64(scopes) / np.float64(scopes + LAG)
-                center += share * (limit_sum / np.float64(scopes) - center)
-                reach += share * (REACH - reach)
-                if np.float64(total) > CROWD * ranks * np.float64(scopes):
-                    reach = -PAUSE
-            expected = center, spacing, reach
-            if whole and r < stop:
-                k = keep[r]
+                        border, _ = tie_border(keys, 0, n, limit, border)
+                    limits[r], borders[r], guess = limit, border, limit
+                    center += SHARE * (real_of(limit, keys) - center)
+                    reach = -PAUSE if np.float64(inside) > CROWD * ranks else reach + SHARE * (REACH - reach)
+                    expected = center, spacing, reach
+            if not found:
                 guess, expected = search_all(
                     look, read, source, i, pitch, r, r + 1, n, keep, exact, ends, guess, expected, scratch
                 )
@@ -314,8 +279,6 @@ def looking_searcher(signed: Format | None) -> Function:
                     reach = 2.0 * reach if reach > 0 else reach + 1.0 if reach < 0 else REACH
                 if 0 < k < n:
                     expected = center, spacing, reach
-                r += 1
-            first = r
         return guess, expected
 
     return search_scopes
@@ -338,7 +301,7 @@ def cut_in_scopes(
 ) -> None:  # fmt: skip
     """As `keep_in_scopes`, for elements in scopes that are searched by a `searcher`, and cut by their limit."""
     _keys, _mask, keep, _sums, _norms, _making = scratch
-    limits, borders, _counts = ends
+    limits, borders = ends
     guess, expected = search.FIRST_GUESS, FIRST_EXPECTED
     for s in range(s0, s1, rows):
         stop = least(s1, s + rows)
@@ -378,7 +341,7 @@ def cut_in_columns(
     longer, so that strips end where lines do, of the first row of scopes and those that are whole lines from it.
     """
     _keys, _mask, keep, _sums, _norms, _making = scratch
-    limits, borders, _counts = ends
+    limits, borders = ends
     guess, spacing, expected = search.FIRST_GUESS, search.FIRST_SPACING, FIRST_EXPECTED
     s = s0
     while s < s1:

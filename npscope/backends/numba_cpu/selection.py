@@ -43,11 +43,10 @@ def _scratch(
 ) -> Loan[Scratch]:
     """Work arrays of one thread for strips of so many scopes, of which `counts` says how many blocks are kept.
 
-    For the keys and masks of all of them, unless they are searched `one_by_one`: then of one, and where it pays to look
-    near their limits, of windows. `measured` as for `Scratch`.
+    For the keys and masks of all of them, unless they are searched `one_by_one`: then of one. `measured` as for
+    `Scratch`.
     """
-    windows = scope_strips.WINDOWS if ranking.is_wide else 0
-    blocks = ranking.blocks + windows if one_by_one else ranking.blocks * rows
+    blocks = ranking.blocks if one_by_one else ranking.blocks * rows
     scratch = Loan(Scratch, blocks, rows, ranking.key, measured)
     nk.fill_in(scratch.work.keep, counts)
     return scratch

@@ -50,10 +50,7 @@ class Scratch:
         self.mask = np.zeros(blocks + SLACK, dtype=np.bool_)
         self.keep = np.zeros(scopes + SLACK, dtype=np.int64)
         self.norms = lines.NormBuffers(measured, 4)
-        # Where scopes end, and how many of their keys are in windows meanwhile.
-        self.ends = (
-            np.zeros(scopes + SLACK, dtype=key), *(np.zeros(scopes + SLACK, dtype=np.int32) for _ in range(2)),
-        )  # fmt: skip
+        self.ends = (np.zeros(scopes + SLACK, dtype=key), np.zeros(scopes + SLACK, dtype=np.int32))
 
     @property
     def nbytes(self) -> int:
@@ -81,8 +78,8 @@ def scratch_type(key: np.dtype) -> Any:
 
 
 def ends_type(key: np.dtype) -> Any:
-    """The type of `Scratch.ends`: limits, borders and counts."""
-    return types.Tuple((array_of(key), array_of(np.int32), array_of(np.int32)))
+    """The type of `Scratch.ends`: limits and borders of scopes."""
+    return types.Tuple((array_of(key), array_of(np.int32)))
 
 
 @cache
