@@ -24,7 +24,8 @@ from npscope.clock import Row, significant, summary
 from npscope.options import thread_count
 
 ROOT = Path(__file__).parents[1]
-MIB = 4
+MIB = 64
+"""Of the array of a first call: enough for the kernels that smaller ones do not need, which take long to compile."""
 
 WITHOUT_SCIPY = f"{OURS} without SciPy"
 
