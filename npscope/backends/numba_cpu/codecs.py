@@ -261,10 +261,25 @@ def codec(kind: Kind, bytewise: bool, swapped: bool) -> Codec:
     return _float_codec(unit, fetch, place, kind)
 
 
+def _droppers(fetch: Function, place: Function, zero: Any) -> tuple[Function, Function]:
+    """`Codec.keep` and `Codec.drop` of one scalar."""
+
+    @inner
+    def keep(buffer: Any, i: int, kept: bool) -> None:
+        place(buffer, i, or_zero(fetch(buffer, i), kept))
+
+    @inner
+    def drop(buffer: Any, i: int, kept: bool) -> None:
+        place(buffer, i, zero)
+
+    return keep, drop
+
+
 def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:
     decode = _DECODE.get(kind.name, _same)
     narrow = kind.norm == "float32"
     zero = np.dtype(_STORAGE.get(kind.name, kind.name)).type(0)
+    keep, drop = _droppers(fetch, place, zero)
 
     @inner
     def value(buffer: Any, i: int) -> Real:
@@ -281,14 +296,6 @@ def _float_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -
     @inner
     def key64(buffer: Any, i: int) -> Bits:
         return key_of_float64(np.float64(decode(fetch(buffer, i))))
-
-    @inner
-    def keep(buffer: Any, i: int, kept: bool) -> None:
-        place(buffer, i, or_zero(fetch(buffer, i), kept))
-
-    @inner
-    def drop(buffer: Any, i: int, kept: bool) -> None:
-        place(buffer, i, zero)
 
     encode = _ENCODE.get(kind.name, np.float64 if kind.name == "float64" else np.float32)
     number = np.float32 if narrow else np.float64
@@ -354,6 +361,7 @@ def _narrow_keys(name: str, fetch: Function) -> tuple[Function, Function]:
 
 def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind) -> Codec:
     zero = np.dtype(kind.name).type(0)
+    keep, drop = _droppers(fetch, place, zero)
     width = 8 * zero.itemsize
     word = np.dtype(f"u{zero.itemsize}").type
     top = word(1 << (width - 1))
@@ -391,14 +399,6 @@ def _integer_codec(unit: np.dtype, fetch: Function, place: Function, kind: Kind)
             return fetch(buffer, i)
 
         exact_key = signed_key
-
-    @inner
-    def keep(buffer: Any, i: int, kept: bool) -> None:
-        place(buffer, i, or_zero(fetch(buffer, i), kept))
-
-    @inner
-    def drop(buffer: Any, i: int, kept: bool) -> None:
-        place(buffer, i, zero)
 
     @inner
     def scale(buffer: Any, i: int, factor: float) -> None:
@@ -452,6 +452,7 @@ def _length_for_float32(re: Real, im: Real) -> Real:
 def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, kind: Kind) -> Codec:
     scalar = np.dtype(_COMPLEX[kind.name]).type
     zero = scalar(0)
+    keep_part, drop_part = _droppers(fetch, place, zero)
     number = np.float32 if kind.norm == "float32" else np.float64
     length = _length_for_float32 if kind.norm == "float32" else _length
 
@@ -470,12 +471,12 @@ def _complex_codec(unit: np.dtype, step: int, fetch: Function, place: Function, 
     @inner
     def keep(buffer: Any, i: int, kept: bool) -> None:
         for part in (i, i + step):
-            place(buffer, part, or_zero(fetch(buffer, part), kept))
+            keep_part(buffer, part, kept)
 
     @inner
     def drop(buffer: Any, i: int, kept: bool) -> None:
         for part in (i, i + step):
-            place(buffer, part, zero)
+            drop_part(buffer, part, kept)
 
     @inner
     def scale(buffer: Any, i: int, factor: float) -> None:
