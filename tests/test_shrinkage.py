@@ -132,6 +132,20 @@ def test_optimality_conditions(xp, rng, name):
     assert (np.sqrt((v.astype(np.float64) ** 2).sum(axis=1))[zero] <= t[zero, 0] * (1 + tolerance)).all()
 
 
+@pytest.mark.parametrize("name", ["complex64", "complex128"])
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_complex_zeros_keep_their_signs(xp, name, factor):
+    xp.require(name)
+    signed = [0.0, -0.0, 3.0, -3.0]
+    x = np.asarray([[complex(a, b) for a in signed for b in signed]], dtype=name)
+    expected = x.copy()
+    expected.real, expected.imag = x.real * factor, x.imag * factor
+    got = xp.call(npscope.soft_threshold, x, 12 * (1 - factor), (1, 16))  # the norm is 12
+    assert same_bits(got, expected)
+    conditioned = xp.call(npscope.soft_threshold, x, 12 * (1 - factor), (1, 16), conditioner=np.ones(x.shape))
+    assert np.array_equal(np.signbit([conditioned.real, conditioned.imag]), np.signbit([x.real, x.imag]))
+
+
 # --- conditioned ---------------------------------------------------------------------------------
 
 

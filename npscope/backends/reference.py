@@ -383,8 +383,17 @@ def _times(x: Array, factor: Array) -> Array:
     """X * factor by select: a factor of 1 keeps the bits of x, 0 gives +0.0."""
     xp = _namespace_of(x)
     with np.errstate(all="ignore"):
-        product = xp.astype(_widened(x) * factor, x.dtype)
+        wide = _widened(x)
+        product = _complex_times(xp, wide, factor) if kind_of(x.dtype).is_complex else wide * factor
+        product = xp.astype(product, x.dtype)
     return xp.where(factor == 1, x, xp.where(factor == 0, xp.zeros_like(x), product))
+
+
+def _complex_times(xp: ModuleType, x: Array, factor: Array) -> Array:
+    """X * factor >= 0, zeros with their signs: that of a zero as imaginary part of the factor may be what decides."""
+    factors, real, imag = xp.astype(factor, x.dtype), xp.real(x), xp.imag(x)
+    turned = xp.where(imag == 0, real > 0, imag < 0)
+    return xp.where(x == 0, x, x * xp.where(turned, xp.conj(factors), factors))
 
 
 # --- shrinkage -----------------------------------------------------------------------------------
