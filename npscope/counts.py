@@ -97,13 +97,16 @@ def as_counts(value: Any, shape: tuple[int, ...], *, low: int, high: int, what: 
         counts = value
     else:
         return _everywhere(_as_count(value, low, high, what), shape)
-    if counts.size and not (low <= int(counts.min()) and int(counts.max()) <= high):
-        worst = int(counts.min()) if int(counts.min()) < low else int(counts.max())
-        raise SpecError(f"{what} = {worst} is outside [{low}, {high}]")
+    least, most = (int(counts.min()), int(counts.max())) if counts.size else (low, high)
+    if least < low or most > high:
+        raise SpecError(f"{what} = {least if least < low else most} is outside [{low}, {high}]")
     try:
-        return np.broadcast_to(np.array(counts, dtype=np.int64), shape)  # a copy: it may alias what is written
+        np.broadcast_to(counts, shape)
     except ValueError:
         raise SpecError(f"{what} of shape {counts.shape} does not broadcast to the scope grid {shape}") from None
+    if least == most and counts.size:
+        return _everywhere(least, shape)
+    return np.broadcast_to(np.array(counts, dtype=np.int64), shape)  # a copy: it may alias what is written
 
 
 @lru_cache(maxsize=1024)

@@ -54,6 +54,15 @@ def test_a_small_prune_enters_few_functions(in_place):
         assert calls_of(lambda: npscope.keep_largest(x, 2, (1, 1), (1, 4), out=out)) <= MOST_CALLS
 
 
+@pytest.mark.parametrize("shape", [(), (1, 1), (64, 1), (64, 16)])
+def test_equal_counts_are_one(shape):
+    x, counts = small(), np.full(shape, 2)
+    with npscope.use_backend("numba"):
+        expected = npscope.keep_largest(x, 2, (1, 1), (1, 4))
+        assert np.array_equal(npscope.keep_largest(x, counts, (1, 1), (1, 4)), expected)
+        assert calls_of(lambda: npscope.keep_largest(x, counts, (1, 1), (1, 4))) <= MOST_CALLS
+
+
 def test_small_norms_enter_few_functions():
     x = small()
     with npscope.use_backend("numba"):
