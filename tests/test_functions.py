@@ -430,6 +430,18 @@ def test_element_masks_take_little_more_than_their_bytes():
     assert peak <= 1.5 * x.size
 
 
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_what_a_thread_finds_of_a_large_scope_takes_8_mib(monkeypatch, rng, name):
+    """Also while the keys that lie between the limits, which a small sample leaves many of, are looked through."""
+    monkeypatch.setattr("npscope.backends.numba_cpu.large_scopes.SAMPLE", 1)
+    x = rng.standard_normal(1 << 23).astype(name)
+    with npscope.use_backend("numba"), npscope.config(threads=1):
+        npscope.kth_largest(x, x.size // 2)  # compiles
+        found, peak = with_peak(lambda: npscope.kth_largest(x, x.size // 2))
+    assert found == np.partition(x, x.size // 2)[x.size // 2]
+    assert peak <= 8 << 20
+
+
 def test_foreign_memory_is_not_copied_whole(rng):
     x = np.ones((1024, 8192), dtype=">f4")
     with npscope.use_backend("numba"), npscope.config(threads=2):

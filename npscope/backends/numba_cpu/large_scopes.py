@@ -254,8 +254,8 @@ class LargeScopes:
             keys = partitioned(np.concatenate(pieces), [count - k])
             limit = keys[count - k]
             return Nth(int(limit), k - int(np.count_nonzero(keys > limit)), int(np.count_nonzero(keys == limit)))
-        # A look stores what it finds only where all that it looks at would fit.
-        rooms = [min(keys.size, keys.size // 2 + LOOK_ELEMENTS) + SLACK for keys in pieces]
+        # There is room for a quarter of what was found. A look stores only where all that it looks at would fit.
+        rooms = [min(keys.size, keys.size // 4 + LOOK_ELEMENTS) + SLACK for keys in pieces]
         narrower = [np.empty(room, dtype=self.ranking.key) for room in rooms]
         bounds = np.asarray([[0] * len(pieces), [keys.size for keys in pieces]])
 
@@ -268,7 +268,7 @@ class LargeScopes:
             self.each(len(pieces), use)
             above, inside, _, equal = counts.sum(axis=1).tolist()
             found = [keys[:end] for keys, end in zip(narrower, ends, strict=True)]
-            return Survey(above, inside, equal, found if inside <= count // 2 else [])  # else too many to go on with
+            return Survey(above, inside, equal, found if inside <= count // 4 else [])  # else too many to go on with
 
         return narrow(k, count, self.ranking.width, partial(sample_of, pieces, FEW_KEYS // 4), survey, self._nth_of)
 
