@@ -6,6 +6,7 @@ import importlib
 import math
 import time
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import oracles as o
@@ -107,6 +108,23 @@ def test_one_unit_from_a_midpoint(xp, rng, name, ord, scale):
     assert same_bits(got, o.block_norms(x, (1, -1), ord)[:, 0])
     below = np.asarray(sides) == -1
     assert (got[below] < got[np.asarray(sides) == 1]).all(), "the two sides of a midpoint must differ"
+
+
+@pytest.mark.parametrize("block", [(1, 64), (16, 4), (64, 1)])
+@pytest.mark.parametrize("ord", [1, 2])
+def test_crumbs_of_any_size_beside_a_midpoint(backend, rng, block, ord):
+    """They change what is right, or are the last of many to be heard of."""
+    terms, _ = near_midpoints(rng, ord, 24, count=20)
+    rows = np.zeros((180, 64), dtype=np.float32)
+    for row, block_terms in zip(rows, terms, strict=True):
+        row[: len(block_terms)] = np.asarray(block_terms, np.float64) * 2.0**-45
+        some = int(rng.integers(len(block_terms), 60))
+        crumbs = rng.integers(1, 2**24, 64 - some).astype(np.float64)
+        row[some:] = np.ldexp(crumbs, rng.integers(-149, -76, 64 - some))
+        rng.shuffle(row)
+    x = rows.reshape(12, 15, *block).swapaxes(1, 2).reshape(12 * block[0], 15 * block[1])
+    expected = np.asarray([o.norm(row.tolist(), ord, "float32") for row in rows], dtype=np.float32)
+    assert same_bits(npscope.block_norms(x, block, ord=ord).reshape(-1), expected)
 
 
 BLOCKS = [
@@ -369,6 +387,32 @@ def test_zeros_are_not_slow(name, ord):
             runs.append(time.process_time() - start)
         seconds.append(min(runs))
     assert seconds[1] < 20 * seconds[0] + 0.02
+
+
+@pytest.mark.parametrize("block", [(1, 4), (4, 4), (3, 3), (16, 1)])
+@pytest.mark.parametrize("case", ["ord 1", "ord 2", "large", "small"])
+def test_blocks_that_take_a_closer_look_are_not_slow(rng, block, case):
+    """All beside a midpoint of float32, or float64 whose squares leave its range: not one call a block."""
+    x = rng.standard_normal((512 * block[0], 512 * block[1]))
+    if case.startswith("ord"):
+        x = x.astype(np.float32)
+        # 5 * (2**22 + 1) and 2**24 + 1 have 25 bits; a float64 does not tell either from what a crumb makes of it.
+        terms = [2.0**24, 1, 2.0**-40] if case == "ord 1" else [3 * (2**22 + 1), 4 * (2**22 + 1), 2.0**-30]
+        tile = np.resize([*terms, *[0.0] * 13], block)
+        closer = np.tile(tile, (512, 512)).astype(np.float32)
+    else:
+        closer = x * (1e200 if case == "large" else 1e-200)
+    seconds = []
+    for values in (x, closer):
+        norms = partial(npscope.namespace("numba").block_norms, values, block, ord=1 if case == "ord 1" else 2)
+        norms()
+        runs = []
+        for _ in range(5):
+            start = time.process_time()
+            norms()
+            runs.append(time.process_time() - start)
+        seconds.append(min(runs))
+    assert seconds[1] < 20 * seconds[0]
 
 
 @pytest.mark.sampled(3)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils
 
-from npscope.backends.numba_cpu import exact
-from npscope.backends.numba_cpu.nests import length_in, place_in
-from npscope.backends.numba_cpu.rows import Runs, Shape, Strip, smallest
-from npscope.backends.numba_cpu.totals import INF, PARTIAL, TWO, larger, only_if, read_numbers, takes_many, two_sum
+from npscope.backends.numba_cpu.nests import place_in, short_loop
+from npscope.backends.numba_cpu.rows import Runs, Shape, Strip, smallest, up_to
+from npscope.backends.numba_cpu.totals import (
+    INF,
+    PARTIAL,
+    TWO,
+    larger,
+    numbers_of,
+    only_if,
+    takes_many,
+    two_sum,
+)
 from npscope.backends.numba_cpu.vectors import (
     CHUNK,
     INT32,
@@ -20,13 +28,19 @@ from npscope.backends.numba_cpu.vectors import (
     Builder,
     Format,
     Value,
+    any_of,
     broadcast,
     call,
+    first_lanes,
     has_only_avx2,
+    on_floats,
     shuffle,
+    spare_room,
     splat,
     vector_of,
 )
+
+_WORD = ir.IntType(64)
 
 ROUNDING_BORDER, ROUNDING_MASK = 1 << 28, (1 << 29) - 1
 """A float64 lies halfway between two normal float32 where its low 29 bits are the first number."""
@@ -47,11 +61,20 @@ That one is 2**e or more, so that all are multiples of 2 ** (e - 23), and the su
 SQUARED_LEAST = (1023 - 500) << 52
 """The bits of a float64 from which on squares are not zero, with room to spare."""
 
+SQUARED_UNIT = 2.0**600
+"""Numbers of float64 whose squares are too small, times it, or too large, by it, have squares that are not."""
+
+EXACT_PARTS = 20
+"""Float64 that hold a sum of up to 2 ** 21 squares of float32, and one number with a bit more, exactly.
+
+Such a sum has 577 bits, from 2 ** 277 down to 2 ** -300. A part is at most 2 ** (21 - 53) times the one before, so that
+31 bits of each are new.
+"""
+
 JOINS = 16
 """Additions in sequence that join lanes and what was summed side by side, at most."""
 
-LEAST = -(-exact.EXACT_WORDS // 8) * 8
-DOUBTS = LEAST + LANES
+LEAST, DOUBTS = 0, LANES
 """Where least magnitudes and doubts stand in work arrays, on lines of their own, behind an exact sum."""
 
 
@@ -185,84 +208,190 @@ def note_zeros(b: Builder, groups: Value, sums: Value, doubts: Value) -> Value:
     return b.load(found)
 
 
+class _Lanes(NamedTuple):
+    """`LANES` blocks of a strip: where the first one is, and how far from it each of them."""
+
+    strip: Strip
+    shape: Shape
+    form: Format
+    start: Value
+    offsets: Value
+
+    def each_element(self, b: Builder, take: Callable[[Value], None]) -> None:
+        """``take(address)`` for the elements of the first block."""
+        strip, size = self.strip, self.shape.size
+
+        def take_row(row: Value) -> None:
+            at = b.gep(self.start, [place_in(b, strip.elements, strip.turns, b.mul(row, size))])
+            short_loop(b, size, lambda e: take(b.gep(at, [e])))
+
+        short_loop(b, self.shape.rows, take_row)
+
+    def magnitudes(self, b: Builder, at: Value) -> Value:
+        """Those of the elements, one of each block, of which the first block has its own at an address."""
+        number = ir.IntType(self.form.bits)
+        bits = ir.Constant(ir.VectorType(number, LANES), ir.Undefined)
+        for lane in map(INT32, range(LANES)):
+            place = b.gep(at, [b.load(b.gep(self.offsets, [lane]))])
+            bits = b.insert_element(bits, b.load(b.bitcast(place, number.as_pointer())), lane)
+        bits = numbers_of(b, bits, self.form, INF)
+        scalar = ir.DoubleType() if self.form.bits == 64 else ir.FloatType()
+        return b.bitcast(bits, ir.VectorType(scalar, LANES))
+
+
+class _Sums:
+    """A sum of float64 in each of `LANES` lanes, what was lost of it, and of that, and so on: exact in the end."""
+
+    def __init__(self, b: Builder, start: Value, room: Value = None) -> None:
+        """Of two parts, and `EXACT_PARTS` where there is room for them."""
+        self.b, self.type = b, start.type
+        self.near = [cgutils.alloca_once_value(b, x) for x in (start, splat(start.type, 0.0))]
+        if room is not None:
+            self.place = b.bitcast(room, start.type.as_pointer())
+            self.depth = cgutils.alloca_once_value(b, _WORD(len(self.near)))
+
+    def part(self, k: Value) -> Value:
+        """Where a part is, but the first two while numbers are added."""
+        return self.b.gep(self.place, [k])
+
+    def add(self, x: Value) -> Value:
+        """Add numbers to the first two parts, and return what is lost."""
+        for place in self.near:
+            total, x = two_sum(self.b, self.b.load(place), x)
+            self.b.store(total, place)
+        return x
+
+    def add_exactly(self, x: Value) -> None:
+        """Add numbers: what is lost of a part to the next one, until nothing is."""
+        b, zero = self.b, splat(self.type, 0.0)
+        lost = cgutils.alloca_once_value(b, self.add(x))
+        with (
+            b.if_then(any_of(b, b.fcmp_ordered("!=", b.load(lost), zero))),
+            up_to(b, _WORD(len(self.near)), _WORD(EXACT_PARTS)) as (k, go_on_from),
+        ):
+            following, depth = b.add(k, _WORD(1)), b.load(self.depth)
+            deeper = b.icmp_unsigned("==", k, depth)
+            total, rest = two_sum(b, b.select(deeper, zero, b.load(self.part(k), align=8)), b.load(lost))
+            b.store(total, self.part(k), align=8)
+            b.store(rest, lost)
+            b.store(b.select(deeper, following, depth), self.depth)
+            go_on_from(b.select(any_of(b, b.fcmp_ordered("!=", rest, zero)), following, _WORD(EXACT_PARTS)))
+
+    def leading(self) -> Value:
+        """The exact sums as float64, of their sign.
+
+        Parts, which overlap, are added from the last to the first, and what is lost is left in their places: until the
+        first one outweighs all others.
+        """
+        b, zero = self.b, splat(self.type, 0.0)
+        for k, place in enumerate(self.near):
+            b.store(b.load(place), self.part(_WORD(k)), align=8)
+        inner = b.sub(b.load(self.depth), _WORD(1))
+        total, rest = (cgutils.alloca_once_value(b, zero) for _ in range(2))
+        with up_to(b, _WORD(0), _WORD(EXACT_PARTS)) as (turn, go_on_from):
+            b.store(b.load(self.part(inner), align=8), total)
+            b.store(zero, rest)
+
+            def join(k: Value) -> None:
+                at = b.sub(inner, k)
+                higher, lost = two_sum(b, b.load(self.part(b.sub(at, _WORD(1))), align=8), b.load(total))
+                b.store(lost, self.part(at), align=8)
+                b.store(higher, total)
+                b.store(b.fadd(b.load(rest), on_floats(b, "fabs", lost)), rest)
+
+            short_loop(b, inner, join)
+            b.store(b.load(total), self.place, align=8)
+            lost, size = b.load(rest), on_floats(b, "fabs", b.load(total))
+            open_ = b.fcmp_ordered("<=", size, b.fmul(lost, splat(self.type, 2.0)))
+            open_ = b.and_(open_, b.fcmp_ordered(">", lost, zero))
+            go_on_from(b.select(any_of(b, open_), b.add(turn, _WORD(1)), _WORD(EXACT_PARTS)))
+        return b.load(total)
+
+
 def settle(
     b: Builder,
     strip: Strip,
+    shape: Shape,
     form: Format,
     code: int,
-    block: Value,
+    i: Value,
     count: Value,
     sums: Value,
     norms: Value,
     making: Value,
+    room: Value,
 ) -> None:
-    """The norms that a `_rows_taker` has noted, of those of `count` blocks from number `block` on, from first to last.
+    """The norms that a `_rows_taker` has noted, of those of `count` adjacent blocks from number `i` on.
 
-    To float32 as their exact sums demand, from what it left in `sums`; to float64 from squares of |x| / max |x|.
-    Written for LLVM like `exact`: the same as a function took Numba a tenth longer to compile.
+    Their elements are summed again, those of `LANES` blocks at a time: for float32 exactly, to round as that demands,
+    and of float64 in a unit in which squares stay in range. There is `room` for these sums.
     """
-    word = ir.IntType(64)
-    left, doubts = cgutils.alloca_once(b, word), b.gep(making, [word(DOUBTS)])
-    with cgutils.for_range(b, b.udiv(b.add(count, word(LANES - 1)), word(LANES))) as group:
+    start, doubts = b.gep(strip.grid.start, [strip.grid.place(b, i)]), b.gep(making, [_WORD(DOUBTS)])
+    offsets = spare_room(b, LANES, doubts)
+    with cgutils.for_range(b, b.udiv(b.add(count, _WORD(LANES - 1)), _WORD(LANES))) as group:
         noted = b.load(b.gep(doubts, [group.index]))
-        b.store(noted, left)
-        with cgutils.for_range(b, call(b, "llvm.ctpop.i64", word, [noted])):
-            flags = b.load(left)
-            lane = b.add(b.mul(group.index, word(LANES)), call(b, "llvm.cttz.i64", word, [flags, ir.IntType(1)(0)]))
-            b.store(b.and_(flags, b.sub(flags, word(1))), left)
-            with b.if_then(b.icmp_unsigned("<", lane, count)):
-                at = b.gep(strip.grid.start, [strip.grid.place(b, b.add(block, lane))])
-                wide = b.gep(sums, [lane])
-                if form.bits == 64:
-                    found = _rescaled(b, at, form, strip)
-                    b.store(found, wide)
-                else:
-                    found = _settled(b, at, form, code, strip, b.load(wide), making)
-                b.store(found, b.gep(norms, [lane]))
+        with b.if_then(b.icmp_unsigned("!=", noted, _WORD(0))):
+            first = b.mul(group.index, _WORD(LANES))
+            left, here = b.sub(count, first), b.gep(start, [b.mul(first, shape.size)])
+
+            def put_offset(lane: Value, left: Value = left) -> None:  # beyond the last block, its own
+                column = b.mul(smallest(b, lane, b.sub(left, _WORD(1))), shape.size)
+                b.store(column, b.gep(offsets, [lane]))
+
+            short_loop(b, _WORD(LANES), put_offset)
+            lanes = _Lanes(strip, shape, form, here, offsets)
+            chosen = b.bitcast(b.trunc(noted, ir.IntType(LANES)), vector_of(1, LANES))
+            chosen = b.and_(chosen, first_lanes(b, left, LANES))
+            places = [
+                b.bitcast(b.gep(place, [first]), ir.VectorType(place.type.pointee, LANES).as_pointer())
+                for place in (sums, norms)
+            ]
+            wide = b.load(places[0], align=4)
+            again = _rescaled(b, lanes, wide) if form.bits == 64 else _rounded(b, lanes, code, wide, room)
+            for place in places if form.bits == 64 else places[1:]:
+                b.store(b.select(chosen, again, b.load(place, align=4)), place, align=4)
 
 
-@contextmanager
-def _each_magnitude(b: Builder, source: Value, form: Format, strip: Strip) -> Iterator[Value]:
-    """A loop over the elements of one block, which lie from an address on: their magnitudes."""
-    with cgutils.for_range(b, length_in(b, strip.elements, strip.turns)) as loop:
-        at = b.gep(source, [place_in(b, strip.elements, strip.turns, loop.index)])
-        bits = b.extract_element(read_numbers(b, at, 0, 1, form, INF), INT32(0))
-        yield b.bitcast(bits, ir.DoubleType() if form.bits == 64 else ir.FloatType())
+def _rescaled(b: Builder, lanes: _Lanes, wide: Value) -> Value:
+    """Norms of float64 whose squares left the range of their sums, which are infinite or small."""
+    infinite = splat(wide.type, math.inf)
+    large = b.fcmp_ordered("==", wide, infinite)
+    unit, back = (
+        b.select(large, splat(wide.type, x), splat(wide.type, 1 / x)) for x in (1 / SQUARED_UNIT, SQUARED_UNIT)
+    )
+    sums = _Sums(b, splat(wide.type, 0.0))
+
+    def take(at: Value) -> None:
+        x = b.fmul(lanes.magnitudes(b, at), unit)
+        sums.add(b.fmul(x, x))
+
+    lanes.each_element(b, take)
+    high, low = (b.load(place) for place in sums.near)
+    finite = b.fcmp_ordered("<", high, infinite)  # what was lost of an infinite sum is NaN
+    return b.select(finite, b.fmul(on_floats(b, "sqrt", b.fadd(high, low)), back), high)
 
 
-def _rescaled(b: Builder, source: Value, form: Format, strip: Strip) -> Value:
-    """The norm of one block of float64, whose squares left its range."""
-    double = ir.DoubleType()
-    largest, high, low = (cgutils.alloca_once_value(b, double(0.0)) for _ in range(3))
-    with _each_magnitude(b, source, form, strip) as x:
-        most = b.load(largest)
-        b.store(b.select(b.fcmp_ordered(">", x, most), x, most), largest)
-    scale = b.load(largest)
-    finite = b.and_(b.fcmp_ordered("!=", scale, double(0.0)), b.fcmp_ordered("<", scale, double(math.inf)))
-    with b.if_then(finite):
-        with _each_magnitude(b, source, form, strip) as x:
-            share = b.fdiv(x, scale)
-            total, error = two_sum(b, b.load(high), b.fmul(share, share))
-            b.store(total, high)
-            b.store(b.fadd(b.load(low), error), low)
-        root = call(b, "llvm.sqrt.f64", double, [b.fadd(b.load(high), b.load(low))])
-        b.store(b.fmul(scale, root), largest)
-    return b.load(largest)
+def _rounded(b: Builder, lanes: _Lanes, code: int, wide: Value, room: Value) -> Value:
+    """The float32 nearest to norms that are near to `wide`."""
+    single = ir.VectorType(ir.FloatType(), LANES)
+    below, above = (b.fptrunc(b.fmul(wide, splat(wide.type, 1 + side * MARGIN)), single) for side in (-1, 1))
+    open_ = b.and_(b.fcmp_ordered("<", wide, splat(wide.type, math.inf)), b.fcmp_ordered("!=", below, above))
+    # Halfway to the next one, also to infinity; no subnormal is in doubt (`_offsets`). Its square is exact, too.
+    words = b.bitcast(b.fpext(below, wide.type), vector_of(64, LANES))
+    middle = b.bitcast(b.add(words, splat(words.type, ROUNDING_BORDER)), wide.type)
+    sums = _Sums(b, b.fneg(b.fmul(middle, middle) if code == TWO else middle), room)
 
+    def take(at: Value) -> None:
+        x = b.fpext(lanes.magnitudes(b, at), wide.type)
+        sums.add_exactly(b.fmul(x, x) if code == TWO else x)
 
-def _settled(b: Builder, source: Value, form: Format, code: int, strip: Strip, wide: Value, making: Value) -> Value:
-    """The norm of one block, whose elements lie from an address on, by the float64 near it."""
-    square, word, single = ir.IntType(1)(code == TWO), ir.IntType(64), ir.FloatType()
-    below, above = (b.fptrunc(b.fmul(wide, ir.DoubleType()(1 + side * MARGIN)), single) for side in (-1, 1))
-    settled = cgutils.alloca_once_value(b, b.fptrunc(wide, single))
-    finite = b.fcmp_ordered("<", wide, ir.DoubleType()(math.inf))
-    with b.if_then(b.and_(finite, b.fcmp_ordered("!=", below, above))):
-        for i in range(exact.EXACT_WORDS):
-            b.store(word(0), b.gep(making, [word(i)]))
-        with _each_magnitude(b, source, form, strip) as x:
-            exact.add(b, making, x, square)
-        b.store(exact.nearest(b, making, below, square), settled)
-    return b.load(settled)
+    lanes.each_element(b, take)
+    beyond, zero = sums.leading(), splat(wide.type, 0.0)
+    bits = b.bitcast(below, vector_of(32, LANES))
+    odd = b.trunc(bits, vector_of(1, LANES))
+    up = b.or_(b.fcmp_ordered(">", beyond, zero), b.and_(b.fcmp_ordered("==", beyond, zero), odd))
+    nearest = b.bitcast(b.add(bits, b.zext(up, bits.type)), single)
+    return b.select(open_, nearest, b.fptrunc(wide, single))
 
 
 # --- how much a norm may be off -----------------------------------------------------------------

@@ -47,7 +47,7 @@ def _on_nest(name: str, doc: str, count: int, emit: Callable[..., Any]) -> Any:
     return intrinsic_of(typed, name, doc, count)
 
 
-def _short_loop(b: Any, count: Any, body: Callable[[Any], None]) -> None:
+def short_loop(b: Any, count: Any, body: Callable[[Any], None]) -> None:
     """``body(0 .. count - 1)`` as a loop that LLVM leaves one: unrolled, they were half of a kernel's machine code."""
     before, turn, after = b.block, b.append_basic_block("turn"), b.append_basic_block("after")
     b.cbranch(b.icmp_signed(">", count, _INT(0)), turn, after)
@@ -88,13 +88,13 @@ def _emit_place(b: Any, loops: Any, size_of: Any, step_of: Any, index: Any) -> A
         b.store(b.add(b.load(offset), b.mul(turn, step_of(d))), offset)
         b.store(outer, i)
 
-    _short_loop(b, inner, take)
+    short_loop(b, inner, take)
     return b.add(b.load(offset), b.mul(b.load(i), step_of(_INT(0))))
 
 
 def _emit_length(b: Any, loops: Any, size_of: Any, step_of: Any) -> Any:
     total = cgutils.alloca_once_value(b, _INT(1))
-    _short_loop(b, loops, lambda d: b.store(b.mul(b.load(total), size_of(d)), total))
+    short_loop(b, loops, lambda d: b.store(b.mul(b.load(total), size_of(d)), total))
     return b.load(total)
 
 

@@ -115,7 +115,7 @@ def smallest(b: Builder, x: Value, *others: Value) -> Value:
 
 
 @contextmanager
-def _up_to(b: Builder, start: Value, stop: Value) -> Iterator[tuple[Value, Callable[[Value], None]]]:
+def up_to(b: Builder, start: Value, stop: Value) -> Iterator[tuple[Value, Callable[[Value], None]]]:
     """A loop while a number that starts here is below `stop`: (the number, what sets the next one)."""
     place = cgutils.alloca_once_value(b, start)
     head, turn, after = (b.append_basic_block(name) for name in ("head", "turn", "after"))
@@ -138,7 +138,7 @@ def over_ranges(
     (number of the first block, of the first behind it, how far from the start of each array the first one is).
     """
     widths = [b.load(b.gep(grid.table, [b.sub(grid.loops, _WORD(1))])) for grid in grids]
-    with _up_to(b, i, stop) as (first, go_on_with):
+    with up_to(b, i, stop) as (first, go_on_with):
         after = stop if most is None else smallest(b, stop, b.add(first, most))
         for width in widths:
             after = smallest(b, after, b.add(first, b.sub(width, b.srem(first, width))))
@@ -194,7 +194,7 @@ def over_rows(
         if runs.flat:
             take_rows(shape.rows, zero, zero, ir.IntType(1)(1), following)
         else:
-            with _up_to(b, zero, shape.rows) as (row, go_on_from):
+            with up_to(b, zero, shape.rows) as (row, go_on_from):
                 rows = _WORD(1)
                 if not runs.long:
                     left = b.sub(shape.turns, b.srem(row, shape.turns))

@@ -397,7 +397,8 @@ def measure_strip(form: Format, runs: Runs, code: int) -> Any:
 
         def finish(i: Value, block: Value, count: Value) -> None:
             with b.if_then(b.icmp_unsigned("!=", b.load(noted), word(0)), likely=False):
-                settle(b, strip, form, code, i, count, b.gep(sums, [block]), b.gep(norms, [block]), making)
+                room = b.gep(making, [INT32(PARTS)])
+                settle(b, strip, shape, form, code, i, count, b.gep(sums, [block]), b.gep(norms, [block]), making, room)
 
         doubtful = code == TWO or (code == ONE and form.bits < 64)
         over_rows(b, strip, runs, shape, take, most, finish if doubtful else None)

@@ -127,6 +127,12 @@ def call(b: Builder, name: str, result: Any, args: Sequence[Value]) -> Value:
     return b.call(function, args)
 
 
+def any_of(b: Builder, flags: Value) -> Value:
+    """Whether a lane of flags is set."""
+    word = ir.IntType(flags.type.count)
+    return b.icmp_unsigned("!=", b.bitcast(flags, word), word(0))
+
+
 def on_floats(b: Builder, name: str, *args: Value) -> Value:
     """An intrinsic of LLVM that makes a vector of floats of others of the same type."""
     vector = args[0].type
