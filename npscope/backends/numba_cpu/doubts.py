@@ -243,19 +243,23 @@ class _Sums:
     """A sum of float64 in each of `LANES` lanes, what was lost of it, and of that, and so on: exact in the end."""
 
     def __init__(self, b: Builder, start: Value, room: Value = None) -> None:
-        """Of two parts, and `EXACT_PARTS` where there is room for them."""
+        """Of two parts, or of up to `EXACT_PARTS` where there is room for them.
+
+        Only one of these is kept in registers, for nothing is lost of numbers that are all equal, or have few bits.
+        """
         self.b, self.type = b, start.type
-        self.near = [cgutils.alloca_once_value(b, x) for x in (start, splat(start.type, 0.0))]
+        parts = [start] if room is not None else [start, splat(start.type, 0.0)]
+        self.near = [cgutils.alloca_once_value(b, x) for x in parts]
         if room is not None:
             self.place = b.bitcast(room, start.type.as_pointer())
             self.depth = cgutils.alloca_once_value(b, _WORD(len(self.near)))
 
     def part(self, k: Value) -> Value:
-        """Where a part is, but the first two while numbers are added."""
+        """Where a part is, but the first one while numbers are added."""
         return self.b.gep(self.place, [k])
 
     def add(self, x: Value) -> Value:
-        """Add numbers to the first two parts, and return what is lost."""
+        """Add numbers to the parts in registers, and return what is lost."""
         for place in self.near:
             total, x = two_sum(self.b, self.b.load(place), x)
             self.b.store(total, place)
