@@ -162,10 +162,18 @@ def named(name: str) -> Case:
 
 HOSTILE: list[Case] = [
     replace(named(name), data=data, bar=3.0)
-    for name in ("2:4", "rows of 1024, half", "1x1, global half")
-    for data in ("constant", "two-valued", "sorted", "heavy-tailed", "pruned")
+    for name in (
+        "4x4 norms",
+        "2:4",
+        "3x3 kernels, half per filter",
+        "rows of 1024, half",
+        "4x4 tiles, global half",
+        "1x1, global half",
+        "soft 4x4",
+    )
+    for data in ("constant", "two-valued", "sorted", "heavy-tailed", "pruned", "near overflow", "subnormal")
 ]
-"""Data that some ways of selecting are slow on; `bar` is how many times the time of normal data will do."""
+"""Data that some ways of summing or selecting are slow on; `bar` is how many times the time of normal data will do."""
 
 CURVES: list[Case] = [named(name) for name in ("2:4", "4x4 norms", "1x1, global half")]
 
