@@ -109,8 +109,8 @@ def finish_wide(hi: Any, lo: Any, square: bool, norm: Any, unsure: Any) -> int:
     """Sums to norms in float64; lists the blocks whose squares over- or underflowed."""
     count = 0
     for i in range(norm.size):
-        risky = square and not (SAFE_LEAST < hi[i] < np.inf) and not np.isnan(hi[i])
         total = hi[i] + lo[i] if np.isfinite(hi[i]) else hi[i]
+        risky = square and not (hi[i] > SAFE_LEAST and total < np.inf) and not np.isnan(hi[i])
         wide = math.sqrt(total) if square else total
         hi[i] = wide
         norm[i] = wide

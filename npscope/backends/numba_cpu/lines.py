@@ -17,7 +17,7 @@ from numba import types
 
 from npscope.backends.numba_cpu import vector_norms, vector_selection, vector_writing
 from npscope.backends.numba_cpu.codecs import Function
-from npscope.backends.numba_cpu.doubts import MOST_DOUBT, additions_of
+from npscope.backends.numba_cpu.doubts import EXACT_PARTS, MOST_DOUBT, additions_of
 from npscope.backends.numba_cpu.jit import address_of, array_of, caller, kernel, make_small, standalone
 from npscope.backends.numba_cpu.nests import NEST, length_of, place
 from npscope.backends.numba_cpu.operands import Layout
@@ -43,8 +43,9 @@ def _whole_lines(length: int) -> int:
     return -(-length // LINE) * LINE
 
 
-# Behind what is fixed, the parts of blocks with long runs, or rows of others with runs shorter than a vector.
-_MAKING_WORDS = PARTS + max(2 * PARTIAL * (PART_BLOCKS + LANES), TOGETHER * LANES * LANES + LINE)
+# Behind what is fixed, the parts of blocks with long runs, or rows of others with runs shorter than a vector; and then
+# exact sums.
+_MAKING_WORDS = PARTS + max(2 * PARTIAL * (PART_BLOCKS + LANES), TOGETHER * LANES * LANES + LINE, EXACT_PARTS * LANES)
 
 
 class NormBuffers:

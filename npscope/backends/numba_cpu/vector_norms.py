@@ -345,8 +345,10 @@ def _wide(b: Builder, form: Format, code: int, totals: Sequence[Value]) -> tuple
             # Zero is what blocks have that were dropped before: it is in doubt only where something is tiny.
             small = b.fcmp_ordered("<", wide, splat(double, SAFE_LEAST))
             small = b.and_(small, b.fcmp_ordered("!=", wide, splat(double, 0.0)))
-            lost = b.or_(small, b.fcmp_ordered("==", wide, splat(double, math.inf)))
+            lost = small
         wide = b.select(finite, b.fadd(wide, totals[1]), wide)
+        if code == TWO:  # what was lost of a sum may make it infinite, too
+            lost = b.or_(lost, b.fcmp_ordered("==", wide, splat(double, math.inf)))
     return call(b, f"llvm.sqrt.v{LANES}f64", double, [wide]) if code == TWO else wide, lost
 
 
