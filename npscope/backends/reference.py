@@ -390,10 +390,14 @@ def _times(x: Array, factor: Array) -> Array:
 
 
 def _complex_times(xp: ModuleType, x: Array, factor: Array) -> Array:
-    """X * factor >= 0, zeros with their signs: that of a zero as imaginary part of the factor may be what decides."""
+    """X * factor, zeros with the signs that products of parts have, unless a part underflows.
+
+    The imaginary part of the factor is a zero, whose sign decides that of a part that is zero beside one that is not.
+    """
     factors, real, imag = xp.astype(factor, x.dtype), xp.real(x), xp.imag(x)
     turned = xp.where(imag == 0, real > 0, imag < 0)
-    return xp.where(x == 0, x, x * xp.where(turned, xp.conj(factors), factors))
+    zero = (x == 0) & xp.isfinite(factor)
+    return xp.where(zero, xp.where(factor < 0, -x, x), x * xp.where(turned, xp.conj(factors), factors))
 
 
 # --- shrinkage -----------------------------------------------------------------------------------
