@@ -243,16 +243,15 @@ def fresh(case: Case, mib: float) -> np.ndarray:
     rng, shape = np.random.default_rng(), case.shape(mib)
     x: np.ndarray = rng.standard_normal(shape, dtype=np.float32)
     if case.data == "constant":
-        x[...] = rng.standard_normal()
+        x[...] = 1.2345678  # the norm of nine is halfway between two float32
     elif case.data == "two-valued":
-        one, other = rng.standard_normal(2, dtype=np.float32)
-        x = np.where(x > 0, one, other)
+        x = np.where(x > 0, np.float32(1.2345678), np.float32(-0.7654321))
     elif case.data == "sorted":
         x.reshape(-1).sort()
     elif case.data == "heavy-tailed":
         x = (x / (np.abs(rng.standard_normal(shape, dtype=np.float32)) + np.float32(1e-6))) ** 3
     elif case.data == "near overflow":
-        x = np.where(x > 0, x, 2 * x) * np.float32(np.finfo(np.float32).max / 16)
+        x *= np.float32(np.finfo(np.float32).max / 16)
     elif case.data == "subnormal":
         x *= np.float32(np.finfo(np.float32).smallest_normal / 16)
     elif case.data == "pruned":
