@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
 from fractions import Fraction
 from functools import partial
 
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ALL_DTYPES, EXACT_DTYPES, FINITE, ORDS, dtype, hostile, problems, same_bits
+from timing import quickest
 
 import npscope
 from npscope.block import sum_squares
@@ -389,13 +389,7 @@ def test_zeros_are_not_slow(name, ord):
     """Blocks of zeros need no rescaling: their norms take about the time of any others, not one call a block."""
     seconds = []
     for x in (hostile("normal", (2**16, 4), name, 12), np.zeros((2**16, 4), dtype=name)):
-        npscope.namespace("numba").block_norms(x, (1, 4), ord=ord)
-        runs = []
-        for _ in range(3):
-            start = time.process_time()
-            npscope.namespace("numba").block_norms(x, (1, 4), ord=ord)
-            runs.append(time.process_time() - start)
-        seconds.append(min(runs))
+        seconds.append(quickest(partial(npscope.namespace("numba").block_norms, x, (1, 4), ord=ord)))
     assert seconds[1] < 20 * seconds[0] + 0.02
 
 
@@ -415,13 +409,7 @@ def test_blocks_that_take_a_closer_look_are_not_slow(rng, block, case):
     seconds = []
     for values in (x, closer):
         norms = partial(npscope.namespace("numba").block_norms, values, block, ord=1 if case == "ord 1" else 2)
-        norms()
-        runs = []
-        for _ in range(5):
-            start = time.process_time()
-            norms()
-            runs.append(time.process_time() - start)
-        seconds.append(min(runs))
+        seconds.append(quickest(norms))
     assert seconds[1] < 10 * seconds[0]
 
 
@@ -430,13 +418,7 @@ def test_normal_blocks_with_long_runs_take_no_closer_look(rng):
     x, seconds = rng.standard_normal((1 << 10, 1 << 11)), []
     for ord in (1, 2):
         norms = partial(npscope.namespace("numba").block_norms, x, (1, 1 << 11), ord=ord)
-        norms()
-        runs = []
-        for _ in range(5):
-            start = time.process_time()
-            norms()
-            runs.append(time.process_time() - start)
-        seconds.append(min(runs))
+        seconds.append(quickest(norms))
     assert seconds[1] < 4 * seconds[0]
 
 

@@ -33,6 +33,18 @@ def within(seconds: float) -> Iterator[None]:
     assert taken < seconds
 
 
+def quickest(work: Callable[[], object], rounds: int = 5) -> float:
+    """Seconds that something takes when it is warm."""
+    work()
+    taken = []
+    with collections_off():
+        for _ in range(rounds):
+            start = time.process_time()
+            work()
+            taken.append(time.process_time() - start)
+    return min(taken)
+
+
 def assert_linear(work: Callable[[int], None], small: int, factor: int = 10) -> None:
     """Fail if `factor` times as much of something takes far more than `factor` times as long.
 
