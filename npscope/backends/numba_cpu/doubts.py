@@ -15,6 +15,7 @@ from npscope.backends.numba_cpu.totals import (
     INF,
     PARTIAL,
     TWO,
+    Total,
     larger,
     numbers_of,
     only_if,
@@ -241,36 +242,29 @@ class _Lanes(NamedTuple):
 class _Sums:
     """A sum of float64 in each of `LANES` lanes, what was lost of it, and of that, and so on: exact in the end."""
 
-    def __init__(self, b: Builder, start: Value, room: Value = None) -> None:
-        """Of two parts, or of up to `EXACT_PARTS` where there is room for them.
+    def __init__(self, b: Builder, start: Value, room: Value) -> None:
+        """Of up to `EXACT_PARTS`, for which there is room.
 
-        Only one of these is kept in registers: of a few numbers that are all equal, or have few bits, nothing is lost.
+        Only one is kept in registers: of a few numbers that are all equal, or have few bits, nothing is lost.
         """
         self.b, self.type = b, start.type
-        parts = [start] if room is not None else [start, splat(start.type, 0.0)]
-        self.near = [cgutils.alloca_once_value(b, x) for x in parts]
-        if room is not None:
-            self.place = b.bitcast(room, start.type.as_pointer())
-            self.depth = cgutils.alloca_once_value(b, _WORD(len(self.near)))
+        self.first = cgutils.alloca_once_value(b, start)
+        self.place = b.bitcast(room, start.type.as_pointer())
+        self.depth = cgutils.alloca_once_value(b, _WORD(1))
 
     def part(self, k: Value) -> Value:
         """Where a part is, but the first one while numbers are added."""
         return self.b.gep(self.place, [k])
 
-    def add(self, x: Value) -> Value:
-        """Add numbers to the parts in registers, and return what is lost."""
-        for place in self.near:
-            total, x = two_sum(self.b, self.b.load(place), x)
-            self.b.store(total, place)
-        return x
-
-    def add_exactly(self, x: Value) -> None:
+    def add(self, x: Value) -> None:
         """Add numbers: what is lost of a part to the next one, until nothing is."""
         b, zero = self.b, splat(self.type, 0.0)
-        lost = cgutils.alloca_once_value(b, self.add(x))
+        total, rest = two_sum(b, b.load(self.first), x)
+        b.store(total, self.first)
+        lost = cgutils.alloca_once_value(b, rest)
         with (
-            b.if_then(any_of(b, b.fcmp_ordered("!=", b.load(lost), zero))),
-            up_to(b, _WORD(len(self.near)), _WORD(EXACT_PARTS)) as (k, go_on_from),
+            b.if_then(any_of(b, b.fcmp_ordered("!=", rest, zero))),
+            up_to(b, _WORD(1), _WORD(EXACT_PARTS)) as (k, go_on_from),
         ):
             following, depth = b.add(k, _WORD(1)), b.load(self.depth)
             deeper = b.icmp_unsigned("==", k, depth)
@@ -287,8 +281,7 @@ class _Sums:
         first one outweighs all others.
         """
         b, zero = self.b, splat(self.type, 0.0)
-        for k, place in enumerate(self.near):
-            b.store(b.load(place), self.part(_WORD(k)), align=8)
+        b.store(b.load(self.first), self.place, align=8)
         inner = b.sub(b.load(self.depth), _WORD(1))
         total, rest = (cgutils.alloca_once_value(b, zero) for _ in range(2))
         with up_to(b, _WORD(0), _WORD(EXACT_PARTS)) as (turn, go_on_from):
@@ -364,14 +357,14 @@ def _rescaled(b: Builder, lanes: _Lanes, wide: Value) -> Value:
     unit, back = (
         b.select(large, splat(wide.type, x), splat(wide.type, 1 / x)) for x in (1 / SQUARED_UNIT, SQUARED_UNIT)
     )
-    sums = _Sums(b, splat(wide.type, 0.0))
+    total = Total(b, lanes.form, TWO, LANES)
 
     def take(at: Value) -> None:
         x = b.fmul(lanes.magnitudes(b, at), unit)
-        sums.add(b.fmul(x, x))
+        total.join([b.fmul(x, x)])
 
     lanes.each_element(b, take)
-    high, low = (b.load(place) for place in sums.near)
+    high, low = total.values
     finite = b.fcmp_ordered("<", high, infinite)  # what was lost of an infinite sum is NaN
     return b.select(finite, b.fmul(on_floats(b, "sqrt", b.fadd(high, low)), back), high)
 
@@ -388,7 +381,7 @@ def _rounded(b: Builder, lanes: _Lanes, code: int, wide: Value, room: Value) -> 
 
     def take(at: Value) -> None:
         x = b.fpext(lanes.magnitudes(b, at), wide.type)
-        sums.add_exactly(b.fmul(x, x) if code == TWO else x)
+        sums.add(b.fmul(x, x) if code == TWO else x)
 
     lanes.each_element(b, take)
     beyond, zero = sums.leading(), splat(wide.type, 0.0)

@@ -40,14 +40,12 @@ def _term(b: Builder, mantissa: Value, exponent: Value, square: Value) -> Value:
     return b.load(place, align=8)
 
 
-def add(b: Builder, place: Value, number: Value, square: Value) -> None:
-    """`add_exactly`, for code that LLVM is given."""
+def _add(b: Builder, place: Value, number: Value, square: Value) -> None:
     total = b.bitcast(place, _SUM.as_pointer())
     b.store(b.add(b.load(total, align=8), _term(b, *_halves_of(b, number), square)), total, align=8)
 
 
-def nearest(b: Builder, place: Value, below: Value, square: Value) -> Value:
-    """`round_exactly`, for code that LLVM is given."""
+def _nearest(b: Builder, place: Value, below: Value, square: Value) -> Value:
     mantissa, exponent = _halves_of(b, below)
     middle = _term(b, b.add(mantissa, _WORD(1)), exponent, square)
     bits = b.bitcast(below, INT32)
@@ -58,10 +56,10 @@ def nearest(b: Builder, place: Value, below: Value, square: Value) -> Value:
     return b.bitcast(b.add(bits, up), ir.FloatType())
 
 
-add_exactly = step(add, 4)
+add_exactly = step(_add, 4)
 """``add_exactly(sums, i, x, square)``: add float32 x >= 0, or its square, to the sum in words `i` and following."""
 
-round_exactly = step(nearest, 4, types.float32)
+round_exactly = step(_nearest, 4, types.float32)
 """``round_exactly(sums, i, below, square)``: the float32 nearest to a sum, or to its root if it is one of squares.
 
 That is `below` or the next larger one, infinity included; of two that are as near the even one.
