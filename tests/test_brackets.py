@@ -89,8 +89,10 @@ def test_the_design_effect_of_a_sample():
     """Neighbours that are alike count as one; drawn one by one they all count."""
     rng = np.random.default_rng(0)
     alike = np.repeat(rng.integers(0, 1 << 32, 1000, dtype=np.uint32), 32)
-    border = 1 << 31
-    assert brackets.Sample(alike, 32).effect(border) == pytest.approx(32)
-    assert brackets.Sample(rng.permutation(alike), 32).effect(border) == pytest.approx(1, abs=0.15)
-    assert brackets.Sample(alike, 1).effect(border) == 1
-    assert brackets.Sample(alike, 32).effect(0) == 1
+    apart = rng.permutation(alike)
+    for share in (0.5, 0.1):
+        assert brackets.Sample(alike, 32).effect(alike, share) == pytest.approx(32)
+        assert brackets.Sample(apart, 32).effect(apart, share) == pytest.approx(1, abs=0.15)
+        assert brackets.Sample(alike, 1).effect(alike, share) == 1
+    same = np.full(320, 7, dtype=np.uint32)
+    assert brackets.Sample(same, 32).effect(same, 0.5) == 1

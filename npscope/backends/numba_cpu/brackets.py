@@ -49,15 +49,17 @@ class Sample(NamedTuple):
     keys: np.ndarray
     run: int
 
-    def effect(self, border: int) -> float:
-        """By what a share of keys from a border on varies more than if they were drawn one by one.
+    def effect(self, keys: np.ndarray, share: float) -> float:
+        """By what a share of the largest of some `keys` of the sample varies more than if they were drawn one by one.
 
         That is the design effect of a sample in clusters (Kish 1965): 1, or up to `run` where neighbours are alike.
         """
         places = self.keys.size // self.run
         if self.run == 1 or places == 0:
             return 1.0
-        inside = self.keys[: places * self.run] >= self.keys.dtype.type(border)
+        few = keys[:: self.run]
+        about = min(int((1 - share) * few.size), few.size - 1)
+        inside = self.keys[: places * self.run] >= partitioned(few, [about])[about]
         counts = inside.reshape(places, self.run).sum(axis=1)
         total = int(counts.sum())
         # The variance of the counts, and what it would be, both times the square of their number.
@@ -151,10 +153,7 @@ def _next_look(sample: Sample, bracket: _Bracket, k: int, overflowed: bool, *, h
         return Look(bracket.low, bracket.high, bracket.low)
     share = (k - bracket.above) / bracket.inside
     place = (1 - share) * inside.size
-    few = inside[:: sample.run]
-    about = min(int((1 - share) * few.size), few.size - 1)
-    effect = sample.effect(int(partitioned(few, [about])[about]))
-    margin = MARGIN * (inside.size * share * (1 - share) * effect) ** 0.5 + 2
+    margin = MARGIN * (inside.size * share * (1 - share) * sample.effect(inside, share)) ** 0.5 + 2
     first, middle, last = int(place - margin), min(int(place), inside.size - 1), int(place + margin) + 1
     inside = partitioned(inside, [first, middle, last])
 
