@@ -13,8 +13,9 @@ from npscope.backends import threads
 from npscope.backends.numba_cpu import scope_passes, strips
 from npscope.backends.numba_cpu.brackets import MARGIN, Look, Nth, Sample, Survey, narrow, partitioned, sample_of
 from npscope.backends.numba_cpu.norms import put, workspace_of
+from npscope.backends.numba_cpu.operands import Competitors
 from npscope.backends.numba_cpu.pieces import PIECE_ELEMENTS, STRIPS_ELEMENTS, ranges, workers_for
-from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, dense, surveyor_of
+from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, Source, dense, surveyor_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch
 from npscope.backends.numba_cpu.vector_search import SLACK
 
@@ -28,7 +29,7 @@ The bracket of so many holds 3 % of a scope. To look up one key among these 3 % 
 than among 2 %.
 """
 
-SAMPLE_RUN, SAMPLE_PLACES = 32, 256
+SAMPLE_RUN, SAMPLE_PLACES = 32, 512
 """Adjacent keys that are sampled at a place, where to go takes as long as to read them; fewer if places were fewer."""
 
 FEW_KEYS = 1 << 15
@@ -46,8 +47,12 @@ LOOK_ELEMENTS = 1 << 14
 not yet in the cache when it is made keys.
 """
 
-MOST_READ_AGAIN = 8
-"""Elements of a block whose norm is formed again in every pass: to keep those of 8x1 takes longer, of 3x3 less."""
+MOST_READ_AGAIN = {8: 8, 16: 8, 32: 16}
+"""Elements, of so many bits, of a block whose norm is formed again in every pass: to keep its key takes longer.
+
+Half of what that takes is new memory for the keys. Of 64 Mi elements, half kept, 4x4 and 1x16 float32 take 10 to 20 %
+less so, 16x1 3 %, 3x3 5 % more; 1x32 4 % more. What is narrower is made float32 first: 1x16 bfloat16 takes 10 % more.
+"""
 
 
 class _Piece(NamedTuple):
@@ -72,11 +77,7 @@ class LargeScopes:
     def __init__(self, ranking: Ranking) -> None:
         self.ranking = ranking
         self.workers = workers_for(ranking.scopes * ranking.elements)
-        read_blocks = [
-            source is not None and part.elements <= MOST_READ_AGAIN
-            for source, part in zip(ranking.sources, ranking.parts, strict=True)
-        ]
-        self.lasting = [i for i, direct in enumerate(read_blocks) if not direct]
+        self.lasting = [p for p, source in enumerate(ranking.sources) if not _is_read_again(source, ranking.parts[p])]
         self.norm_keys = np.empty(ranking.scopes * ranking.blocks if self.lasting else 0, dtype=ranking.key)
         each = ranking.elements // (self.workers * PIECES_EACH)
         piece = min(max(STRIPS_ELEMENTS, each), PIECE_GROWTH * STRIPS_ELEMENTS)
@@ -107,7 +108,7 @@ class LargeScopes:
         # So many that the bracket, 2 * MARGIN standard deviations of a share, holds two thirds of what can be kept: of
         # all of it, every other one would hold more, and take another pass.
         sampled = round((1.5 * MARGIN * ranking.blocks / (room * self.workers)) ** 2)
-        self.sampled = max(1, min(max(sampled, SAMPLE), MOST_SAMPLED, ranking.blocks // 256))
+        self.sampled = max(1, min(max(sampled, SAMPLE), MOST_SAMPLED, ranking.blocks // 512))
         # Keys of magnitudes are magnitudes: what looks at the elements of a single part looks at them as well.
         self.looks_alike = len(ranking.parts) == 1 and ranking.ord is not None and ranking.adjacent_form(0) is not None
         # Pieces are surveyed several at a time: to look at one whose keys are in cache takes as long as to call for it.
@@ -277,6 +278,14 @@ class LargeScopes:
         if 0 < k < self.ranking.blocks:
             return self.nth(scope, k)
         return Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else Nth((1 << self.ranking.width) - 1, 0, 0)
+
+
+def _is_read_again(source: Source | None, part: Competitors) -> bool:
+    """Whether kernels read the keys of a part from its elements in every pass."""
+    if source is None or part.elements == 1:
+        return source is not None
+    layout = part.leaves[0].layout
+    return layout is not None and part.elements <= MOST_READ_AGAIN[layout.form.bits]
 
 
 def _one_piece(blocks: int) -> tuple[np.ndarray, int, int]:
