@@ -471,3 +471,28 @@ def test_values_of_small_scopes(rng, dtype, n):
     for array in (x, np.asfortranarray(x)):
         expected = of_reference(ns.kth_largest, array, k)
         assert np.array_equal(ns.kth_largest(array, k), expected, equal_nan=x.dtype.kind == "f")
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype", "kept"),
+    [
+        ((2, 4), "float16", (False, False)), ((4, 4), "float16", (True, True)), ((2, 4), "float32", (False, False)),
+        ((4, 4), "float32", (False, True)), ((4, 8), "float32", (True, True)), ((1, 2), "float64", (True, True)),
+        ((1, 1), "float64", (False, False)),
+    ],
+)  # fmt: skip
+def test_norms_that_are_kept(monkeypatch, rng, block, dtype, kept):
+    """Those of large blocks; of blocks in between where something else is written, which the last pass has to read."""
+    large_scopes = pytest.importorskip("npscope.backends.numba_cpu.large_scopes")
+    found, make = [], large_scopes.LargeScopes.__init__
+
+    def noted(self, *arguments, **options):
+        make(self, *arguments, **options)
+        found.append(bool(self.lasting))
+
+    monkeypatch.setattr(large_scopes.LargeScopes, "__init__", noted)
+    x = rng.standard_normal((4128, 1024)).astype(dtype)
+    apart = ns.keep_largest(x, 1000, block, ())
+    ns.block_mask(x, 1000, block, ())
+    assert np.array_equal(ns.keep_largest(x, 1000, block, (), out=x), apart)
+    assert found == [kept[1], kept[1], kept[0]]

@@ -13,9 +13,8 @@ from npscope.backends import threads
 from npscope.backends.numba_cpu import scope_passes, strips
 from npscope.backends.numba_cpu.brackets import MARGIN, Look, Nth, Sample, Survey, narrow, partitioned, sample_of
 from npscope.backends.numba_cpu.norms import put, workspace_of
-from npscope.backends.numba_cpu.operands import Competitors
 from npscope.backends.numba_cpu.pieces import PIECE_ELEMENTS, STRIPS_ELEMENTS, ranges, workers_for
-from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, Source, dense, surveyor_of
+from npscope.backends.numba_cpu.ranking import KeyWork, Ranking, dense, surveyor_of
 from npscope.backends.numba_cpu.strips import STRIP_ELEMENTS, Scratch
 from npscope.backends.numba_cpu.vector_search import SLACK
 
@@ -47,11 +46,13 @@ LOOK_ELEMENTS = 1 << 14
 not yet in the cache when it is made keys.
 """
 
-MOST_READ_AGAIN = {8: 8, 16: 8, 32: 16}
-"""Elements, of so many bits, of a block whose norm is formed again in every pass: to keep its key takes longer.
+MOST_READ_AGAIN, MOST_READ_IN_PLACE = 8, 16
+"""Elements of a block whose norm is formed again in every pass, as to keep its key takes longer; and float32 in place.
 
-Half of what that takes is new memory for the keys. Of 64 Mi elements, half kept, 4x4 and 1x16 float32 take 10 to 20 %
-less so, 16x1 3 %, 3x3 5 % more; 1x32 4 % more. What is narrower is made float32 first: 1x16 bfloat16 takes 10 % more.
+Half of what it takes to keep keys is new memory for them. Of 64 Mi float32 in rows of 1024, half kept in place beside
+other calls, 1x16, 2x8 and 4x4 take a tenth less if they are measured again, 16x1 3 %, 3x3 5 % more, 1x32 4 % more. What
+is narrower is made float32 first: 1x16 bfloat16 takes 10 % more. Where something else is written, the last pass would
+read the array besides: 4x4 takes 15 % more.
 """
 
 
@@ -74,10 +75,11 @@ class LargeScopes:
     All counts are integers, and nothing depends on which thread took which piece.
     """
 
-    def __init__(self, ranking: Ranking) -> None:
+    def __init__(self, ranking: Ranking, *, apart: bool = False) -> None:
+        """`apart`: what will be written is other memory than what is ranked."""
         self.ranking = ranking
         self.workers = workers_for(ranking.scopes * ranking.elements)
-        self.lasting = [p for p, source in enumerate(ranking.sources) if not _is_read_again(source, ranking.parts[p])]
+        self.lasting = [p for p in range(len(ranking.parts)) if not _is_read_again(ranking, p, apart=apart)]
         self.norm_keys = np.empty(ranking.scopes * ranking.blocks if self.lasting else 0, dtype=ranking.key)
         each = ranking.elements // (self.workers * PIECES_EACH)
         piece = min(max(STRIPS_ELEMENTS, each), PIECE_GROWTH * STRIPS_ELEMENTS)
@@ -280,12 +282,12 @@ class LargeScopes:
         return Nth(0, self.ranking.blocks, self.ranking.blocks) if k > 0 else Nth((1 << self.ranking.width) - 1, 0, 0)
 
 
-def _is_read_again(source: Source | None, part: Competitors) -> bool:
-    """Whether kernels read the keys of a part from its elements in every pass."""
-    if source is None or part.elements == 1:
-        return source is not None
-    layout = part.leaves[0].layout
-    return layout is not None and part.elements <= MOST_READ_AGAIN[layout.form.bits]
+def _is_read_again(ranking: Ranking, p: int, *, apart: bool) -> bool:
+    """Whether kernels read the keys of part p from its elements in every pass."""
+    layout = ranking.parts[p].leaves[0].layout
+    wide = layout is not None and layout.form.bits == 32
+    most = MOST_READ_IN_PLACE if wide and not apart else MOST_READ_AGAIN
+    return ranking.sources[p] is not None and ranking.parts[p].elements <= most
 
 
 def _one_piece(blocks: int) -> tuple[np.ndarray, int, int]:

@@ -134,7 +134,9 @@ def select_blocks(
     written = targets[0].only if len(targets) == 1 else None
     one_by_one = positions is None and written is not None and ranking.is_searched_one_by_one
     if not ranking.fits_a_piece and not one_by_one:
-        cut = cut_job(LargeScopes(ranking), _numbers_of(counts), targets, shielded=shielded, positions=positions)
+        apart = not all(map(_is_ranked_itself, targets, ranking.parts))
+        large = LargeScopes(ranking, apart=apart)
+        cut = cut_job(large, _numbers_of(counts), targets, shielded=shielded, positions=positions)
         if cut is None:
             return False
         ready()
@@ -151,6 +153,11 @@ def select_blocks(
     ready()
     job()
     return True
+
+
+def _is_ranked_itself(target: Written, part: Competitors) -> bool:
+    """Whether what is written is what is ranked, or may be."""
+    return np.may_share_memory(target.leaves[0].array, part.leaves[0].array)
 
 
 def _numbers_of(counts: Operand) -> list[int]:
