@@ -47,9 +47,9 @@ not yet in the cache when it is made keys.
 """
 
 MOST_READ_AGAIN, MOST_READ_IN_PLACE = 8, 16
-"""Elements of a block whose norm is formed again in every pass, as to keep its key takes longer; and float32 in place.
+"""Elements of a block whose norm is formed again in every pass; and of float32 where these are what is written, if any.
 
-Half of what it takes to keep keys is new memory for them. Of 64 Mi float32 in rows of 1024, half kept in place beside
+To keep keys takes longer, half of it for new memory. Of 64 Mi float32 in rows of 1024, half kept in place beside
 other calls, 1x16, 2x8 and 4x4 take a tenth less if they are measured again, 16x1 3 %, 3x3 5 % more, 1x32 4 % more. What
 is narrower is made float32 first: 1x16 bfloat16 takes 10 % more. Where something else is written, the last pass would
 read the array besides: 4x4 takes 15 % more.
